@@ -1,0 +1,221 @@
+"""The operators: their schemas, their fake tensors, and which implementation a device gets.
+
+Every operator is defined here, once, in two namespaces: `torch.ops.kdfast.*`, where the dispatcher picks by device
+(the C++ kernels register themselves for the CPU when their library is loaded), and `torch.ops.kdfast_reference.*`,
+which is the reference on every device. A device without kernels of its own gets the reference, with one warning.
+"""
+
+import platform
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast import reference
+
+
+class Inputs(NamedTuple):
+    """The tensors of a loss beside the student's logits, (..., V), in the order in which the operators take them."""
+
+    teachers: list[Tensor]  # each (..., V), each of its own V and dtype
+    labels: Tensor | None  # (...)
+    weight: Tensor | None  # (...)
+    normalizer: Tensor | None  # 0-dim
+    temperatures: Tensor | None  # (...)
+    teacher_temperatures: Tensor | None  # (...)
+
+
+class Settings(NamedTuple):
+    """The arguments of a loss that are not tensors, in the order in which the operators take them."""
+
+    temperature: float  # the student's, where `temperatures` does not give one per row
+    teacher_temperature: float
+    alpha: float
+    hard_weight: float
+    t_squared: bool
+    divergence: str
+    target: str
+    ensemble: str
+    teacher_weights: list[float]  # one per teacher, their sum is 1
+    vocab_size: int  # -1: all classes
+    ignore_index: int
+    reduction: str
+    divisor: float  # the normalizer where it is a number; 0: none given
+
+
+_TYPES = {
+    list[Tensor]: "Tensor[]",
+    Tensor | None: "Tensor?",
+    float: "float",
+    bool: "bool",
+    str: "str",
+    int: "SymInt",
+    list[float]: "float[]",
+}
+_FIELDS = Inputs.__annotations__ | Settings.__annotations__
+_ARGS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in _FIELDS.items())
+
+# What each operator computes stands beside its reference, in reference.py; a name with a trailing underscore writes
+# the gradient into the student's storage.
+SCHEMAS = {
+    "loss_grad": f"(Tensor student, {_ARGS}) -> (Tensor loss, Tensor grad)",
+    "loss_grad_": f"(Tensor(a!) student, {_ARGS}) -> Tensor loss",
+    "stats": f"(Tensor student, {_ARGS}) -> (Tensor loss, Tensor stats)",
+    "grad": f"(Tensor student, Tensor stats, Tensor grad_loss, {_ARGS}) -> Tensor",
+    "grad_": f"(Tensor(a!) student, Tensor stats, Tensor grad_loss, {_ARGS}) -> ()",
+    "scale_": "(Tensor(a!) grad, Tensor factor) -> ()",
+    "tempered_softmax": "(Tensor logits, Tensor? temperatures, float temperature, bool log, ScalarType dtype) -> Tensor",
+    "tempered_softmax_backward": "(Tensor grad, Tensor output, Tensor? temperatures, float temperature, bool log, "
+    "ScalarType dtype) -> Tensor",
+}
+
+
+def loss_dtype(student: Tensor) -> torch.dtype:
+    """Losses and sums are fp32, for fp64 logits fp64."""
+    return torch.float64 if student.dtype == torch.float64 else torch.float32
+
+
+def _new_loss(student: Tensor, settings: Settings) -> Tensor:
+    shape = student.shape[:-1] if settings.reduction == "none" else ()
+    return student.new_empty(shape, dtype=loss_dtype(student))
+
+
+def _new_grad(student: Tensor) -> Tensor:
+    return student.new_empty(student.shape)
+
+
+def _new_stats(student: Tensor, teachers: list[Tensor]) -> Tensor:
+    rows = student.shape[:-1].numel()
+    return student.new_empty((rows, reference.stats_columns(len(teachers))), dtype=loss_dtype(student))
+
+
+def _bundled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of (student, ..., inputs, settings) as one of the operator's flat arguments."""
+
+    def call(*args: Any) -> Any:
+        split = len(args) - len(_FIELDS)
+        flat = args[split:]
+        return function(*args[:split], Inputs(*flat[: len(Inputs._fields)]), Settings(*flat[len(Inputs._fields) :]))
+
+    return call
+
+
+# Shapes and dtypes alone, for torch.compile.
+_FAKES = {
+    "loss_grad": _bundled(lambda student, inputs, settings: (_new_loss(student, settings), _new_grad(student))),
+    "loss_grad_": _bundled(lambda student, inputs, settings: _new_loss(student, settings)),
+    "stats": _bundled(
+        lambda student, inputs, settings: (_new_loss(student, settings), _new_stats(student, inputs.teachers))
+    ),
+    "grad": _bundled(lambda student, stats, grad_loss, inputs, settings: _new_grad(student)),
+    "grad_": _bundled(lambda student, stats, grad_loss, inputs, settings: None),
+    "scale_": lambda grad, factor: None,
+    "tempered_softmax": lambda logits, temperatures, temperature, log, dtype: logits.new_empty(
+        logits.shape, dtype=dtype
+    ),
+    "tempered_softmax_backward": lambda grad, output, temperatures, temperature, log, dtype: output.new_empty(
+        output.shape, dtype=dtype
+    ),
+}
+_PLAIN = {"scale_", "tempered_softmax", "tempered_softmax_backward"}  # the operators that take no loss's arguments
+
+_defined = {name: torch.library.Library(name, "DEF") for name in ("kdfast", "kdfast_reference")}
+_warned: set[str] = set()
+
+
+def _reference(name: str) -> Callable[..., Any]:
+    function = getattr(reference, name)
+    return function if name in _PLAIN else _bundled(function)
+
+
+def _with_warning(name: str) -> Any:
+    """The reference as a device's only implementation: it says so, once per device."""
+    implementation = _reference(name)
+
+    def call(first: Tensor, *args: Any) -> Any:
+        device = first.device.type
+        if device not in _warned:
+            _warned.add(device)
+            warnings.warn(
+                f"kdfast: no fast kernels for {device} tensors, so the slower plain PyTorch reference is used: "
+                f"{why_not(device)}",
+                stacklevel=2,
+            )
+        return implementation(first, *args)
+
+    return call
+
+
+for _name, _schema in SCHEMAS.items():
+    for _namespace, _library in _defined.items():
+        _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{_namespace}::{_name}", _FAKES[_name], lib=_library)
+    _defined["kdfast"].impl(_name, _with_warning(_name), "CompositeExplicitAutograd")
+    _defined["kdfast_reference"].impl(_name, _reference(_name), "CompositeExplicitAutograd")
+
+
+def _load() -> str | None:
+    """Loads the compiled operators; where that fails, returns why."""
+    library = Path(__file__).with_name("libkdfast.so")
+    if not library.exists():
+        return (
+            "the compiled extension is missing from this install; with a C++17 compiler at hand, "
+            "`pip install --force-reinstall --no-deps kdfast` (or `make` in a checkout) builds it"
+        )
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"the compiled extension could not be loaded: {error}"
+    return None
+
+
+_cpu_failure = _load()
+
+
+def why_not(device: str) -> str:
+    """Why a device has no kernels of its own."""
+    if device == "cpu" and _cpu_failure is not None:
+        return _cpu_failure
+    return f"this version of kdfast has none for device type {device!r}"
+
+
+def namespace(backend: str | None, student: Tensor) -> Any:
+    """The operators that serve `backend` (None: the best one for the student's device)."""
+    if backend is None:
+        return torch.ops.kdfast
+    if backend == "reference":
+        return torch.ops.kdfast_reference
+    if backend == "cpu":
+        if student.device.type != "cpu":
+            raise RuntimeError(f"backend: 'cpu' takes CPU tensors, but student_logits is on {student.device}")
+        if _cpu_failure is not None:
+            raise RuntimeError(f"backend: 'cpu' is not usable here: {_cpu_failure}")
+        return torch.ops.kdfast
+    raise ValueError(f"backend: {backend!r} is not one of None, 'reference', 'cpu'")
+
+
+def backends() -> dict[str, Any]:
+    """What is compiled, what is usable here, which backend each device gets, and why not the others.
+
+    Returns:
+        A dict with one entry per backend, ``{"compiled": bool, "usable": bool, "why_not": str | None, ...}``, and
+        ``"by_device"``, which names the backend that ``backend=None`` takes for each type of device. The entry of
+        the cpu backend also has ``"isa"``, the instruction set chosen for this machine (the environment variable
+        ``KDFAST_CPU_ISA`` overrides the choice), and ``"build"``, facts of the build.
+    """
+    usable = _cpu_failure is None
+    cpu: dict[str, Any] = {"compiled": usable, "usable": usable, "why_not": _cpu_failure, "isa": None}
+    try:
+        from kdfast import _C
+
+        cpu |= {"isa": _C.isa() if usable else None, "build": _C.build()}
+    except ImportError as error:  # the operators do not need it: it belongs to one Python, they to none
+        cpu["build"] = {"why_not": str(error), "machine": platform.machine()}
+    return {
+        "reference": {"compiled": True, "usable": True, "why_not": None},
+        "cpu": cpu,
+        "by_device": {"cpu": "cpu" if usable else "reference", "other": "reference"},
+    }

@@ -1,0 +1,39 @@
+"""tempered_softmax: the paper's softened probabilities by themselves."""
+
+import torch
+from torch import Tensor
+
+from kdfast.autograd import TemperedSoftmax
+from kdfast.losses import check_temperature
+from kdfast.targets import check_floating
+
+
+def tempered_softmax(
+    logits: Tensor, temperature: float | Tensor = 1.0, *, log: bool = False, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    r"""softmax(logits / T) over the last dimension (Hinton, Vinyals & Dean 2015, equation 1), differentiable.
+
+    Args:
+        logits: (..., V), float32, bfloat16, float16 or float64. The sums are float32, for float64 logits float64.
+        temperature: T > 0, a number or a tensor (...) of one per row, which gets no gradient.
+        log: the logarithm of it instead.
+        out_dtype: the result's dtype, one of the above; None: the logits' own.
+
+    Returns:
+        (..., V) of ``out_dtype``. Soft targets for :func:`kdfast.kd_loss` with ``target="probs"`` or ``"log_probs"``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`kdfast.kd_loss` for its arguments of these names.
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: must be a tensor, not {type(logits).__name__}")
+    check_floating("logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits: has shape {tuple(logits.shape)}, but it must be (..., V) with V >= 1")
+    number, rows = check_temperature("temperature", temperature, logits.shape[:-1], logits)
+    dtype = logits.dtype if out_dtype is None else out_dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"out_dtype: {out_dtype!r} is not one of torch.float32, bfloat16, float16, float64")
+    if logits.requires_grad and torch.is_grad_enabled():
+        return TemperedSoftmax.apply(logits, rows, number, bool(log), dtype)
+    return torch.ops.kdfast.tempered_softmax(logits, rows, number, bool(log), dtype)

@@ -1,0 +1,82 @@
+"""What a teacher may be: one tensor or an ensemble of them, as logits, probabilities or log-probabilities."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_teachers(
+    teacher: Any, teacher_weights: Any, student: Tensor, vocab_size: int | None
+) -> tuple[list[Tensor], list[float]]:
+    """The teachers that count, each (..., V), and their weights, which sum to 1."""
+    if isinstance(teacher, Tensor):
+        if teacher_weights is not None:
+            raise ValueError("teacher_weights: given with one tensor as the teacher; it is for a sequence of teachers")
+        teachers, weights = [teacher], [1.0]
+    elif isinstance(teacher, Sequence) and not isinstance(teacher, str):
+        teachers = list(teacher)
+        weights = check_weights(teacher_weights, len(teachers))
+    else:
+        raise TypeError(f"teacher: must be a tensor or a sequence of tensors, not {_kind(teacher)}")
+    several = len(teachers) > 1
+    for index, each in enumerate(teachers):
+        name = f"teacher[{index}]" if several else "teacher"
+        if not isinstance(each, Tensor):
+            raise TypeError(f"{name}: must be a tensor, not {_kind(each)}")
+        check_floating(name, each)
+        if each.device != student.device:
+            raise RuntimeError(f"{name}: is on {each.device}, but student_logits is on {student.device}")
+        if each.shape != student.shape:
+            _check_shape(name, each, student, vocab_size)
+    if several and 0.0 in weights:  # a teacher of weight 0 is not read
+        teachers = [t for t, w in zip(teachers, weights, strict=True) if w]
+        weights = [w for w in weights if w]
+    return teachers, weights
+
+
+def check_weights(teacher_weights: Any, count: int) -> list[float]:
+    if count == 0:
+        raise ValueError("teacher: the sequence of teachers is empty")
+    if teacher_weights is None:
+        return [1.0 / count] * count
+    try:
+        weights = [float(w) for w in teacher_weights]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"teacher_weights: must be a sequence of {count} numbers, not {teacher_weights!r}"
+        ) from None
+    total = math.fsum(weights)
+    if len(weights) != count or not all(0 <= w < math.inf for w in weights) or not 0 < total < math.inf:
+        raise ValueError(
+            f"teacher_weights: {weights} must be {count} finite numbers >= 0, one per teacher, that are not all 0"
+        )
+    return [w / total for w in weights]
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise RuntimeError(f"{name}: has dtype {tensor.dtype}, but it must be one of {', '.join(map(str, FLOATS))}")
+
+
+def _check_shape(name: str, teacher: Tensor, student: Tensor, vocab_size: int | None) -> None:
+    if teacher.dim() != student.dim() or teacher.shape[:-1] != student.shape[:-1]:
+        raise ValueError(
+            f"{name}: has shape {tuple(teacher.shape)}, but with student_logits of shape {tuple(student.shape)} it "
+            f"must be ({', '.join(str(n) for n in (*student.shape[:-1], 'V'))})"
+        )
+    if vocab_size is None:
+        raise ValueError(
+            f"{name}: has {teacher.shape[-1]} classes, but student_logits has {student.shape[-1]}; where the last ones "
+            "are padding, vocab_size says how many are real"
+        )
+    if teacher.shape[-1] < vocab_size:
+        raise ValueError(f"vocab_size: {vocab_size} is more than the {teacher.shape[-1]} classes of {name}")
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else type(value).__name__
