@@ -87,9 +87,9 @@ def _new_grad(student: Tensor) -> Tensor:
     return student.new_empty(student.shape)
 
 
-def _new_stats(student: Tensor, teachers: list[Tensor]) -> Tensor:
+def _new_stats(student: Tensor) -> Tensor:
     rows = student.shape[:-1].numel()
-    return student.new_empty((rows, reference.stats_columns(len(teachers))), dtype=loss_dtype(student))
+    return student.new_empty((rows, len(reference.STATS)), dtype=loss_dtype(student))
 
 
 def _bundled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,9 +107,7 @@ def _bundled(function: Callable[..., Any]) -> Callable[..., Any]:
 _FAKES = {
     "loss_grad": _bundled(lambda student, inputs, settings: (_new_loss(student, settings), _new_grad(student))),
     "loss_grad_": _bundled(lambda student, inputs, settings: _new_loss(student, settings)),
-    "stats": _bundled(
-        lambda student, inputs, settings: (_new_loss(student, settings), _new_stats(student, inputs.teachers))
-    ),
+    "stats": _bundled(lambda student, inputs, settings: (_new_loss(student, settings), _new_stats(student))),
     "grad": _bundled(lambda student, stats, grad_loss, inputs, settings: _new_grad(student)),
     "grad_": _bundled(lambda student, stats, grad_loss, inputs, settings: None),
     "scale_": lambda grad, factor: None,

@@ -12,6 +12,7 @@ and its gradient, with psi = q * dphi/dq,
 The functions named like the operators of ops.py are their plain implementation.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NamedTuple
@@ -211,30 +212,32 @@ def loss_grad_(student: Tensor, inputs: "Inputs", settings: "Settings") -> Tenso
     return loss
 
 
-# What a row's statistics are; after these, a maximum and a sum for each teacher. A backend may take another reference
-# point than the maximum, and keeps its running sum in units of its own: log(sum) + max / T is the same everywhere.
-STATS = ("student_max", "student_sum", "student_sum_at_1", "teacher_mass", "running_sum")
-
-
-def stats_columns(teachers: int) -> int:
-    return len(STATS) + 2 * max(1, teachers)
+# A row's statistics, with y = logit * log2(e) / T - offset and an offset near the row's largest y. A backend may choose
+# another offset than the maximum; log2(sum) + offset is the same everywhere.
+STATS = ("student_offset", "teacher_offset", "student_sum", "teacher_sum", "hard_sum", "running_sum")
 
 
 def stats(student: Tensor, inputs: "Inputs", settings: "Settings") -> tuple[Tensor, Tensor]:
-    """The loss under `reduction`, and the row statistics (rows, stats_columns) from which `grad` goes on."""
+    """The loss under `reduction`, and the row statistics (rows, len(STATS)) from which `grad` goes on."""
     check_values(student, inputs, settings)
     loss = _reduced(student.detach(), inputs, settings)
+    student_stats = _offset_and_sum(student, inputs.temperatures, settings.temperature, settings, loss.dtype)
+    teacher = inputs.teachers[0] if inputs.teachers else student
+    teacher_stats = _offset_and_sum(
+        teacher, inputs.teacher_temperatures, settings.teacher_temperature, settings, loss.dtype
+    )
     s = _first_classes(student, settings).to(loss.dtype)
-    temperature = _column(inputs.temperatures, settings.temperature, s)
-    columns = [s.amax(-1, keepdim=True)]
-    columns += [((s - columns[0]) / temperature).exp().sum(-1, keepdim=True), (s - columns[0]).exp().sum(-1, True)]
-    columns += [torch.ones_like(columns[0]), torch.zeros_like(columns[0])]
-    for teacher in inputs.teachers or [student]:
-        t = _first_classes(teacher, settings).to(loss.dtype)
-        high = t.amax(-1, keepdim=True)
-        at = _column(inputs.teacher_temperatures, settings.teacher_temperature, s)
-        columns += [high, ((t - high) / at).exp().sum(-1, keepdim=True)]
-    return loss, torch.cat(columns, -1).reshape(-1, stats_columns(len(inputs.teachers)))
+    hard_sum = (s - s.amax(-1, keepdim=True)).exp().sum(-1)
+    columns = (student_stats[0], teacher_stats[0], student_stats[1], teacher_stats[1], hard_sum, 0 * hard_sum)
+    return loss, torch.stack(columns, -1).reshape(-1, len(STATS))
+
+
+def _offset_and_sum(
+    logits: Tensor, temperatures: Tensor | None, temperature: float, settings: "Settings", dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    z = _first_classes(logits, settings).to(dtype) / _column(temperatures, temperature, logits.to(dtype))
+    high = z.amax(-1, keepdim=True)
+    return high.squeeze(-1) / math.log(2), (z - high).exp().sum(-1)
 
 
 def grad(

@@ -1,0 +1,100 @@
+# Everything runs in .venv, which the first target that needs it makes; stamps in it keep a second `make` from
+# repeating any set-up. PYTHON is the interpreter behind it, TORCH what pip is asked for: the CPU build is all that is
+# needed, so where plain pip would bring CUDA along, add the index of CPU builds that PyTorch's install page names:
+#     make test TORCH="torch==2.13.0 --index-url <that index>"
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+CMAKE := $(VENV)/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja
+export KDFAST_BUILD_EXT ?= 1
+
+CSRC := $(shell find csrc -type f)
+CPP = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+PYTHON_FILES := $(wildcard setup.py kdfast tests benchmarks examples)
+BUILT := $(VENV)/.built
+
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help build demo test bench lint format sanitize build-check arm-check clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+# -- set-up ------------------------------------------------------------------------------------------------------------
+
+$(VENV)/.torch:
+	@echo "setting up $(VENV) with $(TORCH)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH) numpy "setuptools>=77" cmake ninja pybind11
+	@touch $@
+
+# An extra of pyproject.toml, and kdfast itself, editable and not yet compiled.
+$(VENV)/.extra-%: $(VENV)/.torch pyproject.toml
+	KDFAST_BUILD_EXT=0 $(PIP) --no-build-isolation -e '.[$*]'
+	@touch $@
+
+$(BUILT): $(VENV)/.torch setup.py CMakeLists.txt $(CSRC)
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+# -- what there is to do -----------------------------------------------------------------------------------------------
+
+build: $(BUILT) ## compile the C++ operators into kdfast/
+
+demo: $(BUILT) $(VENV)/.extra-demo ## distill a small network from a large one on real images, with a table and a picture
+	$(PY) examples/distill_digits.py
+
+test: $(BUILT) $(VENV)/.extra-test ## the whole test suite
+	$(PY) -m pytest $(ARGS)
+
+bench: $(BUILT) $(VENV)/.extra-demo ## kdfast beside its peers: table, CSV and picture; ARGS=--quick takes under a minute
+	$(PY) -m benchmarks $(ARGS)
+
+lint: $(VENV)/.extra-lint ## ruff, clang-format, mypy
+	$(VENV)/bin/ruff check $(PYTHON_FILES)
+	$(VENV)/bin/ruff format --check $(PYTHON_FILES)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.extra-lint ## rewrite the sources as lint wants them
+	$(VENV)/bin/ruff check --fix $(PYTHON_FILES)
+	$(VENV)/bin/ruff format $(PYTHON_FILES)
+	$(VENV)/bin/clang-format -i $(CPP)
+
+# A second package in build/sanitize, with the tests beside it. libstdc++ is preloaded too: without it the sanitizer
+# finds no __cxa_throw in a Python that is not linked to it.
+SANITIZE_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libstdc++.so)"
+sanitize: $(VENV)/.extra-test ## the suite over C++ built with ASan and UBSan (GCC)
+	rm -rf build/sanitize
+	CXX=g++ KDFAST_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-lib build/sanitize
+	cp -R $(wildcard tests benchmarks examples pyproject.toml) build/sanitize
+	cd build/sanitize && $(SANITIZE_ENV) $(CURDIR)/$(PY) -m pytest -p no:cacheprovider $(ARGS)
+
+# The wheel as a user's pip builds it, isolated, then in a venv that shares nothing but torch with .venv; the same for
+# the pure-Python install.
+build-check: $(VENV)/.torch ## a wheel, and a pure-Python install, each in an empty venv, used
+	rm -rf build/check build/lib* build/bdist*
+	for kind in cpu reference; do \
+	    if [ $$kind = cpu ]; then ext=1; else ext=0; fi; \
+	    KDFAST_BUILD_EXT=$$ext $(PY) -m pip wheel --quiet --no-deps --wheel-dir build/check/$$kind . && \
+	    $(PYTHON) -m venv build/check/$$kind/venv && \
+	    build/check/$$kind/venv/bin/python -m pip install --quiet --no-deps build/check/$$kind/*.whl && \
+	    $(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	        > $$(echo build/check/$$kind/venv/lib/python*/site-packages)/torch.pth && \
+	    build/check/$$kind/venv/bin/python tests/smoke.py $$kind || exit 1; \
+	done
+
+arm-check: $(VENV)/.torch ## the kernels cross-compiled for 64-bit Arm, their check under emulation
+	@for need in aarch64-linux-gnu-g++:g++-aarch64-linux-gnu qemu-aarch64:qemu-user; do command -v $${need%%:*} \
+	    > /dev/null || { echo "arm-check needs $${need%%:*}: Debian's package $${need##*:}"; exit 1; }; done
+	$(CMAKE) -S . -B build/aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DKDFAST_PYTHON=OFF \
+	    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static
+	$(VENV)/bin/cmake --build build/aarch64 --target kernel_check
+	qemu-aarch64 build/aarch64/kernel_check
+
+clean: ## remove what was built; the set-up stays (rm -r .venv)
+	rm -rf build kdfast/*.so *.egg-info $(BUILT)

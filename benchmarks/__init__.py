@@ -1,0 +1,1 @@
+"""How fast kdfast is beside a memory floor, eager PyTorch, torch.compile and Liger-Kernel."""

@@ -1,0 +1,183 @@
+"""The candidates, all on the same logits: kdfast's ways of being called, the memory floors, and the peers.
+
+kdfast
+    kdfast          kd_loss and backward, the default call: a fresh gradient for a leaf
+    kdfast inplace  with inplace=True: the gradient where the logits were
+    1, 2 threads    the same with so many threads
+    kdfast forward  kd_loss under no_grad
+    kdfast softmax  tempered_softmax under no_grad
+floors
+    floor kept      reads both logits and writes a third array, always the same one
+    floor fresh     writes one that is allocated anew in every call
+    floor reads     reads both logits
+peers
+    eager           the recipe that most people have, in the logits' own dtype: the yardstick for bf16 too
+    eager in fp32   the recipe on logits.float()
+    eager forward   the recipe under no_grad
+    eager softmax   torch.softmax(logits / T)
+    torch.compile   the recipe compiled
+    liger           Liger-Kernel's chunked loss from the logits on, compiled as it ships it; its other losses are
+                    Triton and do not run on a CPU
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kdfast
+from benchmarks import floor
+from benchmarks.cases import Workload
+from benchmarks.timing import Candidate
+
+ALPHA = 0.9
+LIGER_CHUNK = 1024  # rows, Liger's default
+
+
+class Data:
+    """The tensors of a workload. No two gradients are alive at once; what is here is at most four arrays."""
+
+    def __init__(self, workload: Workload) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shape = (workload.rows, workload.vocab)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[workload.dtype]
+        self.temperature = workload.temperature
+        self.student = (3.0 * torch.randn(shape, generator=generator)).to(dtype)  # (rows, vocab)
+        self.teacher = (3.0 * torch.randn(shape, generator=generator)).to(dtype)  # (rows, vocab)
+        self.labels = torch.randint(workload.vocab, shape[:1], generator=generator)  # (rows,)
+        self._spare: dict[str, Tensor] = {}
+
+    def spare(self, use: str) -> Tensor:
+        """An array of the student's size with its pages in place, made when first asked for."""
+        if use not in self._spare:
+            self._spare[use] = self.student.clone()
+        return self._spare[use]
+
+    def leaf(self) -> Tensor:
+        """The student as a leaf without a gradient yet."""
+        return self.student.detach().requires_grad_()
+
+    def overwritable(self) -> Tensor:
+        """The student restored, as the output of a layer: inplace=True does not take a leaf."""
+        logits = self.spare("inplace").copy_(self.student).detach()
+        return _Layer.apply(torch.zeros((), requires_grad=True), logits)
+
+
+class _Layer(torch.autograd.Function):
+    """Makes logits a non-leaf without a copy of them."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, logits: Tensor) -> Tensor:
+        ctx.mark_dirty(logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def recipe(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Six lines of PyTorch. The gradient is kd_loss's, the value less by the teacher's entropy."""
+    log_q = F.log_softmax(student / temperature, dim=-1)
+    p = F.softmax(teacher / temperature, dim=-1)
+    soft = F.kl_div(log_q, p, reduction="batchmean") * temperature**2
+    hard = F.cross_entropy(student, labels)
+    return ALPHA * soft + (1 - ALPHA) * hard
+
+
+def recipe_in_fp32(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    return recipe(student.float(), teacher.float(), labels, temperature)
+
+
+def _liger_chunk(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, rows: int) -> Tensor:
+    """LigerFusedLinearJSDLoss from the logits on (0.8.5), for beta = 0, which is forward KL."""
+    log_q1 = F.log_softmax(student.float(), dim=-1)
+    hard = F.nll_loss(log_q1, labels, reduction="sum")
+    log_q = F.log_softmax(student / temperature, dim=-1)
+    log_p = F.log_softmax(teacher / temperature, dim=-1)
+    soft = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1).sum()
+    return (ALPHA * soft + (1 - ALPHA) * hard) / rows
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled when first asked for: the compiler alone takes seconds to import."""
+    return torch.compile(function, dynamic=False)
+
+
+@functools.cache
+def _liger_grad() -> Callable[..., Any]:
+    return _compiled(torch.func.grad_and_value(_liger_chunk))
+
+
+def liger(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> list[Tensor]:
+    """The gradient, chunk by chunk, made in the forward pass as Liger makes it."""
+    chunks = zip(*(x.split(LIGER_CHUNK) for x in (student, teacher, labels)), strict=True)
+    return [_liger_grad()(s, t, y, temperature, len(labels))[0] for s, t, y in chunks]
+
+
+def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, **kwargs: bool) -> Tensor:
+    return kdfast.kd_loss(student, teacher, labels, temperature=temperature, alpha=ALPHA, **kwargs)
+
+
+def _trained(data: Data, loss: Callable[..., Tensor]) -> Candidate:
+    """Loss and gradient for a leaf."""
+    return Candidate(data.leaf, lambda s: loss(s, data.teacher, data.labels, data.temperature).backward())
+
+
+def _inplace(data: Data, threads: int | None = None) -> Candidate:
+    def run(student: Tensor) -> None:
+        kd_loss(student, data.teacher, data.labels, data.temperature, inplace=True).backward()
+
+    return Candidate(data.overwritable, run, threads)
+
+
+def _forward(function: Callable[..., Any], *args: Any) -> Candidate:
+    """The value alone, where nothing needs a gradient."""
+    without_grad = torch.no_grad()(function)
+    return Candidate(lambda: None, lambda _: without_grad(*args))
+
+
+def candidate(name: str, data: Data) -> Candidate:
+    """The candidate of that name, see the top of this file."""
+    student, teacher, labels, temperature = data.student, data.teacher, data.labels, data.temperature
+    makers: dict[str, Callable[[], Candidate]] = {
+        "kdfast": lambda: _trained(data, kd_loss),
+        "kdfast inplace": lambda: _inplace(data),
+        "1 thread": lambda: _inplace(data, threads=1),
+        "2 threads": lambda: _inplace(data, threads=2),
+        "kdfast forward": lambda: _forward(kd_loss, student, teacher, labels, temperature),
+        "kdfast softmax": lambda: _forward(kdfast.tempered_softmax, student, temperature),
+        "floor kept": lambda: Candidate(
+            lambda: data.spare("floor"), lambda out: floor.read_write(student, teacher, out)
+        ),
+        "floor fresh": lambda: Candidate(
+            lambda: None, lambda _: floor.read_write(student, teacher, torch.empty_like(student))
+        ),
+        "floor reads": lambda: _forward(floor.read_only, student, teacher),
+        "eager": lambda: _trained(data, recipe),
+        "eager in fp32": lambda: _trained(data, recipe_in_fp32),
+        "eager forward": lambda: _forward(recipe, student, teacher, labels, temperature),
+        "eager softmax": lambda: _forward(lambda: torch.softmax(student / temperature, dim=-1)),
+        "torch.compile": lambda: _trained(data, _compiled(recipe)),
+        "liger": lambda: Candidate(lambda: None, lambda _: liger(student, teacher, labels, temperature)),
+    }
+    return makers[name]()
+
+
+def gradient_error(data: Data, rows: int = 16) -> float:
+    """How far kdfast's gradient is from the recipe's in fp64, relative to its largest entry.
+
+    The time of a wrong gradient would mean nothing.
+    """
+    args = data.teacher[:rows], data.labels[:rows]
+    student = data.student[:rows].clone().requires_grad_()
+    kd_loss(student, *args, data.temperature).backward()
+    truth = data.student[:rows].double().requires_grad_()
+    recipe(truth, args[0].double(), args[1], data.temperature).backward()
+    assert student.grad is not None
+    assert truth.grad is not None
+    return float((student.grad - truth.grad).abs().max() / truth.grad.abs().max())

@@ -1,0 +1,218 @@
+"""What is measured: every case with its bar, its goal and its reason.
+
+A workload is what is measured in one interleaved run. A case is one line of the table: one way of calling
+kdfast on a workload, and what its time is held against. candidates.py explains the names of candidates.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Logits of one shape; the loss has labels and alpha = 0.9 throughout."""
+
+    rows: int
+    vocab: int
+    dtype: str = "fp32"
+    temperature: float = 2.0
+    isa: str = "best"  # the instruction set that kdfast is held to; "best": the one that it picks itself
+
+    @property
+    def name(self) -> str:
+        parts = [f"{self.rows}x{self.vocab}", self.dtype]
+        parts += [f"T{self.temperature:g}"] * (self.temperature != 2.0) + [self.isa] * (self.isa != "best")
+        return "-".join(parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the student's logits, which are as large as the teacher's and as the gradient."""
+        return self.rows * self.vocab * {"fp32": 4, "bf16": 2}[self.dtype]
+
+    @property
+    def cold(self) -> bool:
+        """Whether caches are flushed before each call: where the logits do not fit into them anyway.
+
+        Small ones stay warm, as in training, where the model's last layer has just written them.
+        """
+        return self.nbytes > 32 << 20
+
+    @property
+    def repeats(self) -> int:
+        """Calls per sample: a single one of a few microseconds would measure the clock."""
+        return 50 if self.nbytes < 1 << 16 else 1
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How a time must compare with another candidate's.
+
+    Against a floor: at most so many times it. Against anything else: so many times faster. None: nothing asked.
+    """
+
+    against: str
+    bar: float | None
+    goal: float | None = None
+
+    @property
+    def is_cost(self) -> bool:
+        return self.against.startswith("floor")
+
+    def value(self, seconds: float, against: float) -> float:
+        return seconds / against if self.is_cost else against / seconds
+
+    def meets(self, value: float, limit: float | None) -> bool:
+        return limit is None or (value <= limit if self.is_cost else value >= limit)
+
+    def text(self, limit: float | None) -> str:
+        against = "floor" if self.is_cost else self.against
+        return "" if limit is None else f"{'≤' if self.is_cost else '≥'} {limit:g}x {against}"
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    workload: Workload
+    measured: str  # the candidate whose time this case is about
+    bounds: tuple[Bound, ...]
+    reason: str
+    also: tuple[str, ...] = ()  # candidates shown beside it, without a bound
+    quick: bool = False  # part of --quick
+
+    @property
+    def candidates(self) -> list[str]:
+        """All that have to be measured, each once."""
+        return list(dict.fromkeys([self.measured, *(bound.against for bound in self.bounds), *self.also]))
+
+
+LLM = (1024, 32000)  # a micro-batch of tokens, Llama 2's vocabulary: 131 MB in fp32, beyond any cache
+WIDE = (256, 151936)  # Qwen's vocabulary: a row is 600 kB in fp32, which no longer fits into a core's caches
+_KEPT, _FRESH = "floor kept", "floor fresh"
+
+
+def _inplace(
+    shape: tuple[int, int],
+    dtype: str,
+    bar: float,
+    goal: float,
+    reason: str,
+    temperature: float = 2.0,
+    isa: str = "best",
+) -> Case:
+    """inplace=True, held against the floor alone."""
+    workload = Workload(*shape, dtype, temperature, isa)
+    return Case(f"{workload.name}-inplace", workload, "kdfast inplace", (Bound(_KEPT, bar, goal),), reason)
+
+
+def _variants() -> list[Case]:
+    """The floor's bars for other shapes, temperatures and instruction sets: (fp32's bar, goal), (bf16's)."""
+    three_exps = "no exp(z/T)^T here: three exps an element"
+    avx2 = "most desktops and half of the cloud have no AVX-512"
+    cases = []
+    for dtype, bar, goal in (("fp32", 1.8, 1.25), ("bf16", 2.6, 1.8)):
+        cases.append(_inplace(WIDE, dtype, bar, goal, "rows longer than a core's caches"))
+    for shape in (LLM, WIDE):
+        for dtype, bar, goal in (("fp32", 2.1, 1.6), ("bf16", 3.3, 2.5)):
+            cases.append(_inplace(shape, dtype, bar, goal, three_exps, temperature=3.7))
+    for shape in (LLM, WIDE):
+        for temperature, reason in ((2.0, avx2), (3.7, f"{avx2}; {three_exps}")):
+            for dtype, bar, goal in (("fp32", 2.4, 1.7), ("bf16", 4.0, 3.0)):
+                cases.append(_inplace(shape, dtype, bar, goal, reason, temperature, "avx2"))
+    return cases
+
+
+def _forward(dtype: str) -> Case:
+    return Case(
+        f"1024x32000-{dtype}-forward",
+        Workload(*LLM, dtype),
+        "kdfast forward",
+        (Bound("kdfast inplace", 1.0), Bound("eager forward", 30), Bound("floor reads", None, 1.0)),
+        "evaluation under no_grad: nothing of the logits' size is written",
+    )
+
+
+def _threads(dtype: str) -> Case:
+    return Case(
+        f"1024x32000-{dtype}-threads",
+        Workload(*LLM, dtype),
+        "2 threads",
+        (Bound("1 thread", 1.7, 1.9),),
+        "rows are independent: a second core should nearly halve the time",
+    )
+
+
+CASES = [
+    Case(
+        "1024x32000-fp32-inplace",
+        Workload(*LLM),
+        "kdfast inplace",
+        (Bound(_KEPT, 1.6, 1.25), Bound("eager", 30), Bound("torch.compile", 7)),
+        "the main case: a language model's logits, the gradient where they were",
+        also=("liger",),
+        quick=True,
+    ),
+    Case(
+        "1024x32000-fp32-default",
+        Workload(*LLM),
+        "kdfast",
+        (Bound(_FRESH, 0.8, 0.55), Bound("eager", 15)),
+        "what one gets without asking: a fresh gradient, whose pages the system maps and zeroes first",
+        also=("torch.compile",),
+        quick=True,
+    ),
+    Case(
+        "1024x32000-bf16-default",
+        Workload(*LLM, "bf16"),
+        "kdfast",
+        (Bound(_FRESH, 1.0, 0.7), Bound("eager", 15)),
+        "the same in the dtype that most models are trained in",
+        also=("torch.compile", "eager in fp32"),
+    ),
+    Case(
+        "1024x32000-bf16-inplace",
+        Workload(*LLM, "bf16"),
+        "kdfast inplace",
+        (Bound(_KEPT, 2.4, 1.8), Bound("eager", 30)),
+        "half the bytes and as much arithmetic: further from the floor than fp32",
+        also=("torch.compile", "eager in fp32", "liger"),
+        quick=True,
+    ),
+    *_variants(),
+    Case(
+        "4096x1000-fp32",
+        Workload(4096, 1000),
+        "kdfast",
+        (Bound("torch.compile", 5, 10),),
+        "ImageNet: rows shorter than a block",
+        also=("eager",),
+    ),
+    Case(
+        "65536x10-fp32",
+        Workload(65536, 10),
+        "kdfast",
+        (Bound("torch.compile", 2, 5),),
+        "CIFAR-10, or a dense prediction with ten classes: rows shorter than a vector",
+        also=("eager",),
+        quick=True,
+    ),
+    Case(
+        "8x10-fp32",
+        Workload(8, 10),
+        "kdfast",
+        (Bound("eager", 1.0, 2.0),),
+        "one small call and its backward: nothing but overhead",
+        also=("torch.compile",),
+        quick=True,
+    ),
+    _threads("fp32"),
+    _threads("bf16"),
+    _forward("fp32"),
+    _forward("bf16"),
+    Case(
+        "1024x32000-fp32-softmax",
+        Workload(*LLM),
+        "kdfast softmax",
+        (),
+        "tempered_softmax alone, forward, into a fresh tensor; no bar",
+        also=("eager softmax",),
+    ),
+]

@@ -1,0 +1,296 @@
+// An operator's arguments as the kernels take them: tensors as rows, per-row values as doubles, values checked.
+#pragma once
+
+#include <sys/mman.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "row_kernels.h"
+
+namespace kdfast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class Error, class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw Error(message.str());  // torch's bindings make IndexError of out_of_range, ValueError of invalid_argument
+}
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kHalf;
+    case ScalarType::Double: return DType::kDouble;
+    default: fail<std::runtime_error>("kdfast: logits must be float32, bfloat16, float16 or float64");
+  }
+}
+
+inline int64_t classes_of(const Tensor& t) { return t.sizes()[t.dim() - 1]; }
+inline int64_t rows_of(const Tensor& t) { return t.numel() / std::max<int64_t>(1, classes_of(t)); }
+
+// The rows of a (..., V) tensor: dimensions that lie in memory as one are one. False where more than three are left or
+// the classes are not contiguous.
+inline bool lay_out(const Tensor& t, Matrix& m) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  const int64_t last = t.dim() - 1;
+  m = {t.data_ptr(), dtype_of(t), {1, 1, 1}, {0, 0, classes_of(t)}};
+  if (sizes[last] > 1 && strides[last] != 1) return false;
+  int at = 2;
+  m.size[2] = -1;
+  for (int64_t d = last - 1; d >= 0; --d) {
+    if (sizes[d] == 1) continue;
+    if (m.size[2] == -1) {
+      m.size[at] = sizes[d];
+      m.stride[at] = strides[d];
+    } else if (strides[d] == m.stride[at] * m.size[at]) {
+      m.size[at] *= sizes[d];
+    } else {
+      if (--at < 0) return false;
+      m.size[at] = sizes[d];
+      m.stride[at] = strides[d];
+    }
+  }
+  if (m.size[2] == -1) m.size[2] = 1;
+  return true;
+}
+
+// The tensor itself or, where its rows cannot be read as they lie, a contiguous copy.
+inline Tensor readable(const Tensor& t) {
+  Matrix m;
+  return lay_out(t, m) ? t : torch::stable::contiguous(t);
+}
+inline Matrix matrix(const Tensor& t) {
+  Matrix m;
+  lay_out(t, m);
+  return m;
+}
+
+// One value per row as contiguous doubles; a temperature must be > 0, a weight >= 0.
+inline std::optional<Tensor> row_values(const char* name, const std::optional<Tensor>& values, bool zero_allowed) {
+  if (!values) return std::nullopt;
+  Tensor wide = torch::stable::contiguous(torch::stable::to(*values, ScalarType::Double));
+  const double* v = (const double*)wide.const_data_ptr();
+  for (int64_t row = 0; row < wide.numel(); ++row) {
+    if (!(zero_allowed ? v[row] >= 0 : v[row] > 0) || std::isinf(v[row])) {
+      fail<std::invalid_argument>(name, ": ", v[row], " in row ", row, ", but it must be finite and ",
+                                  zero_allowed ? ">= 0" : "> 0");
+    }
+  }
+  return wide;
+}
+
+inline double scalar(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return *(const float*)t.const_data_ptr();
+    case ScalarType::Double: return *(const double*)t.const_data_ptr();
+    default: {
+      const Tensor wide = torch::stable::to(t, ScalarType::Double);
+      return *(const double*)wide.const_data_ptr();
+    }
+  }
+}
+
+// Mapping and zeroing fresh pages costs more than the kernel that fills them; 512 times fewer of them cost half.
+inline void advise_huge_pages(const Tensor& t) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t begin = (uintptr_t)t.data_ptr();
+  const uintptr_t end = begin + t.numel() * (dtype_of(t) == DType::kDouble  ? 8
+                                             : dtype_of(t) == DType::kFloat ? 4
+                                                                            : 2);
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
+  if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);
+#endif
+}
+
+inline Divergence divergence_of(const std::string& name) {
+  if (name == "cross_entropy") return Divergence::kCrossEntropy;
+  if (name == "forward_kl") return Divergence::kForwardKL;
+  if (name == "reverse_kl") return Divergence::kReverseKL;
+  if (name == "logit_mse") return Divergence::kLogitMSE;
+  fail<std::invalid_argument>("divergence: no CPU kernel for '", name, "'");
+}
+
+// One call: the kernels' arguments, and the tensors that hold what they point to.
+struct Loss {
+  LossArgs args{};
+  Tensor student;
+  std::vector<Tensor> kept;  // copies and conversions
+  std::vector<double> losses;
+  std::string reduction;
+  double divisor;  // of the sum of the row losses
+  bool copied = false;
+
+  Loss(const Tensor& student_, const std::vector<Tensor>& teachers, const std::optional<Tensor>& labels,
+       const std::optional<Tensor>& weight, const std::optional<Tensor>& normalizer,
+       const std::optional<Tensor>& temperatures, const std::optional<Tensor>& teacher_temperatures,
+       double temperature, double teacher_temperature, double alpha, double hard_weight, bool t_squared,
+       const std::string& divergence, const std::string& target, const std::string& ensemble,
+       const std::vector<double>& teacher_weights, int64_t vocab_size, int64_t ignore_index,
+       const std::string& reduction_, double given_divisor)
+      : student(readable(student_)), reduction(reduction_) {
+    LossArgs& a = args;
+    copied = student.get() != student_.get();
+    a.student = matrix(student);
+    a.width = classes_of(student);
+    a.vocab = vocab_size < 0 ? a.width : vocab_size;
+    a.rows = rows_of(student);
+    if (teachers.size() > kMaxTeachers) {
+      fail<std::invalid_argument>("teacher: ", teachers.size(), " teachers, but the CPU kernels take at most ",
+                                  kMaxTeachers);
+    }
+    a.n_teachers = alpha == 0 ? 0 : (int)teachers.size();
+    for (int k = 0; k < a.n_teachers; ++k) {
+      kept.push_back(readable(teachers[k]));
+      a.teachers[k] = matrix(kept.back());
+      a.teacher_weights[k] = teacher_weights[k];
+    }
+    a.divergence = a.n_teachers ? divergence_of(divergence) : Divergence::kNone;
+    a.target = target == "logits" ? Target::kLogits : target == "probs" ? Target::kProbs : Target::kLogProbs;
+    a.geometric = ensemble == "geometric";
+    a.temperature = temperature;
+    a.teacher_temperature = teacher_temperature;
+    a.temperatures = hold(row_values("temperature", temperatures, false));
+    a.teacher_temperatures = hold(row_values("teacher_temperature", teacher_temperatures, false));
+    a.weight = hold(row_values("weight", weight, true));
+    a.alpha = alpha;
+    a.hard_weight = labels ? hard_weight : 0;
+    a.t_squared = t_squared;
+    a.ignore_index = ignore_index;
+    if (labels) check_labels(*labels);
+    losses.resize(a.rows);
+    a.losses = losses.data();
+    a.scale = 1;
+    set_divisor(normalizer, given_divisor);
+  }
+
+  const double* hold(const std::optional<Tensor>& values) {
+    if (!values) return nullptr;
+    kept.push_back(*values);
+    return (const double*)values->const_data_ptr();
+  }
+
+  void check_labels(const Tensor& labels) {
+    kept.push_back(torch::stable::contiguous(labels));
+    args.labels = (const int64_t*)kept.back().const_data_ptr();
+    for (int64_t row = 0; row < args.rows; ++row) {
+      const int64_t label = args.labels[row];
+      if ((label < 0 || label >= args.vocab) && label != args.ignore_index) {
+        fail<std::out_of_range>("labels: label ", label, " in row ", row, " is out of range: with V = ", args.vocab,
+                                " it must be in [0, ", args.vocab - 1, "] or ignore_index (", args.ignore_index, ")");
+      }
+    }
+  }
+
+  void set_divisor(const std::optional<Tensor>& normalizer, double given) {
+    divisor = 1;
+    if (reduction == "batchmean") divisor = student.dim() > 1 ? student.sizes()[0] : 1;
+    if (reduction != "mean") return;
+    if (normalizer) {
+      divisor = scalar(*normalizer);
+    } else if (given != 0) {
+      divisor = given;
+    } else {
+      divisor = 0;
+      for (int64_t row = 0; row < args.rows; ++row) {
+        if (args.kept(row)) divisor += args.weight ? args.weight[row] : 1;
+      }
+      if (divisor == 0) divisor = 1;  // no row is kept: the mean is 0
+    }
+  }
+  double inverse_divisor() const { return reduction == "batchmean" && divisor == 0 ? 0 : 1 / divisor; }
+
+  // ---- where the gradient goes ----
+
+  Tensor new_grad() {
+    Tensor grad = torch::stable::new_empty(student, student.sizes());
+    advise_huge_pages(grad);
+    args.grad = grad.mutable_data_ptr();
+    args.grad_layout = matrix(grad);
+    args.stream = grad.numel() >= kStreamFrom;
+    return grad;
+  }
+  void grad_in_place() {
+    args.grad = student.mutable_data_ptr();
+    args.grad_layout = args.student;
+  }
+  void copy_back(Tensor& to) {
+    if (copied) torch::stable::copy_(to, student);
+  }
+
+  // Backward: each row's coefficient, from the gradient of a loss per row or of the reduced one.
+  void scale_by(const Tensor& grad_loss) {
+    if (reduction == "none") {
+      kept.push_back(torch::stable::contiguous(torch::stable::to(grad_loss, ScalarType::Double)));
+      args.row_scale = (const double*)kept.back().const_data_ptr();
+    } else {
+      args.scale = scalar(grad_loss) * inverse_divisor();
+    }
+  }
+
+  // ---- results ----
+
+  ScalarType loss_dtype() const {
+    return args.student.dtype == DType::kDouble ? ScalarType::Double : ScalarType::Float;
+  }
+  template <class C>
+  void copy_losses(C* out) const {
+    std::copy(losses.begin(), losses.end(), out);
+  }
+
+  Tensor reduced() const {
+    const bool wide = args.student.dtype == DType::kDouble;
+    if (reduction == "none") {
+      const auto sizes = student.sizes();
+      const std::vector<int64_t> shape(sizes.begin(), sizes.end() - 1);
+      Tensor out = torch::stable::new_empty(student, shape, loss_dtype());
+      wide ? copy_losses((double*)out.mutable_data_ptr()) : copy_losses((float*)out.mutable_data_ptr());
+      return out;
+    }
+    double total = 0;
+    for (double loss : losses) total += loss;
+    total *= inverse_divisor();
+    Tensor out = torch::stable::new_empty(student, std::vector<int64_t>{}, loss_dtype());
+    wide ? void(*(double*)out.mutable_data_ptr() = total) : void(*(float*)out.mutable_data_ptr() = (float)total);
+    return out;
+  }
+
+  Tensor pack(const std::vector<RowStats>& stats) const {
+    Tensor out = torch::stable::new_empty(student, std::vector<int64_t>{args.rows, kStats}, loss_dtype());
+    const double* from = (const double*)stats.data();
+    if (args.student.dtype == DType::kDouble) {
+      std::copy(from, from + args.rows * kStats, (double*)out.mutable_data_ptr());
+    } else {
+      std::copy(from, from + args.rows * kStats, (float*)out.mutable_data_ptr());
+    }
+    return out;
+  }
+  std::vector<RowStats> unpack(const Tensor& stats) const {
+    std::vector<RowStats> rows(args.rows);
+    double* to = (double*)rows.data();
+    if (args.student.dtype == DType::kDouble) {
+      std::copy_n((const double*)stats.const_data_ptr(), args.rows * kStats, to);
+    } else {
+      std::copy_n((const float*)stats.const_data_ptr(), args.rows * kStats, to);
+    }
+    return rows;
+  }
+
+  static constexpr int64_t kStreamFrom = 1 << 20;
+};
+
+}  // namespace
+}  // namespace kdfast

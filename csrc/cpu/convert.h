@@ -1,0 +1,140 @@
+// Rows of one storage type into another, and teachers that are not plain logits of the student's dtype into one row
+// that the passes take: logits or probabilities.
+#pragma once
+
+#include <cstdlib>
+
+#include "exp_math.h"
+#include "row_kernels.h"
+
+namespace kdfast {
+namespace {
+
+// A thread's own buffer; it grows, and stays for the next call.
+struct Buffer {
+  void* data = nullptr;
+  size_t size = 0;
+  ~Buffer() { std::free(data); }
+  void* need(size_t bytes) {
+    if (bytes > size) {
+      std::free(data);
+      size = (bytes + 4095) / 4096 * 4096;
+      data = std::aligned_alloc(4096, size);
+    }
+    return data;
+  }
+};
+
+template <class S, class C>
+KD_INLINE void widen_row(const S* from, int64_t n, C* to) {
+  if constexpr (std::is_same_v<Compute<S>, C>) {
+    constexpr int kLanes = Types<C>::kLanes;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+    if (i < n) store_part(to + i, load_part(from + i, n - i, 0), n - i);
+  } else if constexpr (sizeof(S) >= 4) {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = load_one(from + i);
+  }
+}
+
+template <class S, class C>
+KD_INLINE void narrow_row(const C* from, int64_t n, S* to) {
+  if constexpr (std::is_same_v<Compute<S>, C>) {
+    constexpr int kLanes = Types<C>::kLanes;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+    if (i < n) store_part(to + i, load_part(from + i, n - i, 0), n - i);
+  } else if constexpr (sizeof(S) >= 4) {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+  } else {
+    for (int64_t i = 0; i < n; ++i) store_part(to + i, splat((float)from[i]), 1);
+  }
+}
+
+template <class F>
+void with_storage(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat: return f(float{});
+    case DType::kBFloat16: return f(bf16{});
+    case DType::kHalf: return f(f16{});
+    case DType::kDouble: return f(double{});
+  }
+}
+
+template <class C>
+KD_NOINLINE void widen(const void* from, DType dtype, int64_t n, C* to) {
+  with_storage(dtype, [&](auto s) { widen_row((const decltype(s)*)from, n, to); });
+}
+template <class C>
+KD_NOINLINE void narrow(const C* from, int64_t n, void* to, DType dtype) {
+  with_storage(dtype, [&](auto s) { narrow_row(from, n, (decltype(s)*)to); });
+}
+
+KD_INLINE int64_t bytes_of(DType dtype) {
+  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
+}
+KD_INLINE const char* row_of(const Matrix& m, int64_t row) {
+  return (const char*)m.data + m.offset(row) * bytes_of(m.dtype);
+}
+
+// f(vector, i) over a row of C, in place; what it does beyond n falls into the row's padding.
+template <class C, class F>
+KD_INLINE void for_vectors(C* row, int64_t n, F f) {
+  for (int64_t i = 0; i < n; i += Types<C>::kLanes) store(row + i, f(load(row + i), i));
+}
+
+// p = softmax(z * slope) of a row in place
+template <class C>
+KD_NOINLINE void softmax_row(C* z, int64_t n, double slope) {
+  using V = typename Types<C>::V;
+  V high = splat(-std::numeric_limits<C>::infinity()), total{};
+  for (int64_t i = n; i % Types<C>::kLanes; ++i) z[i] = -std::numeric_limits<C>::infinity();
+  for (int64_t i = 0; i < n; i += Types<C>::kLanes) high = max(load(z + i), high);
+  const C offset = (C)slope * max_lane(high);
+  double sum_of_blocks = 0;
+  for_vectors(z, n, [&](V v, int64_t i) {
+    if (i % 2048 == 0) sum_of_blocks += sum(total), total = V{};
+    const V e = exp2(v * (C)slope - offset);
+    total += e;
+    return e;
+  });
+  const V scale = splat<C>(1 / (sum_of_blocks + sum(total)));
+  for_vectors(z, n, [&](V v, int64_t) { return v * scale; });
+}
+
+// The teachers of one row, classes [begin, begin + n), as one row of C: logits, or probabilities where that is said by
+// teacher_is_probs(). `slope` is log2(e) / T'. The row is `out` or, where nothing is to be done, the teacher's own.
+template <class C>
+KD_NOINLINE const C* mix_teachers(const LossArgs& a, int64_t row, int64_t begin, int64_t n, double slope, C* out, C* other) {
+  using V = typename Types<C>::V;
+  const DType own = std::is_same_v<C, double> ? DType::kDouble : DType::kFloat;
+  if (a.n_teachers == 1 && a.teachers[0].dtype == own) return (const C*)row_of(a.teachers[0], row) + begin;
+  for (int k = 0; k < a.n_teachers; ++k) {
+    const Matrix& m = a.teachers[k];
+    C* z = k == 0 ? out : other;
+    widen(row_of(m, row) + begin * bytes_of(m.dtype), m.dtype, n, z);
+    if (a.n_teachers == 1) return out;
+    if (!a.geometric && a.target == Target::kLogits) softmax_row(z, n, slope);
+    const C w = a.teacher_weights[k];
+    for_vectors(z, n, [&](V v, int64_t i) {
+      if (a.geometric && a.target == Target::kProbs) v = log2(v) * (C)0.6931471805599453;
+      if (!a.geometric && a.target == Target::kLogProbs) v = exp2(v * (C)1.4426950408889634);
+      return k == 0 ? v * w : v * w + load(out + i);
+    });
+    if (k > 0) std::memcpy(out, z, n * sizeof(C));
+  }
+  return out;
+}
+
+KD_INLINE bool teacher_is_probs(const LossArgs& a) {
+  return a.n_teachers > 1 ? !a.geometric : a.target == Target::kProbs;
+}
+// Whether the row mix_teachers makes is normalised by its own softmax, and not as it is given.
+KD_INLINE bool teacher_is_softmaxed(const LossArgs& a) {
+  return a.n_teachers > 1 ? a.geometric : a.target == Target::kLogits;
+}
+
+}  // namespace
+}  // namespace kdfast

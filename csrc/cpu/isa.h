@@ -1,0 +1,28 @@
+// The instruction sets for which the row kernels are compiled, and the choice of one at run time.
+#pragma once
+
+// CMake passes the sets that this build has as X(baseline) X(avx2) ...: define X, write KDFAST_ISAS, undefine
+// X.
+#ifndef KDFAST_ISAS
+#define KDFAST_ISAS X(baseline)
+#endif
+
+namespace kdfast {
+
+enum class Isa { baseline, avx2, avx512, avx512_bf16 };  // each includes those before it
+
+inline constexpr Isa kAllIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+
+const char* name(Isa isa);
+
+// This build has kernels for it.
+bool compiled(Isa isa);
+
+// Compiled, and this processor and operating system run it.
+bool usable(Isa isa);
+
+// The best usable set, or the one that the environment variable KDFAST_CPU_ISA names: read once per process.
+// Throws std::invalid_argument where that is not usable.
+Isa chosen();
+
+}  // namespace kdfast

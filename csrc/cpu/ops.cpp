@@ -1,0 +1,192 @@
+// The torch glue of the CPU kernels, on torch's stable ABI: it checks values, lays tensors out as rows, splits the work
+// over torch's threads and registers the operators that kdfast/ops.py defines. No Python here.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "arguments.h"
+#include "isa.h"
+#include "row_kernels.h"
+
+namespace kdfast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const RowKernels& kernels() {
+  static const RowKernels& chosen_kernels = []() -> const RowKernels& {
+    switch (chosen()) {
+#define X(isa) \
+  case Isa::isa: return row_kernels_##isa();
+      KDFAST_ISAS
+#undef X
+      default: throw std::runtime_error("kdfast: no kernels for this processor");
+    }
+  }();
+  return chosen_kernels;
+}
+
+// f over [0, units) by torch's threads, each taking at least some ten microseconds of work.
+template <class F>
+void in_parallel(int64_t units, int64_t classes, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, classes));
+  torch::stable::parallel_for(0, units, grain, f);
+}
+
+// Few and long rows are split, so that every thread has work. It depends on the shape alone, not on the number of
+// threads, so that this number never shows in the bits. An ensemble's members are softmaxed whole.
+int64_t segments_of(const LossArgs& a) {
+  if (a.rows >= 32 || a.vocab <= 2 * kSegment || a.n_teachers > 1) return 1;
+  return (a.vocab + kSegment - 1) / kSegment;
+}
+
+// The row losses and, for `grad`, the row statistics.
+std::vector<RowStats> run_stats(Loss& loss) {
+  LossArgs& a = loss.args;
+  const int64_t segments = segments_of(a);
+  std::vector<RowStats> stats(a.rows * segments);
+  a.stats = stats.data();
+  in_parallel(a.rows * segments, segments == 1 ? a.vocab : kSegment,
+              [&](int64_t begin, int64_t end) { kernels().stats(a, segments, begin, end); });
+  kernels().merge(a, segments);
+  for (int64_t row = 1; row < a.rows && segments > 1; ++row) stats[row] = stats[row * segments];
+  return stats;
+}
+
+void run_grad(Loss& loss, std::vector<RowStats>& stats) {
+  LossArgs& a = loss.args;
+  const int64_t segments = segments_of(a);
+  a.stats = stats.data();
+  in_parallel(a.rows * segments, segments == 1 ? a.vocab : kSegment,
+              [&](int64_t begin, int64_t end) { kernels().grad(a, segments, begin, end); });
+}
+
+void run_loss_grad(Loss& loss) {
+  loss.args.scale = loss.inverse_divisor();
+  if (segments_of(loss.args) == 1) {
+    in_parallel(loss.args.rows, loss.args.vocab,
+                [&](int64_t begin, int64_t end) { kernels().loss_grad(loss.args, begin, end); });
+  } else {
+    std::vector<RowStats> stats = run_stats(loss);
+    run_grad(loss, stats);
+  }
+}
+
+// ---- the operators; a flat list of arguments each, as the schemas have it ----
+
+#define KDFAST_INPUTS                                                                                                 \
+  std::vector<Tensor> teachers, std::optional<Tensor> labels, std::optional<Tensor> weight,                           \
+      std::optional<Tensor> normalizer, std::optional<Tensor> temperatures, std::optional<Tensor> teacher_temperatures, \
+      double temperature, double teacher_temperature, double alpha, double hard_weight, bool t_squared,               \
+      std::string divergence, std::string target, std::string ensemble, std::vector<double> teacher_weights,          \
+      int64_t vocab_size, int64_t ignore_index, std::string reduction, double divisor
+#define KDFAST_PASS                                                                                                \
+  teachers, labels, weight, normalizer, temperatures, teacher_temperatures, temperature, teacher_temperature, alpha, \
+      hard_weight, t_squared, divergence, target, ensemble, teacher_weights, vocab_size, ignore_index, reduction, divisor
+
+std::tuple<Tensor, Tensor> loss_grad(Tensor student, KDFAST_INPUTS) {
+  Loss loss(student, KDFAST_PASS);
+  Tensor grad = loss.new_grad();
+  run_loss_grad(loss);
+  return {loss.reduced(), grad};
+}
+
+Tensor loss_grad_(Tensor student, KDFAST_INPUTS) {
+  Loss loss(student, KDFAST_PASS);
+  loss.grad_in_place();
+  run_loss_grad(loss);
+  loss.copy_back(student);
+  return loss.reduced();
+}
+
+std::tuple<Tensor, Tensor> stats(Tensor student, KDFAST_INPUTS) {
+  Loss loss(student, KDFAST_PASS);
+  const std::vector<RowStats> rows = run_stats(loss);
+  return {loss.reduced(), loss.pack(rows)};
+}
+
+Tensor grad(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_INPUTS) {
+  Loss loss(student, KDFAST_PASS);
+  Tensor grad = loss.new_grad();
+  loss.scale_by(grad_loss);
+  std::vector<RowStats> rows = loss.unpack(stats);
+  run_grad(loss, rows);
+  return grad;
+}
+
+void grad_(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_INPUTS) {
+  Loss loss(student, KDFAST_PASS);
+  loss.grad_in_place();
+  loss.scale_by(grad_loss);
+  std::vector<RowStats> rows = loss.unpack(stats);
+  run_grad(loss, rows);
+  loss.copy_back(student);
+}
+
+// Where the factor is 1, as it is for loss.backward(), nothing is read or written.
+void scale_(Tensor grad, Tensor factor) {
+  if (scalar(factor) == 1) return;
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(grad), torch::stable::detail::from(factor)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes the reference that was returned
+}
+
+Tensor run_softmax(SoftmaxArgs a, const Tensor& like, std::optional<Tensor> temperatures, ScalarType dtype,
+                   void (*RowKernels::*kernel)(const SoftmaxArgs&, int64_t, int64_t)) {
+  const std::optional<Tensor> per_row = row_values("temperature", temperatures, false);
+  a.temperatures = per_row ? (const double*)per_row->const_data_ptr() : nullptr;
+  a.vocab = like.sizes()[like.dim() - 1];
+  a.rows = like.numel() / a.vocab;
+  Tensor out = torch::stable::new_empty(like, like.sizes(), dtype);
+  advise_huge_pages(out);
+  a.out = out.mutable_data_ptr();
+  a.out_dtype = dtype_of(out);
+  in_parallel(a.rows, a.vocab, [&](int64_t begin, int64_t end) { (kernels().*kernel)(a, begin, end); });
+  return out;
+}
+
+Tensor tempered_softmax(Tensor logits, std::optional<Tensor> temperatures, double temperature, bool log,
+                        ScalarType dtype) {
+  const Tensor z = readable(logits);
+  SoftmaxArgs a{};
+  a.logits = matrix(z);
+  a.temperature = temperature;
+  a.log = log;
+  return run_softmax(a, z, temperatures, dtype, &RowKernels::softmax);
+}
+
+Tensor tempered_softmax_backward(Tensor grad, Tensor output, std::optional<Tensor> temperatures, double temperature,
+                                 bool log, ScalarType dtype) {
+  const Tensor g = readable(grad), y = readable(output);
+  SoftmaxArgs a{};
+  a.logits = matrix(y);
+  a.grad = matrix(g);
+  a.temperature = temperature;
+  a.log = log;
+  return run_softmax(a, y, temperatures, dtype, &RowKernels::softmax_backward);
+}
+
+}  // namespace
+}  // namespace kdfast
+
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("loss_grad", TORCH_BOX(&kdfast::loss_grad));
+  m.impl("loss_grad_", TORCH_BOX(&kdfast::loss_grad_));
+  m.impl("stats", TORCH_BOX(&kdfast::stats));
+  m.impl("grad", TORCH_BOX(&kdfast::grad));
+  m.impl("grad_", TORCH_BOX(&kdfast::grad_));
+  m.impl("scale_", TORCH_BOX(&kdfast::scale_));
+  m.impl("tempered_softmax", TORCH_BOX(&kdfast::tempered_softmax));
+  m.impl("tempered_softmax_backward", TORCH_BOX(&kdfast::tempered_softmax_backward));
+}

@@ -1,0 +1,102 @@
+// What the torch glue hands to the row kernels, and the table of kernels that each instruction set exports.
+// No torch here: the kernels can be compiled and tested alone.
+#pragma once
+
+#include <cstdint>
+
+namespace kdfast {
+
+enum class DType { kFloat, kBFloat16, kHalf, kDouble };
+enum class Divergence { kCrossEntropy, kForwardKL, kReverseKL, kLogitMSE, kNone };
+enum class Target { kLogits, kProbs, kLogProbs };
+
+// A (rows, classes) matrix whose classes are contiguous. Its rows are those of up to three dimensions, since a slice
+// such as logits[:, :-1] has no single row stride and is read in place all the same.
+struct Matrix {
+  const void* data;
+  DType dtype;
+  int64_t size[3];    // of the dimensions that make up the rows, outermost first
+  int64_t stride[3];  // in elements
+
+  __attribute__((always_inline)) int64_t offset(int64_t row) const {
+    if (size[0] == 1 && size[1] == 1) return row * stride[2];
+    const int64_t outer = row / size[2];
+    return (outer / size[1]) * stride[0] + (outer % size[1]) * stride[1] + (row % size[2]) * stride[2];
+  }
+};
+
+constexpr int kMaxTeachers = 64;
+
+// Row statistics, in base 2: y = slope * logit - offset with slope = log2(e) / T, and an offset near the row's largest
+// y, -inf where every logit is. For logit_mse the teacher's three are k, sum (s-t-k) and sum (s-t-k)^2.
+struct RowStats {
+  double student_offset, teacher_offset;
+  double student_sum;  // sum 2^y
+  double teacher_sum;
+  double hard_sum;  // sum 2^(T * y): the student at temperature 1
+  double running;   // sum phi over the unnormalised exps
+};
+constexpr int kStats = 6;
+
+struct LossArgs {
+  int64_t rows, vocab;
+  int64_t width;  // of the student with its padding: the gradient beyond vocab is 0
+  Matrix student;
+  Matrix teachers[kMaxTeachers];
+  double teacher_weights[kMaxTeachers];
+  int n_teachers;
+  Target target;
+  bool geometric;
+  Divergence divergence;
+  const int64_t* labels;  // (rows) or null
+  int64_t ignore_index;
+  const double* weight;                              // (rows) or null
+  double temperature, teacher_temperature;           // where there is none per row
+  const double *temperatures, *teacher_temperatures;  // (rows) or null
+  double alpha, hard_weight;
+  bool t_squared;
+
+  double* losses;   // (rows), or null
+  RowStats* stats;  // (rows * segments): out of `stats`, into `grad`; or null
+  // the gradient of row r is scale * (row_scale ? row_scale[r] : 1) * dl_r/ds
+  double scale;
+  const double* row_scale;
+  void* grad;            // the student's dtype
+  Matrix grad_layout;    // its data and dtype are the student's where the gradient goes in place
+  bool stream;           // written past the cache
+
+  __attribute__((always_inline)) bool kept(int64_t row) const {
+    return !(labels && labels[row] == ignore_index) && !(weight && weight[row] == 0);
+  }
+};
+
+struct SoftmaxArgs {
+  int64_t rows, vocab;
+  Matrix logits;  // backward: the output
+  Matrix grad;    // backward only
+  double temperature;
+  const double* temperatures;
+  bool log;
+  void* out;  // (rows, vocab), contiguous
+  DType out_dtype;
+};
+
+// Rows [begin, end) each. Where rows are few a row is split into segments of kSegment classes: `stats` and `grad` take
+// units of (row, segment) then, and `merge` joins a row's segments in their order.
+constexpr int64_t kSegment = 8192;
+
+struct RowKernels {
+  void (*loss_grad)(const LossArgs&, int64_t begin, int64_t end);
+  void (*stats)(const LossArgs&, int64_t segments, int64_t begin, int64_t end);
+  void (*merge)(const LossArgs&, int64_t segments);  // stats[row * segments] becomes the row's; writes losses
+  void (*grad)(const LossArgs&, int64_t segments, int64_t begin, int64_t end);
+  void (*softmax)(const SoftmaxArgs&, int64_t begin, int64_t end);
+  void (*softmax_backward)(const SoftmaxArgs&, int64_t begin, int64_t end);
+};
+
+const RowKernels& row_kernels_baseline();
+const RowKernels& row_kernels_avx2();
+const RowKernels& row_kernels_avx512();
+const RowKernels& row_kernels_avx512_bf16();
+
+}  // namespace kdfast

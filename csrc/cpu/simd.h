@@ -1,0 +1,270 @@
+// Vectors for one instruction set: the compiler's vector extensions, so that operators come for free on every machine,
+// and an intrinsic where the compiler would not find the instruction. Included once per instruction set, with
+// KDFAST_ISA_* flags set by the compiler's own macros; all of it in an anonymous namespace.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define KD_INLINE __attribute__((always_inline)) inline
+#define KD_NOINLINE __attribute__((noinline))
+
+namespace kdfast {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// Storage types: the bits of a 16-bit float.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// A vector of C (float or double), its integers of the same width, and its lanes' 16-bit halves.
+template <class C>
+struct Types;
+template <>
+struct Types<float> {
+  static constexpr int kLanes = kVectorBytes / 4;
+  typedef float V __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t U __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t H __attribute__((vector_size(kVectorBytes / 2)));
+};
+template <>
+struct Types<double> {
+  static constexpr int kLanes = kVectorBytes / 8;
+  typedef double V __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+};
+using FloatV = Types<float>::V;
+using DoubleV = Types<double>::V;
+
+// The type in which values of storage type S are computed.
+template <class S>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::type;
+
+template <class To, class From>
+KD_INLINE To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+template <class C>
+KD_INLINE typename Types<C>::V splat(C x) {
+  return typename Types<C>::V{} + x;
+}
+
+// (a > b) ? a : b, so b where either is NaN
+KD_INLINE FloatV max(FloatV a, FloatV b) {
+#if defined(__AVX512F__)
+  return (FloatV)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (FloatV)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (FloatV)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+KD_INLINE DoubleV max(DoubleV a, DoubleV b) { return a > b ? a : b; }
+KD_INLINE FloatV min(FloatV a, FloatV b) { return -max(-a, -b); }
+KD_INLINE DoubleV min(DoubleV a, DoubleV b) { return a < b ? a : b; }
+
+KD_INLINE FloatV masked(FloatV p, FloatV x) { return p * (p == 0 ? FloatV{} : x); }
+KD_INLINE DoubleV masked(DoubleV p, DoubleV x) { return p * (p == 0 ? DoubleV{} : x); }
+
+template <class V>
+KD_INLINE double sum(V v) {  // lane by lane in a fixed order
+#if defined(__AVX512F__)
+  if constexpr (sizeof(v[0]) == 4) return _mm512_reduce_add_ps((__m512)v);
+#endif
+  double total = 0;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(v[0]); ++i) total += v[i];
+  return total;
+}
+template <class V>
+KD_INLINE auto max_lane(V v) {
+  auto high = v[0];
+  for (unsigned i = 1; i < sizeof(V) / sizeof(v[0]); ++i) high = v[i] > high ? v[i] : high;
+  return high;
+}
+
+// ---- 16-bit storage ----
+
+KD_INLINE FloatV widen(Types<float>::H h, bf16) {
+  return bits<FloatV>(__builtin_convertvector(h, Types<float>::U) << 16);
+}
+
+KD_INLINE FloatV widen(Types<float>::H h, f16) {
+#if defined(__AVX512F__)
+  return (FloatV)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  return (FloatV)_mm256_cvtph_ps((__m128i)h);
+#elif defined(__aarch64__)
+  typedef __fp16 Half __attribute__((vector_size(8)));
+  return __builtin_convertvector(bits<Half>(h), FloatV);
+#else
+  using U = Types<float>::U;
+  const U wide = __builtin_convertvector(h, U);
+  // exponent and mantissa into place; the product mends the exponent's bias, denormals included
+  const FloatV magnitude = bits<FloatV>((wide & 0x7fff) << 13) * 0x1p112f;
+  const U special = (wide & 0x7c00) == 0x7c00 ? U{} + 0x7f800000 : U{};
+  return bits<FloatV>(bits<U>(magnitude) | special | (wide & 0x8000) << 16);
+#endif
+}
+
+KD_INLINE Types<float>::H narrow(FloatV x, bf16) {
+#if defined(__AVX512BF16__)
+  return (Types<float>::H)_mm512_cvtneps_pbh((__m512)x);
+#else
+  using U = Types<float>::U;
+  const U u = bits<U>(x);
+  const U rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;  // to nearest, ties to even
+  const U quiet = (U)(x != x) & 0x7fc0;
+  return __builtin_convertvector((x == x) ? rounded : quiet, Types<float>::H);
+#endif
+}
+
+KD_INLINE Types<float>::H narrow(FloatV x, f16) {
+#if defined(__AVX512F__)
+  return (Types<float>::H)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (Types<float>::H)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  typedef __fp16 Half __attribute__((vector_size(8)));
+  return bits<Types<float>::H>(__builtin_convertvector(x, Half));
+#else
+  using U = Types<float>::U;
+  const U sign = bits<U>(x) & 0x80000000u, u = bits<U>(x) ^ sign;
+  const FloatV a = bits<FloatV>(u);
+  // normal: rebias and round the 13 bits that go; subnormal: adding 0.5 leaves the rounded result in the low bits
+  const U normal = (u + 0xc8000fffu + (u >> 13 & 1)) >> 13;
+  const U small = bits<U>(a + 0.5f) - 0x3f000000u;
+  U half = u < 0x38800000u ? small : normal;
+  half = u >= 0x47800000u ? (u > 0x7f800000u ? U{} + 0x7e00 : U{} + 0x7c00) : half;
+  return __builtin_convertvector(half | sign >> 16, Types<float>::H);
+#endif
+}
+
+// ---- loads and stores: kLanes elements, or the first n of them ----
+
+KD_INLINE FloatV load(const float* p) {
+  FloatV v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+KD_INLINE DoubleV load(const double* p) {
+  DoubleV v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <class S>
+KD_INLINE FloatV load(const S* p) {
+  Types<float>::H h;
+  std::memcpy(&h, p, sizeof(h));
+  return widen(h, S{});
+}
+
+KD_INLINE void store(float* p, FloatV v) { std::memcpy(p, &v, sizeof(v)); }
+KD_INLINE void store(double* p, DoubleV v) { std::memcpy(p, &v, sizeof(v)); }
+template <class S>
+KD_INLINE void store(S* p, FloatV v) {
+  const auto h = narrow(v, S{});
+  std::memcpy(p, &h, sizeof(h));
+}
+
+// Past the cache, to an address that is a multiple of the vector's stored size.
+template <class S, class V>
+KD_INLINE void stream(S* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 2) {
+    _mm256_stream_si256((__m256i*)p, (__m256i)narrow(v, S{}));
+  } else {
+    _mm512_stream_si512((__m512i*)p, (__m512i)v);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 2) {
+    _mm_stream_si128((__m128i*)p, (__m128i)narrow(v, S{}));
+  } else {
+    _mm256_stream_si256((__m256i*)p, (__m256i)v);
+  }
+#elif defined(__x86_64__)
+  if constexpr (sizeof(S) == 2) {
+    _mm_stream_si64((long long*)p, bits<long long>(narrow(v, S{})));
+  } else {
+    _mm_stream_si128((__m128i*)p, (__m128i)v);
+  }
+#else
+  store(p, v);
+#endif
+}
+KD_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+template <class S>
+KD_INLINE auto load_part(const S* p, int n, Compute<S> fill) {
+  using C = Compute<S>;
+  constexpr int kLanes = Types<C>::kLanes;
+#if defined(__AVX512F__)
+  const __mmask16 first = (__mmask16)((1u << n) - 1);
+  if constexpr (sizeof(S) == 4) return (FloatV)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first, p);
+  if constexpr (sizeof(S) == 2) {
+    const FloatV v = widen((Types<float>::H)_mm256_maskz_loadu_epi16(first, p), S{});
+    return (FloatV)_mm512_mask_mov_ps(_mm512_set1_ps(fill), first, (__m512)v);
+  }
+#endif
+  S part[kLanes] = {};
+  std::memcpy(part, p, n * sizeof(S));
+  auto v = load(part);
+  for (int i = n; i < kLanes; ++i) v[i] = fill;
+  return v;
+}
+
+template <class S, class V>
+KD_INLINE void store_part(S* p, V v, int n) {
+#if defined(__AVX512F__)
+  const __mmask16 first = (__mmask16)((1u << n) - 1);
+  if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(p, first, (__m512)v);
+  if constexpr (sizeof(S) == 2) return _mm256_mask_storeu_epi16(p, first, (__m256i)narrow(v, S{}));
+#endif
+  S part[sizeof(V) / sizeof(v[0])];
+  store(part, v);
+  std::memcpy(p, part, n * sizeof(S));
+}
+
+// One element as C, through the vector conversions, so that there is one of each.
+template <class S>
+KD_INLINE Compute<S> load_one(const S* p) {
+  return load_part(p, 1, 0)[0];
+}
+
+}  // namespace
+}  // namespace kdfast

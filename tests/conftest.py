@@ -1,0 +1,42 @@
+"""What all tests share: the backends, the seed, the threads."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import BACKENDS
+
+import kdfast
+
+
+def why_not(backend: str) -> str | None:
+    """Why a backend is not usable here, by its own account."""
+    facts = kdfast.backends()[backend]
+    return None if facts["usable"] else f"backend {backend!r} is not usable here: {facts['why_not']}"
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, seed_and_threads: None) -> str:
+    """The name of each backend in turn; skipped with the reason where it is not usable."""
+    if reason := why_not(request.param):
+        pytest.skip(reason)
+    # kernels split rows over threads, and a single row too; the reference only gets slower by it where others run
+    torch.set_num_threads(1 if request.param == "reference" else 2)
+    return request.param
+
+
+@pytest.fixture
+def cpu() -> str:
+    """The compiled backend alone, for promises that are about its kernels."""
+    if reason := why_not("cpu"):
+        pytest.skip(reason)
+    return "cpu"
+
+
+@pytest.fixture(autouse=True)
+def seed_and_threads() -> Iterator[None]:
+    """Every test draws the same numbers alone as in company, and leaves the number of threads as it found it."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

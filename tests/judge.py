@@ -1,0 +1,175 @@
+r"""How numbers are judged: against the reference in fp64, by the yardstick of eager PyTorch.
+
+Every logit enters a loss through exp(z), z = s / T. Computed with care in a format whose numbers are eps apart, z is
+off by |z| eps and exp(z) by as much relatively; exp itself by up to 8 eps (1e-6 in fp32, the worst that this package
+allows its own), and so are sums over rows. Hence each probability may be off by q_i * (8 + |log q_i|) * eps, and a
+gradient, which is a sum of such terms, by the sum A_i of what its terms may be off by. That is the "few ulp", counted
+at the size of the terms and not of their difference: where the student is good q - p cancels, and no arithmetic in
+that format brings the lost digits back. The same holds for the terms of a row's loss, with A. Then
+
+    |gradient_i - truth_i|  <=  (1 + R) * A_i + 1/2 ulp(truth_i)
+    |loss - truth|          <=  A + |eager - truth|
+
+where R is the largest |eager_i - truth_i| / A_i of the row, eager being the usual recipe (eager.py) in fp32 on the same
+numbers, upcast where they are of 16 bits, and the half ulp is that of a 16-bit student: the gradient is fp32's, rounded
+once. For fp64, where the truth has no more digits than what it judges, the truth's own rounding of z stands for eager's
+error: R is the largest |z| among the classes with a probability, and the loss gets as much.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from cases import F32, F64
+from eager import DEFAULTS, eager, largest_z
+from torch import Tensor
+
+import kdfast
+
+
+def run(
+    student: Tensor, teacher: Any, labels: Tensor | None = None, grad_loss: Tensor | None = None, **settings: Any
+) -> tuple[Tensor, Tensor]:
+    """kd_loss and its gradient in the student's logits, which keep their strides."""
+    leaf = student.detach().requires_grad_()
+    loss = kdfast.kd_loss(leaf.clone() if settings.get("inplace") else leaf, teacher, labels, **settings)
+    loss.backward(grad_loss)
+    assert leaf.grad is not None
+    return loss.detach(), leaf.grad
+
+
+def judge(student: Tensor, teacher: Any, labels: Tensor | None = None, *, backend: str, **settings: Any) -> None:
+    """Runs the three kernels (loss and gradient in one; statistics, then gradient; statistics alone) by the rule."""
+    rowwise = {k: v for k, v in settings.items() if k not in ("reduction", "normalizer")} | {"reduction": "none"}
+    with one_thread():
+        truth = Truth(student, teacher, labels, rowwise)
+    if settings.get("reduction") != "none":
+        scale = divisor(student, labels, **settings)
+        loss, grad = run(student, teacher, labels, backend=backend, **settings)
+        truth.judge_sum("loss and gradient in one", loss, scale)
+        truth.judge_gradient("loss and gradient in one", grad, torch.full_like(truth.loss, scale))
+        with torch.no_grad():
+            loss = kdfast.kd_loss(student, teacher, labels, backend=backend, **settings | {"inplace": False})
+        truth.judge_sum("loss alone", loss, scale)
+    # coefficients of both signs, exact in every dtype
+    factor = (1.5 - torch.arange(truth.loss.numel()) % 4).reshape(truth.loss.shape).to(truth.kind)
+    loss, grad = run(student, teacher, labels, factor, backend=backend, **rowwise)
+    truth.judge_rows("losses by row", loss)
+    truth.judge_gradient("gradient by row", grad, factor.double())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For PyTorch's own many small operations, which two threads on a busy machine make slower by far."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Truth:
+    """What each row's loss and gradient are, and how far off they may be."""
+
+    def __init__(self, student: Tensor, teacher: Any, labels: Tensor | None, settings: dict[str, Any]) -> None:
+        wide = {k: _wide(v) for k, v in settings.items() if k != "inplace"} | {"backend": "reference"}
+        ones = torch.ones(student.shape[:-1], dtype=F64)
+        self.loss, self.grad = run(_wide(student), _wide(teacher), labels, ones, **wide)
+        self.dtype, self.kind = student.dtype, F64 if student.dtype == F64 else F32
+
+        vocab = settings.get("vocab_size") or student.shape[-1]
+        s = student.detach()[..., :vocab]
+        teachers = [] if teacher is None else [teacher] if isinstance(teacher, Tensor) else list(teacher)
+        teachers = [t[..., :vocab] for t in teachers]
+        weight = settings["weight"].double() if settings.get("weight") is not None else ones
+        if labels is not None:
+            weight = weight * (labels != settings.get("ignore_index", -100))
+        options = DEFAULTS | {k: v for k, v in settings.items() if k in DEFAULTS}
+
+        info = torch.finfo(self.kind)
+        self.floor = 128 * info.tiny  # of what underflows, times a T of up to 100
+        _, loss_off, grad_off = eager(s.double(), [t.double() for t in teachers], labels, _wide(options))
+        loss_off, grad_off = loss_off * weight * info.eps, grad_off * weight.unsqueeze(-1) * info.eps
+        if self.kind == F64:
+            ratio = largest_z(s, teachers, options)
+            self.loss_off = loss_off * (1 + ratio.squeeze(-1))
+        else:
+            leaf = s.float().requires_grad_()
+            loss, _, _ = eager(leaf, [t.float() for t in teachers], labels, options)
+            (grad,) = torch.autograd.grad((loss * weight).sum(), leaf)
+            missed = (grad - self.grad[..., :vocab]).abs() / (grad_off + self.floor)
+            ratio = missed.amax(-1, True).nan_to_num(0, 0)  # where eager itself breaks it excuses nothing
+            self.loss_off = loss_off + (loss.detach() * weight - self.loss).abs().nan_to_num(0, 0)
+        self.grad_off = F.pad(grad_off * (1 + ratio), (0, student.shape[-1] - vocab))
+
+    def judge_rows(self, what: str, loss: Tensor) -> None:
+        assert loss.dtype == self.kind, f"{what}: of {loss.dtype}"
+        _within(what, loss, self.loss, self.loss_off + self.floor)
+
+    def judge_sum(self, what: str, loss: Tensor, scale: float) -> None:
+        assert loss.dtype == self.kind, f"{what}: of {loss.dtype}"
+        _within(what, loss, self.loss.sum() * scale, self.loss_off.sum() * scale + self.floor)
+
+    def judge_gradient(self, what: str, grad: Tensor, factor: Tensor) -> None:
+        assert grad.dtype == self.dtype, f"{what}: of {grad.dtype}"
+        factor = factor.unsqueeze(-1)
+        want, allowed = self.grad * factor, self.grad_off * factor.abs() + self.floor
+        if self.dtype.itemsize == 2:
+            allowed = allowed + half_ulp(want, self.dtype)
+        allowed = torch.where(self.grad_off * factor == 0, 0, allowed)  # padding and rows that dropped out: exactly 0
+        _within(what, grad, want, allowed)
+
+
+def half_ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half the distance between the numbers of a dtype at x."""
+    info = torch.finfo(dtype)
+    power = torch.ldexp(torch.ones_like(x), torch.frexp(x).exponent - 1)
+    return 0.5 * info.eps * power.clamp_min(info.smallest_normal)
+
+
+def divisor(
+    student: Tensor,
+    labels: Tensor | None,
+    *,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    normalizer: float | Tensor | None = None,
+    **others: Any,
+) -> float:
+    """What the sum of the rows' losses is multiplied by."""
+    if reduction == "sum":
+        return 1.0
+    kept = torch.ones(student.shape[:-1]) if labels is None else (labels != ignore_index).double()
+    total = float((kept if weight is None else kept * weight.double()).sum())
+    if reduction == "batchmean":
+        total = float(student.shape[0]) if student.dim() > 1 else 1.0
+    if normalizer is not None:
+        total = float(normalizer)
+    return 1.0 / total if total else 0.0
+
+
+def _wide(value: Any) -> Any:
+    """Floating tensors, and what holds them, in fp64."""
+    if isinstance(value, dict):
+        return {k: _wide(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_wide(v) for v in value]
+    return value.detach().double() if isinstance(value, Tensor) else value
+
+
+def _within(what: str, got: Tensor, want: Tensor, allowed: Tensor) -> None:
+    """|got - want| <= allowed, element by element; the message shows the worst."""
+    assert got.shape == want.shape, f"{what}: of shape {tuple(got.shape)} instead of {tuple(want.shape)}"
+    missed = (got.double() - want).abs()
+    bad = ~(missed <= allowed)
+    if bad.any():
+        worst = int(torch.where(bad, missed / allowed.clamp_min(1e-300), 0).nan_to_num(torch.inf).argmax())
+        a, b, c = (x.broadcast_to(want.shape).flatten()[worst].item() for x in (got, want, allowed))
+        raise AssertionError(
+            f"{what}: {int(bad.sum())} of {want.numel()} are off; the worst, element {worst}, is {a!r} instead of "
+            f"{b!r}, off by {abs(a - b):.3g} where {c:.3g} is allowed"
+        )

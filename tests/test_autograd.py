@@ -1,0 +1,226 @@
+"""When a gradient is made, what is allocated for it, and what autograd is told about it."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from cases import BF16, F16, F32, batch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kdfast import kd_loss, tempered_softmax
+
+ROWS, VOCAB = 5, 1000
+SCALAR = ("mean", "sum", "batchmean")
+
+
+class Allocations(TorchDispatchMode):
+    """Records every tensor of at least VOCAB elements that an operator makes, and the storage that it is in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, tuple[int, ...], int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {storage(x) for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, Tensor) and x.numel() >= VOCAB and storage(x) not in known:
+                self.made.append((str(func), tuple(x.shape), storage(x)))
+        return out
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [shape for _, shape, _ in self.made]
+
+
+def storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def data(dtype: torch.dtype = F32) -> tuple[Tensor, Tensor, Tensor]:
+    s, t, y = batch(ROWS, VOCAB, dtype)
+    y[1] = -100
+    return s.requires_grad_(), t, y
+
+
+def gradient(loss: Tensor, *inputs: Tensor, grad_loss: Tensor | None = None) -> Tensor:
+    return torch.autograd.grad(loss, inputs, grad_loss)[0]
+
+
+# reductions that make the gradient in forward, and those that make it in backward; fp16 always does the latter
+@pytest.mark.parametrize(("reduction", "dtype"), [("mean", F32), ("sum", BF16), ("none", F32), ("mean", F16)])
+def test_forward_and_backward_make_one_tensor_of_the_logits_size_which_becomes_the_leafs_grad(
+    reduction, dtype, backend
+):
+    s, t, y = data(dtype)
+    with Allocations() as allocations:
+        loss = kd_loss(s, t, y, reduction=reduction, backend=backend)
+        loss.backward(torch.ones_like(loss))
+    assert allocations.shapes == [s.shape], allocations.made
+    assert storage(s.grad) == allocations.made[0][2]
+
+
+@pytest.mark.parametrize("reduction", SCALAR)
+def test_a_gradient_made_in_forward_is_scaled_where_it_lies(reduction, backend):
+    s, t, y = data()
+    expected = 3 * gradient(kd_loss(s, t, y, reduction=reduction, backend=backend), s)
+    with Allocations() as allocations:
+        (kd_loss(s, t, y, reduction=reduction, backend=backend) * 3).backward()
+    assert allocations.shapes == [s.shape], allocations.made
+    torch.testing.assert_close(s.grad, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_inplace_makes_no_tensor_of_the_logits_size_and_hands_on_their_own_storage(reduction, backend):
+    s, t, y = data()
+    expected = gradient(kd_loss(s, t, y, reduction=reduction, backend=backend).sum(), s)
+    logits = s.clone()
+    logits.register_hook(lambda grad: seen.append(storage(grad)))
+    seen: list[int] = []
+    with Allocations() as allocations:
+        kd_loss(logits, t, y, reduction=reduction, inplace=True, backend=backend).sum().backward()
+    assert allocations.shapes == [], allocations.made
+    assert seen == [storage(logits)] == [storage(s.grad)]
+    torch.testing.assert_close(s.grad, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("why", ["no_grad", "inference_mode", "requires_grad=False"])
+def test_nothing_of_the_logits_size_is_made_where_no_gradient_is_wanted(why, reduction, backend):
+    s, t, y = data()
+    expected = kd_loss(s, t, y, reduction=reduction, backend=backend).detach()
+    mode = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(why, torch.enable_grad)
+    student = s.detach() if why == "requires_grad=False" else s
+    for inplace in (False, True):  # which has nothing to write then, and writes nothing
+        with mode(), Allocations() as allocations:
+            loss = kd_loss(student, t, y, reduction=reduction, inplace=inplace, backend=backend)
+        assert allocations.shapes == [], allocations.made
+        assert not loss.requires_grad
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert torch.equal(student, data()[0])
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_a_loss_whose_gradient_comes_in_backward_holds_nothing_of_the_logits_size_but_its_inputs(dtype, backend):
+    s, t, y = data(dtype)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        kd_loss(s, t, y, reduction="none", backend=backend)
+    inputs = {storage(x) for x in (s, t, y)}
+    assert inputs <= {storage(x) for x in saved}
+    assert [x.shape for x in saved if storage(x) not in inputs and x.numel() >= VOCAB] == []
+
+
+def test_a_loss_whose_gradient_came_in_forward_lets_go_of_logits_and_teacher(backend):
+    s, t, y = data()
+    logits = s * 1
+    loss = kd_loss(logits, t, y, backend=backend)
+    gone = weakref.ref(logits), weakref.ref(t)
+    del logits, t
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+    loss.backward()
+
+
+@pytest.mark.parametrize("reduction", [*SCALAR, "none"])
+def test_gradients_of_two_calls_add_up(reduction, backend):
+    s, t, y = data()
+    for teacher, factor in ((t, 1), (t.flip(0), -0.5)):
+        kd_loss(s, teacher, y, reduction=reduction, backend=backend).sum().mul(factor).backward()
+    first, second = (kd_loss(s, x, y, reduction=reduction, backend=backend).sum() for x in (t, t.flip(0)))
+    torch.testing.assert_close(gradient(first - 0.5 * second, s), s.grad)
+
+
+@pytest.mark.parametrize("reduction", [*SCALAR, "none"])
+@pytest.mark.parametrize("factor", [1, 3])  # 1 hands the gradient on as it is: it must not be changed afterwards
+def test_backward_may_run_twice_with_retain_graph_and_gives_the_same_gradient_twice(factor, reduction, backend):
+    s, t, y = data()
+    loss = kd_loss(s, t, y, reduction=reduction, backend=backend).sum() * factor
+    loss.backward(retain_graph=True)
+    first = s.grad.clone()
+    s.grad.mul_(7)  # what an optimizer or a clipping does with its gradient is its own affair
+    s.grad = None
+    loss.backward()
+    assert torch.equal(s.grad, first)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+def test_a_branch_and_the_whole_may_be_backpropagated_one_after_the_other(backend):
+    s, t, y = data()
+    loss = kd_loss(s, t, y, backend=backend)
+    alone = gradient(kd_loss(s, t, y, backend=backend), s)
+    (loss * 2).backward(retain_graph=True)
+    (loss * 5 + loss).backward()
+    torch.testing.assert_close(s.grad, 8 * alone)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_rowwise_losses_take_any_grad_output(dtype, backend):
+    s, t, y = data(dtype)
+    grad_loss = torch.randn(ROWS)
+    ours = gradient(kd_loss(s, t, y, reduction="none", backend=backend), s, grad_loss=grad_loss)
+    wide = s.detach().double().requires_grad_()
+    truth = kd_loss(wide, t.double(), y, reduction="none", backend="reference")
+    truth = gradient(truth, wide, grad_loss=grad_loss.double())
+    torch.testing.assert_close(ours, truth.to(dtype), rtol=1e-5 if dtype == F32 else 1e-3, atol=1e-7)
+    # one number for all rows, which is not contiguous: sum() hands it on expanded
+    summed = gradient(kd_loss(s, t, y, reduction="none", backend=backend).sum(), s)
+    ones = gradient(kd_loss(s, t, y, reduction="none", backend=backend), s, grad_loss=torch.ones(ROWS))
+    assert torch.equal(summed, ones)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_double_backward_is_a_clear_error(inplace, reduction, backend):
+    s, t, y = data()
+    loss = kd_loss(s * 1, t, y, reduction=reduction, inplace=inplace, backend=backend)
+    grad_loss = torch.ones_like(loss)
+    for coefficient in (grad_loss, grad_loss.clone().requires_grad_()):  # a constant, and one that has a graph
+        with pytest.raises(RuntimeError, match="differentiable once.*create_graph"):
+            torch.autograd.grad(loss, s, coefficient, create_graph=True)
+
+
+def test_tempered_softmax_is_twice_differentiable():
+    for log in (False, True):
+        logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+        temperature = torch.tensor([0.5, 1.0, 3.7])
+        assert torch.autograd.gradgradcheck(lambda z, log=log, T=temperature: tempered_softmax(z, T, log=log), logits)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_teacher_made_under_inference_mode_is_as_good_as_any(reduction, backend):
+    s, t, y = data()
+    expected = gradient(kd_loss(s, [t, t + 1], y, reduction=reduction, backend=backend).sum(), s)
+    with torch.inference_mode():
+        made = t.clone(), t + 1, y.clone()
+    assert all(x.is_inference() for x in made)
+    loss = kd_loss(s, list(made[:2]), made[2], reduction=reduction, backend=backend).sum()
+    assert torch.equal(gradient(loss, s), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_teacher_that_requires_grad_gets_none_and_is_not_an_obstacle(reduction, backend):
+    s, t, y = data()
+    teacher = t.clone().requires_grad_()
+    temperature = torch.full((ROWS,), 2.0, requires_grad=True)
+    kd_loss(s, teacher * 1, y, reduction=reduction, temperature=temperature, backend=backend).sum().backward()
+    assert teacher.grad is None
+    assert temperature.grad is None
+    with torch.no_grad():
+        unasked = kd_loss(s.detach(), teacher, y, reduction=reduction, backend=backend)
+    assert not unasked.requires_grad
+    assert not kd_loss(s.detach(), teacher, y, reduction=reduction, backend=backend).requires_grad
+
+
+@pytest.mark.parametrize("what", ["student", "teacher", "labels", "weight"])
+def test_what_changed_between_forward_and_a_backward_that_reads_it_is_an_error(what, backend):
+    s, t, y = data()
+    tensors = {"student": s * 1, "teacher": t, "labels": y, "weight": torch.rand(ROWS)}
+    loss = kd_loss(*list(tensors.values())[:3], weight=tensors["weight"], reduction="none", backend=backend).sum()
+    with torch.no_grad():
+        tensors[what].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

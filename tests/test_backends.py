@@ -1,0 +1,167 @@
+"""backends(), and what happens where there are no fast kernels: one warning, and the same numbers."""
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from cases import BF16, F16, F32, F64, batch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import kdfast
+
+PACKAGE = Path(kdfast.__file__).parent
+
+
+def run(code: str, *flags: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Python code in a process of its own, which imports kdfast from `path`."""
+    search = os.pathsep.join(filter(None, [str(path or PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, *flags, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": search, **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=path)
+
+
+def run_well(*arguments: str, **options) -> str:
+    done = run(*arguments, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def without_kernels(tmp_path: Path) -> Path:
+    """A pure-Python install: the package without what the compiler made."""
+    shutil.copytree(PACKAGE, tmp_path / "kdfast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+def test_backends_says_of_each_whether_it_is_compiled_and_usable_and_why_not():
+    facts = kdfast.backends()
+    assert set(facts) == {"reference", "cpu", "by_device"}
+    for name in ("reference", "cpu"):
+        entry = facts[name]
+        assert {type(entry["compiled"]), type(entry["usable"])} == {bool}
+        assert (entry["why_not"] is None) == entry["usable"], "a reason exactly where it is not usable"
+    assert facts["reference"] == {"compiled": True, "usable": True, "why_not": None}
+    assert facts["by_device"]["cpu"] == ("cpu" if facts["cpu"]["usable"] else "reference")
+    assert (facts["cpu"]["isa"] is not None) == facts["cpu"]["usable"]
+    assert facts["cpu"]["build"]
+
+
+def test_what_backends_returns_is_the_callers_own():
+    kdfast.backends()["cpu"]["usable"] = "changed"
+    kdfast.backends()["by_device"].clear()
+    assert kdfast.backends()["cpu"]["usable"] != "changed"
+    assert "cpu" in kdfast.backends()["by_device"]
+
+
+def test_the_cpu_backend_is_what_a_cpu_tensor_gets(cpu):
+    s, t, y = batch(5, 1000)
+    assert torch.equal(kdfast.kd_loss(s, t, y), kdfast.kd_loss(s, t, y, backend="cpu"))
+    kinds = torch._C._dispatch_dump("kdfast::loss_grad")
+    assert "CPU" in kinds, "the C++ kernels register for the CPU"
+
+
+def test_an_unknown_backend_is_an_error_that_names_those_there_are():
+    s, t, _ = batch(2, 5)
+    with pytest.raises(ValueError, match="backend: 'gpu' is not one of None, 'reference', 'cpu'"):
+        kdfast.kd_loss(s, t, backend="gpu")
+
+
+def test_the_cpu_backend_refuses_tensors_of_another_device_and_names_it():
+    s = torch.empty(2, 5, device="meta")
+    with pytest.raises(RuntimeError, match="backend: 'cpu' .*meta"):
+        kdfast.kd_loss(s, s, backend="cpu")
+
+
+def test_asking_for_kernels_that_are_not_there_is_an_error_that_says_why(without_kernels):
+    done = run(
+        "import torch, kdfast\n"
+        "assert not kdfast.backends()['cpu']['usable'] and kdfast.backends()['by_device']['cpu'] == 'reference'\n"
+        "try: kdfast.kd_loss(torch.ones(2, 3), torch.ones(2, 3), backend='cpu')\n"
+        "except RuntimeError as error: print(error)",
+        path=without_kernels,
+    )
+    assert "backend: 'cpu' is not usable here: the compiled extension is missing" in done.stdout, done.stderr
+    assert "pip install" in done.stdout, "it says how to get them"
+
+
+def test_a_library_that_does_not_load_is_a_reason_and_not_a_crash(without_kernels):
+    (without_kernels / "kdfast" / "libkdfast.so").write_bytes(b"not a library")
+    out = run_well("import kdfast; print(kdfast.backends()['cpu'])", path=without_kernels)
+    assert "'usable': False" in out
+    assert "could not be loaded" in out
+
+
+# prints the warnings of every kind of call; `options` stands before it
+EVERY_CALL = """
+import warnings, torch, kdfast
+student, teacher = torch.randn(2, 4, 9)
+student.requires_grad_()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    kdfast.backends()
+    for reduction in ("mean", "none", "mean", "none"):
+        kdfast.kd_loss(student, teacher, reduction=reduction, **options).sum().backward()
+    with torch.no_grad():
+        kdfast.kd_loss(student, teacher, **options)
+        if not options:
+            kdfast.tempered_softmax(student)
+loss = kdfast.kd_loss(student, teacher, **options), kdfast.kd_loss(student, teacher, backend="reference")
+torch.testing.assert_close(*loss)
+for warning in caught:
+    print(warning.category.__name__, warning.message)
+"""
+
+
+def test_without_kernels_one_warning_says_so_and_the_numbers_are_right(without_kernels):
+    lines = run_well("options = {}" + EVERY_CALL, path=without_kernels).splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("UserWarning kdfast: no fast kernels for cpu tensors")
+    assert "pip install" in lines[0], "it says how to get them"
+
+
+def test_the_reference_asked_for_by_name_never_warns(without_kernels):
+    assert run_well("options = {'backend': 'reference'}" + EVERY_CALL, path=without_kernels) == ""
+
+
+def test_the_cpu_backend_never_warns(cpu):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        s, t, y = batch(5, 100)
+        kdfast.kd_loss(s.requires_grad_(), t, y).backward()
+        kdfast.tempered_softmax(s).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
+@pytest.mark.parametrize("where", ["meta", "fake"])
+def test_tensors_without_data_give_the_right_shapes_dtypes_and_devices(where, dtype, recwarn):
+    mode = FakeTensorMode() if where == "fake" else torch.device("meta")
+    with mode:
+        s = torch.empty(2, 3, 100, dtype=dtype, requires_grad=True)
+        t = torch.empty(2, 3, 100)
+        y = torch.empty(2, 3, dtype=torch.int64)
+        for reduction in ("mean", "sum", "batchmean", "none"):
+            s.grad = None
+            loss = kdfast.kd_loss(s, [t, t], y, temperature=2.0, weight=torch.empty(2, 3), reduction=reduction)
+            loss.sum().backward()
+            assert loss.shape == ((2, 3) if reduction == "none" else ())
+            assert loss.dtype == (F64 if dtype == F64 else F32)
+            assert (s.grad.shape, s.grad.dtype, s.grad.device) == (s.shape, dtype, s.device)
+        p = kdfast.tempered_softmax(s, 2.0, out_dtype=F32)
+        assert (p.shape, p.dtype, p.device) == (s.shape, F32, s.device)
+    assert not [str(w.message) for w in recwarn if "kdfast" in str(w.message)]
+
+
+def test_importing_kdfast_warns_of_nothing():
+    done = run("import kdfast", "-W", "error")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_importing_kdfast_adds_little_to_importing_torch():
+    code = "import time, torch; a = time.perf_counter(); import kdfast; print(time.perf_counter() - a)"
+    seconds = min(float(run_well(code)) for _ in range(3))  # the best of three: others may use the machine
+    assert seconds < 0.3

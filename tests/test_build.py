@@ -1,0 +1,161 @@
+"""What the build promises: its objects, its library, its wheels, its choice of an instruction set."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import kdfast
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(kdfast.__file__).parent
+LIBRARY = PACKAGE / "libkdfast.so"
+MODULE = PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"  # of this Python
+SMOKE = Path(__file__).with_name("smoke.py")
+KINDS = {"cpu": "1", "reference": "0"}  # the backend that a CPU gets: KDFAST_BUILD_EXT
+
+# A test that needs what the build left may skip only where kdfast was not built here.
+built_here = pytest.mark.skipif(
+    not MODULE.exists() or not (PACKAGE.parent / "CMakeLists.txt").exists(),
+    reason="kdfast is an installed or a pure-Python package here, not a compiled checkout",
+)
+from_checkout = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there is no checkout around the tests")
+
+
+def run(*command: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    words = [str(word) for word in command]
+    return subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=os.environ | environment)
+
+
+def symbols(path: Path, *options: str) -> list[list[str]]:
+    """Lines of `nm`, split: [address,] kind, name."""
+    listing = run("nm", *options, path)
+    assert listing.returncode == 0, listing.stderr
+    return [line.split() for line in listing.stdout.splitlines()]
+
+
+def compiled_module():
+    """kdfast._C by itself: it needs neither kdfast nor torch."""
+    spec = importlib.util.spec_from_file_location("kdfast._C", MODULE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# -- objects and library -----------------------------------------------------------------------------------------------
+
+
+@built_here
+@pytest.mark.parametrize("isa", compiled_module().build()["isas"] if MODULE.exists() else [])
+def test_isa_objects_define_no_weak_symbols(isa):
+    # The linker keeps one of several weak definitions: perhaps the AVX-512 one, for a machine that has no AVX-512.
+    build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}" / "CMakeFiles" / f"row_kernels_{isa}.dir"
+    objects = list(build.rglob("*.o"))
+    assert objects, f"no object files under {build}"
+    for path in objects:
+        defined = symbols(path, "--defined-only", "--demangle")
+        assert any(f"row_kernels_{isa}" in " ".join(line) for line in defined)
+        assert [line for line in defined if line[1] in "WwVvu"] == []
+
+
+@built_here
+def test_library_needs_only_torchs_stable_abi():
+    # glibc's and libstdc++'s names carry a version (name@VERSION); lower-case kinds may stay undefined.
+    foreign = [name for kind, name in symbols(LIBRARY, "-D", "--undefined-only") if kind == "U" and "@" not in name]
+    assert foreign
+    assert [name for name in foreign if not re.match(r"aoti_torch_|torch_", name)] == []
+
+
+# -- the choice of an instruction set ----------------------------------------------------------------------------------
+
+
+def isa_with(wanted: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "-c", "import _C; print(_C.isa())", cwd=PACKAGE, KDFAST_CPU_ISA=wanted)
+
+
+@built_here
+def test_environment_picks_any_usable_isa_and_none_gives_the_best():
+    usable = compiled_module().usable_isas()
+    assert usable[0] == "baseline"
+    for wanted, expected in [*zip(usable, usable, strict=True), ("", usable[-1])]:
+        assert isa_with(wanted).stdout.strip() == expected
+
+
+@built_here
+@pytest.mark.parametrize("wanted", ["avx1024", "AVX2", "baseline,avx2", " baseline"])
+def test_unusable_isa_is_an_error_that_says_what_it_may_be(wanted):
+    message = isa_with(wanted).stderr.splitlines()[-1]
+    usable = ", ".join(compiled_module().usable_isas())
+    assert message == f"ValueError: KDFAST_CPU_ISA: '{wanted}' is not usable here; it may be one of {usable}"
+
+
+# -- wheels ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def wheel(request, tmp_path_factory):
+    """(kind, wheel), built from this checkout and its build directory, everything else in a directory of its own."""
+    if request.param == "cpu" and not MODULE.exists():
+        pytest.skip("kdfast is a pure-Python package here")
+    tmp = tmp_path_factory.mktemp(request.param)
+    command = f"setup.py build -b {tmp}/build egg_info -e {tmp} bdist_wheel -b {tmp}/bdist -d {tmp}".split()
+    done = run(sys.executable, *command, KDFAST_BUILD_EXT=KINDS[request.param])
+    assert done.returncode == 0, done.stderr
+    assert ("PURE PYTHON" in done.stderr) == (request.param == "reference")
+    (path,) = tmp.glob("*.whl")
+    return request.param, path
+
+
+@from_checkout
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    kind, path = wheel
+    sources = [source for pattern in ("*.py", "*.pyi", "py.typed") for source in PACKAGE.rglob(pattern)]
+    expected = {str(source.relative_to(PACKAGE.parent)) for source in sources}
+    if kind == "cpu":
+        expected |= {f"kdfast/{LIBRARY.name}", f"kdfast/{MODULE.name}"}
+    with zipfile.ZipFile(path) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert names == expected
+    assert path.name.startswith(f"kdfast-{kdfast.__version__}-")
+    assert path.name.endswith("-py3-none-any.whl") == (kind == "reference")
+
+
+@from_checkout
+def test_wheel_works_and_warns_once_where_it_is_pure_python(wheel, tmp_path):
+    kind, path = wheel
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path)
+    done = run(sys.executable, SMOKE, kind, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path) in done.stdout
+
+
+@from_checkout
+@pytest.mark.parametrize(("insist", "status"), [("", 0), ("1", 1)])
+def test_without_a_compiler_the_install_is_pure_python_unless_the_compiled_one_is_insisted_on(insist, status, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "CXX"}
+    environment |= {"PATH": str(tmp_path), "KDFAST_BUILD_EXT": insist}
+    command = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == status
+    assert "no C++ compiler" in done.stderr
+    assert ("PURE PYTHON" in done.stderr) == (status == 0)
+
+
+@from_checkout
+def test_failing_compiler_fails_the_install(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "kdfast"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so"))
+    done = run(sys.executable, "setup.py", "build", cwd=tmp_path, CXX="false", KDFAST_BUILD_EXT="")
+    assert done.returncode != 0
+    assert "PURE PYTHON" not in done.stderr
+    assert not list(tmp_path.rglob("*.so"))

@@ -1,0 +1,224 @@
+"""torch.compile, torch.export and opcheck: a compiled call is one graph that gives what eager gives."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
+
+import kdfast
+from kdfast.ops import SCHEMAS, Inputs, Settings
+
+pytestmark = pytest.mark.filterwarnings("ignore:kdfast")
+
+# Every kind of call: loss, gradient in forward or in backward, each optional tensor, each kind of teacher.
+# A call gets student and teacher (rows, vocab), labels and row values (rows,), and the backend.
+CALLS: dict[str, Callable[..., Tensor]] = {
+    "default": lambda s, t, y, w, b: kdfast.kd_loss(s, t, y, temperature=2.0, backend=b),
+    "soft alone": lambda s, t, y, w, b: kdfast.kd_loss(s, t, divergence="forward_kl", backend=b),
+    "hard alone": lambda s, t, y, w, b: kdfast.kd_loss(s, None, y, alpha=0, backend=b),
+    "none": lambda s, t, y, w, b: kdfast.kd_loss(s, t, y, reduction="none", backend=b) * w,
+    "batchmean": lambda s, t, y, w, b: kdfast.kd_loss(s, t, y, reduction="batchmean", backend=b),
+    "sum of weighted rows": lambda s, t, y, w, b: kdfast.kd_loss(s, t, y, weight=w, reduction="sum", backend=b),
+    "normalizer tensor": lambda s, t, y, w, b: kdfast.kd_loss(s, t, y, normalizer=(y >= 0).sum(), backend=b),
+    "inplace": lambda s, t, y, w, b: kdfast.kd_loss(s * 1, t, y, inplace=True, backend=b) * 3,
+    "inplace none": lambda s, t, y, w, b: kdfast.kd_loss(s * 1, t, y, reduction="none", inplace=True, backend=b) * w,
+    "float16": lambda s, t, y, w, b: kdfast.kd_loss(s.half(), t.half(), y, backend=b) * 1024,
+    "bfloat16": lambda s, t, y, w, b: kdfast.kd_loss(s.bfloat16(), t, y, backend=b),
+    "arithmetic ensemble": lambda s, t, y, w, b: kdfast.kd_loss(
+        s, [t, t.flip(0).half()], y, teacher_weights=[1, 3], temperature=3.0, backend=b
+    ),
+    "geometric ensemble": lambda s, t, y, w, b: kdfast.kd_loss(
+        s, [t, t.flip(0)], y, ensemble="geometric", divergence="reverse_kl", reduction="none", backend=b
+    ),
+    "temperature per row": lambda s, t, y, w, b: kdfast.kd_loss(
+        s, t, y, temperature=1 + w, teacher_temperature=2 + w, reduction="none", backend=b
+    ),
+    "probs": lambda s, t, y, w, b: kdfast.kd_loss(s, t.softmax(-1), y, target="probs", backend=b),
+    "log_probs": lambda s, t, y, w, b: kdfast.kd_loss(s, t.log_softmax(-1), y, target="log_probs", backend=b),
+    "logit_mse": lambda s, t, y, w, b: kdfast.kd_loss(s, t, y, divergence="logit_mse", backend=b),
+    "vocab_size": lambda s, t, y, w, b: kdfast.kd_loss(s, t[:, :-1], y, vocab_size=8, t_squared=False, backend=b),
+    "KDLoss": lambda s, t, y, w, b: kdfast.KDLoss(temperature=3.0, alpha=0.5, backend=b)(s, t, y, weight=w),
+}
+SOFTMAX_CALLS: dict[str, Callable[..., Tensor]] = {
+    "tempered_softmax": lambda s, t, y, w, b: kdfast.tempered_softmax(s, 2.0) * t,
+    "its logarithm, per row": lambda s, t, y, w, b: kdfast.tempered_softmax(
+        s, 1 + w, log=True, out_dtype=torch.float64
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def batch(rows: int = 6, vocab: int = 11) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows * 1000 + vocab)
+    s, t = torch.randn(2, rows, vocab, generator=generator) * 3
+    y = torch.randint(min(vocab, 8), (rows,), generator=generator)  # of few classes, for "vocab_size"
+    y[rows // 2] = -100
+    return s, t, y, torch.rand(rows, generator=generator) + 0.5
+
+
+def value_and_gradient(call: Callable[..., Tensor], s: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    leaf = s.clone().requires_grad_()
+    loss = call(leaf, *rest)
+    loss.sum().backward()
+    assert leaf.grad is not None
+    return loss.detach(), leaf.grad
+
+
+def check_compiled(call: Callable[..., Tensor], compiler: str, backend: str | None) -> None:
+    s, t, y, w = batch()
+    expected = value_and_gradient(call, s, t, y, w, backend)
+    compiled = torch.compile(call, fullgraph=True, backend=compiler)
+    torch.testing.assert_close(value_and_gradient(compiled, s, t, y, w, backend), expected)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_compiled_call_is_one_graph_with_eager_loss_and_gradient(name, backend):
+    check_compiled(CALLS[name], "aot_eager", backend)
+
+
+@pytest.mark.parametrize("name", SOFTMAX_CALLS)
+def test_compiled_tempered_softmax_is_one_graph_with_eager_values_and_gradient(name):
+    check_compiled(SOFTMAX_CALLS[name], "aot_eager", None)
+
+
+# one with the gradient in forward, one in backward, and one whose clone inductor itself has to take out or keep
+@pytest.mark.parametrize("name", ["default", "temperature per row", "inplace"])
+def test_inductor_agrees_with_eager(name, backend):
+    # its cache knows the graph but not kdfast's version: what an older one left there would be run
+    with torch._inductor.utils.fresh_cache():
+        check_compiled(CALLS[name], "inductor", backend)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiled_under_no_grad_makes_no_gradient(name, backend):
+    s, t, y, w = batch()
+    recorder = EagerAndRecordGraphs()
+    with torch.no_grad():
+        expected = CALLS[name](s, t, y, w, backend)
+        loss = torch.compile(CALLS[name], fullgraph=True, backend=recorder)(s, t, y, w, backend)
+    torch.testing.assert_close(loss, expected)
+    (graph,) = recorder.graphs
+    called = [str(node.target) for node in graph.graph.nodes if "kdfast" in str(node.target)]
+    assert [name.split(".")[1] for name in called] == ["stats"], called
+
+
+def test_a_compiled_training_step_calls_one_kernel_and_saves_its_gradient_alone():
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    s, t, y, w = batch()
+    compiled = torch.compile(CALLS["default"], fullgraph=True, backend=aot_autograd(fw_compiler=record))
+    value_and_gradient(compiled, s, t, y, w, None)
+    forward, backward = graphs
+    called = [str(node.target) for node in forward.graph.nodes if node.op == "call_function"]
+    assert [name for name in called if "getitem" not in name] == ["kdfast.loss_grad.default"], called
+    shapes = [tuple(node.meta["val"].shape) for node in backward.graph.nodes if node.op == "placeholder"]
+    assert sorted(shapes) == [(), s.shape], "backward takes the finished gradient and grad_output, and no logits"
+
+
+# rows, vocab: each new shape differs from all before it in both, and the last has fewer of both than the first
+SHAPES = [(6, 11), (7, 64), (33, 12), (5, 9)]
+
+
+@pytest.mark.parametrize("name", [*CALLS, *SOFTMAX_CALLS])
+def test_marked_dynamic_sizes_compile_once_for_all_shapes(name, backend):
+    call = (CALLS | SOFTMAX_CALLS)[name]
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for shape in SHAPES:
+        tensors = batch(*shape)
+        for tensor in tensors:
+            for dimension in range(tensor.dim()):
+                torch._dynamo.mark_dynamic(tensor, dimension)
+        s, *rest = tensors
+        leaf = s.clone().requires_grad_()
+        for dimension in (0, 1):
+            torch._dynamo.mark_dynamic(leaf, dimension)
+        loss = compiled(leaf, *rest, backend)
+        loss.sum().backward()
+        torch.testing.assert_close((loss.detach(), leaf.grad), value_and_gradient(call, s, *rest, backend))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["default", "none", "batchmean", "inplace none", "arithmetic ensemble"])
+def test_dynamic_true_never_compiles_again_after_the_first_shape(name, backend):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(CALLS[name], fullgraph=True, backend=counter, dynamic=True)
+    counts = []
+    for shape in SHAPES:
+        s, *rest = batch(*shape)
+        expected = value_and_gradient(CALLS[name], s, *rest, backend)
+        torch.testing.assert_close(value_and_gradient(compiled, s, *rest, backend), expected)
+        counts.append(counter.frame_count)
+    assert counts == [counts[0]] * len(SHAPES)
+
+
+def test_inplace_on_a_leaf_is_an_error_under_compile_too():
+    s, t, y, _ = batch()
+    compiled = torch.compile(lambda s: kdfast.kd_loss(s, t, y, inplace=True), fullgraph=True, backend="aot_eager")
+    before = s.clone()
+    with pytest.raises(Exception, match="inplace: student_logits is a leaf"):
+        compiled(s.requires_grad_())
+    assert torch.equal(s.detach(), before)
+
+
+def test_an_exported_loss_gives_the_loss():
+    s, t, y, _ = batch()
+    loss = kdfast.KDLoss(temperature=2.0)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.export(loss, (s, t, y)).module()(s, t, y), loss(s, t, y))
+
+
+def plain(**changes: object) -> Settings:
+    defaults = Settings(2.0, 2.0, 0.9, 0.1, True, "cross_entropy", "logits", "arithmetic", [1.0], -1, -100, "mean", 0.0)
+    return defaults._replace(**changes)
+
+
+def op_arguments(kind: str) -> tuple[Tensor, Inputs, Settings]:
+    s, t, y, w = batch(6, 11)
+    if kind == "mean":
+        return s, Inputs([t], y, None, None, None, None), plain()
+    if kind == "rows, with all there is":
+        inputs = Inputs([t, t.half()], y, w, None, 1 + w, 2 + w)
+        return s, inputs, plain(teacher_weights=[0.5, 0.5], ensemble="geometric", reduction="none")
+    if kind == "padded bfloat16":
+        inputs = Inputs([t[:, :9]], y, None, torch.tensor(7), None, None)
+        return s.bfloat16(), inputs, plain(divergence="reverse_kl", vocab_size=9)
+    if kind == "transposed float64":
+        inputs = Inputs([], y[:4], None, None, None, None)
+        return s.double()[:4].T.contiguous().T, inputs, plain(alpha=0.0, hard_weight=1.0, teacher_weights=[])
+    return s[:0], Inputs([t[:0]], None, None, None, None, None), plain(hard_weight=0.0, reduction="sum")
+
+
+@pytest.mark.parametrize(
+    "kind", ["mean", "rows, with all there is", "padded bfloat16", "transposed float64", "no rows"]
+)
+@pytest.mark.parametrize("namespace", ["kdfast", "kdfast_reference"])
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_opcheck_finds_nothing_in_any_operator(name, namespace, kind):
+    ops = getattr(torch.ops, namespace)
+    s, inputs, settings = op_arguments(kind)
+    if name.startswith("loss_grad") and settings.reduction == "none":
+        settings = settings._replace(reduction="sum")  # these two are for scalar losses
+    loss, stats = ops.stats(s, *inputs, *settings)
+    arguments = {
+        "scale_": (s, torch.tensor(0.5)),
+        "tempered_softmax": (s, inputs.temperatures, 2.0, inputs.weight is None, torch.float32),
+        "tempered_softmax_backward": (s, s.float(), inputs.temperatures, 2.0, inputs.weight is None, s.dtype),
+        "grad": (s, stats, torch.ones_like(loss), *inputs, *settings),
+        "grad_": (s, stats, torch.ones_like(loss), *inputs, *settings),
+    }.get(name, (s, *inputs, *settings))
+    torch.library.opcheck(getattr(ops, name).default, arguments)

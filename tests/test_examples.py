@@ -1,0 +1,63 @@
+"""What the README gives a reader to run, runs, and leaves behind what it says."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kdfast
+
+ROOT = Path(__file__).parent.parent
+MISSING = [name for name in ("sklearn", "matplotlib", "rich") if importlib.util.find_spec(name) is None]
+SECONDS = 240  # within which each must be done, on a busy machine too
+
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: pip install 'kdfast[demo]'")
+
+
+def run(folder: Path, *arguments: str) -> str:
+    """Runs Python with these arguments in an empty folder, and returns what it printed."""
+    path = os.pathsep.join([str(Path(kdfast.__file__).parent.parent), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, "MPLBACKEND": "Agg"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+def assert_png(file: Path) -> None:
+    assert file.read_bytes().startswith(b"\x89PNG"), f"{file} is no PNG"
+    assert file.stat().st_size > 5000, f"{file} is next to empty"
+
+
+def test_distill_digits_ends_with_a_table_and_a_picture(tmp_path):
+    printed = run(tmp_path, str(ROOT / "examples" / "distill_digits.py"), "--quick")
+    assert "teacher" in printed.lower()
+    assert_png(tmp_path / "distill_digits.png")
+
+
+def test_distill_mnist_sets_its_figures_beside_the_papers(tmp_path):
+    printed = run(tmp_path, str(ROOT / "examples" / "distill_mnist.py"), "--quick")
+    for figure in ("67", "146", "74"):  # the paper's test errors of teacher, student alone, distilled student
+        assert figure in printed
+
+
+def test_benchmarks_write_a_table_a_csv_and_a_plot(tmp_path):
+    # one small case, its floor alone, one round: that it runs, not how fast
+    out = tmp_path / "results"
+    printed = run(
+        tmp_path, "-m", "benchmarks", "--case", "8x10-fp32", "--only", "eager", "--rounds", "1", "--out", str(out)
+    )
+    assert "8x10" in printed
+    (csv,) = out.glob("*.csv")
+    assert len(csv.read_text().splitlines()) >= 2, "a head and a line"
+    (png,) = out.glob("*.png")
+    assert_png(png)

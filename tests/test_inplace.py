@@ -1,0 +1,173 @@
+"""inplace=True: the gradient takes the logits' place, and whoever still needed them hears of it."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import BF16, F16, F32, batch
+from torch import Tensor
+
+from kdfast import kd_loss
+
+ROWS, VOCAB = 6, 100
+
+# gradient written in forward, and in backward
+EITHER = pytest.mark.parametrize(("reduction", "dtype"), [("mean", F32), ("sum", BF16), ("none", F32), ("mean", F16)])
+
+
+def data(dtype: torch.dtype = F32) -> tuple[Tensor, Tensor, Tensor]:
+    s, t, y = batch(ROWS, VOCAB, dtype)
+    y[1] = -100
+    return s.requires_grad_(), t, y
+
+
+@EITHER
+def test_the_gradient_is_the_same_as_out_of_place(reduction, dtype, backend):
+    s, t, y = data(dtype)
+    (kd_loss(s, t, y, reduction=reduction, backend=backend) * 3).sum().backward()
+    expected, s.grad = s.grad, None
+    (kd_loss(s.clone(), t, y, reduction=reduction, inplace=True, backend=backend) * 3).sum().backward()
+    # of 16-bit logits both round once more where they are scaled
+    torch.testing.assert_close(s.grad, expected, rtol=1e-6 if dtype == F32 else 1e-2, atol=1e-6)
+
+
+@EITHER
+def test_an_operation_that_saved_the_logits_raises_in_its_backward(reduction, dtype, backend):
+    s, t, y = data(dtype)
+    logits = s.clone()
+    other = logits.square().sum()  # needs the logits themselves for its gradient
+    version = logits._version
+    loss = kd_loss(logits, t, y, reduction=reduction, inplace=True, backend=backend).sum()
+    if reduction == "none" or dtype == F16:
+        assert logits._version == version, "the forward has only read"
+        loss.backward(retain_graph=True)
+    assert logits._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+@EITHER
+def test_logits_changed_after_the_forward_raise_in_backward(reduction, dtype, backend):
+    s, t, y = data(dtype)
+    logits = s.clone()
+    loss = kd_loss(logits, t, y, reduction=reduction, inplace=True, backend=backend).sum()
+    with torch.no_grad():
+        logits.zero_()  # they hold the gradient, or what it is made of
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@EITHER
+def test_a_second_backward_is_a_clear_error_and_the_first_gradient_stays(reduction, dtype, backend):
+    s, t, y = data(dtype)
+    loss = kd_loss(s.clone(), t, y, reduction=reduction, inplace=True, backend=backend).sum()
+    loss.backward(retain_graph=True)
+    first = s.grad.clone()
+    with pytest.raises(RuntimeError, match="backpropagated through once|modified by an inplace operation"):
+        loss.backward()
+    assert torch.equal(s.grad, first)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x,
+        lambda x: x.view(2, 3, VOCAB),
+        lambda x: x[1:, 2:],
+        lambda x: x.detach().requires_grad_(),  # shares the leaf's storage and is a leaf itself
+    ],
+    ids=["the leaf", "a view", "a slice", "a detached leaf"],
+)
+def test_a_leaf_or_its_view_is_an_error_before_anything_is_written(view, reduction, backend):
+    s = data()[0]
+    student = view(s)
+    before = s.detach().clone()
+    with pytest.raises(RuntimeError, match="inplace: student_logits is a leaf"):
+        kd_loss(student, student.detach() + 1, reduction=reduction, inplace=True, backend=backend)
+    assert torch.equal(s.detach(), before)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_expanded_logits_are_an_error_before_anything_is_written(reduction, backend):
+    row = torch.randn(1, VOCAB, requires_grad=True) * 1
+    before = row.detach().clone()
+    for student in (row.expand(ROWS, VOCAB), row.expand(ROWS, VOCAB)[1:]):
+        with pytest.raises(RuntimeError, match="inplace: student_logits is expanded.*single memory location"):
+            kd_loss(student, torch.zeros(student.shape), reduction=reduction, inplace=True, backend=backend)
+    assert torch.equal(row.detach(), before)
+    # one row, expanded to one row, has no location twice
+    kd_loss(row.expand(1, VOCAB), torch.zeros(1, VOCAB), reduction=reduction, inplace=True, backend=backend)
+
+
+# name: how (ROWS, VOCAB) logits lie in a larger tensor: its shape, and the view of it
+LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "an offset": ((ROWS + 2, VOCAB), lambda x: x[2:]),
+    "an offset that no vector is aligned to": ((ROWS * VOCAB + 1,), lambda x: x[1:].view(ROWS, VOCAB)),
+    "rows apart": ((ROWS, VOCAB + 3), lambda x: x[:, 3:]),
+    "every other row": ((2 * ROWS, VOCAB), lambda x: x[::2]),
+    "transposed": ((VOCAB, ROWS), lambda x: x.T),
+    "every other class": ((ROWS, 2 * VOCAB), lambda x: x[:, 1::2]),
+    "a shifted sequence": ((2, ROWS // 2 + 1, VOCAB), lambda x: x[:, :-1]),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("reduction", "dtype"), [("mean", F32), ("none", F32), ("mean", BF16), ("mean", F16)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_views_of_any_layout_get_their_gradient_and_their_neighbours_are_left_alone(
+    layout, reduction, dtype, inplace, backend
+):
+    s, t, y = data(dtype)
+    shape, view = LAYOUTS[layout]
+    whole = torch.full(shape, 7.0, dtype=dtype)
+    teacher = torch.full(shape, 7.0, dtype=dtype)
+    student_shape = view(whole).shape
+    view(whole).copy_(s.detach().view(student_shape))
+    view(teacher).copy_(t.view(student_shape))
+    whole.requires_grad_()
+    kd_loss(s, t, y, reduction=reduction, backend=backend).sum().backward()
+
+    big = whole.clone()
+    loss = kd_loss(
+        view(big), view(teacher), y.view(student_shape[:-1]), reduction=reduction, inplace=inplace, backend=backend
+    )
+    assert loss.shape == (student_shape[:-1] if reduction == "none" else ())
+    loss.sum().backward()
+    torch.testing.assert_close(view(whole.grad), s.grad.view(student_shape))
+    untouched = torch.ones(shape, dtype=torch.bool)
+    view(untouched).fill_(False)
+    assert whole.grad[untouched].eq(0).all()
+    assert big.detach()[untouched].eq(7).all()
+    assert torch.equal(view(teacher), t.view(student_shape)), "the teacher is only read"
+    if inplace:
+        torch.testing.assert_close(view(big.detach()), s.grad.view(student_shape))
+    else:
+        assert torch.equal(big, whole)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_expanded_teachers_labels_and_weights_are_right(reduction, backend):
+    s, t, y = data()
+    one = {"weight": torch.tensor(0.5), "temperature": torch.tensor(2.0)}
+    short = {name: value.expand(ROWS) for name, value in one.items()}
+    full = {name: value.contiguous() for name, value in short.items()}
+    gradients = []
+    for teacher, labels, rest in (
+        (t[:1].expand(ROWS, VOCAB), y[:1].expand(ROWS), short),
+        (t[:1].repeat(ROWS, 1), y[:1].repeat(ROWS), full),
+    ):
+        loss = kd_loss(s, teacher, labels, reduction=reduction, backend=backend, **rest).sum()
+        gradients.append(torch.autograd.grad(loss, s)[0])
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_teacher_that_is_the_students_own_memory_is_read_before_it_is_overwritten(reduction, backend):
+    s = data()[0]
+    options = {"teacher_temperature": 2.0, "reduction": reduction, "backend": backend}
+    kd_loss(s, s.detach(), **options).sum().backward()
+    expected, s.grad = s.grad, None
+    logits = s.clone()
+    kd_loss(logits, logits.detach(), inplace=True, **options).sum().backward()
+    torch.testing.assert_close(s.grad, expected)

@@ -1,0 +1,74 @@
+"""What a call needs beside its inputs, by the process's own peak: what hides from autograd and profilers shows here."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    "asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer keeps memory that was given back"
+)
+
+# case: how many tensors of the logits' size it may need beside its inputs
+CASES = {
+    "no_grad": 0,
+    "none, forward": 0,
+    "none, with backward": 1,
+    "none, inplace, with backward": 0,
+    "default": 1,
+    "default, loss * 3": 1,
+    "inplace": 0,
+    "an ensemble under no_grad": 0,
+}
+SLACK = 0.15  # of such a tensor: scratch of the threads, the allocator's rounding
+
+# A peak never comes down again, so nothing that was made is given back before the end.
+SCRIPT = """
+import json, resource, sys, torch
+from kdfast import kd_loss
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def run(case, student, teacher, labels):
+    reduction = "none" if case.startswith("none") else "mean"
+    teacher = [teacher, teacher] if "ensemble" in case else teacher
+    with torch.set_grad_enabled("no_grad" not in case):
+        loss = kd_loss(student, teacher, labels, temperature=2.0, reduction=reduction, inplace="inplace" in case,
+                       backend=sys.argv[1])
+    if "no_grad" in case or "forward" in case:
+        return loss
+    return torch.autograd.grad(loss.sum() * (3 if "3" in case else 1), student)
+
+rows, vocab = 1024, 16384
+teacher, kept, needs = torch.randn(rows, vocab), [], []
+labels = torch.randint(vocab, (rows,))
+for case in sys.argv[2:]:
+    student = teacher.flip(0).requires_grad_()
+    if "inplace" in case:
+        student = student.clone()
+    for _ in range(2):  # libraries and threads make what they keep
+        kept.append(run(case, student[:8] * 1, teacher[:8], labels[:8]))
+    before = peak()
+    kept.append((run(case, student, teacher, labels), student))
+    needs.append((peak() - before) / (4 * rows * vocab))
+print(json.dumps(needs))
+"""
+
+
+def needs(backend: str, *cases: str) -> dict[str, float]:
+    command = [sys.executable, "-c", SCRIPT, backend, *cases]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=120).stdout
+    return dict(zip(cases, json.loads(out), strict=True))
+
+
+def test_each_call_needs_no_more_memory_than_the_gradient_it_returns(cpu):
+    too_many = {case: need for case, need in needs(cpu, *CASES).items() if need > CASES[case] + SLACK}
+    assert not too_many, f"in tensors of the logits' size: {too_many}"
+
+
+def test_this_yardstick_sees_the_tensors_of_plain_pytorch():
+    (seen,) = needs("reference", "no_grad").values()
+    assert seen > 3

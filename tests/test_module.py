@@ -1,0 +1,86 @@
+"""KDLoss as a module: copied, stored and shown as nn.Module's own losses are."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import batch
+from torch import nn
+
+from kdfast import KDLoss, kd_loss
+
+SETTINGS = {"temperature": 3.0, "alpha": 0.5, "divergence": "reverse_kl", "ignore_index": 7, "reduction": "sum"}
+
+
+def saved_and_loaded(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x)), saved_and_loaded],
+    ids=["deepcopy", "copy", "pickle", "torch.save"],
+)
+@pytest.mark.parametrize("more", [{}, {"temperature": torch.full((5,), 3.0)}], ids=["number", "tensor"])
+def test_a_copy_gives_the_same_loss(copied: Callable[[nn.Module], nn.Module], more, backend):
+    s, t, y = batch(5, 100)
+    loss = KDLoss(**SETTINGS | more, backend=backend)
+    assert torch.equal(copied(loss)(s, t, y), loss(s, t, y))
+
+
+def test_the_module_is_kd_loss_with_its_settings(backend):
+    s, t, y = batch(5, 100)
+    weight = torch.rand(5)
+    ours = KDLoss(**SETTINGS, backend=backend)(s, t, y, weight=weight)
+    assert torch.equal(ours, kd_loss(s, t, y, weight=weight, **SETTINGS, backend=backend))
+    ours = KDLoss(backend=backend)(s, t, y, normalizer=3)
+    assert torch.equal(ours, kd_loss(s, t, y, normalizer=3, backend=backend))
+
+
+def test_a_setting_changed_between_calls_counts(backend):
+    s, t, y = batch(5, 100)
+    loss = KDLoss(temperature=2.0, backend=backend)
+    loss(s, t, y)
+    loss.temperature = 4.0  # a schedule
+    assert torch.equal(loss(s, t, y), kd_loss(s, t, y, temperature=4.0, backend=backend))
+
+
+def test_the_module_has_nothing_to_train_and_nothing_to_store():
+    loss = KDLoss(temperature=2.0)
+    assert dict(loss.state_dict()) == {}
+    assert list(loss.parameters()) == list(loss.buffers()) == []
+    loss.load_state_dict({})
+
+
+def test_the_module_takes_the_functions_keywords_with_its_defaults():
+    import inspect
+
+    function = dict(inspect.signature(kd_loss).parameters)
+    module = dict(inspect.signature(KDLoss.__init__).parameters)
+    call = dict(inspect.signature(KDLoss.forward).parameters)
+    keywords = {name for name, each in function.items() if each.kind is each.KEYWORD_ONLY}
+    assert keywords - set(module) == {"weight", "normalizer"}, "which belong to a call"
+    assert set(call) == {"self", "student_logits", "teacher", "labels", "weight", "normalizer"}
+    for name, each in (module | call).items():
+        if name != "self":
+            assert each == function[name], name
+
+
+def test_the_repr_shows_the_settings():
+    shown = repr(KDLoss(**SETTINGS))
+    for name, value in SETTINGS.items():
+        assert f"{name}={value!r}" in shown
+    assert "inplace" not in shown, "defaults that nobody asked for are left out"
+    assert repr(KDLoss()) == "KDLoss(temperature=1.0, alpha=None, divergence='cross_entropy')"
+    assert eval(repr(KDLoss(**SETTINGS))).temperature == 3.0
+    assert "KDLoss(temperature=3.0" in repr(nn.ModuleDict({"loss": KDLoss(**SETTINGS)}))
+
+
+def test_the_repr_of_a_temperature_per_row_works_too():
+    assert "temperature=tensor([1., 2.])" in repr(KDLoss(temperature=torch.tensor([1.0, 2.0])))

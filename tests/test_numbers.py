@@ -1,0 +1,133 @@
+"""No number is further from the fp64 truth than eager PyTorch's, but for a few ulp: the rule is judge.py's."""
+
+import pytest
+import torch
+from cases import (
+    BF16,
+    DIVERGENCES,
+    DTYPE_PAIRS,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    OFFSETS,
+    ROWS,
+    SCALES,
+    SMALL_VOCABS,
+    TEMPERATURES,
+    VOCABS,
+    batch,
+    name,
+)
+from judge import judge, run
+
+WITH_TEMPERATURE = DIVERGENCES[:-1]
+
+
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=name)
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_every_length_and_dtype(backend: str, vocab: int, pair: tuple[torch.dtype, torch.dtype]) -> None:
+    rows = 1 if vocab > 100_000 else 3
+    student, teacher, labels = batch(rows, vocab, *pair)
+    for divergence in DIVERGENCES:
+        judge(student, teacher, labels, backend=backend, divergence=divergence, temperature=2)
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16, F64), ids=name)  # F16 differs from BF16 in its rounding alone
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_every_temperature(backend: str, temperature: float, dtype: torch.dtype) -> None:
+    for vocab in SMALL_VOCABS:
+        student, teacher, labels = batch(3, vocab, dtype)
+        for divergence in WITH_TEMPERATURE:
+            settings = {"backend": backend, "divergence": divergence, "temperature": temperature}
+            judge(student, teacher, labels, **settings)
+            judge(student, teacher, t_squared=False, **settings)
+            # the teacher's own: a different one, and 1, where only the student's is tempered
+            judge(student, teacher, teacher_temperature=1.5, **settings)
+            judge(student, teacher, labels, teacher_temperature=1, **settings)
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16, F64), ids=name)
+@pytest.mark.parametrize("temperature", (0.5, 1, 3.7))  # sharper, none, softer
+def test_logits_of_every_size(backend: str, temperature: float, dtype: torch.dtype) -> None:
+    for vocab in SMALL_VOCABS:
+        for divergence in DIVERGENCES:
+            for scale in SCALES:
+                inputs = batch(3, vocab, dtype, scale=scale)
+                judge(*inputs, backend=backend, divergence=divergence, temperature=temperature)
+            for offset in OFFSETS:
+                # the offset of one side alone: nothing may lean on both sides' maxima being near each other
+                student, _, labels = batch(3, vocab, dtype, offset=offset)
+                for teacher in (batch(3, vocab, dtype, offset=offset).teacher, batch(3, vocab, dtype).teacher):
+                    judge(student, teacher, labels, backend=backend, divergence=divergence, temperature=temperature)
+
+
+def _rising(x: torch.Tensor) -> torch.Tensor:
+    return x + torch.linspace(0, 200, x.shape[-1])
+
+
+def _falling(x: torch.Tensor) -> torch.Tensor:
+    return x + torch.linspace(200, 0, x.shape[-1])
+
+
+def _first_block(value: float):
+    def change(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x[..., :2048] = value
+        return x
+
+    return change
+
+
+# Kernels go through a row in blocks and merge what they have at one maximum with what they find at another.
+ROW_SHAPES = {
+    "rising": _rising,  # each block's sums are rescaled away by the next
+    "falling": _falling,  # each next block adds nothing
+    "first block masked by -1e4": _first_block(-1e4),  # a mask's usual sentinel
+    "first block masked by the smallest number": _first_block(torch.finfo(F16).min),  # another, and it is finite
+    "one class above all, in the last block": lambda x: torch.cat([x[..., :-1], x[..., -1:] + 90], -1),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("shape", ROW_SHAPES)
+def test_blocks_of_different_size(backend: str, shape: str, dtype: torch.dtype) -> None:
+    student, teacher, labels = batch(2, 5000, F32)  # two blocks of 2048, and a short one
+    labels = labels.clamp_min(2048)  # a masked label's loss is the sentinel itself: no number to judge
+    both = [ROW_SHAPES[shape](x).to(dtype) for x in (student, teacher)]
+    for divergence in DIVERGENCES:
+        for temperature in (2, 0.5):
+            judge(*both, labels, backend=backend, divergence=divergence, temperature=temperature)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_every_number_of_rows(backend: str, rows: int) -> None:
+    for vocab in (7, 1000):  # many rows to a chunk of work, and few
+        for dtype in (F32, BF16):
+            judge(*batch(rows, vocab, dtype), backend=backend, temperature=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_inplace_is_the_same_to_the_bit(backend: str, dtype: torch.dtype) -> None:
+    for vocab in SMALL_VOCABS:
+        student, teacher, labels = batch(3, vocab, dtype)
+        for divergence in DIVERGENCES:
+            for reduction, factor in (("mean", None), ("none", torch.tensor([1.0, -2.0, 0.5]))):
+                settings = {"backend": backend, "divergence": divergence, "temperature": 2, "reduction": reduction}
+                factor = factor if factor is None else factor.to(F64 if dtype == F64 else F32)
+                fresh = run(student, teacher, labels, factor, **settings)
+                assert all(map(torch.equal, fresh, run(student, teacher, labels, factor, inplace=True, **settings)))
+
+
+def test_any_number_of_threads_gives_the_same_bits(cpu: str) -> None:
+    # one row that is split, rows fewer than threads, rows that do not divide by them
+    for rows, vocab in ((1, 151936), (3, 50257), (65, 1000), (257, 7)):
+        for dtype in (F32, BF16):
+            inputs = batch(rows, vocab, dtype)
+            results = []
+            for threads in (1, 2, 3, 5):
+                torch.set_num_threads(threads)
+                results.append(run(*inputs, temperature=2, backend=cpu))
+            for loss, grad in results[1:]:
+                assert torch.equal(loss, results[0][0])
+                assert torch.equal(grad, results[0][1])

@@ -1,0 +1,188 @@
+"""The reference is the truth: finite differences, closed forms and the formulas of others say so, all in fp64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DIVERGENCES, ENSEMBLES, F64, TARGETS, as_target, batch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from kdfast import kd_loss, reference
+
+WITH_TEMPERATURE = DIVERGENCES[:-1]
+S, T, Y = batch(4, 7, F64)  # small: gradcheck differentiates by every number
+TEMPERATURE = 3.0
+
+
+def loss_of(s: Tensor, *args, **settings) -> Tensor:
+    return kd_loss(s, *args, backend="reference", **settings)
+
+
+def grad_of(s: Tensor, *args, **settings) -> Tensor:
+    leaf = s.detach().requires_grad_()
+    loss_of(leaf, *args, **settings).backward()
+    return leaf.grad
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    """Equal but for fp64's rounding of a few dozen operations on a row, at the size of its largest number."""
+    torch.testing.assert_close(a, b, rtol=0, atol=64 * torch.finfo(F64).eps * max(1.0, b.abs().max().item()))
+
+
+# --- finite differences ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", WITH_TEMPERATURE)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("ensemble", [None, *ENSEMBLES])
+@pytest.mark.parametrize("reduction", ["mean", "none"])  # gradients made in forward, and in backward
+def test_gradients_are_finite_differences(divergence: str, target: str, ensemble: str | None, reduction: str) -> None:
+    settings = {"divergence": divergence, "target": target, "reduction": reduction, "temperature": TEMPERATURE}
+    teacher = as_target(T, target, TEMPERATURE)
+    if ensemble:
+        teacher = [teacher, as_target(T.flip(-1), target, TEMPERATURE)]
+        settings |= {"ensemble": ensemble, "teacher_weights": [1, 3]}
+    assert gradcheck(lambda s: loss_of(s, teacher, Y, **settings), S.clone().requires_grad_())
+
+
+OPTIONS = {
+    "no labels": {"labels": None},
+    "hard only": {"alpha": 0},
+    "soft only": {"alpha": 1},
+    "weights of both": {"alpha": 0.7, "hard_weight": 2.0},
+    "without T^2": {"t_squared": False},
+    "teacher's temperature": {"teacher_temperature": 1.5},
+    "temperature per row": {"temperature": torch.tensor([1.0, 2.0, 0.5, 20.0], dtype=F64)},
+    "row weights": {"weight": torch.tensor([1.0, 0.5, 0.0, 3.0], dtype=F64)},
+    "ignored row": {"ignore_index": int(Y[1])},
+    "vocab_size": {"vocab_size": 5, "labels": Y.clamp_max(4)},
+    "sum": {"reduction": "sum"},
+    "batchmean": {"reduction": "batchmean"},
+    "normalizer": {"normalizer": 17.0},
+}
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_gradients_are_finite_differences_under_every_option(divergence: str, option: str) -> None:
+    settings = {"labels": Y, "temperature": TEMPERATURE, "divergence": divergence} | OPTIONS[option]
+    assert gradcheck(lambda s: loss_of(s, T, **settings), S.clone().requires_grad_())
+
+
+# --- closed forms ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", ["cross_entropy", "forward_kl"])
+@pytest.mark.parametrize("temperature", [1, 2, 3.7, 20])
+def test_the_papers_gradient(divergence: str, temperature: float) -> None:
+    p, q = torch.softmax(T / temperature, -1), torch.softmax(S / temperature, -1)
+    hard = torch.softmax(S, -1) - F.one_hot(Y, S.shape[-1])
+    rows = S.shape[0]
+    soft = grad_of(S, T, divergence=divergence, temperature=temperature)
+    close(soft, temperature * (q - p) / rows)
+    close(grad_of(S, T, divergence=divergence, temperature=temperature, t_squared=False), (q - p) / temperature / rows)
+    both = grad_of(S, T, Y, divergence=divergence, temperature=temperature, alpha=0.3)
+    close(both, (0.3 * temperature * (q - p) + 0.7 * hard) / rows)
+
+
+def test_the_limit_of_high_temperatures() -> None:
+    """T * (q_i - p_i) -> (s_i - t_i) / V on centred rows (the paper's equation 4), off by a term in 1 / T."""
+    s, t = S - S.mean(-1, True), T - T.mean(-1, True)
+    limit = (s - t) / s.shape[-1]
+    off = {}
+    for temperature in (1e2, 1e3, 1e4):
+        gradient = grad_of(s, t, temperature=temperature, reduction="sum")
+        off[temperature] = (gradient - limit).abs().max().item()
+    # ten times the temperature, a tenth of the distance; the next term, in 1 / T^2, is the few per cent
+    assert off[1e2] / off[1e3] == pytest.approx(10, rel=0.05)
+    assert off[1e3] / off[1e4] == pytest.approx(10, rel=0.05)
+    close(grad_of(S, T, divergence="logit_mse", reduction="sum"), limit)
+    # and so the losses: T^2 * KL -> 1 / (2 V) * sum (s_i - t_i)^2
+    mse = loss_of(S, T, divergence="logit_mse", reduction="sum")
+    kl = loss_of(S, T, divergence="forward_kl", temperature=1e5, reduction="sum")
+    torch.testing.assert_close(kl, mse, rtol=1e-4, atol=0)  # 1 / T, times the size of the logits
+
+
+def test_logit_mse_in_closed_form() -> None:
+    s, t = S - S.mean(-1, True), T - T.mean(-1, True)
+    close(loss_of(S, T, divergence="logit_mse"), F.mse_loss(s, t) / 2)
+    close(grad_of(S, T, divergence="logit_mse"), (s - t) / s.numel())
+    # it has no temperature and no T^2
+    close(loss_of(S, T, divergence="logit_mse", temperature=5, teacher_temperature=2), F.mse_loss(s, t) / 2)
+
+
+# --- the table of divergences ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", reference.DIVERGENCES)
+def test_psi_is_q_times_the_derivative_of_phi(divergence: str) -> None:
+    phi, psi = reference.DIVERGENCES[divergence]
+    p = torch.softmax(T, -1)
+    q = torch.softmax(S, -1).requires_grad_()
+    (slope,) = torch.autograd.grad(phi(p, q, p.log(), q.log()).sum(), q)
+    close(psi(p, q, p.log(), q.log()).detach(), (q * slope).detach())
+
+
+@pytest.mark.parametrize("divergence", reference.DIVERGENCES)
+@pytest.mark.parametrize("mass", [1.0, 0.97])  # soft targets need not sum to 1
+def test_one_rule_gives_every_gradient(divergence: str, mass: float) -> None:
+    p, q = mass * torch.softmax(T, -1), torch.softmax(S / TEMPERATURE, -1)
+    psi = reference.DIVERGENCES[divergence].psi(p, q, p.log(), q.log())
+    rule = (psi - q * psi.sum(-1, True)) / TEMPERATURE
+    settings = {"divergence": divergence, "target": "probs", "temperature": TEMPERATURE, "t_squared": False}
+    close(grad_of(S, p, reduction="sum", **settings), rule)
+
+
+@pytest.mark.parametrize("divergence", reference.DIVERGENCES)
+def test_phi_is_the_divergence(divergence: str) -> None:
+    p, q = torch.softmax(T, -1), torch.softmax(S, -1)
+    truth = {
+        "cross_entropy": -(p * q.log()).sum(-1),
+        "forward_kl": (p * (p / q).log()).sum(-1),
+        "reverse_kl": (q * (q / p).log()).sum(-1),
+    }
+    close(loss_of(S, T, divergence=divergence, reduction="none"), truth[divergence])
+
+
+# --- identities --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_shift_of_a_row_changes_nothing(divergence: str) -> None:
+    shift = torch.tensor([[1.0], [-2.0], [0.5], [8.0]], dtype=F64)  # exact in fp64
+    settings = {"divergence": divergence, "temperature": TEMPERATURE}
+    for s, t in ((S + shift, T), (S, T - shift), (S + shift, T - 2 * shift)):
+        close(loss_of(s, t, Y, **settings), loss_of(S, T, Y, **settings))
+        close(grad_of(s, t, Y, **settings), grad_of(S, T, Y, **settings))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_rows_gradient_sums_to_0(divergence: str) -> None:
+    grad = grad_of(S, T, Y, divergence=divergence, temperature=TEMPERATURE)
+    close(grad.sum(-1), torch.zeros(4, dtype=F64))
+    assert grad.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "logit_mse"])
+def test_a_divergence_is_0_where_the_student_is_its_teacher_and_positive_elsewhere(divergence: str) -> None:
+    close(loss_of(T, T, divergence=divergence, reduction="none"), torch.zeros(4, dtype=F64))
+    close(grad_of(T, T, divergence=divergence), torch.zeros_like(T))
+    assert loss_of(S, T, divergence=divergence, reduction="none").min() > 0
+
+
+def test_alpha_0_is_cross_entropy() -> None:
+    leaf = S.clone().requires_grad_()
+    want = F.cross_entropy(leaf, Y)
+    want.backward()
+    close(loss_of(S, None, Y, alpha=0), want.detach())
+    close(grad_of(S, None, Y, alpha=0), leaf.grad)
+
+
+def test_forward_kl_is_cross_entropy_less_the_teachers_entropy() -> None:
+    p = torch.softmax(T / TEMPERATURE, -1)
+    entropy = -(TEMPERATURE**2) * (p * p.log()).sum(-1)
+    settings = {"temperature": TEMPERATURE, "reduction": "none"}
+    cross_entropy = loss_of(S, T, divergence="cross_entropy", **settings)
+    close(loss_of(S, T, divergence="forward_kl", **settings), cross_entropy - entropy)
+    both = [grad_of(S, T, divergence=d, temperature=TEMPERATURE) for d in ("forward_kl", "cross_entropy")]
+    close(*both)

@@ -1,0 +1,153 @@
+"""Every setting does on every backend what it does in the reference, by the rule of judge.py."""
+
+import pytest
+import torch
+from cases import (
+    BF16,
+    DIVERGENCES,
+    DTYPES,
+    ENSEMBLES,
+    F16,
+    F32,
+    F64,
+    REDUCTIONS,
+    SMALL_VOCABS,
+    TARGETS,
+    as_target,
+    batch,
+    name,
+)
+from judge import judge, run
+
+import kdfast
+
+WITH_TEMPERATURE = DIVERGENCES[:-1]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_every_kind_of_target(backend: str, target: str, dtype: torch.dtype) -> None:
+    for vocab in SMALL_VOCABS:
+        for teacher_dtype in {dtype, F32, BF16}:  # bf16 probabilities do not sum to 1
+            student, teacher, labels = batch(3, vocab, dtype, teacher_dtype)
+            for divergence in WITH_TEMPERATURE:
+                targets = as_target(teacher, target, 3)
+                judge(student, targets, labels, backend=backend, divergence=divergence, target=target, temperature=3)
+
+
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", (F32, BF16, F64), ids=name)
+def test_every_ensemble(backend: str, target: str, ensemble: str, dtype: torch.dtype) -> None:
+    others = (F32, BF16, F16, dtype)  # each teacher may have a dtype of its own
+    for vocab in SMALL_VOCABS:
+        student, teacher, labels = batch(3, vocab, dtype)
+        for count, weights in ((1, None), (2, None), (2, [3, 1]), (4, [0.1, 0.2, 0.3, 0.4]), (3, [1, 0, 2])):
+            teachers = [batch(3, vocab, others[i], seed=i).teacher for i in range(count)]
+            teachers = [as_target(t, target, 2) for t in teachers]
+            for divergence in WITH_TEMPERATURE:
+                judge(
+                    student,
+                    tuple(teachers),
+                    labels,
+                    backend=backend,
+                    divergence=divergence,
+                    temperature=2,
+                    target=target,
+                    ensemble=ensemble,
+                    teacher_weights=weights,
+                )
+
+
+def test_logit_mse_of_a_geometric_ensemble(backend: str) -> None:
+    for dtype in DTYPES:
+        student, teacher, labels = batch(3, 100, dtype)
+        teachers = [teacher, batch(3, 100, F32, seed=1).teacher]
+        for weights in (None, [1, 3]):
+            judge(
+                student,
+                teachers,
+                labels,
+                backend=backend,
+                divergence="logit_mse",
+                ensemble="geometric",
+                teacher_weights=weights,
+            )
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16, F16, F64), ids=name)
+def test_every_mix_of_soft_and_hard(backend: str, dtype: torch.dtype) -> None:
+    student, teacher, labels = batch(5, 100, dtype)
+    for divergence in DIVERGENCES:
+        settings = {"backend": backend, "divergence": divergence, "temperature": 4}
+        for alpha in (None, 0, 0.25, 1):
+            judge(student, teacher, labels, alpha=alpha, **settings)
+        # timm's and DKD's 1 + 1; the soft term alone, beside labels and without; the hard alone; a large one
+        for alpha, hard in ((1, 1), (0.7, 0), (0, 2.5), (100, 0.5)):
+            judge(student, teacher, labels, alpha=alpha, hard_weight=hard, **settings)
+        judge(student, teacher, alpha=0.3, hard_weight=0, **settings)
+        judge(student, None, labels, alpha=0, **settings)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", (F32, BF16, F16, F64), ids=name)
+def test_every_reduction_with_weights_and_ignored_rows(backend: str, reduction: str, dtype: torch.dtype) -> None:
+    student, teacher, labels = batch(9, 100, dtype)
+    labels[[1, 4]] = -100
+    labels[2] = 7
+    weights = {
+        "none": None,
+        "fractions": torch.tensor([0.5, 1, 0, 2, 0.25, 1, 0, 0.3, 1]),
+        "bf16": torch.tensor([0.5, 1, 0, 2, 0.3, 1, 0, 1, 1], dtype=BF16),
+        "fp64": torch.rand(9, dtype=F64),
+        "whole": torch.arange(9),
+        "a mask": torch.arange(9) % 3 > 0,
+    }
+    for weight in weights.values():
+        for divergence in ("cross_entropy", "reverse_kl", "logit_mse"):
+            settings = {"backend": backend, "divergence": divergence, "reduction": reduction, "weight": weight}
+            judge(student, teacher, labels, **settings)
+            judge(student, teacher, **settings)
+            judge(student, teacher, labels.clamp_min(0), ignore_index=7, alpha=1, **settings)
+
+
+@pytest.mark.parametrize("normalizer", (17, 0.5, torch.tensor(17.0), torch.tensor(3), torch.tensor(0.3, dtype=F64)))
+def test_every_normalizer(backend: str, normalizer: float | torch.Tensor) -> None:
+    for dtype in DTYPES:
+        student, teacher, labels = batch(5, 33, dtype)
+        labels[3] = -100
+        judge(student, teacher, labels, backend=backend, normalizer=normalizer)
+        judge(student, teacher, backend=backend, normalizer=normalizer, weight=torch.arange(5) * 0.5)
+
+
+def test_a_temperature_per_row_is_each_row_by_itself(backend: str) -> None:
+    T = torch.tensor([1.0, 2.0, 3.7, 0.5, 20.0])
+    at = torch.tensor([2.0, 1.0, 3.0, 0.5, 1.5], dtype=F64)  # of any real dtype
+    for dtype in DTYPES:
+        student, teacher, labels = batch(5, 100, dtype)
+        for divergence in WITH_TEMPERATURE:
+            settings = {"backend": backend, "divergence": divergence}
+            judge(student, teacher, labels, temperature=T, **settings)
+            judge(student, teacher, labels, temperature=T, teacher_temperature=at, **settings)
+            judge(student, teacher, labels, temperature=2.5, teacher_temperature=at, **settings)
+            loss, grad = run(student, teacher, labels, torch.ones(5), temperature=T, reduction="none", **settings)
+            for i in range(5):
+                row = slice(i, i + 1)
+                one = (student[row], teacher[row], labels[row], torch.ones(1))
+                alone = run(*one, temperature=T[i].item(), reduction="none", **settings)
+                # the same row: only how T came in differs, so a kernel's choice of a power for exp may
+                tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 20 * 8 * torch.finfo(dtype).eps}
+                torch.testing.assert_close((loss[row], grad[row]), alone, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_grad_output_scales_the_gradient(backend: str, dtype: torch.dtype) -> None:
+    for factor in (1.0, -1.0, 0.0, 3.0, 1e-3):
+        leaf = batch(3, 100, dtype).student.requires_grad_()
+        _, teacher, labels = batch(3, 100, dtype)
+        (factor * kdfast.kd_loss(leaf, teacher, labels, backend=backend)).backward()
+        _, grad = run(leaf.double(), teacher.double(), labels, backend="reference")
+        # made, rounded, scaled, rounded: one ulp where one rounding would be half; and fp32's errors, in ulps of 1
+        fine = 16 * torch.finfo(F64 if dtype == F64 else F32).eps * abs(factor)
+        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # fp16's: its numbers end there
+        torch.testing.assert_close(leaf.grad.double(), factor * grad, rtol=torch.finfo(dtype).eps, atol=fine + smallest)

@@ -1,0 +1,107 @@
+"""tempered_softmax is softmax(logits / T) in every dtype, with its gradient and its gradient's gradient."""
+
+import pytest
+import torch
+from cases import DTYPES, F32, F64, OFFSETS, SMALL_VOCABS, TEMPERATURES, VOCABS, batch, name
+from judge import _within, half_ulp
+from torch import Tensor
+
+from kdfast import tempered_softmax
+
+
+def _check(logits: Tensor, temperature: float | Tensor, log: bool, out_dtype: torch.dtype | None) -> None:
+    """Forward by the rule of judge.py; backward likewise, against its formula over the stored output."""
+    leaf = logits.detach().requires_grad_()
+    out = tempered_softmax(leaf, temperature, log=log, out_dtype=out_dtype)
+    dtype = logits.dtype if out_dtype is None else out_dtype
+    assert out.dtype == dtype
+    T = temperature.double().unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    z = logits.double() / T
+    log_p = torch.log_softmax(z, -1)
+    p = log_p.exp()
+    # fp64 to a 16-bit format goes by way of fp32, as PyTorch's own conversion does
+    kind = F64 if logits.dtype == F64 and dtype.itemsize > 2 else F32
+    eps, floor = torch.finfo(kind).eps, 128 * torch.finfo(kind).tiny
+    # z is rounded, by eager PyTorch before the maximum is taken off it: |z| ulp at the classes that have a probability
+    size = 8 + log_p.abs() + torch.where(p > 0, z.abs(), 0).amax(-1, True)
+    want, allowed = (log_p, size * eps) if log else (p, p * size * eps + floor)
+    rounding = half_ulp(want, dtype)
+    _within("forward", out.detach(), want, allowed + rounding)
+
+    factor = torch.linspace(-1, 1, logits.shape[-1], dtype=dtype).expand_as(logits)
+    out.backward(factor)
+    assert leaf.grad.dtype == logits.dtype
+    y, g = out.detach().double(), factor.double()
+    terms = (g.abs() + y.exp() * g.abs().sum(-1, True)) if log else y * (g.abs() + (y * g.abs()).sum(-1, True))
+    want = (g - y.exp() * g.sum(-1, True)) / T if log else y * (g - (y * g).sum(-1, True)) / T
+    wide = F64 if F64 in (logits.dtype, dtype) and logits.dtype.itemsize > 2 else F32
+    # of the terms: exp's 8 eps, and what rounds sums; log p as an argument of exp is off by |log p| eps
+    allowed = terms / T * (8 + log_p.abs()) * torch.finfo(wide).eps + floor
+    _within("backward", leaf.grad, want, allowed + half_ulp(want, logits.dtype))
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("vocab", [v for v in VOCABS if v < 100_000])
+def test_every_length_and_dtype(vocab: int, dtype: torch.dtype, log: bool) -> None:
+    for out_dtype in (None, *DTYPES):
+        _check(batch(2, vocab, dtype).student, 2, log, out_dtype)
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_every_temperature_and_size(dtype: torch.dtype, log: bool) -> None:
+    for vocab in SMALL_VOCABS:
+        for temperature in (*TEMPERATURES, torch.tensor([1.0, 3.7])):
+            _check(batch(2, vocab, dtype).student, temperature, log, None)
+            for offset in OFFSETS:
+                _check(batch(2, vocab, dtype, offset=offset).student, temperature, log, F32)
+
+
+def test_shapes_and_strides() -> None:
+    logits = batch(12, 33).student
+    want = torch.softmax(logits / 2, -1)
+    wide = torch.nn.functional.pad(logits, (0, 3), value=torch.nan)
+    for given, expected in (
+        (logits.view(2, 3, 2, 33), want.view(2, 3, 2, 33)),
+        (logits[0], want[0]),
+        (logits[:0], want[:0]),
+        (wide[:, :33], want),
+        (logits.t().contiguous().t(), want),
+        (logits[:1].expand(12, 33), want[:1].expand(12, 33)),
+    ):
+        torch.testing.assert_close(tempered_softmax(given, 2), expected, rtol=2e-6, atol=0)  # 8 eps on either side
+
+
+def test_an_infinite_logit_spoils_its_row_alone_and_a_masked_class_has_probability_0() -> None:
+    logits = batch(5, 100).student
+    clean = tempered_softmax(logits, 3)
+    logits[0, 3] = -torch.inf
+    logits[1, 3] = torch.inf
+    logits[2, 3] = torch.nan
+    logits[3] = -torch.inf
+    spoiled = tempered_softmax(logits, 3)
+    assert spoiled[0, 3] == 0
+    assert tempered_softmax(logits, 3, log=True)[0, 3] == -torch.inf
+    assert spoiled[0].isfinite().all()
+    assert spoiled[1:4].isnan().all()
+    assert torch.equal(spoiled[4], clean[4])
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 3.7, torch.tensor([0.5, 2.0])], ids=str)
+def test_it_is_twice_differentiable(temperature: float | Tensor, log: bool) -> None:
+    logits = batch(2, 5, F64).student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: tempered_softmax(x, temperature, log=log), logits)
+    assert torch.autograd.gradgradcheck(lambda x: tempered_softmax(x, temperature, log=log), logits)
+
+
+def test_it_makes_soft_targets_for_kd_loss() -> None:
+    from kdfast import kd_loss
+
+    student, teacher, _ = batch(3, 100, F64)
+    want = kd_loss(student, teacher, temperature=3, backend="reference")
+    for log, target in ((False, "probs"), (True, "log_probs")):
+        targets = tempered_softmax(teacher, 3, log=log)
+        loss = kd_loss(student, targets, temperature=3, target=target, backend="reference")
+        torch.testing.assert_close(loss, want, rtol=1e-13, atol=0)  # fp64 over a hundred classes
