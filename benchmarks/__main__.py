@@ -22,7 +22,7 @@ from benchmarks import plot, report
 from benchmarks.cases import CASES, Case, Workload
 
 RESULTS = Path(__file__).with_name("results")
-ROUNDS, QUICK_ROUNDS = 21, 7
+ROUNDS, QUICK_ROUNDS = 21, 5
 
 Results = dict[Workload, dict[str, Any]]
 
