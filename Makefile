@@ -47,7 +47,7 @@ build: $(BUILT) ## compile the C++ operators into kdfast/
 demo: $(BUILT) $(VENV)/.extra-demo ## distill a small network from a large one on real images, with a table and a picture
 	$(PY) examples/distill_digits.py
 
-test: $(BUILT) $(VENV)/.extra-test ## the whole test suite
+test: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-demo ## the whole test suite, the examples too
 	$(PY) -m pytest $(ARGS)
 
 bench: $(BUILT) $(VENV)/.extra-demo ## kdfast beside its peers: table, CSV and picture; ARGS=--quick takes under a minute

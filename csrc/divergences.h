@@ -33,7 +33,10 @@ struct CrossEntropy {  // -sum p log q
   KDFAST_HD static V psi(V p, V q, V log_p, V log_q) {
     return -p;
   }
-  KDFAST_HD static double psi_sum(double divergence, double teacher_mass) { return -teacher_mass; }
+  template <class V>  // sum psi, from D and sum p
+  KDFAST_HD static V psi_sum(V divergence, V teacher_mass) {
+    return -teacher_mass;
+  }
 };
 
 struct ForwardKL : CrossEntropy {  // sum p log(p / q); the gradient is cross_entropy's
@@ -53,7 +56,10 @@ struct ReverseKL {  // sum q log(q / p)
   KDFAST_HD static V psi(V p, V q, V log_p, V log_q) {
     return masked(q, log_q - log_p + 1);
   }
-  KDFAST_HD static double psi_sum(double divergence, double teacher_mass) { return divergence + 1; }
+  template <class V>
+  KDFAST_HD static V psi_sum(V divergence, V teacher_mass) {
+    return divergence + 1;
+  }
 };
 
 // No softmax at all: 1 / (2 V) * sum (s_i - t_i)^2 on centred rows; the kernels know its two sums apart.

@@ -183,7 +183,9 @@ class KDLoss(nn.Module):
             setattr(self, name, locals()[name])
 
     def extra_repr(self) -> str:
-        changed = {name: getattr(self, name) for name, default in _SETTINGS.items() if getattr(self, name) != default}
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        # identity first: a tensor of temperatures is not equal to anything
+        changed = {k: v for k, v in settings.items() if v is not _SETTINGS[k] and not (v == _SETTINGS[k]) is True}
         shown = {"temperature": self.temperature, "alpha": self.alpha, "divergence": self.divergence} | changed
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 

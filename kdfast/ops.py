@@ -5,6 +5,7 @@ Every operator is defined here, once, in two namespaces: `torch.ops.kdfast.*`, w
 which is the reference on every device. A device without kernels of its own gets the reference, with one warning.
 """
 
+import math
 import platform
 import warnings
 from collections.abc import Callable
@@ -88,7 +89,7 @@ def _new_grad(student: Tensor) -> Tensor:
 
 
 def _new_stats(student: Tensor) -> Tensor:
-    rows = student.shape[:-1].numel()
+    rows = math.prod(student.shape[:-1])  # .numel() would fix a symbolic size
     return student.new_empty((rows, len(reference.STATS)), dtype=loss_dtype(student))
 
 
@@ -160,8 +161,9 @@ def _load() -> str | None:
     library = Path(__file__).with_name("libkdfast.so")
     if not library.exists():
         return (
-            "the compiled extension is missing from this install; with a C++17 compiler at hand, "
-            "`pip install --force-reinstall --no-deps kdfast` (or `make` in a checkout) builds it"
+            "the compiled extension is missing from this install. Where there is a C++17 compiler and torch is "
+            "installed, `make build` makes it in a checkout, and so does `pip install --force-reinstall --no-deps "
+            "--no-cache-dir` of the package"
         )
     try:
         torch.ops.load_library(str(library))

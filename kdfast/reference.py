@@ -252,8 +252,9 @@ def grad_(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: "Inputs", s
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:
-    """grad *= factor, 0-dim."""
-    grad.mul_(factor)
+    """grad *= factor, 0-dim; nothing is read or written where that is 1, which on a GPU nobody waits to see."""
+    if grad.device.type != "cpu" or factor.item() != 1:
+        grad.mul_(factor)
 
 
 def tempered_softmax(
@@ -262,7 +263,7 @@ def tempered_softmax(
     """softmax or log_softmax of logits / temperature, (..., V)."""
     z = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     z = z / _column(temperatures, temperature, z)
-    return (torch.log_softmax(z, -1) if log else torch.softmax(z, -1)).to(dtype)
+    return (torch.log_softmax(z, -1) if log else torch.softmax(z, -1)).to(dtype).contiguous()
 
 
 def tempered_softmax_backward(
@@ -272,4 +273,4 @@ def tempered_softmax_backward(
     wide = torch.float64 if torch.float64 in (output.dtype, dtype) else torch.float32
     g, y = grad.to(wide), output.to(wide)
     z = g - y.exp() * g.sum(-1, True) if log else y * (g - (y * g).sum(-1, True))
-    return (z / _column(temperatures, temperature, z)).to(dtype)
+    return (z / _column(temperatures, temperature, z)).to(dtype).contiguous()

@@ -33,6 +33,7 @@ def check_teachers(
             raise RuntimeError(f"{name}: is on {each.device}, but student_logits is on {student.device}")
         if each.shape != student.shape:
             _check_shape(name, each, student, vocab_size)
+    teachers = [t.detach() if t.requires_grad else t for t in teachers]
     if several and 0.0 in weights:  # a teacher of weight 0 is not read
         teachers = [t for t, w in zip(teachers, weights, strict=True) if w]
         weights = [w for w in weights if w]

@@ -20,10 +20,10 @@ DEFAULTS: dict[str, Any] = {
 
 
 def eager(
-    s: Tensor, teachers: list[Tensor], labels: Tensor | None, options: dict[str, Any]
+    s: Tensor, teachers: list[Tensor], labels: Tensor | None, options: dict[str, Any], kind: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row losses (...), unweighted; A (...) and A_i (..., V) of judge.py, in units of eps."""
-    o = options
+    """Row losses (...), unweighted; A (...) and A_i (..., V) of judge.py for arithmetic in `kind`, in its eps."""
+    o = options | {"smallest": torch.finfo(kind).tiny / torch.finfo(kind).eps}
     alpha = (1.0 if labels is None else 0.9) if o["alpha"] is None else o["alpha"]
     hard = (1.0 - alpha) if o["hard_weight"] is None else o["hard_weight"]
     parts = []
@@ -32,7 +32,7 @@ def eager(
     elif alpha:
         parts.append([alpha * x for x in _soft(s, teachers, o)])
     if labels is not None and hard:
-        parts.append([hard * x for x in _hard(s, labels)])
+        parts.append([hard * x for x in _hard(s, labels, o)])
     parts = parts or [[0 * s[..., 0], 0 * s[..., 0], 0 * s]]
     loss, loss_off, grad_off = (sum(x) for x in zip(*parts, strict=True))
     return loss, loss_off.detach(), grad_off.detach()
@@ -43,7 +43,7 @@ def _soft(s: Tensor, teachers: list[Tensor], o: dict[str, Any]) -> tuple[Tensor,
     p, log_p = mixture(teachers, at, o)
     log_q = F.log_softmax(s / T, -1)
     q = log_q.exp()
-    p_off, q_off = _off(p, log_p), _off(q, log_q)
+    p_off, q_off = _off(p, log_p, o), _off(q, log_q, o)
     if o["divergence"] == "reverse_kl":  # psi = q * (log q - log p + 1)
         loss = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1, True)
         logs = 1 + log_q.abs() + log_p.abs()
@@ -62,11 +62,11 @@ def _soft(s: Tensor, teachers: list[Tensor], o: dict[str, Any]) -> tuple[Tensor,
     return (factor * loss).squeeze(-1), (factor * loss_off).squeeze(-1), factor / T * grad_off
 
 
-def _hard(s: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _hard(s: Tensor, labels: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     index = labels.clamp(0, s.shape[-1] - 1).unsqueeze(-1)  # of ignored rows any: their weight is 0
     log_q = F.log_softmax(s, -1)
     loss = -log_q.gather(-1, index).squeeze(-1)
-    return loss, 8 + loss, _off(log_q.exp(), log_q).scatter_add(-1, index, torch.full_like(loss, 8).unsqueeze(-1))
+    return loss, 8 + loss, _off(log_q.exp(), log_q, o).scatter_add(-1, index, torch.full_like(loss, 8).unsqueeze(-1))
 
 
 def _logit_mse(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,9 +75,9 @@ def _logit_mse(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return difference.square().mean(-1) / 2, (size * difference.abs()).mean(-1), size / s.shape[-1]
 
 
-def _off(p: Tensor, log_p: Tensor) -> Tensor:
-    """What a probability may be off by."""
-    return _sized(p, 8 + log_p.abs())
+def _off(p: Tensor, log_p: Tensor, o: dict[str, Any]) -> Tensor:
+    """What a probability may be off by; one below the smallest normal number may be 0."""
+    return _sized(p, 8 + log_p.abs()) + o["smallest"]
 
 
 def _sized(p: Tensor, log: Tensor) -> Tensor:

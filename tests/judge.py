@@ -2,10 +2,11 @@ r"""How numbers are judged: against the reference in fp64, by the yardstick of e
 
 Every logit enters a loss through exp(z), z = s / T. Computed with care in a format whose numbers are eps apart, z is
 off by |z| eps and exp(z) by as much relatively; exp itself by up to 8 eps (1e-6 in fp32, the worst that this package
-allows its own), and so are sums over rows. Hence each probability may be off by q_i * (8 + |log q_i|) * eps, and a
-gradient, which is a sum of such terms, by the sum A_i of what its terms may be off by. That is the "few ulp", counted
-at the size of the terms and not of their difference: where the student is good q - p cancels, and no arithmetic in
-that format brings the lost digits back. The same holds for the terms of a row's loss, with A. Then
+allows its own), and so are sums over rows. Hence each probability may be off by q_i * (8 + |log q_i|) * eps (or by the
+smallest normal number, where exp underflows), and a gradient, which is a sum of such terms, by the sum A_i of what its
+terms may be off by. That is the "few ulp", counted at the size of the terms and not of their difference: where the
+student is good q - p cancels, and no arithmetic in that format brings the lost digits back. The same holds for the
+terms of a row's loss, with A. Then
 
     |gradient_i - truth_i|  <=  (1 + R) * A_i + 1/2 ulp(truth_i)
     |loss - truth|          <=  A + |eager - truth|
@@ -90,8 +91,8 @@ class Truth:
         options = DEFAULTS | {k: v for k, v in settings.items() if k in DEFAULTS}
 
         info = torch.finfo(self.kind)
-        self.floor = 128 * info.tiny  # of what underflows, times a T of up to 100
-        _, loss_off, grad_off = eager(s.double(), [t.double() for t in teachers], labels, _wide(options))
+        self.floor = info.tiny
+        _, loss_off, grad_off = eager(s.double(), [t.double() for t in teachers], labels, _wide(options), self.kind)
         loss_off, grad_off = loss_off * weight * info.eps, grad_off * weight.unsqueeze(-1) * info.eps
         if self.kind == F64:
             ratio = largest_z(s, teachers, options)

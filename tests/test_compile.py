@@ -124,7 +124,8 @@ def test_a_compiled_training_step_calls_one_kernel_and_saves_its_gradient_alone(
     value_and_gradient(compiled, s, t, y, w, None)
     forward, backward = graphs
     called = [str(node.target) for node in forward.graph.nodes if node.op == "call_function"]
-    assert [name for name in called if "getitem" not in name] == ["kdfast.loss_grad.default"], called
+    computed = [name for name in called if "getitem" not in name and "detach" not in name]
+    assert computed == ["kdfast.loss_grad.default"], called
     shapes = [tuple(node.meta["val"].shape) for node in backward.graph.nodes if node.op == "placeholder"]
     assert sorted(shapes) == [(), s.shape], "backward takes the finished gradient and grad_output, and no logits"
 

@@ -53,8 +53,8 @@ def test_alpha_0_reads_no_teacher(backend: str, dtype: torch.dtype) -> None:
 
 def test_a_teacher_of_weight_0_is_not_read(backend: str, dtype: torch.dtype) -> None:
     student, teacher, labels = batch(5, 100, dtype)
-    want = run(student, teacher, labels, backend=backend)
     for ensemble in ("arithmetic", "geometric"):
+        want = run(student, [teacher], labels, ensemble=ensemble, backend=backend)
         teachers = [torch.full_like(teacher, NAN), teacher]
         found = run(student, teachers, labels, ensemble=ensemble, teacher_weights=[0, 2], backend=backend)
         assert all(map(torch.equal, found, want))

@@ -98,11 +98,13 @@ def test_a_class_that_the_student_masks(backend: str, dtype: torch.dtype, vocab:
         assert grad[1, 2] == 0
     else:  # q = 0 < p
         assert loss[1] == INF
+        # alpha * T * (q - p), as judge.py has it: a rounding of the dtype, and of the arithmetic (8 + log V) eps
         p = torch.softmax(teacher[1].double() / 2, -1)
-        close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6 if dtype == F16 else 1e-12}
-        torch.testing.assert_close(grad[1, 2].double(), -0.9 * 2 * p[2], **close)  # alpha * T * (q - p)
+        fine = 20 * torch.finfo(F64 if dtype == F64 else F32).eps
+        close = {"rtol": torch.finfo(dtype).eps + fine, "atol": 6e-8 if dtype == F16 else 0}  # fp16's smallest number
+        torch.testing.assert_close(grad[1, 2].double(), -0.9 * 2 * p[2], **close)
         _, want = by_row(student.double(), teacher.double(), labels, **settings | {"backend": "reference"})
-        torch.testing.assert_close(grad[1].double(), want[1], **close | {"atol": 4e-6})
+        torch.testing.assert_close(grad[1].double(), want[1], **close | {"atol": fine + close["atol"]})
 
 
 def test_a_label_that_the_student_masks(backend: str, dtype: torch.dtype) -> None:

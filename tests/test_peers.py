@@ -142,8 +142,7 @@ PEERS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     ),
     "speculators, with decay and mask": (
         lambda s: (
-            (F.kl_div(F.log_softmax(s, -1), F.softmax(T, -1), reduction="none").sum(-1) * DECAY).sum()
-            / ((DECAY > 0).sum() + 1e-5)
+            (F.kl_div(F.log_softmax(s, -1), F.softmax(T, -1), reduction="none").sum(-1) * DECAY).sum() / (5 + 1e-5)
         ),
         (T,),
         {"divergence": "forward_kl", "weight": DECAY, "normalizer": 5 + 1e-5},

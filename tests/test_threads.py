@@ -131,16 +131,17 @@ def test_a_pool_of_forked_workers_is_right(cpu):
     torch.set_num_threads(2)
     arguments = batch(128, 3000)
     expected = bits(loss_and_gradient(*arguments))
+    inherited[:] = [expected, arguments]  # sent to the workers, they would be unpickled by PyTorch's own operations
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        results = [pool.apply_async(_in_worker, (expected, 128, 3000)) for _ in range(6)]
+        results = [pool.apply_async(_in_worker) for _ in range(6)]
         assert [result.get(timeout=SECONDS) for result in results] == [True] * 6
 
 
-def _in_worker(expected: list[bytes], rows: int, vocab: int) -> bool:
-    torch.set_num_threads(1)  # as a DataLoader's worker does: random numbers are PyTorch's own parallel work
-    arguments = batch(rows, vocab)
-    torch.set_num_threads(2)
-    return child_is_right(expected, arguments)
+inherited: list[Any] = []
+
+
+def _in_worker() -> bool:
+    return child_is_right(*inherited)
 
 
 THREADS_SCRIPT = """

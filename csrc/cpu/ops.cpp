@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <pthread.h>
+
 #include <array>
 #include <cmath>
 #include <memory>
@@ -37,9 +39,14 @@ const RowKernels& kernels() {
   return chosen_kernels;
 }
 
+// OpenMP's threads are not there in a forked child, and waiting for them hangs: such a process works on its own.
+bool forked = false;
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
 // f over [0, units) by torch's threads, each taking at least some ten microseconds of work.
 template <class F>
 void in_parallel(int64_t units, int64_t classes, const F& f) {
+  if (forked) return f(0, units);
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, classes));
   torch::stable::parallel_for(0, units, grain, f);
 }

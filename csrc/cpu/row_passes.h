@@ -3,7 +3,7 @@
 //
 // The row goes by in blocks of kBlock classes. While a block is in L1 its exps are taken relative to an offset, kept in
 // a scratch that stays in L2, and summed; the gradient is then made from the scratch, and memory is read once. The
-// offset is the maximum of the first block and stays as long as no block's sums leave the range in which fp32 is exact
+// offset is the maximum of the first classes and stays as long as no block's sums leave the range in which fp32 is exact
 // enough; such a block takes its own maximum and is done again. So no pass for the maxima is needed, and any sums that
 // carry their offset can be merged: blocks, segments, shards.
 #pragma once
@@ -16,6 +16,7 @@ namespace kdfast {
 namespace {
 
 constexpr int kBlock = 2048;
+constexpr int kSample = 128;
 constexpr int kMaxPower = 4;
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -32,7 +33,7 @@ struct Spec {
   static constexpr bool kProbs = kProbs_, kOwn = kOwn_;
   static constexpr bool kMSE = std::is_same_v<D, LogitMSE>;
   static constexpr bool kSoft = !kMSE && !std::is_same_v<D, NoDivergence>;
-  static constexpr int kLanes = Types<C>::kLanes;
+  static constexpr int kLanes = Types<C>::kLanes, kStep = 2 * kLanes;  // classes in a vector, and at a time
 };
 
 struct RowScale {  // of one row
@@ -41,14 +42,27 @@ struct RowScale {  // of one row
   int power;                // with kOwn false: the temperature, a small whole number
 };
 
+KD_INLINE double at_row(const double* per_row, double number, int64_t row) { return per_row ? per_row[row] : number; }
+
+KD_INLINE RowScale row_scale(const LossArgs& a, int64_t row) {
+  const double t = at_row(a.temperatures, a.temperature, row);
+  const bool logits = a.target == Target::kLogits;
+  const double at = logits ? at_row(a.teacher_temperatures, a.teacher_temperature, row) : 1;
+  return {t, kLog2E / t, kLog2E / at, (int)t};
+}
+
 template <class C>
-struct Scratch {  // (vocab) each, rounded up to whole vectors
+struct Scratch {  // a place for each step of a row
   C *student, *teacher, *hard;
+  KD_INLINE Scratch after(int64_t n) const { return {student + n, teacher + n, hard + n}; }
 };
 
 template <class P>
 struct Block {  // where a block's exps stand, and what their exponents are relative to
   double student_offset, teacher_offset;
+  bool operator==(const Block& other) const {
+    return student_offset == other.student_offset && teacher_offset == other.teacher_offset;
+  }
 };
 
 // y1 = T * y, whichever way it is taken
@@ -67,15 +81,16 @@ template <class P>
 struct Exponents {
   using C = typename P::C;
   using V = typename P::V;
-  V student, teacher, student_offset, teacher_offset, hard_offset_;
+  V student, teacher, student_offset, teacher_offset, hard_offset;
   int power;
 
+  Exponents() = default;
   KD_INLINE Exponents(const RowScale& scale, double so, double to)
       : student(splat<C>(scale.student)),
         teacher(splat<C>(scale.teacher)),
         student_offset(splat<C>(so == -kInfinity ? 0 : so)),
         teacher_offset(splat<C>(to == -kInfinity ? 0 : to)),
-        hard_offset_(splat<C>(so == -kInfinity ? 0 : hard_offset<P>(scale, so))),
+        hard_offset(splat<C>(so == -kInfinity ? 0 : kdfast::hard_offset<P>(scale, so))),
         power(scale.power) {}
 
   KD_INLINE V power_of(V es) const {
@@ -88,7 +103,7 @@ struct Exponents {
     Lanes<P> x{};
     x.ys = s * student - student_offset;
     x.es = exp2(x.ys);
-    x.e1 = P::kOwn ? exp2(s * (C)kLog2E - hard_offset_) : power_of(x.es);
+    x.e1 = P::kOwn ? exp2(s * (C)kLog2E - hard_offset) : power_of(x.es);
     if constexpr (P::kMSE) {
       x.et = (s - t) - teacher_offset;
     } else if constexpr (P::kProbs) {
@@ -102,45 +117,64 @@ struct Exponents {
   }
 };
 
-// What fills up the last vector of a row: classes of probability 0.
+// A step's logits; those that a short step lacks are classes of probability 0.
+template <class S>
+KD_INLINE S filler(bool zero) {
+  if constexpr (std::is_same_v<S, bf16>) return S{(uint16_t)(zero ? 0 : 0xff80)};
+  else return zero ? 0 : -std::numeric_limits<S>::infinity();
+}
 template <class P>
 KD_INLINE auto load_student(const typename P::S* s, int n) {
-  return n == P::kLanes ? load(s) : load_part(s, n, P::kMSE ? 0 : -std::numeric_limits<typename P::C>::infinity());
+  return n == P::kStep ? load2(s) : load2_part(s, n, filler<typename P::S>(P::kMSE));
 }
 template <class P>
-KD_INLINE typename P::V load_teacher(const typename P::T* t, int n) {
-  if constexpr (!P::kSoft && !P::kMSE) return typename P::V{};
-  if (n == P::kLanes) return load(t);
-  return load_part(t, n, P::kProbs || P::kMSE ? 0 : -std::numeric_limits<typename P::C>::infinity());
+KD_INLINE auto load_teacher(const typename P::T* t, int n) {
+  if constexpr (!P::kSoft && !P::kMSE) {
+    return Two<typename P::V>{};
+  } else {
+    return n == P::kStep ? load2(t) : load2_part(t, n, filler<typename P::T>(P::kProbs || P::kMSE));
+  }
 }
 
-// Pass A over one block. The exps go to the scratch where kKeep.
+// Pass A over one block. The exps go to the scratch where kKeep. The first step is short where `head` is not 0.
 template <class P, bool kKeep>
-KD_NOINLINE RowStats block_sums(const typename P::S* s, const typename P::T* t, int n, const RowScale& scale,
+KD_NOINLINE RowStats block_sums(const typename P::S* s, const typename P::T* t, int n, int head, const RowScale& scale,
                                 double student_offset, double teacher_offset, Scratch<typename P::C> keep,
                                 int ahead) {
   using V = typename P::V;
   const Exponents<P> exponents(scale, student_offset, teacher_offset);
   V student_sum{}, teacher_sum{}, hard_sum{}, running{};
-  for (int i = 0; i < n; i += P::kLanes) {
-    __builtin_prefetch(s + i + ahead, 0, 2);
-    if constexpr (P::kSoft || P::kMSE) __builtin_prefetch(t + i + ahead, 0, 2);
-    const int lanes = n - i < P::kLanes ? n - i : P::kLanes;
-    Lanes<P> x = exponents(load_student<P>(s + i, lanes), load_teacher<P>(t + i, lanes));
-    if constexpr (P::kMSE) {
-      for (int j = lanes; j < P::kLanes; ++j) x.et[j] = x.es[j] = x.e1[j] = 0;
-      running += x.et * x.et;
-    } else if constexpr (P::kSoft) {
-      running += P::D::phi(x.et, x.es, x.yt, x.ys);
-    }
+  auto sums = [&](const Lanes<P>& x, int at) __attribute__((always_inline)) {
+    if constexpr (P::kMSE) running += x.et * x.et;
+    if constexpr (P::kSoft) running += P::D::phi(x.et, x.es, x.yt, x.ys);
     student_sum += x.es;
     teacher_sum += x.et;
     hard_sum += x.e1;
     if constexpr (kKeep) {
-      store(keep.student + i, x.es);
-      if constexpr (P::kSoft || P::kMSE) store(keep.teacher + i, x.et);
-      if constexpr (P::kOwn) store(keep.hard + i, x.e1);
+      store(keep.student + at, x.es);
+      if constexpr (P::kSoft || P::kMSE) store(keep.teacher + at, x.et);
+      if constexpr (P::kOwn) store(keep.hard + at, x.e1);
     }
+  };
+  int at = 0;  // in the scratch, where each step has a whole place
+  for (int i = 0, m = head ? head : P::kStep; i < n; i += m, m = P::kStep, at += P::kStep) {
+    for (int line = 0; line < P::kStep * (int)sizeof(typename P::S); line += 64) {
+      __builtin_prefetch((const char*)(s + i + ahead) + line, 0, 2);
+      if constexpr (P::kSoft || P::kMSE) __builtin_prefetch((const char*)(t + i + ahead) + line, 0, 2);
+    }
+    if (n - i < m) m = n - i;
+    const auto si = load_student<P>(s + i, m);
+    const auto ti = load_teacher<P>(t + i, m);
+    Lanes<P> x = exponents(si.a, ti.a), y = exponents(si.b, ti.b);
+    if (P::kMSE && m < P::kStep) {
+      for (int j = 0; j < P::kLanes; ++j) {
+        const bool halves = std::is_same_v<typename P::S, bf16>;  // even and odd places
+        if ((halves ? 2 * j : j) >= m) x.et[j] = x.es[j] = x.e1[j] = 0;
+        if ((halves ? 2 * j + 1 : j + P::kLanes) >= m) y.et[j] = y.es[j] = y.e1[j] = 0;
+      }
+    }
+    sums(x, at);
+    sums(y, at + P::kLanes);
   }
   return {student_offset, teacher_offset, sum(student_sum), sum(teacher_sum), sum(hard_sum), sum(running)};
 }
@@ -156,18 +190,27 @@ KD_NOINLINE double block_max(const S* s, int n) {
   return max_lane(high);
 }
 
-// The offset at which the largest exp of a block is 1; as a C, since the exponents are.
+// The offset at which the largest exp of n classes is 1; as a C, since the exponents are.
 template <class P, class X>
 double offset_at_max(const X* x, int n, double slope) {
   return (typename P::C)((typename P::C)slope * block_max(x, n));
 }
 
+// A first offset: the largest of some classes is near enough, unless all of them are masked.
+template <class P, class X>
+double first_offset(const X* x, int n, double slope) {
+  const double offset = offset_at_max<P>(x, n < kSample ? n : kSample, slope);
+  return offset == -kInfinity ? offset_at_max<P>(x, n, slope) : offset;
+}
+
 template <class P>
 KD_NOINLINE double mean_difference(const typename P::S* s, const typename P::T* t, int n) {
   double total = 0;
-  for (int i = 0; i < n; i += P::kLanes) {
-    const int lanes = n - i < P::kLanes ? n - i : P::kLanes;
-    total += sum(load_student<P>(s + i, lanes) - load_teacher<P>(t + i, lanes));
+  for (int i = 0; i < n; i += P::kStep) {
+    const int m = n - i < P::kStep ? n - i : P::kStep;
+    const auto si = load_student<P>(s + i, m);
+    const auto ti = load_teacher<P>(t + i, m);
+    total += sum(si.a - ti.a) + sum(si.b - ti.b);
   }
   return (typename P::C)(total / n);
 }
@@ -177,8 +220,8 @@ KD_INLINE bool in_range(const RowStats& x, bool teacher) {
   return x.student_sum < 0x1p40 && x.hard_sum < 0x1p40 && (!teacher || x.teacher_sum < 0x1p40);
 }
 
-// a * 2^y, and 0 where that is 2^-inf, whatever a is
-KD_INLINE double scaled(double a, double y) { return y == -kInfinity ? 0 : a * std::exp2(y); }
+// a * 2^y; 0 where 2^y is 2^-inf, and infinite where a is and 2^y only underflows
+KD_INLINE double scaled(double a, double y) { return y == -kInfinity ? 0 : std::isinf(a) ? a : a * std::exp2(y); }
 
 // The same sums relative to other offsets (logit_mse: the same moments about another shift).
 template <class P>
@@ -220,29 +263,38 @@ void add(RowStats& total, double n_total, RowStats more, double n_more, const Ro
   total.running += more.running;
 }
 
+// A row's blocks: the first is a short step and whole ones where `head` is not 0, so that the others start aligned.
+template <class P>
+KD_INLINE int block_length(int64_t at, int64_t n, int head) {
+  const int whole = at == 0 && head ? head + kBlock - P::kStep : kBlock;
+  return n - at < whole ? n - at : whole;
+}
+
 // Pass A over n classes of a row; blocks[i] gets the i-th block's offsets.
 template <class P, bool kKeep>
-KD_NOINLINE RowStats row_sums(const typename P::S* s, const typename P::T* t, int64_t n, const RowScale& scale,
-                  Scratch<typename P::C> keep, Block<P>* blocks, int ahead) {
+KD_NOINLINE RowStats row_sums(const typename P::S* s, const typename P::T* t, int64_t n, int head, const RowScale& scale,
+                              Scratch<typename P::C> keep, Block<P>* blocks, int ahead) {
   RowStats total{};
   double so = -kInfinity, to = P::kProbs ? 0 : -kInfinity;
-  for (int64_t at = 0; at < n; at += kBlock) {
-    const int m = n - at < kBlock ? n - at : kBlock;
-    const Scratch<typename P::C> here{keep.student + at, keep.teacher + at, keep.hard + at};
-    if (so == -kInfinity) so = offset_at_max<P>(s + at, m, scale.student);
+  for (int64_t at = 0, m; at < n; at += m, head = 0) {
+    m = block_length<P>(at, n, head);
+    if (so == -kInfinity) so = first_offset<P>(s + at, m, scale.student);
     if constexpr (P::kMSE) {
       if (at == 0) to = mean_difference<P>(s, t, m);
     } else if constexpr (P::kSoft && !P::kProbs) {
-      if (to == -kInfinity) to = offset_at_max<P>(t + at, m, scale.teacher);
+      if (to == -kInfinity) to = first_offset<P>(t + at, m, scale.teacher);
     }
-    RowStats more = block_sums<P, kKeep>(s + at, t + at, m, scale, so, to, here, ahead);
+    RowStats more = block_sums<P, kKeep>(s + at, t + at, m, head, scale, so, to, keep, ahead);
     if (!in_range(more, P::kSoft && !P::kProbs)) {
       so = offset_at_max<P>(s + at, m, scale.student);
       if constexpr (P::kSoft && !P::kProbs) to = offset_at_max<P>(t + at, m, scale.teacher);
-      more = block_sums<P, kKeep>(s + at, t + at, m, scale, so, to, here, ahead);
+      more = block_sums<P, kKeep>(s + at, t + at, m, head, scale, so, to, keep, ahead);
     }
     add<P>(total, at, more, m, scale);
-    if (blocks) blocks[at / kBlock] = {so, to};
+    if constexpr (kKeep) {
+      *blocks++ = {so, to};
+      keep = keep.after(kBlock);
+    }
   }
   return total;
 }
@@ -256,25 +308,18 @@ struct Coefficients {
   double label;  // that weight itself
 };
 
+// The same for the exps of a block that has other offsets.
 template <class P>
-KD_NOINLINE Coefficients at_offsets(Coefficients c, const RowStats& row, const RowScale& scale, double so, double to) {
-  if (so != row.student_offset) {
-    const double ds = so - row.student_offset;
-    c.student = scaled(c.student, ds);
-    c.log_student += ds;
-    c.hard = so == -kInfinity
-                 ? 0
-                 : scaled(c.hard, hard_offset<P>(scale, so) - hard_offset<P>(scale, row.student_offset));
-  }
-  if (to != row.teacher_offset) {
-    const double dt = to - row.teacher_offset;
-    if constexpr (P::kMSE) {
-      c.log_teacher += dt;
-    } else {
-      c.teacher = scaled(c.teacher, dt);
-      c.log_teacher += dt;
-    }
-  }
+KD_NOINLINE Coefficients at_offsets(Coefficients c, const RowStats& row, const RowScale& scale, const Block<P>& block) {
+  const double ds = block.student_offset - row.student_offset, dt = block.teacher_offset - row.teacher_offset;
+  c.log_student += ds;
+  c.log_teacher += dt;
+  if constexpr (!P::kMSE) c.teacher = scaled(c.teacher, dt);
+  if (ds == 0) return c;
+  c.student = scaled(c.student, ds);
+  c.hard = ds == -kInfinity ? 0
+                            : scaled(c.hard, hard_offset<P>(scale, block.student_offset) -
+                                                 hard_offset<P>(scale, row.student_offset));
   return c;
 }
 
@@ -288,6 +333,7 @@ struct Gradient {
   Exponents<P> exponents;
   V student, teacher, log_student, log_teacher, psi_sum, hard;
 
+  Gradient() = default;
   KD_INLINE Gradient(const RowScale& scale, const Coefficients& c, double so, double to)
       : exponents(scale, so, to),
         student(splat<C>(c.student)),
@@ -297,8 +343,8 @@ struct Gradient {
         psi_sum(splat<C>(c.student * c.psi_sum)),
         hard(splat<C>(c.hard)) {}
 
-  KD_INLINE V operator()(const S* s, const T* t, Scratch<C> kept, int i, int lanes) const {
-    Lanes<P> x = exponents(load_student<P>(s + i, lanes), load_teacher<P>(t + i, lanes));
+  KD_INLINE V combine(V s, V t, Scratch<C> kept, int i) const {
+    Lanes<P> x = exponents(s, t);
     if constexpr (kKeep) {  // the logits are then read only where psi needs a logarithm
       x.es = load(kept.student + i);
       x.e1 = P::kOwn ? load(kept.hard + i) : exponents.power_of(x.es);
@@ -314,19 +360,19 @@ struct Gradient {
     return g;
   }
 
-  KD_NOINLINE void write(const S* s, const T* t, Scratch<C> kept, int n, S* out, bool past_cache) const {
-    constexpr uintptr_t kBytes = sizeof(S) * P::kLanes;
-    // a first short step makes the streamed ones aligned
-    int lanes = past_cache ? P::kLanes - (int)((uintptr_t)out % kBytes / sizeof(S)) : P::kLanes;
-    for (int i = 0; i < n; i += lanes, lanes = P::kLanes) {
-      if (n - i < lanes) lanes = n - i;
-      const V g = (*this)(s, t, kept, i, lanes);
-      if (lanes < P::kLanes) {
-        store_part(out + i, g, lanes);
+  KD_NOINLINE void write(const S* s, const T* t, Scratch<C> kept, int n, int head, S* out, bool past_cache) const {
+    int at = 0;
+    for (int i = 0, m = head ? head : P::kStep; i < n; i += m, m = P::kStep, at += P::kStep) {
+      if (n - i < m) m = n - i;
+      const auto si = load_student<P>(s + i, m);
+      const auto ti = load_teacher<P>(t + i, m);
+      const Two<V> g{combine(si.a, ti.a, kept, at), combine(si.b, ti.b, kept, at + P::kLanes)};
+      if (m < P::kStep) {
+        store2_part(out + i, g, m);
       } else if (past_cache) {
-        stream(out + i, g);
+        stream2(out + i, g);
       } else {
-        store(out + i, g);
+        store2(out + i, g);
       }
     }
   }

@@ -171,7 +171,7 @@ KD_INLINE Types<float>::H narrow(FloatV x, f16) {
 #endif
 }
 
-// ---- loads and stores: kLanes elements, or the first n of them ----
+// ---- loads and stores: kLanes elements, or the first n of them; and two vectors at once ----
 
 KD_INLINE FloatV load(const float* p) {
   FloatV v;
@@ -196,37 +196,6 @@ template <class S>
 KD_INLINE void store(S* p, FloatV v) {
   const auto h = narrow(v, S{});
   std::memcpy(p, &h, sizeof(h));
-}
-
-// Past the cache, to an address that is a multiple of the vector's stored size.
-template <class S, class V>
-KD_INLINE void stream(S* p, V v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(S) == 2) {
-    _mm256_stream_si256((__m256i*)p, (__m256i)narrow(v, S{}));
-  } else {
-    _mm512_stream_si512((__m512i*)p, (__m512i)v);
-  }
-#elif defined(__AVX2__)
-  if constexpr (sizeof(S) == 2) {
-    _mm_stream_si128((__m128i*)p, (__m128i)narrow(v, S{}));
-  } else {
-    _mm256_stream_si256((__m256i*)p, (__m256i)v);
-  }
-#elif defined(__x86_64__)
-  if constexpr (sizeof(S) == 2) {
-    _mm_stream_si64((long long*)p, bits<long long>(narrow(v, S{})));
-  } else {
-    _mm_stream_si128((__m128i*)p, (__m128i)v);
-  }
-#else
-  store(p, v);
-#endif
-}
-KD_INLINE void stream_fence() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
 }
 
 template <class S>
@@ -258,6 +227,87 @@ KD_INLINE void store_part(S* p, V v, int n) {
   S part[sizeof(V) / sizeof(v[0])];
   store(part, v);
   std::memcpy(p, part, n * sizeof(S));
+}
+
+// 2 * kLanes elements as two vectors: the first and the second half or, of 16-bit floats, those at even and at odd places,
+// which are the upper and lower halves of 32-bit words and need no shuffling. In that order everything between a load2
+// and a store2 stays.
+template <class V>
+struct Two {
+  V a, b;
+};
+
+template <class C>
+KD_INLINE auto load2(const C* p) {
+  return Two<typename Types<C>::V>{load(p), load(p + Types<C>::kLanes)};
+}
+KD_INLINE auto load2(const bf16* p) {
+  Types<float>::U u;
+  std::memcpy(&u, p, sizeof(u));
+  return Two<FloatV>{bits<FloatV>(u << 16), bits<FloatV>(u & 0xffff0000u)};
+}
+template <class S>
+KD_INLINE auto load2_part(const S* p, int n, S fill) {
+  S part[2 * Types<Compute<S>>::kLanes];
+  for (S& x : part) x = fill;
+  std::memcpy(part, p, n * sizeof(S));
+  return load2(part);
+}
+
+KD_INLINE Types<float>::U narrow2(Two<FloatV> v) {
+  using U = Types<float>::U;
+#if defined(__AVX512BF16__)
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)v.b, (__m512)v.a);
+  const U even = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (U)_mm512_permutexvar_epi16((__m512i)(even | (even + 16) << 16), halves);
+#else
+  // NaN stays NaN without a test: what comes of bf16 values has no payload in the bits that the rounding carries from
+  auto rounded = [](FloatV x) __attribute__((always_inline)) {
+    const U u = bits<U>(x);
+    return u + 0x7fff + (u >> 16 & 1);
+  };
+  return rounded(v.a) >> 16 | (rounded(v.b) & 0xffff0000u);
+#endif
+}
+template <class C, class V>
+KD_INLINE void store2(C* p, Two<V> v) {
+  store(p, v.a);
+  store(p + sizeof(V) / sizeof(C), v.b);
+}
+KD_INLINE void store2(bf16* p, Two<FloatV> v) {
+  const auto u = narrow2(v);
+  std::memcpy(p, &u, sizeof(u));
+}
+template <class S, class V>
+KD_INLINE void store2_part(S* p, Two<V> v, int n) {
+  S part[2 * sizeof(V) / sizeof(v.a[0])];
+  store2(part, v);
+  std::memcpy(p, part, n * sizeof(S));
+}
+
+// Past the cache, to an address that is a multiple of a vector.
+template <class V>
+KD_INLINE void stream(void* p, V v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#elif defined(__x86_64__)
+  _mm_stream_si128((__m128i*)p, (__m128i)v);
+#else
+  std::memcpy(p, &v, sizeof(v));
+#endif
+}
+template <class C, class V>
+KD_INLINE void stream2(C* p, Two<V> v) {
+  stream(p, v.a);
+  stream(p + sizeof(V) / sizeof(C), v.b);
+}
+KD_INLINE void stream2(bf16* p, Two<FloatV> v) { stream(p, narrow2(v)); }
+KD_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 // One element as C, through the vector conversions, so that there is one of each.

@@ -1,0 +1,219 @@
+"""Distilling a small network from a large one on scikit-learn's handwritten digits, and what the loss costs.
+
+Three parts, after Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network" (2015):
+
+1. Distillation (section 3, in small): a teacher with two hidden layers of 256 units, regularized by dropout and by
+   shifting its input up to half a pixel in any direction, and an ensemble of three of them; a student with one
+   hidden layer of 64 units and neither dropout nor shifts, trained with hard labels alone, distilled from the one
+   teacher, and from the ensemble, the mean of whose probabilities is then its soft target.
+2. Soft targets as regularizers (section 6, table 5, in small): the same student given three images of each digit,
+   with their labels alone, or with the soft targets of the teacher, which has seen all training images; and given
+   labels for those thirty and soft targets for all.
+3. What a step of the loss costs at a vocabulary's size, beside plain PyTorch and torch.compile of it.
+
+Of the 1,797 real images of 8 x 8 pixels 600 are for testing, the same ones always. Of the other 1,197 each seed
+draws 300 to train on: few, so that there is something to gain (with 600, distillation gains about half as much).
+Sizes, temperature, alpha, learning rates, weight decay and numbers of steps were chosen on the remaining 897
+(--validation shows accuracies on these), one choice for all students. The spread is the standard deviation over seeds.
+
+    python examples/distill_digits.py --seeds 5 --out distill_digits.png
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import matplotlib
+
+matplotlib.use("Agg")  # needs no display
+
+import loss_step
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from common import fit, mlp, predict
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+import kdfast
+
+TEACHERS = ["teacher", "ensemble of three teachers"]
+STUDENTS = ["student, hard labels", "student, distilled from one", "student, distilled from three"]
+FEW = ["hard labels of 30 images", "soft targets of 30 images", "30 labels, 300 soft targets"]
+STEPS = 1000  # of each network, --quick: 50
+LOSS_SIZE = (512, 32000)  # a micro-batch of tokens over the vocabulary of Llama 2; --quick: (32, 1000)
+
+
+def load(seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Images (n, 64) in [0, 1] and labels (n,) of the three splits."""
+    images, labels = load_digits(return_X_y=True)
+    rest, test = train_test_split(range(len(labels)), test_size=600, stratify=labels, random_state=0)
+    train, validation = train_test_split(rest, train_size=300, stratify=labels[rest], random_state=seed)
+    images, labels = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
+    splits = {"train": train, "validation": validation, "test": test}
+    return {name: (images[rows], labels[rows]) for name, rows in splits.items()}
+
+
+def shift(images: Tensor) -> Tensor:
+    """Each image moved by up to half a pixel in both directions, interpolated."""
+    move = torch.eye(2, 3).repeat(len(images), 1, 1)
+    move[:, :, 2] = torch.empty(len(images), 2).uniform_(-0.5, 0.5) * 2 / 8  # affine_grid's images are 2 wide
+    grid = F.affine_grid(move, [len(images), 1, 8, 8], align_corners=False)
+    return F.grid_sample(images.view(-1, 1, 8, 8), grid, align_corners=False).flatten(1)
+
+
+def train_all(seed: int, args: argparse.Namespace, on_step: Callable[[], object]) -> dict[str, float]:
+    """Trains everything with one seed; accuracies in per cent by the names in TEACHERS, STUDENTS and FEW."""
+    data = load(seed)
+    (images, labels), (unseen, truth) = data["train"], data["validation" if args.validation else "test"]
+    training = {"steps": args.steps, "batch": 50, "on_step": on_step}
+    accuracies = {}
+
+    def judge(name: str, *nets: nn.Module) -> None:
+        probabilities = sum(predict(net, unseen).softmax(-1) for net in nets)
+        accuracies[name] = 100 * (probabilities.argmax(-1) == truth).double().mean().item()
+
+    def hard(logits: Tensor, rows: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels[rows])
+
+    teachers = []
+    for member in range(3):
+        torch.manual_seed(3 * seed + member)
+        net = mlp(64, 256, 256, 10, dropout=0.5)
+        teachers.append(fit(net, images, hard, lr=2e-3, augment=shift, **training))
+    judge(TEACHERS[0], teachers[0])
+    judge(TEACHERS[1], *teachers)
+    targets = [predict(teacher, images) for teacher in teachers]  # three times (300, 10) logits
+    target = targets[0]
+
+    def student(name: str, loss: Callable[[Tensor, Tensor], Tensor], images: Tensor = images) -> None:
+        torch.manual_seed(1000 + seed)  # the same initial weights for all
+        net = mlp(64, 64, 10)
+        judge(name, fit(net, images, loss, lr=1e-2, weight_decay=0.1, **training))
+
+    distill = kdfast.KDLoss(temperature=args.temperature, alpha=args.alpha)
+    student(STUDENTS[0], hard)
+    student(STUDENTS[1], lambda logits, rows: distill(logits, target[rows], labels[rows]))
+    student(STUDENTS[2], lambda logits, rows: distill(logits, [t[rows] for t in targets], labels[rows]))
+
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    few = torch.cat([shuffled[labels[shuffled] == digit][:3] for digit in range(10)])
+    some = torch.full_like(labels, -100)  # ignore_index: no label
+    some[few] = labels[few]
+    soft = kdfast.KDLoss(temperature=args.temperature)  # without labels alpha is 1: soft targets alone
+    # For a part of the images the hard term is a call of its own: one call leaves an ignored row out of both terms.
+    all_soft = kdfast.KDLoss(temperature=args.temperature, alpha=args.alpha, hard_weight=0.0)
+    some_hard = kdfast.KDLoss(alpha=0.0, hard_weight=1 - args.alpha)  # reads no teacher
+    student(FEW[0], lambda logits, rows: hard(logits, few[rows]), images[few])
+    student(FEW[1], lambda logits, rows: soft(logits, target[few[rows]]), images[few])
+    student(FEW[2], lambda logits, rows: all_soft(logits, target[rows]) + some_hard(logits, None, some[rows]))
+    return accuracies
+
+
+def mean_and_spread(name: str, runs: list[dict[str, float]]) -> tuple[float, float]:
+    values = [run[name] for run in runs]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def judged_on(runs: list[dict[str, float]], args: argparse.Namespace) -> str:
+    images = "897 validation images" if args.validation else "600 test images"
+    return f"accuracy on {images}, %: mean ± std of {len(runs)} seed{'s' * (len(runs) != 1)}"
+
+
+def measured_with(rows: int, vocab: int) -> str:
+    threads, isa = torch.get_num_threads(), kdfast.backends()["cpu"]["isa"]
+    return f"({rows}, {vocab}) fp32, {threads} thread{'s' * (threads != 1)}, kdfast: {isa or 'not compiled'}"
+
+
+def show(runs: list[dict[str, float]], costs: dict[str, loss_step.Cost], args: argparse.Namespace) -> None:
+    console = Console()
+    table = Table("", judged_on(runs, args), title="scikit-learn's digits")
+    for names in (TEACHERS, STUDENTS, FEW):
+        for name in names:
+            mean, spread = mean_and_spread(name, runs)
+            table.add_row(name, f"{mean:.2f} ± {spread:.2f}", end_section=name == names[-1])
+    console.print(table)
+
+    table = Table("", title=f"Loss and gradient, {measured_with(*args.loss_size)}")
+    for column in ("median ms", "times faster", "extra memory, MB"):
+        table.add_column(column, justify="right")
+    eager = costs["PyTorch"].seconds or 0.0
+    notes = []
+    for name, cost in costs.items():
+        time = [f"{1e3 * cost.seconds:.1f}", f"{eager / cost.seconds:.1f}x"] if cost.seconds else ["-", "-"]
+        table.add_row(name, *time, "-" if cost.megabytes is None else f"{cost.megabytes:.0f}")
+        notes += [f"{name}: {cost.note}"] if cost.note else []
+    console.print(table)
+    for note in [*notes, "extra memory: what one step adds to a fresh process at its peak, the gradient included"]:
+        console.print(note, markup=False)
+
+
+def draw(runs: list[dict[str, float]], costs: dict[str, loss_step.Cost], args: argparse.Namespace) -> None:
+    figure, axes = plt.subplots(2, 2, figsize=(11, 6), layout="constrained")
+    panels = (
+        (axes[0, 0], "Distillation: one hidden layer of 64 units", {n: n for n in TEACHERS + STUDENTS}),
+        (
+            axes[0, 1],
+            "Soft targets as regularizers: few labels",
+            {n: n for n in FEW} | {STUDENTS[0]: "hard labels of 300 images"},
+        ),
+    )
+    for ax, heading, names in panels:
+        for row, name in enumerate(names):
+            mean, spread = mean_and_spread(name, runs)
+            colour = "0.5" if name in TEACHERS else "tab:orange" if "hard labels" in name else "tab:blue"
+            ax.errorbar(mean, row, xerr=spread, fmt="o", capsize=4, color=colour)
+            ax.annotate(f"{mean:.1f}", (mean, row), (0, 6), textcoords="offset points", ha="center")
+        ax.set_yticks(range(len(names)), list(names.values()))
+        ax.set(title=heading, xlabel=judged_on(runs, args))
+    run = {name: cost for name, cost in costs.items() if cost.seconds}
+    columns = (
+        (axes[1, 0], "Loss and gradient: time", "median ms", [1e3 * cost.seconds for cost in run.values()]),
+        (axes[1, 1], "Loss and gradient: extra memory", "MB", [cost.megabytes or 0 for cost in run.values()]),
+    )
+    for ax, heading, unit, values in columns:
+        bars = ax.barh(list(run), values, color=["tab:blue" if "kdfast" in name else "0.7" for name in run])
+        ax.bar_label(bars, fmt="%.0f", padding=3)
+        ax.set(title=heading, xlabel=f"{unit}; {measured_with(*args.loss_size)}")
+    for ax in axes.flat:
+        ax.invert_yaxis()
+        ax.margins(x=0.12)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(args.out, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="how many (5)")
+    parser.add_argument("--out", default="distill_digits.png", help="the picture (distill_digits.png)")
+    parser.add_argument("--temperature", type=float, default=4.0, help="of parts 1 and 2 (4)")
+    parser.add_argument("--alpha", type=float, default=0.9, help="of parts 1 and 2 (0.9)")
+    parser.add_argument("--validation", action="store_true", help="judge on the validation images, not the test images")
+    parser.add_argument("--quick", action="store_true", help="a run of seconds whose accuracies mean nothing")
+    args = parser.parse_args()
+    args.steps, args.loss_size, repeats, without = STEPS, LOSS_SIZE, 15, ()
+    if args.quick:
+        args.steps, args.loss_size, repeats, without = 50, (32, 1000), 3, ("torch.compile",)
+
+    threads = torch.get_num_threads()
+    columns = [TextColumn("{task.description:<24}"), BarColumn(), TextColumn("{task.percentage:3.0f}%")]
+    with Progress(*columns, TimeElapsedColumn()) as progress:
+        torch.set_num_threads(1)  # these networks are too small to share out
+        runs = []
+        for seed in range(args.seeds):
+            task = progress.add_task(f"seed {seed}: nine networks", total=9 * args.steps)
+            runs.append(train_all(seed, args, lambda task=task: progress.advance(task)))
+        torch.set_num_threads(threads)
+        task = progress.add_task("time and memory", total=repeats + 2 * len(loss_step.LOSSES))
+        costs = loss_step.costs(*args.loss_size, repeats, without, lambda: progress.advance(task))
+    show(runs, costs, args)
+    draw(runs, costs, args)
+    print(f"picture: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""What one step of a distillation loss costs at a vocabulary's size: its time, and the memory that it takes.
+
+Loss and gradient, fp32, T = 2, alpha = 0.9 with labels: kdfast beside the usual recipe in plain PyTorch and beside
+torch.compile of it. Times are medians of interleaved steps. Memory is measured in a fresh process for each of them: how
+far one step, after another to warm up, raises the process's resident memory at its peak (Linux counts it), gradient
+included. The logits of student and teacher are there before and do not count.
+"""
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kdfast
+
+TEMPERATURE, ALPHA = 2.0, 0.9
+
+
+def recipe(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """Distillation as it is usually written."""
+    log_q = F.log_softmax(student / TEMPERATURE, dim=-1)
+    p = F.softmax(teacher / TEMPERATURE, dim=-1)
+    soft = F.kl_div(log_q, p, reduction="batchmean")
+    hard = F.cross_entropy(student, labels)
+    return ALPHA * TEMPERATURE**2 * soft + (1 - ALPHA) * hard
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "PyTorch": recipe,
+    "torch.compile": torch.compile(recipe),
+    "kdfast": kdfast.KDLoss(temperature=TEMPERATURE, alpha=ALPHA),
+    "kdfast, inplace=True": kdfast.KDLoss(temperature=TEMPERATURE, alpha=ALPHA, inplace=True),
+}
+
+
+class Network(torch.autograd.Function):
+    """Stands for the student: gives out its logits, which are not a leaf then, and takes their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, logits: Tensor) -> Tensor:
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class Step:
+    """Loss and gradient, as one step of training needs them."""
+
+    def __init__(self, name: str, rows: int, vocab: int):
+        torch.manual_seed(0)
+        self.loss = LOSSES[name]
+        self.original, self.teacher = 3 * torch.randn(rows, vocab), 3 * torch.randn(rows, vocab)
+        self.student, self.labels = self.original.clone(), torch.randint(vocab, (rows,))
+        self.weight = torch.zeros((), requires_grad=True)
+        self.run()  # compiles, loads, warms up
+
+    def run(self) -> float:
+        """Seconds."""
+        self.student.copy_(self.original)  # inplace=True has left its gradient there
+        start = time.perf_counter()
+        self.loss(Network.apply(self.weight, self.student), self.teacher, self.labels).backward()
+        return time.perf_counter() - start
+
+
+class Cost(NamedTuple):
+    seconds: float | None  # None: it cannot run here
+    megabytes: float | None  # None: not known
+    note: str = ""  # why not
+
+
+def costs(
+    rows: int, vocab: int, repeats: int, without: tuple[str, ...] = (), on_step: Callable[[], object] = lambda: None
+) -> dict[str, Cost]:
+    """For each of LOSSES. on_step is called repeats + 2 * len(LOSSES) times."""
+    steps, found = {}, {}
+    for name in LOSSES:
+        try:
+            if name in without:
+                raise RuntimeError("left out")
+            steps[name] = Step(name, rows, vocab)
+        except Exception as error:  # torch.compile needs a C++ compiler, and has several ways to say that there is none
+            found[name] = Cost(None, None, _brief(str(error).strip().splitlines()[0]))
+        on_step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            seconds[name].append(step.run())
+        on_step()
+    for name in LOSSES:
+        if name in steps:
+            command = [sys.executable, __file__, name, str(rows), str(vocab)]
+            child = subprocess.run(command, capture_output=True, text=True)
+            memory = int(child.stdout) / 1e6 if child.returncode == 0 else None
+            note = "" if child.returncode == 0 else _brief(child.stderr.strip().splitlines()[-1])
+            found[name] = Cost(statistics.median(seconds[name]), memory, note)
+        on_step()
+    return {name: found[name] for name in LOSSES}
+
+
+def _brief(message: str) -> str:
+    return message if len(message) <= 90 else message[:89] + "…"
+
+
+def _print_peak_memory(name: str, rows: int, vocab: int) -> None:
+    """The bytes that a step adds to this process at its peak."""
+
+    def resident(field: str) -> int:
+        with open("/proc/self/status") as status:
+            return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
+
+    step = Step(name, rows, vocab)
+    step.student.copy_(step.original)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # from here on the peak is counted anew
+    before = resident("VmRSS")
+    step.run()
+    print(resident("VmHWM") - before)
+
+
+if __name__ == "__main__":
+    _print_peak_memory(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

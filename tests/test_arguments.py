@@ -1,0 +1,128 @@
+"""Every wrong argument is an error that names it, what it was and what it may be, and the next call works."""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import F32, F64
+from torch import Tensor
+from wrong_arguments import META, WRONG, S, T, Y
+
+from kdfast import KDLoss, kd_loss, tempered_softmax
+
+
+def _id(case: tuple[Any, ...]) -> str:
+    argument, value, others, *_ = case
+    value = f"{value.dtype}{tuple(value.shape)}" if isinstance(value, Tensor) else str(value)[:24]
+    return f"{argument}={value}" + "".join(f", {k}" for k in others)
+
+
+def _bytes(x: Tensor) -> list[int]:
+    return x.detach().contiguous().flatten().view(torch.uint8).tolist()
+
+
+@pytest.mark.parametrize("case", WRONG, ids=_id)
+def test_a_wrong_argument_is_an_error_that_says_what_is_right(backend: str, case: tuple[Any, ...]) -> None:
+    argument, value, others, error, words = case
+    settings = {"teacher": T, "labels": Y, "backend": backend} | others | {argument.split("[")[0]: value}
+    student = settings.pop("student_logits", S.clone().requires_grad_().clone())  # a non-leaf, as inplace needs it
+    tensors = [x for x in (student, value, *others.values(), T, Y) if isinstance(x, Tensor) and x.device.type == "cpu"]
+    before = [_bytes(x) for x in tensors]
+    versions = [x._version for x in tensors]
+    for inplace in (False, True):  # an error comes before anything is written
+        given = {"inplace": inplace} | settings
+        with pytest.raises(error, match=rf"(?s)^{re.escape(argument)}: .*{words}") as caught:
+            kd_loss(student, **given)
+        # the type itself: an IndexError is no LookupError of another kind, a RuntimeError no NotImplementedError
+        assert type(caught.value) is error
+        for x, old, version in zip(tensors, before, versions, strict=True):
+            assert _bytes(x) == old
+            assert x._version == version
+    torch.testing.assert_close(kd_loss(S, T, Y, backend=backend), kd_loss(S, T, Y, backend="reference"))
+
+
+def test_unexpected_words_and_positions_are_errors_of_python() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'T'"):
+        kd_loss(S, T, Y, T=2.0)
+    with pytest.raises(TypeError, match="positional"):
+        kd_loss(S, T, Y, 2.0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'weight'"):
+        KDLoss(weight=torch.ones(3))
+    with pytest.raises(TypeError, match="positional"):
+        KDLoss(2.0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_inplace_is_an_error_where_pytorchs_own_is(backend: str, reduction: str) -> None:
+    settings = {"inplace": True, "reduction": reduction, "backend": backend}
+    leaf = S.clone().requires_grad_()
+    for student in (leaf, leaf[:2], leaf.view(3, 5)):
+        with pytest.raises(
+            RuntimeError, match=r"^inplace: student_logits is a leaf \(or a view of one\) that requires grad"
+        ):
+            kd_loss(student, T[: len(student)], **settings)
+    expanded = S[:1].clone().requires_grad_().clone().expand(3, 5)
+    with pytest.raises(RuntimeError, match=r"^inplace: student_logits is expanded.*clone\(\) it first"):
+        kd_loss(expanded, T, **settings)
+    assert torch.equal(leaf, S)
+    assert leaf._version == 0
+    with torch.no_grad():  # where no gradient is made nothing is written, and nothing is wrong
+        kd_loss(leaf, T, **settings)
+    assert torch.equal(leaf, S)
+    kd_loss(leaf.clone(), T, **settings).sum().backward()
+    assert leaf.grad is not None
+
+
+def test_a_backend_that_is_not_usable_says_why() -> None:
+    from kdfast import backends
+
+    facts = backends()["cpu"]
+    if facts["usable"]:
+        with pytest.raises(RuntimeError, match="^backend: 'cpu' takes CPU tensors, but student_logits is on meta"):
+            kd_loss(META, META, backend="cpu")
+    else:
+        with pytest.raises(RuntimeError, match="^backend: 'cpu' is not usable here: " + re.escape(facts["why_not"])):
+            kd_loss(S, T, backend="cpu")
+
+
+SOFTMAX_WRONG: list[tuple[str, Any, type[Exception], str]] = [
+    ("logits", [1.0], TypeError, "must be a tensor, not list"),
+    ("logits", S.long(), RuntimeError, "torch.int64, but it must be one of torch.float32"),
+    ("logits", torch.tensor(1.0), ValueError, r"has shape \(\), but it must be \(..., V\) with V >= 1"),
+    ("logits", torch.empty(3, 0), ValueError, r"has shape \(3, 0\), but it must be \(..., V\) with V >= 1"),
+    ("temperature", 0, ValueError, "0 must be finite and > 0"),
+    ("temperature", "2", TypeError, "must be a number.*, not '2'"),
+    # the logits are called so here
+    (
+        "temperature",
+        torch.ones(2),
+        ValueError,
+        r"has shape \(2,\), but with logits of shape \(3, 5\) it must be \(3,\)",
+    ),
+    ("temperature", torch.tensor([1.0, -1.0, 2.0]), ValueError, "-1 in row 1, but it must be finite and > 0"),
+    ("out_dtype", torch.int64, ValueError, "torch.int64 is not one of torch.float32"),
+    ("out_dtype", "float32", ValueError, "'float32' is not one of torch.float32"),
+    ("log", "no", TypeError, "must be a bool, not 'no'"),
+]
+
+
+@pytest.mark.parametrize("case", SOFTMAX_WRONG, ids=lambda case: f"{case[0]}={str(case[1])[:24]}")
+def test_a_wrong_argument_of_tempered_softmax_is_an_error_too(case: tuple[Any, ...]) -> None:
+    argument, value, error, words = case
+    settings = {"logits": S.clone()} | {argument: value}
+    with pytest.raises(error, match=rf"(?s)^{argument}: .*{words}"):
+        tempered_softmax(**settings)
+    torch.testing.assert_close(tempered_softmax(S, 2), torch.softmax(S / 2, -1))
+
+
+def test_numbers_may_come_from_numpy_and_as_integers(backend: str) -> None:
+    want = kd_loss(S, T, Y, temperature=2.0, alpha=0.5, backend=backend)
+    for two, half in ((2, 0.5), (np.float32(2), np.float64(0.5)), (np.int64(2), np.float16(0.5))):
+        assert torch.equal(kd_loss(S, T, Y, temperature=two, alpha=half, backend=backend), want)
+    mean = kd_loss(S, T, Y, temperature=2, alpha=0.5, backend=backend)
+    assert torch.equal(kd_loss(S, T, Y, temperature=2, alpha=0.5, normalizer=np.int64(3), backend=backend), mean)
+    assert S.dtype == F32
+    assert want.dtype == F32
+    assert kd_loss(S.double(), T, backend=backend).dtype == F64

@@ -1,0 +1,47 @@
+"""Every instruction set that this machine has gives the same care: the value tests in a process of its own for each."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+# What differs between instruction sets is the width of vectors and the conversions: lengths, dtypes, blocks, limits.
+# The longest rows say no more about that than those of two blocks.
+SUBSET = "(length or blocks or every_temperature or spoils or masks) and not 32000 and not 50257 and not 151936"
+TIMEOUT = 300
+
+
+def _isas() -> list[str]:
+    try:
+        from kdfast import _C
+    except ImportError:
+        return []
+    return list(_C.usable_isas())
+
+
+def _run(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"KDFAST_CPU_ISA": isa}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+
+
+@pytest.mark.parametrize("isa", _isas())
+def test_the_numbers_hold_on_every_instruction_set(cpu: str, isa: str) -> None:
+    chosen = _run(isa, "-c", "import kdfast; print(kdfast.backends()['cpu']['isa'])")
+    assert chosen.stdout.strip() == isa, chosen.stderr
+    files = [str(HERE / name) for name in ("test_numbers.py", "test_limits.py")]
+    done = _run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"cpu and ({SUBSET})", *files)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout.splitlines()[-1]
+
+
+def test_an_instruction_set_that_is_not_there_is_an_error(cpu: str) -> None:
+    done = _run("mmx", "-c", "import torch, kdfast; kdfast.kd_loss(torch.ones(2, 3), torch.ones(2, 3), backend='cpu')")
+    assert done.returncode == 1  # an exception, not a crash
+    assert "KDFAST_CPU_ISA" in done.stderr
+    assert "mmx" in done.stderr

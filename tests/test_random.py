@@ -1,0 +1,163 @@
+"""Any combination of arguments gives the reference's numbers or a documented error, and never a crash.
+
+Run as a program this file makes many calls, right ones and wrong ones, from a seed: the subprocess of the last test.
+"""
+
+import collections
+import random
+import subprocess
+import sys
+from typing import Any
+
+import hypothesis.strategies as st
+import torch
+from cases import DIVERGENCES, DTYPES, ENSEMBLES, F32, F64, REDUCTIONS, TARGETS, as_target, batch
+from hypothesis import HealthCheck, given, settings
+from judge import judge
+from torch import Tensor
+
+import kdfast
+
+CALLS = 10_000
+ERRORS = (TypeError, ValueError, RuntimeError, IndexError)  # what kd_loss documents
+
+
+@st.composite
+def calls(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Valid arguments of kd_loss, of which each combination makes sense."""
+    shape = draw(st.sampled_from([(), (1,), (5,), (2, 3), (2, 1, 2)]))
+    rows = torch.Size(shape).numel()
+    vocab = draw(st.integers(1, 70) | st.integers(2040, 2060))  # around vectors; around a block
+    padding, teacher_padding = draw(st.sampled_from([(None, None), (0, 0), (3, 0), (0, 5), (8, 1)]))
+    dtype, seed = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 2**20))
+    scale, offset = draw(st.sampled_from([0.1, 1.0, 3.0, 20.0])), draw(st.sampled_from([0.0, -50.0, 300.0]))
+    student, _, labels = batch(rows, vocab, dtype, scale=scale, offset=offset, seed=seed)
+
+    def padded(x: Tensor, by: int | None) -> Tensor:
+        x = torch.nn.functional.pad(x, (0, by or 0), value=9.0)
+        return x.view(*shape, x.shape[-1])
+
+    def per_row(values: st.SearchStrategy[float], kinds: Any = (F32, F64)) -> Tensor:
+        drawn = draw(st.lists(values, min_size=rows, max_size=rows))
+        return torch.tensor(drawn, dtype=draw(st.sampled_from(kinds))).view(shape)
+
+    temperatures = st.sampled_from([1.0, 2.0, 3.0, 4.0, 0.5, 20.0]) | st.floats(0.3, 30)
+    options: dict[str, Any] = {"divergence": draw(st.sampled_from(DIVERGENCES))}
+    mse = options["divergence"] == "logit_mse"
+    options["temperature"] = per_row(temperatures) if draw(st.booleans()) else draw(temperatures)
+    options["target"] = "logits" if mse else draw(st.sampled_from(TARGETS))
+    if options["target"] == "logits" and draw(st.booleans()):
+        options["teacher_temperature"] = draw(temperatures)
+    count = draw(st.sampled_from([1, 1, 2, 3]))
+    options["ensemble"] = "geometric" if mse and count > 1 else draw(st.sampled_from(ENSEMBLES))
+    kinds = [draw(st.sampled_from(DTYPES)) for _ in range(count)]
+    teachers = [batch(rows, vocab, kind, scale=scale, seed=seed + i).teacher for i, kind in enumerate(kinds)]
+    teachers = [padded(as_target(t, options["target"], 2), teacher_padding) for t in teachers]
+    teacher: Any = teachers[0] if count == 1 and draw(st.booleans()) else teachers
+    if isinstance(teacher, list) and draw(st.booleans()):
+        options["teacher_weights"] = [draw(st.floats(0.1, 3)) for _ in teachers]
+
+    given_labels = None
+    if draw(st.booleans()):
+        ignored = torch.tensor(draw(st.lists(st.booleans(), min_size=rows, max_size=rows)))
+        options["ignore_index"] = draw(st.sampled_from([-100, 0, -1]))
+        given_labels = torch.where(ignored, options["ignore_index"], labels).view(shape)
+        options["alpha"] = draw(st.none() | st.sampled_from([0.0, 1.0]) | st.floats(0, 1))
+        if draw(st.booleans()):
+            options["hard_weight"] = draw(st.sampled_from([0.0, 1.0]) | st.floats(0, 10))
+    if draw(st.booleans()):
+        options["weight"] = per_row(st.sampled_from([0.0, 1.0]) | st.floats(0.01, 10))
+    options["t_squared"], options["reduction"] = draw(st.booleans()), draw(st.sampled_from(REDUCTIONS))
+    options["inplace"] = draw(st.booleans())
+    if options["reduction"] == "mean" and draw(st.booleans()):
+        options["normalizer"] = draw(st.floats(0.5, 100))
+    if padding is not None:
+        options["vocab_size"] = vocab
+    return (padded(student, padding), teacher, given_labels), options
+
+
+# derandomized: the same 300 examples each time, some 5 s
+@settings(deadline=None, derandomize=True, database=None, max_examples=300, suppress_health_check=list(HealthCheck))
+@given(call=calls())
+def test_any_valid_call_gives_the_references_numbers(
+    backend: str, call: tuple[tuple[Any, ...], dict[str, Any]]
+) -> None:
+    inputs, options = call
+    judge(*inputs, backend=backend, **options)
+
+
+def _pools(rng: random.Random, shape: tuple[int, ...], vocab: int) -> dict[str, list[Any]]:
+    """For each argument some right values and some wrong ones."""
+    dtype = rng.choice([*DTYPES, torch.int32]) if rng.random() < 0.05 else rng.choice(DTYPES)
+
+    def logits(*size: int) -> Tensor:
+        x = torch.randn(size)
+        if rng.random() < 0.2 and x.numel():  # what logits may hold
+            x.view(-1)[rng.randrange(x.numel())] = rng.choice([torch.nan, torch.inf, -torch.inf, 1e4])
+        if rng.random() < 0.2 and x.dim() > 1:  # and how they may lie
+            x = x.transpose(0, -1).contiguous().transpose(0, -1)
+        return x
+
+    teachers = [logits(*shape, vocab + rng.choice([0, 0, 0, 2])).to(rng.choice(DTYPES)) for _ in range(3)]
+    rows = torch.rand(shape)
+    student = logits(*shape, vocab).to(dtype)
+    return {
+        "student_logits": [*[student] * 8, student.requires_grad_() if student.is_floating_point() else student, None],
+        "teacher": [*[teachers[0]] * 6, teachers, teachers[:1], [], None, "t", torch.randn(*shape, vocab, 2)],
+        "labels": [None, *[torch.randint(vocab, shape)] * 3, torch.randint(-2, vocab + 1, shape), rows, [0]],
+        "temperature": [1.0, 2, 3.7, 1e-30, 1e30, rows + 0.5, rows, 0, -1.0, torch.nan, "2", None, torch.ones(7)],
+        "teacher_temperature": [*[None] * 8, 2.0, rows + 0.5, 0.0, "2"],
+        "alpha": [*[None] * 5, 0, 0.5, 1, 7.0, -1, torch.nan, "a"],
+        "hard_weight": [*[None] * 5, 0, 0.5, 3, -1, torch.inf, []],
+        "divergence": [*DIVERGENCES * 3, "jsd?", 3],
+        "target": [*["logits"] * 6, *TARGETS * 2, "logit"],
+        "vocab_size": [*[None] * 6, 1, vocab - 1, vocab, 0, vocab + 1, -1, 2.0],
+        "t_squared": [True, False],
+        "weight": [*[None] * 6, rows, rows.double(), rows > 0.5, -rows, torch.ones(7), 2.0],
+        "ignore_index": [*[-100] * 5, 0, -1, 2**62, None, 0.5],
+        "reduction": [*REDUCTIONS * 3, "max", None],
+        "normalizer": [*[None] * 8, 3, 0.5, torch.tensor(2.0), torch.tensor(0.0), 0, "n", torch.ones(2)],
+        "teacher_weights": [*[None] * 8, [1], [1, 2, 3], [0, 0, 1], [0, 0, 0], [-1, 1, 1], 3, "abc"],
+        "ensemble": [*ENSEMBLES * 4, "sum"],
+        "inplace": [*[False] * 5, True],
+    }
+
+
+def many_calls(backend: str, seed: int) -> None:
+    """Prints how many calls went well and how many raised each error; anything but the documented errors ends it."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    torch.set_num_threads(2)
+    counts: collections.Counter[str] = collections.Counter()
+    for number in range(CALLS):
+        shape = rng.choice([(), (0,), (1,), (4,), (2, 3), (33,)])
+        vocab = rng.choice([1, 2, 7, 17, 33, 100])
+        pools = _pools(rng, shape, vocab)
+        chosen = {argument: pool[0] for argument, pool in pools.items()}
+        for argument in rng.sample(list(pools), rng.choice([0, 1, 2, 3, 5, 8])):
+            chosen[argument] = rng.choice(pools[argument])
+        try:
+            loss = kdfast.kd_loss(chosen.pop("student_logits"), backend=backend, **chosen)
+            if loss.requires_grad:
+                loss.backward(torch.ones_like(loss))
+            counts["fine"] += 1
+        except ERRORS as error:
+            counts[type(error).__name__] += 1
+            if ": " not in str(error).split("\n")[0]:
+                raise SystemExit(f"call {number}: {type(error).__name__} without a name: {error}") from error
+    print(" ".join(f"{name}={count}" for name, count in sorted(counts.items())))
+
+
+def test_ten_thousand_calls_do_not_crash(backend: str) -> None:
+    command = [sys.executable, "-X", "faulthandler", __file__, backend, "20150309"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr[-3000:]}"
+    counts = {name: int(count) for name, count in (pair.split("=") for pair in done.stdout.split())}
+    assert sum(counts.values()) == CALLS
+    assert counts["fine"] > 0.3 * CALLS  # the right calls are not lost among the wrong ones
+    for error in ERRORS:
+        assert counts.get(error.__name__, 0) > 0.002 * CALLS, counts
+
+
+if __name__ == "__main__":
+    many_calls(sys.argv[1], int(sys.argv[2]))

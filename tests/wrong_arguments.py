@@ -1,0 +1,184 @@
+"""Wrong arguments of kd_loss: what is given, and what the error says.
+
+A row: argument, what it is given, further arguments -> error, and words of its message: what it was, what it may be.
+Every message begins with the argument's name and a colon.
+"""
+
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from cases import batch
+
+S, T, Y = batch(3, 5)  # three rows of five classes
+NAN, INF = float("nan"), float("inf")
+META = torch.empty(3, 5, device="meta")  # another device than the logits'
+
+WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
+    # --- tensors: a wrong Python type is a TypeError, as PyTorch's own arguments raise it
+    ("student_logits", [1.0], {}, TypeError, "must be a tensor, not list"),
+    ("student_logits", None, {}, TypeError, "must be a tensor, not None"),
+    ("student_logits", np.zeros((3, 5)), {}, TypeError, "must be a tensor, not ndarray"),
+    ("teacher", None, {}, TypeError, "must be a tensor or a sequence of tensors.*, not None"),
+    ("teacher", "logits", {}, TypeError, "must be a tensor or a sequence of tensors.*, not str"),
+    ("teacher", {0: T}, {}, TypeError, "must be a tensor or a sequence of tensors.*, not dict"),
+    ("teacher", (t for t in [T]), {}, TypeError, "must be a tensor or a sequence of tensors.*, not generator"),
+    ("teacher[1]", [T, None], {}, TypeError, "must be a tensor, not None"),
+    ("labels", [0, 1, 2], {}, TypeError, "must be a tensor, not list"),
+    ("weight", [1.0, 1.0, 1.0], {}, TypeError, "must be a tensor, not list"),
+    # a dtype is a RuntimeError
+    (
+        "student_logits",
+        S.long(),
+        {},
+        RuntimeError,
+        r"torch.int64, but it must be one of torch.float32, .*64",
+    ),
+    ("student_logits", S.to(torch.complex64), {}, RuntimeError, "torch.complex64, but it must be one of torch.float32"),
+    ("student_logits", S.to(torch.float8_e5m2), {}, RuntimeError, "torch.float8_e5m2, but it must be one of"),
+    ("teacher", T.long(), {}, RuntimeError, "torch.int64, but it must be one of torch.float32"),
+    ("teacher[0]", [T.bool(), T], {}, RuntimeError, "torch.bool, but it must be one of torch.float32"),
+    ("labels", Y.int(), {}, RuntimeError, "torch.int32, but it must be torch.int64 class indices"),
+    ("labels", Y.float(), {}, RuntimeError, "torch.float32, but it must be torch.int64 class indices"),
+    ("weight", torch.ones(3, dtype=torch.complex64), {}, RuntimeError, "torch.complex64, but it must be real"),
+    ("temperature", torch.ones(3, dtype=torch.complex64), {}, RuntimeError, "torch.complex64, but it must be real"),
+    # and so is a device, and what autograd cannot do
+    ("teacher", META, {}, RuntimeError, "is on meta, but student_logits is on cpu"),
+    ("teacher[1]", [T, META], {}, RuntimeError, "is on meta, but student_logits is on cpu"),
+    ("labels", torch.empty(3, dtype=torch.int64, device="meta"), {}, RuntimeError, "on meta, but student_logits is on"),
+    ("weight", torch.empty(3, device="meta"), {}, RuntimeError, "is on meta, but student_logits is on cpu"),
+    ("temperature", torch.empty(3, device="meta"), {}, RuntimeError, "is on meta, but student_logits is on cpu"),
+    ("normalizer", torch.empty((), device="meta"), {}, RuntimeError, "is on meta, but student_logits is on cpu"),
+    ("weight", torch.ones(3, requires_grad=True), {}, RuntimeError, "requires grad, but .* no derivative.*detach"),
+    # a shape is a ValueError
+    ("student_logits", torch.tensor(1.0), {}, ValueError, r"has shape \(\), but it must be \(..., V\) with V >= 1"),
+    ("student_logits", torch.empty(3, 0), {}, ValueError, r"has shape \(3, 0\), but it must be \(..., V\) with V >= 1"),
+    (
+        "teacher",
+        T[:2],
+        {},
+        ValueError,
+        r"has shape \(2, 5\), but .* of shape \(3, 5\) it must be \(3, V\)",
+    ),
+    (
+        "teacher",
+        T[0],
+        {},
+        ValueError,
+        r"has shape \(5,\), but .* of shape \(3, 5\) it must be \(3, V\)",
+    ),
+    ("teacher", T[:, :4], {}, ValueError, "has 4 classes, but student_logits has 5; .*vocab_size"),
+    ("teacher[1]", [T, T[:, :4]], {}, ValueError, "has 4 classes, but student_logits has 5; .*vocab_size"),
+    ("teacher", [], {}, ValueError, "the sequence of teachers is empty"),
+    ("labels", Y[:2], {}, ValueError, r"has shape \(2,\), but .* of shape \(3, 5\) it must be \(3,\)"),
+    ("labels", Y[:, None], {}, ValueError, r"has shape \(3, 1\), but .* of shape \(3, 5\) it must be \(3,\)"),
+    ("weight", torch.ones(3, 5), {}, ValueError, r"has shape \(3, 5\), but .* of shape \(3, 5\) it must be \(3,\)"),
+    ("temperature", torch.tensor(2.0), {}, ValueError, r"has shape \(\), but .* of shape \(3, 5\) it must be \(3,\)"),
+    ("teacher_temperature", torch.ones(2), {}, ValueError, r"has shape \(2,\), but .* it must be \(3,\)"),
+    (
+        "normalizer",
+        torch.ones(1),
+        {},
+        ValueError,
+        r"a number or a real 0-dim tensor, not .* of shape \(1,\)",
+    ),
+    # --- labels: out of range is an IndexError with label, row and V
+    (
+        "labels",
+        torch.tensor([0, 5, 1]),
+        {},
+        IndexError,
+        r"label 5 in row 1 .*V = 5 .*\[0, 4\] or .*\(-100\)",
+    ),
+    ("labels", torch.tensor([0, 1, -1]), {}, IndexError, r"label -1 in row 2 .*V = 5 .*\[0, 4\]"),
+    (
+        "labels",
+        torch.tensor([-100, 1, 2]),
+        {"ignore_index": 7},
+        IndexError,
+        r"label -100 in row 0 .*\(7\)",
+    ),
+    ("labels", torch.tensor([4, 0, 0]), {"vocab_size": 4}, IndexError, r"label 4 in row 0 .*V = 4 .*\[0, 3\]"),
+    ("labels", torch.tensor([2**40, 0, 0]), {}, IndexError, f"label {2**40} in row 0"),
+    ("labels", torch.tensor([9, 0, 0]), {"weight": torch.tensor([0.0, 1, 1])}, IndexError, "label 9 in row 0"),
+    ("labels", torch.tensor([9, 0, 0]), {"alpha": 1}, IndexError, "label 9 in row 0"),
+    # --- numbers
+    *(
+        (argument, value, {}, ValueError, re.escape(f"{value!r} must be finite and > 0"))
+        for argument in ("temperature", "teacher_temperature", "normalizer")
+        for value in (0, -1, -0.5, NAN, INF, 0.0)
+    ),
+    *(
+        (argument, value, {}, TypeError, "must be a number.*, not " + re.escape(repr(value)))
+        for argument in ("temperature", "alpha", "hard_weight", "normalizer")
+        for value in ("2", True, [2.0], 1j)
+    ),
+    ("temperature", None, {}, TypeError, "must be a number.*, not None"),
+    ("temperature", np.array([1.0, 2.0]), {}, TypeError, "must be a number"),
+    ("alpha", torch.tensor(0.5), {}, TypeError, "must be a number, not tensor"),
+    ("temperature", torch.tensor([1.0, 0.0, 2.0]), {}, ValueError, "0 in row 1, but it must be finite and > 0"),
+    (
+        "teacher_temperature",
+        torch.tensor([1.0, 2.0, NAN]),
+        {},
+        ValueError,
+        "nan in row 2, but .* finite and > 0",
+    ),
+    ("weight", torch.tensor([1.0, -1.0, 2.0]), {}, ValueError, "-1 in row 1, but it must be finite and >= 0"),
+    ("weight", torch.tensor([INF, 1.0, 2.0]), {}, ValueError, "inf in row 0, but it must be finite and >= 0"),
+    ("alpha", -0.1, {}, ValueError, "-0.1 must be a finite number >= 0"),
+    ("alpha", NAN, {}, ValueError, "nan must be a finite number >= 0"),
+    ("alpha", INF, {"hard_weight": 0}, ValueError, "inf must be a finite number >= 0"),
+    ("alpha", 1.5, {}, ValueError, r"1.5 must lie in \[0, 1\] where no hard_weight is given"),
+    ("alpha", 0.5, {"labels": None}, ValueError, "0.5 without labels .*give labels, alpha=1, or hard_weight=0"),
+    ("hard_weight", -1, {}, ValueError, "-1 must be a finite number >= 0"),
+    ("hard_weight", INF, {}, ValueError, "inf must be a finite number >= 0"),
+    ("hard_weight", 0.5, {"labels": None}, ValueError, "0.5 without labels; give labels or hard_weight=0"),
+    ("vocab_size", 0, {}, ValueError, r"0 must lie in \[1, 5\], the classes of student_logits"),
+    ("vocab_size", 6, {}, ValueError, r"6 must lie in \[1, 5\], the classes of student_logits"),
+    ("vocab_size", 5, {"teacher": T[:, :4]}, ValueError, "5 is more than the 4 classes of teacher"),
+    ("vocab_size", 5, {"teacher": [T, T[:, :4]]}, ValueError, r"5 is more than the 4 classes of teacher\[1\]"),
+    ("vocab_size", 4.0, {}, TypeError, "must be an int, not 4.0"),
+    ("vocab_size", True, {}, TypeError, "must be an int, not True"),
+    ("ignore_index", 1.0, {}, TypeError, "must be an int, not 1.0"),
+    ("ignore_index", None, {}, TypeError, "must be an int, not None"),
+    # too large for a float, for the operators' integers
+    ("temperature", 10**400, {}, ValueError, "finite and > 0"),
+    ("ignore_index", 2**70, {}, ValueError, "64 bits"),
+    # --- names
+    (
+        "divergence",
+        "kl",
+        {},
+        ValueError,
+        "'kl' is not one of 'cross_entropy', .*'logit_mse'",
+    ),
+    ("divergence", None, {}, ValueError, "None is not one of 'cross_entropy'"),
+    ("target", "probabilities", {}, ValueError, "'probabilities' is not one of 'logits', 'probs', 'log_probs'"),
+    ("reduction", "avg", {}, ValueError, "'avg' is not one of 'mean', 'sum', 'batchmean', 'none'"),
+    ("reduction", None, {}, ValueError, "None is not one of 'mean', 'sum', 'batchmean', 'none'"),
+    ("reduction", np.array(["mean", "sum"]), {}, ValueError, "is not one of 'mean', 'sum', 'batchmean', 'none'"),
+    ("ensemble", "mean", {}, ValueError, "'mean' is not one of 'arithmetic', 'geometric'"),
+    ("backend", "gpu", {}, ValueError, "'gpu' is not one of None, 'reference', 'cpu'"),
+    # --- flags
+    ("t_squared", "no", {}, TypeError, "must be a bool, not 'no'"),
+    ("inplace", "no", {}, TypeError, "must be a bool, not 'no'"),
+    # --- arguments that exclude each other
+    ("teacher_temperature", 2.0, {"target": "probs"}, ValueError, "target='probs', which is tempered already"),
+    ("teacher_temperature", 2.0, {"target": "log_probs"}, ValueError, "target='log_probs', which is tempered already"),
+    ("teacher_weights", [1.0], {}, ValueError, "given with one tensor as the teacher; it is for a sequence"),
+    ("divergence", "logit_mse", {"target": "probs"}, ValueError, "'logit_mse' needs target='logits', not 'probs'"),
+    ("divergence", "logit_mse", {"teacher": [T, T]}, ValueError, "'logit_mse' with several .* ensemble='geometric'"),
+    ("normalizer", 3, {"reduction": "sum"}, ValueError, "given with reduction='sum'; it takes the place of the mean's"),
+    ("normalizer", 3, {"reduction": "none"}, ValueError, "given with reduction='none'; it takes the place"),
+    # --- ensembles
+    *(
+        ("teacher_weights", value, {"teacher": [T, T]}, ValueError, "must be 2 finite numbers >= 0, one per teacher")
+        for value in ([1.0], [1.0, 2.0, 3.0], [-1.0, 2.0], [0.0, 0.0], [NAN, 1.0], [INF, 1.0], [])
+    ),
+    *(
+        ("teacher_weights", value, {"teacher": [T, T]}, TypeError, "must be a sequence of 2 numbers, not ")
+        for value in (0.5, [None, 1.0], "12")
+    ),
+]
