@@ -30,7 +30,7 @@ def fit(
     """Trains net with AdamW and a one-cycle learning rate of peak lr. `loss` gets the logits of a batch,
     (batch, classes), and the indices of its images, (batch,). max_norm bounds the length of the vector of weights
     into each hidden unit."""
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     hidden = [layer.weight for layer in net[:-1] if isinstance(layer, nn.Linear)]
     batches: list[Tensor] = []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kdfast import ops
 from kdfast.autograd import row_loss
 from kdfast.reference import DIVERGENCES
-from kdfast.targets import check_floating, check_teachers
+from kdfast.targets import check_floating, check_teachers, kind
 
 _CHOICES = {
     "divergence": (*DIVERGENCES, "logit_mse"),
@@ -97,7 +97,7 @@ def kd_loss(
     """
     student = student_logits
     if not isinstance(student, Tensor):
-        raise TypeError(f"student_logits: must be a tensor, not {type(student).__name__}")
+        raise TypeError(f"student_logits: must be a tensor, not {kind(student)}")
     check_floating("student_logits", student)
     if student.dim() == 0 or student.shape[-1] == 0:
         raise ValueError(f"student_logits: has shape {tuple(student.shape)}, but it must be (..., V) with V >= 1")
@@ -107,6 +107,7 @@ def kd_loss(
     _check_choice("reduction", reduction)
     _check_choice("ensemble", ensemble)
     _check_choice("backend", backend)
+    check_bool("t_squared", t_squared)
     alpha, hard_weight = _mix(alpha, hard_weight, labels is not None)
     vocab = _vocab(vocab_size, student)
     if labels is not None:
@@ -129,10 +130,11 @@ def kd_loss(
             raise ValueError("divergence: 'logit_mse' with several teachers needs ensemble='geometric'")
         temperature, temperatures, at, ats, t_squared = 1.0, None, 1.0, None, False
     divisor, normalizer = _normalizer(normalizer, reduction, student)
-    if inplace:
+    if check_bool("inplace", inplace):
         _check_inplace(student)
-    if type(ignore_index) is not int:
-        raise TypeError(f"ignore_index: must be an int, not {ignore_index!r}")
+    ignore_index = _integer("ignore_index", ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: {ignore_index} must fit into 64 bits, as labels do")
 
     inputs = ops.Inputs(teachers, labels, weight, normalizer, temperatures, ats)
     settings = ops.Settings(
@@ -140,7 +142,7 @@ def kd_loss(
         teacher_temperature=at,
         alpha=alpha,
         hard_weight=hard_weight,
-        t_squared=bool(t_squared),
+        t_squared=t_squared,
         divergence=divergence,
         target=target,
         ensemble=ensemble,
@@ -150,7 +152,7 @@ def kd_loss(
         reduction=reduction,
         divisor=divisor,
     )
-    return row_loss(student, inputs, settings, ops.namespace(backend, student), bool(inplace))
+    return row_loss(student, inputs, settings, ops.namespace(backend, student), inplace)
 
 
 class KDLoss(nn.Module):
@@ -185,7 +187,7 @@ class KDLoss(nn.Module):
     def extra_repr(self) -> str:
         settings = {name: getattr(self, name) for name in _SETTINGS}
         # identity first: a tensor of temperatures is not equal to anything
-        changed = {k: v for k, v in settings.items() if v is not _SETTINGS[k] and not (v == _SETTINGS[k]) is True}
+        changed = {k: v for k, v in settings.items() if v is not _SETTINGS[k] and (v == _SETTINGS[k]) is not True}
         shown = {"temperature": self.temperature, "alpha": self.alpha, "divergence": self.divergence} | changed
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
@@ -207,19 +209,37 @@ _SETTINGS = dict(KDLoss.__init__.__kwdefaults__ or {})
 
 def _check_choice(name: str, value: Any) -> None:
     choices = _CHOICES[name]
-    if value not in choices:
+    if not isinstance(value, (str, type(None))) or value not in choices:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, choices))}")
 
 
 def _number(name: str, value: Any) -> float:
     """A Python or numpy number as a float."""
-    if isinstance(value, (float, int)) and not isinstance(value, bool):
-        return float(value)
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         return value  # type: ignore[return-value]
-    if isinstance(value, (bool, str, Tensor)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name}: must be a number, not {value!r}")
-    return float(value)
+    if not isinstance(value, (bool, str, Tensor)) and hasattr(value, "__float__"):
+        try:
+            return float(value)
+        except OverflowError:  # an int beyond every float
+            return math.inf
+        except TypeError:  # an array
+            pass
+    raise TypeError(f"{name}: must be a number, not {value!r}")
+
+
+def _integer(name: str, value: Any) -> int:
+    """A Python or numpy integer as an int."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    if not isinstance(value, (bool, Tensor)) and hasattr(value, "__index__"):
+        return int(value)
+    raise TypeError(f"{name}: must be an int, not {value!r}")
+
+
+def check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: must be a bool, not {value!r}")
+    return value
 
 
 def _mix(alpha: Any, hard_weight: Any, labelled: bool) -> tuple[float, float]:
@@ -250,8 +270,7 @@ def _mix(alpha: Any, hard_weight: Any, labelled: bool) -> tuple[float, float]:
 def _vocab(vocab_size: Any, student: Tensor) -> int:
     if vocab_size is None:
         return -1
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
-        raise TypeError(f"vocab_size: must be an int, not {vocab_size!r}")
+    vocab_size = _integer("vocab_size", vocab_size)
     if not 1 <= vocab_size <= student.shape[-1]:
         raise ValueError(
             f"vocab_size: {vocab_size} must lie in [1, {student.shape[-1]}], the classes of student_logits"
@@ -259,27 +278,31 @@ def _vocab(vocab_size: Any, student: Tensor) -> int:
     return vocab_size
 
 
-def _check_rows(name: str, value: Any, shape: torch.Size, student: Tensor, integer: bool = False) -> None:
-    """A tensor with one value per row."""
+def _check_rows(
+    name: str, value: Any, shape: torch.Size, logits: Tensor, integer: bool = False, of: str = "student_logits"
+) -> None:
+    """A tensor with one value per row of the logits, which the caller knows under the name `of`."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: must be a tensor, not {type(value).__name__}")
+        raise TypeError(f"{name}: must be a tensor, not {kind(value)}")
     if integer and value.dtype != torch.int64:
         raise RuntimeError(f"{name}: has dtype {value.dtype}, but it must be torch.int64 class indices")
     if value.is_complex():
         raise RuntimeError(f"{name}: has dtype {value.dtype}, but it must be real")
     if value.shape != shape:
         raise ValueError(
-            f"{name}: has shape {tuple(value.shape)}, but with student_logits of shape {tuple(student.shape)} it must "
+            f"{name}: has shape {tuple(value.shape)}, but with {of} of shape {tuple(logits.shape)} it must "
             f"be {tuple(shape)}"
         )
-    if value.device != student.device:
-        raise RuntimeError(f"{name}: is on {value.device}, but student_logits is on {student.device}")
+    if value.device != logits.device:
+        raise RuntimeError(f"{name}: is on {value.device}, but {of} is on {logits.device}")
 
 
-def check_temperature(name: str, value: Any, shape: torch.Size, student: Tensor) -> tuple[float, Tensor | None]:
+def check_temperature(
+    name: str, value: Any, shape: torch.Size, logits: Tensor, of: str = "student_logits"
+) -> tuple[float, Tensor | None]:
     """A temperature as a number or as one per row; the other of the two is 1 or None."""
     if isinstance(value, Tensor):
-        _check_rows(name, value, shape, student)
+        _check_rows(name, value, shape, logits, of=of)
         return 1.0, value.detach()
     number = _number(name, value)
     if not 0 < number < math.inf:
@@ -310,7 +333,9 @@ def _normalizer(value: Any, reduction: str, student: Tensor) -> tuple[float, Ten
             )
         if value.device != student.device:
             raise RuntimeError(f"normalizer: is on {value.device}, but student_logits is on {student.device}")
-        return 0.0, value.detach()
+        if value.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("normalizer: requires grad, but kd_loss has no derivative for it; detach() it")
+        return 0.0, value
     number = _number("normalizer", value)
     if not 0 < number < math.inf:
         raise ValueError(f"normalizer: {value!r} must be finite and > 0")

@@ -63,7 +63,9 @@ def logit_mse(s: Tensor, t: Tensor) -> Tensor:
 
 def _column(value: Tensor | None, number: float, like: Tensor) -> Tensor:
     """A setting that is a number or one per row, (...), as a column (..., 1)."""
-    return like.new_full((), number) if value is None else value.to(like.dtype).unsqueeze(-1)
+    if value is None:
+        return torch.tensor(number, dtype=torch.float64, device=like.device).to(like.dtype)
+    return value.to(like.dtype).unsqueeze(-1)
 
 
 def _first_classes(logits: Tensor, settings: "Settings") -> Tensor:
@@ -79,12 +81,12 @@ def teacher_distribution(teachers: list[Tensor], temperature: Tensor, settings: 
     weights = settings.teacher_weights
     if settings.target == "logits":
         logs = [t / temperature for t in teachers]
-        logs = [torch.log_softmax(x, -1) for x in logs] if settings.ensemble == "arithmetic" else logs
+        if len(teachers) == 1 or settings.ensemble == "arithmetic":
+            logs = [torch.log_softmax(x, -1) for x in logs]
     else:
         logs = [t.log() if settings.target == "probs" else t for t in teachers]
     if len(teachers) == 1:
-        log_p = torch.log_softmax(logs[0], -1) if settings.target == "logits" else logs[0]
-        return (teachers[0] if settings.target == "probs" else log_p.exp()), log_p
+        return (teachers[0] if settings.target == "probs" else logs[0].exp()), logs[0]
     if settings.ensemble == "geometric":
         log_p = torch.log_softmax(_weighted_sum(weights, logs), -1)
         return log_p.exp(), log_p
@@ -195,8 +197,10 @@ def _gradient(student: Tensor, inputs: "Inputs", settings: "Settings", grad_loss
     with torch.enable_grad(), _autograd_included():
         leaf = student.detach().requires_grad_()
         loss = _reduced(leaf, inputs, settings)
-        (grad,) = torch.autograd.grad(loss, leaf, grad_loss, allow_unused=True)
-    return [loss.detach(), torch.zeros_like(student) if grad is None else grad.contiguous()]
+        if not loss.requires_grad:  # neither term has a weight
+            return [loss, torch.zeros_like(student, memory_format=torch.contiguous_format)]
+        (grad,) = torch.autograd.grad(loss, leaf, grad_loss)
+    return [loss.detach(), grad.contiguous()]
 
 
 def loss_grad(student: Tensor, inputs: "Inputs", settings: "Settings") -> tuple[Tensor, Tensor]:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from kdfast.autograd import TemperedSoftmax
-from kdfast.losses import check_temperature
-from kdfast.targets import check_floating
+from kdfast.losses import check_bool, check_temperature
+from kdfast.targets import FLOATS, check_floating, kind
 
 
 def tempered_softmax(
@@ -26,14 +26,15 @@ def tempered_softmax(
         TypeError, ValueError, RuntimeError: as :func:`kdfast.kd_loss` for its arguments of these names.
     """
     if not isinstance(logits, Tensor):
-        raise TypeError(f"logits: must be a tensor, not {type(logits).__name__}")
+        raise TypeError(f"logits: must be a tensor, not {kind(logits)}")
     check_floating("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits: has shape {tuple(logits.shape)}, but it must be (..., V) with V >= 1")
-    number, rows = check_temperature("temperature", temperature, logits.shape[:-1], logits)
+    number, rows = check_temperature("temperature", temperature, logits.shape[:-1], logits, "logits")
+    check_bool("log", log)
     dtype = logits.dtype if out_dtype is None else out_dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if dtype not in FLOATS:
         raise ValueError(f"out_dtype: {out_dtype!r} is not one of torch.float32, bfloat16, float16, float64")
     if logits.requires_grad and torch.is_grad_enabled():
-        return TemperedSoftmax.apply(logits, rows, number, bool(log), dtype)
-    return torch.ops.kdfast.tempered_softmax(logits, rows, number, bool(log), dtype)
+        return TemperedSoftmax.apply(logits, rows, number, log, dtype)
+    return torch.ops.kdfast.tempered_softmax(logits, rows, number, log, dtype)

@@ -22,12 +22,14 @@ def check_teachers(
         teachers = list(teacher)
         weights = check_weights(teacher_weights, len(teachers))
     else:
-        raise TypeError(f"teacher: must be a tensor or a sequence of tensors, not {_kind(teacher)}")
+        raise TypeError(
+            f"teacher: must be a tensor or a sequence of tensors (or None with alpha=0), not {kind(teacher)}"
+        )
     several = len(teachers) > 1
     for index, each in enumerate(teachers):
         name = f"teacher[{index}]" if several else "teacher"
         if not isinstance(each, Tensor):
-            raise TypeError(f"{name}: must be a tensor, not {_kind(each)}")
+            raise TypeError(f"{name}: must be a tensor, not {kind(each)}")
         check_floating(name, each)
         if each.device != student.device:
             raise RuntimeError(f"{name}: is on {each.device}, but student_logits is on {student.device}")
@@ -46,6 +48,8 @@ def check_weights(teacher_weights: Any, count: int) -> list[float]:
     if teacher_weights is None:
         return [1.0 / count] * count
     try:
+        if isinstance(teacher_weights, str):
+            raise TypeError
         weights = [float(w) for w in teacher_weights]
     except (TypeError, ValueError):
         raise TypeError(
@@ -79,5 +83,5 @@ def _check_shape(name: str, teacher: Tensor, student: Tensor, vocab_size: int | 
         raise ValueError(f"vocab_size: {vocab_size} is more than the {teacher.shape[-1]} classes of {name}")
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
     return "None" if value is None else type(value).__name__

@@ -169,6 +169,7 @@ PEERS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
 P2 = torch.softmax(T / 2, -1)
 
 
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")  # F.kl_div's own, about its "mean"
 @pytest.mark.parametrize("peer", PEERS)
 def test_a_peers_loss_is_ours(peer: str) -> None:
     theirs, arguments, settings = PEERS[peer]

@@ -27,17 +27,23 @@ def _check(logits: Tensor, temperature: float | Tensor, log: bool, out_dtype: to
     want, allowed = (log_p, size * eps) if log else (p, p * size * eps + floor)
     rounding = half_ulp(want, dtype)
     _within("forward", out.detach(), want, allowed + rounding)
+    rows, number = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, temperature)
+    plain = torch.ops.kdfast_reference.tempered_softmax(logits, rows, number, log, dtype)
+    _within("reference's forward", plain, want, allowed + rounding)
 
     factor = torch.linspace(-1, 1, logits.shape[-1], dtype=dtype).expand_as(logits)
-    out.backward(factor)
-    assert leaf.grad.dtype == logits.dtype
+    (grad,) = torch.autograd.grad(out, leaf, factor, retain_graph=True)
+    (differentiable,) = torch.autograd.grad(out, leaf, factor, create_graph=True)  # made by the reference
+    assert grad.dtype == differentiable.dtype == logits.dtype
     y, g = out.detach().double(), factor.double()
     terms = (g.abs() + y.exp() * g.abs().sum(-1, True)) if log else y * (g.abs() + (y * g.abs()).sum(-1, True))
     want = (g - y.exp() * g.sum(-1, True)) / T if log else y * (g - (y * g).sum(-1, True)) / T
     wide = F64 if F64 in (logits.dtype, dtype) and logits.dtype.itemsize > 2 else F32
     # of the terms: exp's 8 eps, and what rounds sums; log p as an argument of exp is off by |log p| eps
     allowed = terms / T * (8 + log_p.abs()) * torch.finfo(wide).eps + floor
-    _within("backward", leaf.grad, want, allowed + half_ulp(want, logits.dtype))
+    allowed = allowed + half_ulp(want, logits.dtype)
+    _within("backward", grad, want, allowed)
+    _within("backward under create_graph", differentiable.detach(), want, allowed)
 
 
 @pytest.mark.parametrize("log", [False, True])

@@ -161,9 +161,11 @@ struct Loss {
     a.divergence = a.n_teachers ? divergence_of(divergence) : Divergence::kNone;
     a.target = target == "logits" ? Target::kLogits : target == "probs" ? Target::kProbs : Target::kLogProbs;
     a.geometric = ensemble == "geometric";
-    a.temperature = temperature;
+    const bool tempered = a.divergence != Divergence::kNone && a.divergence != Divergence::kLogitMSE;
+    a.temperature = tempered ? temperature : 1;
     a.teacher_temperature = teacher_temperature;
     a.temperatures = hold(row_values("temperature", temperatures, false));
+    if (!tempered) a.temperatures = nullptr;
     a.teacher_temperatures = hold(row_values("teacher_temperature", teacher_temperatures, false));
     a.weight = hold(row_values("weight", weight, true));
     a.alpha = alpha;

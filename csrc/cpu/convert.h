@@ -95,8 +95,8 @@ KD_NOINLINE void softmax_row(C* z, int64_t n, double slope) {
   const C offset = (C)slope * max_lane(high);
   double sum_of_blocks = 0;
   for_vectors(z, n, [&](V v, int64_t i) {
-    if (i % 2048 == 0) sum_of_blocks += sum(total), total = V{};
-    const V e = exp2(v * (C)slope - offset);
+    if (i % 256 == 0) sum_of_blocks += sum(total), total = V{};
+    const V e = exp2(multiply_subtract(v, splat((C)slope), splat(offset)));
     total += e;
     return e;
   });

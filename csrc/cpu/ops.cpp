@@ -46,6 +46,7 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; })
 // f over [0, units) by torch's threads, each taking at least some ten microseconds of work.
 template <class F>
 void in_parallel(int64_t units, int64_t classes, const F& f) {
+  kernels();  // an error of the choice must not come out of a thread, where its message would be lost
   if (forked) return f(0, units);
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, classes));
   torch::stable::parallel_for(0, units, grain, f);

@@ -101,16 +101,16 @@ struct Exponents {
 
   KD_INLINE Lanes<P> operator()(V s, V t) const {
     Lanes<P> x{};
-    x.ys = s * student - student_offset;
+    x.ys = multiply_subtract(s, student, student_offset);
     x.es = exp2(x.ys);
-    x.e1 = P::kOwn ? exp2(s * (C)kLog2E - hard_offset) : power_of(x.es);
+    x.e1 = P::kOwn ? exp2(multiply_subtract(s, splat<C>(kLog2E), hard_offset)) : power_of(x.es);
     if constexpr (P::kMSE) {
       x.et = (s - t) - teacher_offset;
     } else if constexpr (P::kProbs) {
       x.et = t;
       x.yt = log2(t);
     } else if constexpr (P::kSoft) {
-      x.yt = t * teacher - teacher_offset;
+      x.yt = multiply_subtract(t, teacher, teacher_offset);
       x.et = exp2(x.yt);
     }
     return x;
@@ -143,13 +143,23 @@ KD_NOINLINE RowStats block_sums(const typename P::S* s, const typename P::T* t, 
                                 int ahead) {
   using V = typename P::V;
   const Exponents<P> exponents(scale, student_offset, teacher_offset);
-  V student_sum{}, teacher_sum{}, hard_sum{}, running{};
-  auto sums = [&](const Lanes<P>& x, int at) __attribute__((always_inline)) {
-    if constexpr (P::kMSE) running += x.et * x.et;
-    if constexpr (P::kSoft) running += P::D::phi(x.et, x.es, x.yt, x.ys);
-    student_sum += x.es;
-    teacher_sum += x.et;
-    hard_sum += x.e1;
+  // Two levels of sums: short chains of additions, so that rounding does not add up over equal terms.
+  struct Sums {
+    V student, teacher, hard, running;
+  } part{}, total{};
+  auto flush = [&]() __attribute__((always_inline)) {
+    total.student += part.student;
+    total.teacher += part.teacher;
+    total.hard += part.hard;
+    total.running += part.running;
+    part = Sums{};
+  };
+  auto add_up = [&](const Lanes<P>& x, int at) __attribute__((always_inline)) {
+    if constexpr (P::kMSE) part.running += x.et * x.et;
+    if constexpr (P::kSoft) part.running += P::D::phi(x.et, x.es, x.yt, x.ys);
+    part.student += x.es;
+    part.teacher += x.et;
+    part.hard += x.e1;
     if constexpr (kKeep) {
       store(keep.student + at, x.es);
       if constexpr (P::kSoft || P::kMSE) store(keep.teacher + at, x.et);
@@ -173,10 +183,12 @@ KD_NOINLINE RowStats block_sums(const typename P::S* s, const typename P::T* t, 
         if ((halves ? 2 * j + 1 : j + P::kLanes) >= m) y.et[j] = y.es[j] = y.e1[j] = 0;
       }
     }
-    sums(x, at);
-    sums(y, at + P::kLanes);
+    add_up(x, at);
+    add_up(y, at + P::kLanes);
+    if (at / P::kStep % 8 == 7) flush();
   }
-  return {student_offset, teacher_offset, sum(student_sum), sum(teacher_sum), sum(hard_sum), sum(running)};
+  flush();
+  return {student_offset, teacher_offset, sum(total.student), sum(total.teacher), sum(total.hard), sum(total.running)};
 }
 
 template <class S>
@@ -220,8 +232,11 @@ KD_INLINE bool in_range(const RowStats& x, bool teacher) {
   return x.student_sum < 0x1p40 && x.hard_sum < 0x1p40 && (!teacher || x.teacher_sum < 0x1p40);
 }
 
-// a * 2^y; 0 where 2^y is 2^-inf, and infinite where a is and 2^y only underflows
-KD_INLINE double scaled(double a, double y) { return y == -kInfinity ? 0 : std::isinf(a) ? a : a * std::exp2(y); }
+// a * 2^y; 0 where 2^y is 2^-inf, and infinite where a is and 2^y only underflows. NaN stays.
+KD_INLINE double scaled(double a, double y) {
+  if (a != a) return a;
+  return y == -kInfinity ? 0 : std::isinf(a) ? a : a * std::exp2(y);
+}
 
 // The same sums relative to other offsets (logit_mse: the same moments about another shift).
 template <class P>
@@ -317,8 +332,8 @@ KD_NOINLINE Coefficients at_offsets(Coefficients c, const RowStats& row, const R
   if constexpr (!P::kMSE) c.teacher = scaled(c.teacher, dt);
   if (ds == 0) return c;
   c.student = scaled(c.student, ds);
-  c.hard = ds == -kInfinity ? 0
-                            : scaled(c.hard, hard_offset<P>(scale, block.student_offset) -
+  c.hard = scaled(c.hard, ds == -kInfinity ? ds
+                                           : hard_offset<P>(scale, block.student_offset) -
                                                  hard_offset<P>(scale, row.student_offset));
   return c;
 }

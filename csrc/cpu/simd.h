@@ -79,6 +79,19 @@ KD_INLINE typename Types<C>::V splat(C x) {
   return typename Types<C>::V{} + x;
 }
 
+// a * b - c, rounded once
+template <class V>
+KD_INLINE V multiply_subtract(V a, V b, V c) {
+#if !defined(__FMA__) && !defined(__aarch64__)
+  if constexpr (sizeof(a[0]) == 4) {
+    typedef double Wide __attribute__((vector_size(2 * kVectorBytes)));
+    auto wide = [](V v) __attribute__((always_inline)) { return __builtin_convertvector(v, Wide); };
+    return __builtin_convertvector(wide(a) * wide(b) - wide(c), V);
+  }
+#endif
+  return a * b - c;  // the compiler's flags make one instruction of it
+}
+
 // (a > b) ? a : b, so b where either is NaN
 KD_INLINE FloatV max(FloatV a, FloatV b) {
 #if defined(__AVX512F__)

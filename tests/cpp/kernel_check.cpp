@@ -26,17 +26,13 @@ double from_bits(DType dtype, uint16_t h) {
   const double magnitude = exponent ? std::ldexp(1 + mantissa / 1024., exponent - 15) : std::ldexp(mantissa, -24);
   return h & 0x8000 ? -magnitude : magnitude;
 }
-uint16_t to_bits(DType dtype, float x) {
-  if (dtype == DType::kBFloat16) {
-    uint32_t u;
-    std::memcpy(&u, &x, 4);
-    return u >> 16;
-  }
-  uint16_t best = 0;  // by search: slow and surely right
-  for (int h = 0; h < 0x7c00; ++h) {
-    if (std::fabs(from_bits(dtype, h) - std::fabs(x)) < std::fabs(from_bits(dtype, best) - std::fabs(x))) best = h;
-  }
-  return best | (x < 0 ? 0x8000 : 0);
+uint16_t to_bits(DType dtype, float x) {  // truncated: any 16-bit value will do
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  if (dtype == DType::kBFloat16) return u >> 16;
+  const int exponent = (int)(u >> 23 & 255) - 127 + 15;
+  const uint16_t sign = u >> 16 & 0x8000;
+  return exponent <= 0 ? sign : sign | exponent << 10 | (u >> 13 & 1023);
 }
 
 struct Array {
@@ -189,7 +185,6 @@ int main() {
       for (auto divergence :
            {Divergence::kCrossEntropy, Divergence::kForwardKL, Divergence::kReverseKL, Divergence::kLogitMSE}) {
         for (int v : {2, 7, 16, 100, 2049, 20000}) {
-          if (dtype == DType::kHalf && v > 2049) continue;  // to_bits is slow
           for (double t : {1., 2., 3.7}) check_case(name(isa), *kernels, dtype, divergence, v, t), ++cases;
         }
       }
