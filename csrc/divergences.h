@@ -3,8 +3,9 @@
 //   D = sum_i phi(p_i, q_i)       psi = q * dphi/dq       dD/ds_i = (psi_i - q_i * sum_j psi_j) / T
 //
 // V is a number or a vector of them; masked(p, x) is p * x, and 0 where p is 0, whatever x is there.
-// The running sum of a *linear* divergence is taken over unnormalised exps, before their sums are known: there phi is
-// linear in (log p, log q) and its terms carry one of p and q, which kOver names, so with p = P / P_sum, q = Q / Q_sum
+// The running sum of a *linear* divergence is taken over unnormalised exps, before their sums are known:
+// there phi is linear in (log p, log q) and its terms carry one of p and q, which kOver names, so with p = P
+// / P_sum, q = Q / Q_sum
 //
 //   D = sum phi(P, Q, log P, log Q) / kOver's sum  +  phi(sum p, 1, -log P_sum, -log Q_sum)
 #pragma once

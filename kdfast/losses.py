@@ -1,24 +1,13 @@
 """kd_loss and KDLoss: the public edge, where defaults are settled and arguments are checked, once."""
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdfast import ops
+from kdfast import checks, ops
 from kdfast.autograd import row_loss
-from kdfast.reference import DIVERGENCES
-from kdfast.targets import check_floating, check_teachers, kind
-
-_CHOICES = {
-    "divergence": (*DIVERGENCES, "logit_mse"),
-    "target": ("logits", "probs", "log_probs"),
-    "reduction": ("mean", "sum", "batchmean", "none"),
-    "ensemble": ("arithmetic", "geometric"),
-    "backend": (None, "reference", "cpu"),
-}
+from kdfast.targets import wanted_teachers
 
 
 def kd_loss(
@@ -97,42 +86,42 @@ def kd_loss(
     """
     student = student_logits
     if not isinstance(student, Tensor):
-        raise TypeError(f"student_logits: must be a tensor, not {kind(student)}")
-    check_floating("student_logits", student)
+        raise TypeError(f"student_logits: must be a tensor, not {checks.kind(student)}")
+    checks.check_floating("student_logits", student)
     if student.dim() == 0 or student.shape[-1] == 0:
         raise ValueError(f"student_logits: has shape {tuple(student.shape)}, but it must be (..., V) with V >= 1")
     shape = student.shape[:-1]
-    _check_choice("divergence", divergence)
-    _check_choice("target", target)
-    _check_choice("reduction", reduction)
-    _check_choice("ensemble", ensemble)
-    _check_choice("backend", backend)
-    check_bool("t_squared", t_squared)
-    alpha, hard_weight = _mix(alpha, hard_weight, labels is not None)
-    vocab = _vocab(vocab_size, student)
+    checks.check_choice("divergence", divergence)
+    checks.check_choice("target", target)
+    checks.check_choice("reduction", reduction)
+    checks.check_choice("ensemble", ensemble)
+    checks.check_choice("backend", backend)
+    checks.check_bool("t_squared", t_squared)
+    alpha, hard_weight = checks.check_mix(alpha, hard_weight, labels is not None)
+    vocab = checks.check_vocab(vocab_size, student)
     if labels is not None:
-        _check_rows("labels", labels, shape, student, integer=True)
+        checks.check_rows("labels", labels, shape, student, integer=True)
     if weight is not None:
-        _check_rows("weight", weight, shape, student)
+        checks.check_rows("weight", weight, shape, student)
         if weight.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("weight: requires grad, but kd_loss has no derivative for it; pass weight.detach()")
-    temperature, temperatures = check_temperature("temperature", temperature, shape, student)
+    temperature, temperatures = checks.check_temperature("temperature", temperature, shape, student)
     at, ats = temperature, temperatures
     if teacher_temperature is not None:
         if target != "logits":
             raise ValueError(f"teacher_temperature: given with target={target!r}, which is tempered already")
-        at, ats = check_temperature("teacher_temperature", teacher_temperature, shape, student)
-    teachers, weights = _teachers(teacher, teacher_weights, student, vocab_size, alpha)
+        at, ats = checks.check_temperature("teacher_temperature", teacher_temperature, shape, student)
+    teachers, weights = wanted_teachers(teacher, teacher_weights, student, vocab_size, alpha)
     if divergence == "logit_mse":
         if target != "logits":
             raise ValueError(f"divergence: 'logit_mse' needs target='logits', not {target!r}")
         if len(teachers) > 1 and ensemble != "geometric":
             raise ValueError("divergence: 'logit_mse' with several teachers needs ensemble='geometric'")
         temperature, temperatures, at, ats, t_squared = 1.0, None, 1.0, None, False
-    divisor, normalizer = _normalizer(normalizer, reduction, student)
-    if check_bool("inplace", inplace):
-        _check_inplace(student)
-    ignore_index = _integer("ignore_index", ignore_index)
+    divisor, normalizer = checks.check_normalizer(normalizer, reduction, student)
+    if checks.check_bool("inplace", inplace):
+        checks.check_inplace(student)
+    ignore_index = checks.as_integer("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: {ignore_index} must fit into 64 bits, as labels do")
 
@@ -205,154 +194,3 @@ class KDLoss(nn.Module):
 
 
 _SETTINGS = dict(KDLoss.__init__.__kwdefaults__ or {})
-
-
-def _check_choice(name: str, value: Any) -> None:
-    choices = _CHOICES[name]
-    if not isinstance(value, (str, type(None))) or value not in choices:
-        raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, choices))}")
-
-
-def _number(name: str, value: Any) -> float:
-    """A Python or numpy number as a float."""
-    if isinstance(value, (torch.SymInt, torch.SymFloat)):
-        return value  # type: ignore[return-value]
-    if not isinstance(value, (bool, str, Tensor)) and hasattr(value, "__float__"):
-        try:
-            return float(value)
-        except OverflowError:  # an int beyond every float
-            return math.inf
-        except TypeError:  # an array
-            pass
-    raise TypeError(f"{name}: must be a number, not {value!r}")
-
-
-def _integer(name: str, value: Any) -> int:
-    """A Python or numpy integer as an int."""
-    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        return value  # type: ignore[return-value]
-    if not isinstance(value, (bool, Tensor)) and hasattr(value, "__index__"):
-        return int(value)
-    raise TypeError(f"{name}: must be an int, not {value!r}")
-
-
-def check_bool(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: must be a bool, not {value!r}")
-    return value
-
-
-def _mix(alpha: Any, hard_weight: Any, labelled: bool) -> tuple[float, float]:
-    """alpha and hard_weight with their defaults settled."""
-    given = alpha
-    if alpha is None:
-        alpha = 0.9 if labelled else 1.0
-    else:
-        alpha = _number("alpha", alpha)
-        if not alpha >= 0 or alpha == math.inf:
-            raise ValueError(f"alpha: {given!r} must be a finite number >= 0")
-    if hard_weight is None:
-        if alpha > 1:
-            raise ValueError(f"alpha: {given!r} must lie in [0, 1] where no hard_weight is given")
-        if not labelled and alpha != 1:
-            raise ValueError(
-                f"alpha: {given!r} without labels leaves a part of the loss out; give labels, alpha=1, or hard_weight=0"
-            )
-        return alpha, 1.0 - alpha
-    number = _number("hard_weight", hard_weight)
-    if not number >= 0 or number == math.inf:
-        raise ValueError(f"hard_weight: {hard_weight!r} must be a finite number >= 0")
-    if number and not labelled:
-        raise ValueError(f"hard_weight: {hard_weight!r} without labels; give labels or hard_weight=0")
-    return alpha, number
-
-
-def _vocab(vocab_size: Any, student: Tensor) -> int:
-    if vocab_size is None:
-        return -1
-    vocab_size = _integer("vocab_size", vocab_size)
-    if not 1 <= vocab_size <= student.shape[-1]:
-        raise ValueError(
-            f"vocab_size: {vocab_size} must lie in [1, {student.shape[-1]}], the classes of student_logits"
-        )
-    return vocab_size
-
-
-def _check_rows(
-    name: str, value: Any, shape: torch.Size, logits: Tensor, integer: bool = False, of: str = "student_logits"
-) -> None:
-    """A tensor with one value per row of the logits, which the caller knows under the name `of`."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: must be a tensor, not {kind(value)}")
-    if integer and value.dtype != torch.int64:
-        raise RuntimeError(f"{name}: has dtype {value.dtype}, but it must be torch.int64 class indices")
-    if value.is_complex():
-        raise RuntimeError(f"{name}: has dtype {value.dtype}, but it must be real")
-    if value.shape != shape:
-        raise ValueError(
-            f"{name}: has shape {tuple(value.shape)}, but with {of} of shape {tuple(logits.shape)} it must "
-            f"be {tuple(shape)}"
-        )
-    if value.device != logits.device:
-        raise RuntimeError(f"{name}: is on {value.device}, but {of} is on {logits.device}")
-
-
-def check_temperature(
-    name: str, value: Any, shape: torch.Size, logits: Tensor, of: str = "student_logits"
-) -> tuple[float, Tensor | None]:
-    """A temperature as a number or as one per row; the other of the two is 1 or None."""
-    if isinstance(value, Tensor):
-        _check_rows(name, value, shape, logits, of=of)
-        return 1.0, value.detach()
-    number = _number(name, value)
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name}: {value!r} must be finite and > 0")
-    return number, None
-
-
-def _teachers(
-    teacher: Any, teacher_weights: Any, student: Tensor, vocab_size: int | None, alpha: float
-) -> tuple[list[Tensor], list[float]]:
-    """The teachers that are read: none where alpha is 0."""
-    if teacher is None and alpha == 0:
-        return [], []
-    teachers, weights = check_teachers(teacher, teacher_weights, student, vocab_size)
-    return (teachers, weights) if alpha else ([], [])
-
-
-def _normalizer(value: Any, reduction: str, student: Tensor) -> tuple[float, Tensor | None]:
-    """The normalizer as a number (0: none) or as a tensor."""
-    if value is None:
-        return 0.0, None
-    if reduction != "mean":
-        raise ValueError(f"normalizer: given with reduction={reduction!r}; it takes the place of the mean's denominator")
-    if isinstance(value, Tensor):
-        if value.dim() != 0 or value.is_complex():
-            raise ValueError(
-                f"normalizer: must be a number or a real 0-dim tensor, not {value.dtype} of shape {tuple(value.shape)}"
-            )
-        if value.device != student.device:
-            raise RuntimeError(f"normalizer: is on {value.device}, but student_logits is on {student.device}")
-        if value.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("normalizer: requires grad, but kd_loss has no derivative for it; detach() it")
-        return 0.0, value
-    number = _number("normalizer", value)
-    if not 0 < number < math.inf:
-        raise ValueError(f"normalizer: {value!r} must be finite and > 0")
-    return number, None
-
-
-def _check_inplace(student: Tensor) -> None:
-    """The errors of PyTorch's own in-place operations."""
-    if not (student.requires_grad and torch.is_grad_enabled()):
-        return
-    base = student
-    if not torch.compiler.is_compiling() and student._base is not None:
-        base = student._base
-    if base.is_leaf and base.requires_grad:
-        raise RuntimeError("inplace: student_logits is a leaf (or a view of one) that requires grad")
-    if any(size > 1 and stride == 0 for size, stride in zip(student.shape, student.stride(), strict=True)):
-        raise RuntimeError(
-            "inplace: student_logits is expanded, so more than one of its elements refers to a single memory location; "
-            "clone() it first"
-        )

@@ -68,7 +68,8 @@ SCHEMAS = {
     "grad": f"(Tensor student, Tensor stats, Tensor grad_loss, {_ARGS}) -> Tensor",
     "grad_": f"(Tensor(a!) student, Tensor stats, Tensor grad_loss, {_ARGS}) -> ()",
     "scale_": "(Tensor(a!) grad, Tensor factor) -> ()",
-    "tempered_softmax": "(Tensor logits, Tensor? temperatures, float temperature, bool log, ScalarType dtype) -> Tensor",
+    "tempered_softmax": "(Tensor logits, Tensor? temperatures, float temperature, bool log, ScalarType dtype) "
+    "-> Tensor",
     "tempered_softmax_backward": "(Tensor grad, Tensor output, Tensor? temperatures, float temperature, bool log, "
     "ScalarType dtype) -> Tensor",
 }
@@ -105,7 +106,7 @@ def _bundled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # Shapes and dtypes alone, for torch.compile.
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "loss_grad": _bundled(lambda student, inputs, settings: (_new_loss(student, settings), _new_grad(student))),
     "loss_grad_": _bundled(lambda student, inputs, settings: _new_loss(student, settings)),
     "stats": _bundled(lambda student, inputs, settings: (_new_loss(student, settings), _new_stats(student))),

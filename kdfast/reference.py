@@ -103,9 +103,7 @@ def row_losses(student: Tensor, inputs: "Inputs", settings: "Settings") -> Tenso
     s = torch.where(keep.unsqueeze(-1), s.to(dtype), 0)  # rows that drop out do so whatever they hold
     loss = s.new_zeros(s.shape[:-1])
     if settings.alpha:
-        teachers = [
-            torch.where(keep.unsqueeze(-1), _first_classes(t, settings).to(dtype), 0) for t in inputs.teachers
-        ]
+        teachers = [torch.where(keep.unsqueeze(-1), _first_classes(t, settings).to(dtype), 0) for t in inputs.teachers]
         loss = loss + settings.alpha * _soft_losses(s, teachers, inputs, settings)
     if inputs.labels is not None and settings.hard_weight:
         index = torch.where(keep, inputs.labels, 0).unsqueeze(-1)

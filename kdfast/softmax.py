@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from kdfast.autograd import TemperedSoftmax
-from kdfast.losses import check_bool, check_temperature
-from kdfast.targets import FLOATS, check_floating, kind
+from kdfast.checks import FLOATS, check_bool, check_floating, check_temperature, kind
 
 
 def tempered_softmax(

@@ -4,10 +4,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from kdfast.checks import check_floating, kind
+
+
+def wanted_teachers(
+    teacher: Any, teacher_weights: Any, student: Tensor, vocab_size: int | None, alpha: float
+) -> tuple[list[Tensor], list[float]]:
+    """The teachers that are read: none where alpha is 0."""
+    if teacher is None and alpha == 0:
+        return [], []
+    teachers, weights = check_teachers(teacher, teacher_weights, student, vocab_size)
+    return (teachers, weights) if alpha else ([], [])
 
 
 def check_teachers(
@@ -52,20 +61,13 @@ def check_weights(teacher_weights: Any, count: int) -> list[float]:
             raise TypeError
         weights = [float(w) for w in teacher_weights]
     except (TypeError, ValueError):
-        raise TypeError(
-            f"teacher_weights: must be a sequence of {count} numbers, not {teacher_weights!r}"
-        ) from None
+        raise TypeError(f"teacher_weights: must be a sequence of {count} numbers, not {teacher_weights!r}") from None
     total = math.fsum(weights)
     if len(weights) != count or not all(0 <= w < math.inf for w in weights) or not 0 < total < math.inf:
         raise ValueError(
             f"teacher_weights: {weights} must be {count} finite numbers >= 0, one per teacher, that are not all 0"
         )
     return [w / total for w in weights]
-
-
-def check_floating(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in FLOATS:
-        raise RuntimeError(f"{name}: has dtype {tensor.dtype}, but it must be one of {', '.join(map(str, FLOATS))}")
 
 
 def _check_shape(name: str, teacher: Tensor, student: Tensor, vocab_size: int | None) -> None:
@@ -81,7 +83,3 @@ def _check_shape(name: str, teacher: Tensor, student: Tensor, vocab_size: int | 
         )
     if teacher.shape[-1] < vocab_size:
         raise ValueError(f"vocab_size: {vocab_size} is more than the {teacher.shape[-1]} classes of {name}")
-
-
-def kind(value: Any) -> str:
-    return "None" if value is None else type(value).__name__

@@ -1,4 +1,5 @@
-// An operator's arguments as the kernels take them: tensors as rows, per-row values as doubles, values checked.
+// An operator's arguments as the kernels take them: tensors as rows, per-row values as doubles, values
+// checked.
 #pragma once
 
 #include <sys/mman.h>
@@ -25,24 +26,30 @@ template <class Error, class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
-  throw Error(message.str());  // torch's bindings make IndexError of out_of_range, ValueError of invalid_argument
+  throw Error(
+      message.str());  // torch's bindings make IndexError of out_of_range, ValueError of invalid_argument
 }
 
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kHalf;
-    case ScalarType::Double: return DType::kDouble;
-    default: fail<std::runtime_error>("kdfast: logits must be float32, bfloat16, float16 or float64");
+    case ScalarType::Float:
+      return DType::kFloat;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kHalf;
+    case ScalarType::Double:
+      return DType::kDouble;
+    default:
+      fail<std::runtime_error>("kdfast: logits must be float32, bfloat16, float16 or float64");
   }
 }
 
 inline int64_t classes_of(const Tensor& t) { return t.sizes()[t.dim() - 1]; }
 inline int64_t rows_of(const Tensor& t) { return t.numel() / std::max<int64_t>(1, classes_of(t)); }
 
-// The rows of a (..., V) tensor: dimensions that lie in memory as one are one. False where more than three are left or
-// the classes are not contiguous.
+// The rows of a (..., V) tensor: dimensions that lie in memory as one are one. False where more than three
+// are left or the classes are not contiguous.
 inline bool lay_out(const Tensor& t, Matrix& m) {
   const auto sizes = t.sizes(), strides = t.strides();
   const int64_t last = t.dim() - 1;
@@ -79,7 +86,8 @@ inline Matrix matrix(const Tensor& t) {
 }
 
 // One value per row as contiguous doubles; a temperature must be > 0, a weight >= 0.
-inline std::optional<Tensor> row_values(const char* name, const std::optional<Tensor>& values, bool zero_allowed) {
+inline std::optional<Tensor> row_values(const char* name, const std::optional<Tensor>& values,
+                                        bool zero_allowed) {
   if (!values) return std::nullopt;
   Tensor wide = torch::stable::contiguous(torch::stable::to(*values, ScalarType::Double));
   const double* v = (const double*)wide.const_data_ptr();
@@ -94,8 +102,10 @@ inline std::optional<Tensor> row_values(const char* name, const std::optional<Te
 
 inline double scalar(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return *(const float*)t.const_data_ptr();
-    case ScalarType::Double: return *(const double*)t.const_data_ptr();
+    case ScalarType::Float:
+      return *(const float*)t.const_data_ptr();
+    case ScalarType::Double:
+      return *(const double*)t.const_data_ptr();
     default: {
       const Tensor wide = torch::stable::to(t, ScalarType::Double);
       return *(const double*)wide.const_data_ptr();
@@ -103,7 +113,8 @@ inline double scalar(const Tensor& t) {
   }
 }
 
-// Mapping and zeroing fresh pages costs more than the kernel that fills them; 512 times fewer of them cost half.
+// Mapping and zeroing fresh pages costs more than the kernel that fills them; 512 times fewer of them cost
+// half.
 inline void advise_huge_pages(const Tensor& t) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = 2 << 20;
@@ -149,8 +160,8 @@ struct Loss {
     a.vocab = vocab_size < 0 ? a.width : vocab_size;
     a.rows = rows_of(student);
     if (teachers.size() > kMaxTeachers) {
-      fail<std::invalid_argument>("teacher: ", teachers.size(), " teachers, but the CPU kernels take at most ",
-                                  kMaxTeachers);
+      fail<std::invalid_argument>("teacher: ", teachers.size(),
+                                  " teachers, but the CPU kernels take at most ", kMaxTeachers);
     }
     a.n_teachers = alpha == 0 ? 0 : (int)teachers.size();
     for (int k = 0; k < a.n_teachers; ++k) {
@@ -191,8 +202,9 @@ struct Loss {
     for (int64_t row = 0; row < args.rows; ++row) {
       const int64_t label = args.labels[row];
       if ((label < 0 || label >= args.vocab) && label != args.ignore_index) {
-        fail<std::out_of_range>("labels: label ", label, " in row ", row, " is out of range: with V = ", args.vocab,
-                                " it must be in [0, ", args.vocab - 1, "] or ignore_index (", args.ignore_index, ")");
+        fail<std::out_of_range>("labels: label ", label, " in row ", row,
+                                " is out of range: with V = ", args.vocab, " it must be in [0, ",
+                                args.vocab - 1, "] or ignore_index (", args.ignore_index, ")");
       }
     }
   }
@@ -266,7 +278,8 @@ struct Loss {
     for (double loss : losses) total += loss;
     total *= inverse_divisor();
     Tensor out = torch::stable::new_empty(student, std::vector<int64_t>{}, loss_dtype());
-    wide ? void(*(double*)out.mutable_data_ptr() = total) : void(*(float*)out.mutable_data_ptr() = (float)total);
+    wide ? void(*(double*)out.mutable_data_ptr() = total)
+         : void(*(float*)out.mutable_data_ptr() = (float)total);
     return out;
   }
 

@@ -1,5 +1,5 @@
-// Rows of one storage type into another, and teachers that are not plain logits of the student's dtype into one row
-// that the passes take: logits or probabilities.
+// Rows of one storage type into another, and teachers that are not plain logits of the student's dtype into
+// one row that the passes take: logits or probabilities.
 #pragma once
 
 #include <cstdlib>
@@ -56,10 +56,14 @@ KD_INLINE void narrow_row(const C* from, int64_t n, S* to) {
 template <class F>
 void with_storage(DType dtype, F f) {
   switch (dtype) {
-    case DType::kFloat: return f(float{});
-    case DType::kBFloat16: return f(bf16{});
-    case DType::kHalf: return f(f16{});
-    case DType::kDouble: return f(double{});
+    case DType::kFloat:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(bf16{});
+    case DType::kHalf:
+      return f(f16{});
+    case DType::kDouble:
+      return f(double{});
   }
 }
 
@@ -104,10 +108,12 @@ KD_NOINLINE void softmax_row(C* z, int64_t n, double slope) {
   for_vectors(z, n, [&](V v, int64_t) { return v * scale; });
 }
 
-// The teachers of one row, classes [begin, begin + n), as one row of C: logits, or probabilities where that is said by
-// teacher_is_probs(). `slope` is log2(e) / T'. The row is `out` or, where nothing is to be done, the teacher's own.
+// The teachers of one row, classes [begin, begin + n), as one row of C: logits, or probabilities where that
+// is said by teacher_is_probs(). `slope` is log2(e) / T'. The row is `out` or, where nothing is to be done,
+// the teacher's own.
 template <class C>
-KD_NOINLINE const C* mix_teachers(const LossArgs& a, int64_t row, int64_t begin, int64_t n, double slope, C* out, C* other) {
+KD_NOINLINE const C* mix_teachers(const LossArgs& a, int64_t row, int64_t begin, int64_t n, double slope,
+                                  C* out, C* other) {
   using V = typename Types<C>::V;
   const DType own = std::is_same_v<C, double> ? DType::kDouble : DType::kFloat;
   if (a.n_teachers == 1 && a.teachers[0].dtype == own) return (const C*)row_of(a.teachers[0], row) + begin;

@@ -1,5 +1,5 @@
-// 2^y and log2(y) on vectors. Both are right for every input: 2^-inf = 0, 2^(>= 128) = inf, log2(0) = -inf, and NaN
-// stays NaN, so that the kernels need no guards of their own.
+// 2^y and log2(y) on vectors. Both are right for every input: 2^-inf = 0, 2^(>= 128) = inf, log2(0) = -inf,
+// and NaN stays NaN, so that the kernels need no guards of their own.
 #pragma once
 
 #include "simd.h"
@@ -41,14 +41,15 @@ KD_INLINE DoubleV exp2(DoubleV y) {
   const DoubleV shifted = y + 0x1.8p52;
   const DoubleV x = (y - (shifted - 0x1.8p52)) * 0x1.62e42fefa39efp-1;
   DoubleV p = splat(1. / 6227020800);  // Taylor: |x| <= ln(2) / 2, so the first term left out is below 2^-56
-  const double coefficients[] = {1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320, 1. / 5040,
-                                 1. / 720,       1. / 120,      1. / 24,      1. / 6,      1. / 2,     1.,
-                                 1.};
+  const double coefficients[] = {
+      1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320, 1. / 5040, 1. / 720,
+      1. / 120,       1. / 24,       1. / 6,       1. / 2,      1.,         1.};
   for (double c : coefficients) p = p * x + c;
   return p * bits<DoubleV>((bits<I>(shifted) + 1023) << 52);
 }
 
-// x = 2^e * m, m in [sqrt(1/2), sqrt(2)); log2(m) from log(1 + f) = f - f^2/2 + f^3 * P(f), P as in Cephes' logf.
+// x = 2^e * m, m in [sqrt(1/2), sqrt(2)); log2(m) from log(1 + f) = f - f^2/2 + f^3 * P(f), P as in Cephes'
+// logf.
 KD_INLINE FloatV log2(FloatV x) {
   using I = Types<float>::I;
   const I tiny = x < 0x1p-126f;

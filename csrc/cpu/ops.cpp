@@ -1,10 +1,10 @@
-// The torch glue of the CPU kernels, on torch's stable ABI: it checks values, lays tensors out as rows, splits the work
-// over torch's threads and registers the operators that kdfast/ops.py defines. No Python here.
+// The torch glue of the CPU kernels, on torch's stable ABI: it checks values, lays tensors out as rows,
+// splits the work over torch's threads and registers the operators that kdfast/ops.py defines. No Python
+// here.
+#include <pthread.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-
-#include <pthread.h>
 
 #include <array>
 #include <cmath>
@@ -29,17 +29,20 @@ using torch::stable::Tensor;
 const RowKernels& kernels() {
   static const RowKernels& chosen_kernels = []() -> const RowKernels& {
     switch (chosen()) {
-#define X(isa) \
-  case Isa::isa: return row_kernels_##isa();
+#define X(isa)   \
+  case Isa::isa: \
+    return row_kernels_##isa();
       KDFAST_ISAS
 #undef X
-      default: throw std::runtime_error("kdfast: no kernels for this processor");
+      default:
+        throw std::runtime_error("kdfast: no kernels for this processor");
     }
   }();
   return chosen_kernels;
 }
 
-// OpenMP's threads are not there in a forked child, and waiting for them hangs: such a process works on its own.
+// OpenMP's threads are not there in a forked child, and waiting for them hangs: such a process works on its
+// own.
 bool forked = false;
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
@@ -52,8 +55,8 @@ void in_parallel(int64_t units, int64_t classes, const F& f) {
   torch::stable::parallel_for(0, units, grain, f);
 }
 
-// Few and long rows are split, so that every thread has work. It depends on the shape alone, not on the number of
-// threads, so that this number never shows in the bits. An ensemble's members are softmaxed whole.
+// Few and long rows are split, so that every thread has work. It depends on the shape alone, not on the
+// number of threads, so that this number never shows in the bits. An ensemble's members are softmaxed whole.
 int64_t segments_of(const LossArgs& a) {
   if (a.rows >= 32 || a.vocab <= 2 * kSegment || a.n_teachers > 1) return 1;
   return (a.vocab + kSegment - 1) / kSegment;
@@ -93,15 +96,17 @@ void run_loss_grad(Loss& loss) {
 
 // ---- the operators; a flat list of arguments each, as the schemas have it ----
 
-#define KDFAST_INPUTS                                                                                                 \
-  std::vector<Tensor> teachers, std::optional<Tensor> labels, std::optional<Tensor> weight,                           \
-      std::optional<Tensor> normalizer, std::optional<Tensor> temperatures, std::optional<Tensor> teacher_temperatures, \
-      double temperature, double teacher_temperature, double alpha, double hard_weight, bool t_squared,               \
-      std::string divergence, std::string target, std::string ensemble, std::vector<double> teacher_weights,          \
-      int64_t vocab_size, int64_t ignore_index, std::string reduction, double divisor
-#define KDFAST_PASS                                                                                                \
-  teachers, labels, weight, normalizer, temperatures, teacher_temperatures, temperature, teacher_temperature, alpha, \
-      hard_weight, t_squared, divergence, target, ensemble, teacher_weights, vocab_size, ignore_index, reduction, divisor
+#define KDFAST_INPUTS                                                                                      \
+  std::vector<Tensor> teachers, std::optional<Tensor> labels, std::optional<Tensor> weight,                \
+      std::optional<Tensor> normalizer, std::optional<Tensor> temperatures,                                \
+      std::optional<Tensor> teacher_temperatures, double temperature, double teacher_temperature,          \
+      double alpha, double hard_weight, bool t_squared, std::string divergence, std::string target,        \
+      std::string ensemble, std::vector<double> teacher_weights, int64_t vocab_size, int64_t ignore_index, \
+      std::string reduction, double divisor
+#define KDFAST_PASS                                                                                      \
+  teachers, labels, weight, normalizer, temperatures, teacher_temperatures, temperature,                 \
+      teacher_temperature, alpha, hard_weight, t_squared, divergence, target, ensemble, teacher_weights, \
+      vocab_size, ignore_index, reduction, divisor
 
 std::tuple<Tensor, Tensor> loss_grad(Tensor student, KDFAST_INPUTS) {
   Loss loss(student, KDFAST_PASS);
@@ -146,7 +151,8 @@ void grad_(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_INPUTS) {
 void scale_(Tensor grad, Tensor factor) {
   if (scalar(factor) == 1) return;
   std::array<StableIValue, 2> stack{torch::stable::detail::from(grad), torch::stable::detail::from(factor)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes the reference that was returned
 }
 
@@ -174,8 +180,8 @@ Tensor tempered_softmax(Tensor logits, std::optional<Tensor> temperatures, doubl
   return run_softmax(a, z, temperatures, dtype, &RowKernels::softmax);
 }
 
-Tensor tempered_softmax_backward(Tensor grad, Tensor output, std::optional<Tensor> temperatures, double temperature,
-                                 bool log, ScalarType dtype) {
+Tensor tempered_softmax_backward(Tensor grad, Tensor output, std::optional<Tensor> temperatures,
+                                 double temperature, bool log, ScalarType dtype) {
   const Tensor g = readable(grad), y = readable(output);
   SoftmaxArgs a{};
   a.logits = matrix(y);

@@ -10,8 +10,8 @@ enum class DType { kFloat, kBFloat16, kHalf, kDouble };
 enum class Divergence { kCrossEntropy, kForwardKL, kReverseKL, kLogitMSE, kNone };
 enum class Target { kLogits, kProbs, kLogProbs };
 
-// A (rows, classes) matrix whose classes are contiguous. Its rows are those of up to three dimensions, since a slice
-// such as logits[:, :-1] has no single row stride and is read in place all the same.
+// A (rows, classes) matrix whose classes are contiguous. Its rows are those of up to three dimensions, since
+// a slice such as logits[:, :-1] has no single row stride and is read in place all the same.
 struct Matrix {
   const void* data;
   DType dtype;
@@ -27,8 +27,9 @@ struct Matrix {
 
 constexpr int kMaxTeachers = 64;
 
-// Row statistics, in base 2: y = slope * logit - offset with slope = log2(e) / T, and an offset near the row's largest
-// y, -inf where every logit is. For logit_mse the teacher's three are k, sum (s-t-k) and sum (s-t-k)^2.
+// Row statistics, in base 2: y = slope * logit - offset with slope = log2(e) / T, and an offset near the
+// row's largest y, -inf where every logit is. For logit_mse the teacher's three are k, sum (s-t-k) and sum
+// (s-t-k)^2.
 struct RowStats {
   double student_offset, teacher_offset;
   double student_sum;  // sum 2^y
@@ -50,8 +51,8 @@ struct LossArgs {
   Divergence divergence;
   const int64_t* labels;  // (rows) or null
   int64_t ignore_index;
-  const double* weight;                              // (rows) or null
-  double temperature, teacher_temperature;           // where there is none per row
+  const double* weight;                               // (rows) or null
+  double temperature, teacher_temperature;            // where there is none per row
   const double *temperatures, *teacher_temperatures;  // (rows) or null
   double alpha, hard_weight;
   bool t_squared;
@@ -61,9 +62,9 @@ struct LossArgs {
   // the gradient of row r is scale * (row_scale ? row_scale[r] : 1) * dl_r/ds
   double scale;
   const double* row_scale;
-  void* grad;            // the student's dtype
-  Matrix grad_layout;    // its data and dtype are the student's where the gradient goes in place
-  bool stream;           // written past the cache
+  void* grad;          // the student's dtype
+  Matrix grad_layout;  // its data and dtype are the student's where the gradient goes in place
+  bool stream;         // written past the cache
 
   __attribute__((always_inline)) bool kept(int64_t row) const {
     return !(labels && labels[row] == ignore_index) && !(weight && weight[row] == 0);
@@ -81,8 +82,8 @@ struct SoftmaxArgs {
   DType out_dtype;
 };
 
-// Rows [begin, end) each. Where rows are few a row is split into segments of kSegment classes: `stats` and `grad` take
-// units of (row, segment) then, and `merge` joins a row's segments in their order.
+// Rows [begin, end) each. Where rows are few a row is split into segments of kSegment classes: `stats` and
+// `grad` take units of (row, segment) then, and `merge` joins a row's segments in their order.
 constexpr int64_t kSegment = 8192;
 
 struct RowKernels {

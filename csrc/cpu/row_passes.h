@@ -1,11 +1,12 @@
-// The three passes over one row, or over a segment of it: statistics (A, with the running sum that stands for B) and
-// gradient (C), written once over storage types and divergences.
+// The three passes over one row, or over a segment of it: statistics (A, with the running sum that stands for
+// B) and gradient (C), written once over storage types and divergences.
 //
-// The row goes by in blocks of kBlock classes. While a block is in L1 its exps are taken relative to an offset, kept in
-// a scratch that stays in L2, and summed; the gradient is then made from the scratch, and memory is read once. The
-// offset is the maximum of the first classes and stays as long as no block's sums leave the range in which fp32 is exact
-// enough; such a block takes its own maximum and is done again. So no pass for the maxima is needed, and any sums that
-// carry their offset can be merged: blocks, segments, shards.
+// The row goes by in blocks of kBlock classes. While a block is in L1 its exps are taken relative to an
+// offset, kept in a scratch that stays in L2, and summed; the gradient is then made from the scratch, and
+// memory is read once. The offset is the maximum of the first classes and stays as long as no block's sums
+// leave the range in which fp32 is exact enough; such a block takes its own maximum and is done again. So no
+// pass for the maxima is needed, and any sums that carry their offset can be merged: blocks, segments,
+// shards.
 #pragma once
 
 #include "../divergences.h"
@@ -21,8 +22,9 @@ constexpr int kMaxPower = 4;
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// What a kernel is instantiated for: storage types, divergence, the teacher as probabilities instead of logits, and the
-// student's exps at temperature 1 taken by themselves (kOwn) instead of as powers of those at T.
+// What a kernel is instantiated for: storage types, divergence, the teacher as probabilities instead of
+// logits, and the student's exps at temperature 1 taken by themselves (kOwn) instead of as powers of those at
+// T.
 template <class S_, class T_, class D_, bool kProbs_, bool kOwn_>
 struct Spec {
   using S = S_;
@@ -42,7 +44,9 @@ struct RowScale {  // of one row
   int power;                // with kOwn false: the temperature, a small whole number
 };
 
-KD_INLINE double at_row(const double* per_row, double number, int64_t row) { return per_row ? per_row[row] : number; }
+KD_INLINE double at_row(const double* per_row, double number, int64_t row) {
+  return per_row ? per_row[row] : number;
+}
 
 KD_INLINE RowScale row_scale(const LossArgs& a, int64_t row) {
   const double t = at_row(a.temperatures, a.temperature, row);
@@ -120,8 +124,10 @@ struct Exponents {
 // A step's logits; those that a short step lacks are classes of probability 0.
 template <class S>
 KD_INLINE S filler(bool zero) {
-  if constexpr (std::is_same_v<S, bf16>) return S{(uint16_t)(zero ? 0 : 0xff80)};
-  else return zero ? 0 : -std::numeric_limits<S>::infinity();
+  if constexpr (std::is_same_v<S, bf16>)
+    return S{(uint16_t)(zero ? 0 : 0xff80)};
+  else
+    return zero ? 0 : -std::numeric_limits<S>::infinity();
 }
 template <class P>
 KD_INLINE auto load_student(const typename P::S* s, int n) {
@@ -136,11 +142,12 @@ KD_INLINE auto load_teacher(const typename P::T* t, int n) {
   }
 }
 
-// Pass A over one block. The exps go to the scratch where kKeep. The first step is short where `head` is not 0.
+// Pass A over one block. The exps go to the scratch where kKeep. The first step is short where `head` is not
+// 0.
 template <class P, bool kKeep>
-KD_NOINLINE RowStats block_sums(const typename P::S* s, const typename P::T* t, int n, int head, const RowScale& scale,
-                                double student_offset, double teacher_offset, Scratch<typename P::C> keep,
-                                int ahead) {
+KD_NOINLINE RowStats block_sums(const typename P::S* s, const typename P::T* t, int n, int head,
+                                const RowScale& scale, double student_offset, double teacher_offset,
+                                Scratch<typename P::C> keep, int ahead) {
   using V = typename P::V;
   const Exponents<P> exponents(scale, student_offset, teacher_offset);
   // Two levels of sums: short chains of additions, so that rounding does not add up over equal terms.
@@ -188,7 +195,8 @@ KD_NOINLINE RowStats block_sums(const typename P::S* s, const typename P::T* t, 
     if (at / P::kStep % 8 == 7) flush();
   }
   flush();
-  return {student_offset, teacher_offset, sum(total.student), sum(total.teacher), sum(total.hard), sum(total.running)};
+  return {student_offset,     teacher_offset,  sum(total.student),
+          sum(total.teacher), sum(total.hard), sum(total.running)};
 }
 
 template <class S>
@@ -240,7 +248,8 @@ KD_INLINE double scaled(double a, double y) {
 
 // The same sums relative to other offsets (logit_mse: the same moments about another shift).
 template <class P>
-KD_NOINLINE void shift(RowStats& x, const RowScale& scale, double student_offset, double teacher_offset, double n) {
+KD_NOINLINE void shift(RowStats& x, const RowScale& scale, double student_offset, double teacher_offset,
+                       double n) {
   const double ds = x.student_offset == student_offset ? 0 : x.student_offset - student_offset;
   const double dt = x.teacher_offset == teacher_offset ? 0 : x.teacher_offset - teacher_offset;
   if constexpr (P::kMSE) {
@@ -252,9 +261,10 @@ KD_NOINLINE void shift(RowStats& x, const RowScale& scale, double student_offset
     x.teacher_sum = scaled(x.teacher_sum, dt);
   }
   x.student_sum = scaled(x.student_sum, ds);
-  const double dh = ds == 0           ? 0
-                    : ds == -kInfinity ? ds
-                                       : hard_offset<P>(scale, x.student_offset) - hard_offset<P>(scale, student_offset);
+  const double dh = ds == 0 ? 0
+                    : ds == -kInfinity
+                        ? ds
+                        : hard_offset<P>(scale, x.student_offset) - hard_offset<P>(scale, student_offset);
   x.hard_sum = scaled(x.hard_sum, dh);
   x.student_offset = student_offset;
   x.teacher_offset = teacher_offset;
@@ -269,7 +279,8 @@ void add(RowStats& total, double n_total, RowStats more, double n_more, const Ro
   }
   // std::max would do, but for NaN, which must stay
   const double so = more.student_offset < total.student_offset ? total.student_offset : more.student_offset;
-  const double to = P::kMSE || more.teacher_offset < total.teacher_offset ? total.teacher_offset : more.teacher_offset;
+  const double to =
+      P::kMSE || more.teacher_offset < total.teacher_offset ? total.teacher_offset : more.teacher_offset;
   if (so != total.student_offset || to != total.teacher_offset) shift<P>(total, scale, so, to, n_total);
   if (so != more.student_offset || to != more.teacher_offset) shift<P>(more, scale, so, to, n_more);
   total.student_sum += more.student_sum;
@@ -278,7 +289,8 @@ void add(RowStats& total, double n_total, RowStats more, double n_more, const Ro
   total.running += more.running;
 }
 
-// A row's blocks: the first is a short step and whole ones where `head` is not 0, so that the others start aligned.
+// A row's blocks: the first is a short step and whole ones where `head` is not 0, so that the others start
+// aligned.
 template <class P>
 KD_INLINE int block_length(int64_t at, int64_t n, int head) {
   const int whole = at == 0 && head ? head + kBlock - P::kStep : kBlock;
@@ -287,8 +299,9 @@ KD_INLINE int block_length(int64_t at, int64_t n, int head) {
 
 // Pass A over n classes of a row; blocks[i] gets the i-th block's offsets.
 template <class P, bool kKeep>
-KD_NOINLINE RowStats row_sums(const typename P::S* s, const typename P::T* t, int64_t n, int head, const RowScale& scale,
-                              Scratch<typename P::C> keep, Block<P>* blocks, int ahead) {
+KD_NOINLINE RowStats row_sums(const typename P::S* s, const typename P::T* t, int64_t n, int head,
+                              const RowScale& scale, Scratch<typename P::C> keep, Block<P>* blocks,
+                              int ahead) {
   RowStats total{};
   double so = -kInfinity, to = P::kProbs ? 0 : -kInfinity;
   for (int64_t at = 0, m; at < n; at += m, head = 0) {
@@ -325,7 +338,8 @@ struct Coefficients {
 
 // The same for the exps of a block that has other offsets.
 template <class P>
-KD_NOINLINE Coefficients at_offsets(Coefficients c, const RowStats& row, const RowScale& scale, const Block<P>& block) {
+KD_NOINLINE Coefficients at_offsets(Coefficients c, const RowStats& row, const RowScale& scale,
+                                    const Block<P>& block) {
   const double ds = block.student_offset - row.student_offset, dt = block.teacher_offset - row.teacher_offset;
   c.log_student += ds;
   c.log_teacher += dt;
@@ -375,7 +389,8 @@ struct Gradient {
     return g;
   }
 
-  KD_NOINLINE void write(const S* s, const T* t, Scratch<C> kept, int n, int head, S* out, bool past_cache) const {
+  KD_NOINLINE void write(const S* s, const T* t, Scratch<C> kept, int n, int head, S* out,
+                         bool past_cache) const {
     int at = 0;
     for (int i = 0, m = head ? head : P::kStep; i < n; i += m, m = P::kStep, at += P::kStep) {
       if (n - i < m) m = n - i;

@@ -1,6 +1,6 @@
-// Vectors for one instruction set: the compiler's vector extensions, so that operators come for free on every machine,
-// and an intrinsic where the compiler would not find the instruction. Included once per instruction set, with
-// KDFAST_ISA_* flags set by the compiler's own macros; all of it in an anonymous namespace.
+// Vectors for one instruction set: the compiler's vector extensions, so that operators come for free on every
+// machine, and an intrinsic where the compiler would not find the instruction. Included once per instruction
+// set, with KDFAST_ISA_* flags set by the compiler's own macros; all of it in an anonymous namespace.
 #pragma once
 
 #include <cmath>
@@ -175,7 +175,8 @@ KD_INLINE Types<float>::H narrow(FloatV x, f16) {
   using U = Types<float>::U;
   const U sign = bits<U>(x) & 0x80000000u, u = bits<U>(x) ^ sign;
   const FloatV a = bits<FloatV>(u);
-  // normal: rebias and round the 13 bits that go; subnormal: adding 0.5 leaves the rounded result in the low bits
+  // normal: rebias and round the 13 bits that go; subnormal: adding 0.5 leaves the rounded result in the low
+  // bits
   const U normal = (u + 0xc8000fffu + (u >> 13 & 1)) >> 13;
   const U small = bits<U>(a + 0.5f) - 0x3f000000u;
   U half = u < 0x38800000u ? small : normal;
@@ -242,9 +243,9 @@ KD_INLINE void store_part(S* p, V v, int n) {
   std::memcpy(p, part, n * sizeof(S));
 }
 
-// 2 * kLanes elements as two vectors: the first and the second half or, of 16-bit floats, those at even and at odd places,
-// which are the upper and lower halves of 32-bit words and need no shuffling. In that order everything between a load2
-// and a store2 stays.
+// 2 * kLanes elements as two vectors: the first and the second half or, of 16-bit floats, those at even and
+// at odd places, which are the upper and lower halves of 32-bit words and need no shuffling. In that order
+// everything between a load2 and a store2 stays.
 template <class V>
 struct Two {
   V a, b;
@@ -274,7 +275,8 @@ KD_INLINE Types<float>::U narrow2(Two<FloatV> v) {
   const U even = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return (U)_mm512_permutexvar_epi16((__m512i)(even | (even + 16) << 16), halves);
 #else
-  // NaN stays NaN without a test: what comes of bf16 values has no payload in the bits that the rounding carries from
+  // NaN stays NaN without a test: what comes of bf16 values has no payload in the bits that the rounding
+  // carries from
   auto rounded = [](FloatV x) __attribute__((always_inline)) {
     const U u = bits<U>(x);
     return u + 0x7fff + (u >> 16 & 1);

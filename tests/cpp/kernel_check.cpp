@@ -1,5 +1,5 @@
-// The row kernels against the formulas in double precision, without torch: on another architecture, under emulation.
-// Every instruction set that was compiled and runs here; exits with 1 where a value is off.
+// The row kernels against the formulas in double precision, without torch: on another architecture, under
+// emulation. Every instruction set that was compiled and runs here; exits with 1 where a value is off.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -23,7 +23,8 @@ double from_bits(DType dtype, uint16_t h) {
     return f;
   }
   const int exponent = h >> 10 & 31, mantissa = h & 1023;
-  const double magnitude = exponent ? std::ldexp(1 + mantissa / 1024., exponent - 15) : std::ldexp(mantissa, -24);
+  const double magnitude =
+      exponent ? std::ldexp(1 + mantissa / 1024., exponent - 15) : std::ldexp(mantissa, -24);
   return h & 0x8000 ? -magnitude : magnitude;
 }
 uint16_t to_bits(DType dtype, float x) {  // truncated: any 16-bit value will do
@@ -45,15 +46,25 @@ struct Array {
     float f;
     uint16_t h;
     switch (dtype) {
-      case DType::kDouble: std::memcpy(&d, &bytes[8 * i], 8); return d;
-      case DType::kFloat: std::memcpy(&f, &bytes[4 * i], 4); return f;
-      default: std::memcpy(&h, &bytes[2 * i], 2); return from_bits(dtype, h);
+      case DType::kDouble:
+        std::memcpy(&d, &bytes[8 * i], 8);
+        return d;
+      case DType::kFloat:
+        std::memcpy(&f, &bytes[4 * i], 4);
+        return f;
+      default:
+        std::memcpy(&h, &bytes[2 * i], 2);
+        return from_bits(dtype, h);
     }
   }
   void set(size_t i, float x) {
     const double d = x;
     const uint16_t h = size() == 2 ? to_bits(dtype, x) : 0;
-    std::memcpy(&bytes[size() * i], size() == 8 ? (const void*)&d : size() == 4 ? (const void*)&x : &h, size());
+    std::memcpy(&bytes[size() * i],
+                size() == 8   ? (const void*)&d
+                : size() == 4 ? (const void*)&x
+                              : &h,
+                size());
   }
 };
 
@@ -77,22 +88,31 @@ Truth truth(const Array& s, const Array& t, const LossArgs& a) {
   for (int64_t row = 0; row < a.rows; ++row) {
     if (!a.kept(row)) continue;
     std::vector<double> log_p, log_q, log_q1, gradient(v);
-    const auto p = softmax(t, row, v, a.teacher_temperature, log_p), q = softmax(s, row, v, a.temperature, log_q);
+    const auto p = softmax(t, row, v, a.teacher_temperature, log_p),
+               q = softmax(s, row, v, a.temperature, log_q);
     const auto q1 = softmax(s, row, v, 1, log_q1);
     double d = 0, mean = 0;
     for (int i = 0; i < v; ++i) mean += (s.get(row * v + i) - t.get(row * v + i)) / v;
     for (int i = 0; i < v; ++i) {
       const double centred = s.get(row * v + i) - t.get(row * v + i) - mean;
       switch (a.divergence) {
-        case Divergence::kCrossEntropy: d -= p[i] * log_q[i]; break;
-        case Divergence::kForwardKL: d += p[i] * (log_p[i] - log_q[i]); break;
-        case Divergence::kReverseKL: d += q[i] * (log_q[i] - log_p[i]); break;
-        default: d += centred * centred / (2 * v), gradient[i] = centred / v;
+        case Divergence::kCrossEntropy:
+          d -= p[i] * log_q[i];
+          break;
+        case Divergence::kForwardKL:
+          d += p[i] * (log_p[i] - log_q[i]);
+          break;
+        case Divergence::kReverseKL:
+          d += q[i] * (log_q[i] - log_p[i]);
+          break;
+        default:
+          d += centred * centred / (2 * v), gradient[i] = centred / v;
       }
     }
     const double t2 = a.t_squared ? a.temperature * a.temperature : 1;
     for (int i = 0; i < v; ++i) {
-      if (a.divergence == Divergence::kReverseKL) gradient[i] = q[i] * (log_q[i] - log_p[i] - d) / a.temperature;
+      if (a.divergence == Divergence::kReverseKL)
+        gradient[i] = q[i] * (log_q[i] - log_p[i] - d) / a.temperature;
       if (a.divergence < Divergence::kReverseKL) gradient[i] = (q[i] - p[i]) / a.temperature;
       out.grad[row * v + i] =
           a.scale * (a.alpha * t2 * gradient[i] + a.hard_weight * (q1[i] - (i == a.labels[row] ? 1 : 0)));
@@ -102,8 +122,8 @@ Truth truth(const Array& s, const Array& t, const LossArgs& a) {
   return out;
 }
 
-void check(const char* isa, const char* kernel, const LossArgs& a, const std::vector<double>& losses, const Array& grad,
-           const Truth& want) {
+void check(const char* isa, const char* kernel, const LossArgs& a, const std::vector<double>& losses,
+           const Array& grad, const Truth& want) {
   const double precision = grad.dtype == DType::kDouble     ? 1e-13
                            : grad.dtype == DType::kFloat    ? 2e-6
                            : grad.dtype == DType::kBFloat16 ? 4.5e-3
@@ -125,7 +145,8 @@ void check(const char* isa, const char* kernel, const LossArgs& a, const std::ve
               (int)grad.dtype, (int)a.divergence, (long)a.vocab, a.temperature, grad_error, loss_error);
 }
 
-void check_case(const char* isa, const RowKernels& kernels, DType dtype, Divergence divergence, int v, double t) {
+void check_case(const char* isa, const RowKernels& kernels, DType dtype, Divergence divergence, int v,
+                double t) {
   const int rows = 3;
   Array s(dtype, rows * v), teacher(dtype, rows * v), grad(dtype, rows * v);
   uint32_t seed = 1 + v;
@@ -182,8 +203,8 @@ int main() {
 #undef X
     int cases = 0;
     for (DType dtype : {DType::kFloat, DType::kBFloat16, DType::kHalf, DType::kDouble}) {
-      for (auto divergence :
-           {Divergence::kCrossEntropy, Divergence::kForwardKL, Divergence::kReverseKL, Divergence::kLogitMSE}) {
+      for (auto divergence : {Divergence::kCrossEntropy, Divergence::kForwardKL, Divergence::kReverseKL,
+                              Divergence::kLogitMSE}) {
         for (int v : {2, 7, 16, 100, 2049, 20000}) {
           for (double t : {1., 2., 3.7}) check_case(name(isa), *kernels, dtype, divergence, v, t), ++cases;
         }
