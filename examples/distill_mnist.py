@@ -166,8 +166,8 @@ def main() -> None:
         ("student, hard labels", hard, 146, None),
         ("student, distilled", distilled, 74, None),
         ("distilled without 3s", no_three, 206, 133),
-        ("- bias tuned on test", raise_three(no_three, as_paper), 109, 14),
-        ("- bias tuned on train", raise_three(no_three, fair), None, None),
+        ("- bias tuned, test", raise_three(no_three, as_paper), 109, 14),
+        ("- bias tuned, train", raise_three(no_three, fair), None, None),
     ):
         ours, ours_threes = errors(logits, truth)
         cells = [share(paper, 10_000), share(ours, len(test)), share(paper_threes, 1010), share(ours_threes, threes)]

@@ -2,7 +2,7 @@
 // and NaN stays NaN, so that the kernels need no guards of their own.
 #pragma once
 
-#include "simd.h"
+#include "storage.h"
 
 namespace kdfast {
 namespace {

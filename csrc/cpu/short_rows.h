@@ -1,11 +1,11 @@
 // Rows of few classes: a vector holds one class of kLanes rows instead of kLanes classes of one row, so that
 // no row pays for sums across a vector, for a partly filled one, or for its own logarithms. The same
-// formulas, over the same phi and psi, as in row_passes.h; the classes are all at hand, so the offset is the
-// maximum.
+// formulas, over the same phi and psi, as in row_sums.h and row_gradient.h; the classes are all at hand, so
+// the offset is the maximum.
 #pragma once
 
 #include "convert.h"
-#include "row_passes.h"
+#include "row_gradient.h"
 
 namespace kdfast {
 namespace {

@@ -1,0 +1,119 @@
+// From logits to exps: what the kernels are instantiated for, a row's temperatures, and its exponents.
+#pragma once
+
+#include <type_traits>
+
+#include "../divergences.h"
+#include "exp_math.h"
+#include "row_kernels.h"
+
+namespace kdfast {
+namespace {
+
+constexpr int kBlock = 2048;
+constexpr int kSample = 128;
+constexpr int kMaxPower = 4;
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// What a kernel is instantiated for: storage types, divergence, the teacher as probabilities instead of
+// logits, and the student's exps at temperature 1 taken by themselves (kOwn) instead of as powers of those at
+// T.
+template <class S_, class T_, class D_, bool kProbs_, bool kOwn_>
+struct Spec {
+  using S = S_;
+  using T = T_;
+  using D = D_;
+  using C = Compute<S>;
+  using V = typename Types<C>::V;
+  static constexpr bool kProbs = kProbs_, kOwn = kOwn_;
+  static constexpr bool kMSE = std::is_same_v<D, LogitMSE>;
+  static constexpr bool kSoft = !kMSE && !std::is_same_v<D, NoDivergence>;
+  static constexpr int kLanes = Types<C>::kLanes, kStep = 2 * kLanes;  // classes in a vector, and at a time
+};
+
+struct RowScale {  // of one row
+  double temperature;
+  double student, teacher;  // slopes
+  int power;                // with kOwn false: the temperature, a small whole number
+};
+
+KD_INLINE double at_row(const double* per_row, double number, int64_t row) {
+  return per_row ? per_row[row] : number;
+}
+
+KD_INLINE RowScale row_scale(const LossArgs& a, int64_t row) {
+  const double t = at_row(a.temperatures, a.temperature, row);
+  const bool logits = a.target == Target::kLogits;
+  const double at = logits ? at_row(a.teacher_temperatures, a.teacher_temperature, row) : 1;
+  return {t, kLog2E / t, kLog2E / at, (int)t};
+}
+
+template <class C>
+struct Scratch {  // a place for each step of a row
+  C *student, *teacher, *hard;
+  KD_INLINE Scratch after(int64_t n) const { return {student + n, teacher + n, hard + n}; }
+};
+
+template <class P>
+struct Block {  // where a block's exps stand, and what their exponents are relative to
+  double student_offset, teacher_offset;
+  bool operator==(const Block& other) const {
+    return student_offset == other.student_offset && teacher_offset == other.teacher_offset;
+  }
+};
+
+// y1 = T * y, whichever way it is taken
+template <class P>
+KD_INLINE double hard_offset(const RowScale& scale, double student_offset) {
+  using C = typename P::C;
+  return P::kOwn ? (double)(C)(student_offset * scale.temperature) : scale.power * student_offset;
+}
+
+template <class P>
+struct Lanes {  // one vector of a row: exps and exponents, of which the compiler keeps those that are used
+  typename P::V es, et, e1, ys, yt;
+};
+
+template <class P>
+struct Exponents {
+  using C = typename P::C;
+  using V = typename P::V;
+  V student, teacher, student_offset, teacher_offset, hard_offset;
+  int power;
+
+  Exponents() = default;
+  KD_INLINE Exponents(const RowScale& scale, double so, double to)
+      : student(splat<C>(scale.student)),
+        teacher(splat<C>(scale.teacher)),
+        student_offset(splat<C>(so == -kInfinity ? 0 : so)),
+        teacher_offset(splat<C>(to == -kInfinity ? 0 : to)),
+        hard_offset(splat<C>(so == -kInfinity ? 0 : kdfast::hard_offset<P>(scale, so))),
+        power(scale.power) {}
+
+  KD_INLINE V power_of(V es) const {
+    V e1 = es;
+    for (int k = 1; k < power; ++k) e1 *= es;
+    return e1;
+  }
+
+  KD_INLINE Lanes<P> operator()(V s, V t) const {
+    Lanes<P> x{};
+    x.ys = multiply_subtract(s, student, student_offset);
+    x.es = exp2(x.ys);
+    x.e1 = P::kOwn ? exp2(multiply_subtract(s, splat<C>(kLog2E), hard_offset)) : power_of(x.es);
+    if constexpr (P::kMSE) {
+      x.et = (s - t) - teacher_offset;
+    } else if constexpr (P::kProbs) {
+      x.et = t;
+      x.yt = log2(t);
+    } else if constexpr (P::kSoft) {
+      x.yt = multiply_subtract(t, teacher, teacher_offset);
+      x.et = exp2(x.yt);
+    }
+    return x;
+  }
+};
+
+}  // namespace
+}  // namespace kdfast
