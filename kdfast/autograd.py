@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from kdfast.ops import Inputs, Settings
+from kdfast.arguments import Inputs, Settings
 
 
 def row_loss(student: Tensor, inputs: Inputs, settings: Settings, ops: Any, inplace: bool) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast import checks, ops
+from kdfast.arguments import Inputs, Settings
 from kdfast.autograd import row_loss
 from kdfast.targets import wanted_teachers
 
@@ -125,8 +126,8 @@ def kd_loss(
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: {ignore_index} must fit into 64 bits, as labels do")
 
-    inputs = ops.Inputs(teachers, labels, weight, normalizer, temperatures, ats)
-    settings = ops.Settings(
+    inputs = Inputs(teachers, labels, weight, normalizer, temperatures, ats)
+    settings = Settings(
         temperature=temperature,
         teacher_temperature=at,
         alpha=alpha,

@@ -10,42 +10,13 @@ import platform
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdfast import reference
-
-
-class Inputs(NamedTuple):
-    """The tensors of a loss beside the student's logits, (..., V), in the order in which the operators take them."""
-
-    teachers: list[Tensor]  # each (..., V), each of its own V and dtype
-    labels: Tensor | None  # (...)
-    weight: Tensor | None  # (...)
-    normalizer: Tensor | None  # 0-dim
-    temperatures: Tensor | None  # (...)
-    teacher_temperatures: Tensor | None  # (...)
-
-
-class Settings(NamedTuple):
-    """The arguments of a loss that are not tensors, in the order in which the operators take them."""
-
-    temperature: float  # the student's, where `temperatures` does not give one per row
-    teacher_temperature: float
-    alpha: float
-    hard_weight: float
-    t_squared: bool
-    divergence: str
-    target: str
-    ensemble: str
-    teacher_weights: list[float]  # one per teacher, their sum is 1
-    vocab_size: int  # -1: all classes
-    ignore_index: int
-    reduction: str
-    divisor: float  # the normalizer where it is a number; 0: none given
-
+from kdfast.arguments import Inputs, Settings
 
 _TYPES = {
     list[Tensor]: "Tensor[]",

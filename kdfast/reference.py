@@ -15,13 +15,12 @@ The functions named like the operators of ops.py are their plain implementation.
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kdfast.ops import Inputs, Settings
+from kdfast.arguments import Inputs, Settings
 
 
 class Divergence(NamedTuple):
@@ -68,7 +67,7 @@ def _column(value: Tensor | None, number: float, like: Tensor) -> Tensor:
     return value.to(like.dtype).unsqueeze(-1)
 
 
-def _first_classes(logits: Tensor, settings: "Settings") -> Tensor:
+def _first_classes(logits: Tensor, settings: Settings) -> Tensor:
     return logits.detach() if settings.vocab_size < 0 else logits.detach()[..., : settings.vocab_size]
 
 
@@ -76,7 +75,7 @@ def _weighted_sum(weights: list[float], tensors: list[Tensor]) -> Tensor:
     return torch.stack([w * x for w, x in zip(weights, tensors, strict=True)]).sum(0)
 
 
-def teacher_distribution(teachers: list[Tensor], temperature: Tensor, settings: "Settings") -> tuple[Tensor, Tensor]:
+def teacher_distribution(teachers: list[Tensor], temperature: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """p and log p, each (..., V), of one teacher or of an ensemble."""
     weights = settings.teacher_weights
     if settings.target == "logits":
@@ -95,7 +94,7 @@ def teacher_distribution(teachers: list[Tensor], temperature: Tensor, settings: 
     return p, p.log()
 
 
-def row_losses(student: Tensor, inputs: "Inputs", settings: "Settings") -> Tensor:
+def row_losses(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """Each row's loss, (..., V) -> (...), differentiable in the student."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     keep = kept_rows(student, inputs, settings)
@@ -112,7 +111,7 @@ def row_losses(student: Tensor, inputs: "Inputs", settings: "Settings") -> Tenso
     return loss if inputs.weight is None else loss * torch.where(keep, inputs.weight.to(dtype), 0)
 
 
-def _soft_losses(s: Tensor, teachers: list[Tensor], inputs: "Inputs", settings: "Settings") -> Tensor:
+def _soft_losses(s: Tensor, teachers: list[Tensor], inputs: Inputs, settings: Settings) -> Tensor:
     """T^2 * D(p, q) of each row, (...)."""
     if settings.divergence == "logit_mse":
         return logit_mse(s, _weighted_sum(settings.teacher_weights, teachers))
@@ -124,7 +123,7 @@ def _soft_losses(s: Tensor, teachers: list[Tensor], inputs: "Inputs", settings: 
     return (phi * temperature.square() if settings.t_squared else phi).sum(-1)
 
 
-def kept_rows(student: Tensor, inputs: "Inputs", settings: "Settings") -> Tensor:
+def kept_rows(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """Which rows, (...), have a term in the loss: not ignored, and not of weight 0."""
     keep = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
     if inputs.labels is not None:
@@ -134,7 +133,7 @@ def kept_rows(student: Tensor, inputs: "Inputs", settings: "Settings") -> Tensor
     return keep
 
 
-def denominator(student: Tensor, inputs: "Inputs", settings: "Settings") -> Tensor:
+def denominator(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """What the sum of the rows' losses is divided by, 0-dim; 0 for a mean over nothing."""
     one = student.new_ones((), dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
     if settings.reduction == "batchmean":
@@ -149,7 +148,7 @@ def denominator(student: Tensor, inputs: "Inputs", settings: "Settings") -> Tens
     return (keep if inputs.weight is None else torch.where(keep, inputs.weight, 0)).sum(dtype=torch.float64).to(one)
 
 
-def check_values(student: Tensor, inputs: "Inputs", settings: "Settings") -> None:
+def check_values(student: Tensor, inputs: Inputs, settings: Settings) -> None:
     """The errors that depend on a tensor's values. Not on a GPU, where looking would mean to wait for it."""
     if student.device.type != "cpu":
         return
@@ -177,7 +176,7 @@ def check_values(student: Tensor, inputs: "Inputs", settings: "Settings") -> Non
                 raise ValueError(f"{name}: {value[row].item():g} in row {row}, but it must be finite and {rule}")
 
 
-def _reduced(student: Tensor, inputs: "Inputs", settings: "Settings") -> Tensor:
+def _reduced(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     rows = row_losses(student, inputs, settings)
     if settings.reduction == "none":
         return rows
@@ -190,7 +189,7 @@ def _autograd_included() -> AbstractContextManager[None]:
     return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
 
 
-def _gradient(student: Tensor, inputs: "Inputs", settings: "Settings", grad_loss: Tensor | None) -> list[Tensor]:
+def _gradient(student: Tensor, inputs: Inputs, settings: Settings, grad_loss: Tensor | None) -> list[Tensor]:
     check_values(student, inputs, settings)
     with torch.enable_grad(), _autograd_included():
         leaf = student.detach().requires_grad_()
@@ -201,13 +200,13 @@ def _gradient(student: Tensor, inputs: "Inputs", settings: "Settings", grad_loss
     return [loss.detach(), grad.contiguous()]
 
 
-def loss_grad(student: Tensor, inputs: "Inputs", settings: "Settings") -> tuple[Tensor, Tensor]:
+def loss_grad(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     """The reduced loss, 0-dim, and its gradient, (..., V) in the student's dtype."""
     loss, grad = _gradient(student, inputs, settings, None)
     return loss, grad
 
 
-def loss_grad_(student: Tensor, inputs: "Inputs", settings: "Settings") -> Tensor:
+def loss_grad_(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """loss_grad with the gradient written over the student's logits."""
     loss, grad = loss_grad(student, inputs, settings)
     student.copy_(grad)
@@ -219,7 +218,7 @@ def loss_grad_(student: Tensor, inputs: "Inputs", settings: "Settings") -> Tenso
 STATS = ("student_offset", "teacher_offset", "student_sum", "teacher_sum", "hard_sum", "running_sum")
 
 
-def stats(student: Tensor, inputs: "Inputs", settings: "Settings") -> tuple[Tensor, Tensor]:
+def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     """The loss under `reduction`, and the row statistics (rows, len(STATS)) from which `grad` goes on."""
     check_values(student, inputs, settings)
     loss = _reduced(student.detach(), inputs, settings)
@@ -235,21 +234,19 @@ def stats(student: Tensor, inputs: "Inputs", settings: "Settings") -> tuple[Tens
 
 
 def _offset_and_sum(
-    logits: Tensor, temperatures: Tensor | None, temperature: float, settings: "Settings", dtype: torch.dtype
+    logits: Tensor, temperatures: Tensor | None, temperature: float, settings: Settings, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     z = _first_classes(logits, settings).to(dtype) / _column(temperatures, temperature, logits.to(dtype))
     high = z.amax(-1, keepdim=True)
     return high.squeeze(-1) / math.log(2), (z - high).exp().sum(-1)
 
 
-def grad(
-    student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: "Inputs", settings: "Settings"
-) -> Tensor:  # (..., V)
+def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> Tensor:  # (..., V)
     """The gradient for the loss's own gradient: (...) with reduction "none", else 0-dim. Recomputed, not read off."""
     return _gradient(student, inputs, settings, grad_loss)[1]
 
 
-def grad_(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: "Inputs", settings: "Settings") -> None:
+def grad_(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> None:
     student.copy_(grad(student, stats, grad_loss, inputs, settings))
 
 

@@ -25,29 +25,16 @@ struct Buffer {
   }
 };
 
-template <class S, class C>
-KD_INLINE void widen_row(const S* from, int64_t n, C* to) {
-  if constexpr (std::is_same_v<Compute<S>, C>) {
-    constexpr int kLanes = Types<C>::kLanes;
+// A row of one storage type as another, through the vectors where both are computed in the same type.
+template <class From, class To>
+KD_INLINE void convert_row(const From* from, int64_t n, To* to) {
+  if constexpr (std::is_same_v<Compute<From>, Compute<To>>) {
+    constexpr int kLanes = Types<Compute<To>>::kLanes;
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
     if (i < n) store_part(to + i, load_part(from + i, n - i, 0), n - i);
-  } else if constexpr (sizeof(S) >= 4) {
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
-  } else {
+  } else if constexpr (sizeof(To) >= 4) {
     for (int64_t i = 0; i < n; ++i) to[i] = load_one(from + i);
-  }
-}
-
-template <class S, class C>
-KD_INLINE void narrow_row(const C* from, int64_t n, S* to) {
-  if constexpr (std::is_same_v<Compute<S>, C>) {
-    constexpr int kLanes = Types<C>::kLanes;
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
-    if (i < n) store_part(to + i, load_part(from + i, n - i, 0), n - i);
-  } else if constexpr (sizeof(S) >= 4) {
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
   } else {
     for (int64_t i = 0; i < n; ++i) store_part(to + i, splat((float)from[i]), 1);
   }
@@ -69,11 +56,11 @@ void with_storage(DType dtype, F f) {
 
 template <class C>
 KD_NOINLINE void widen(const void* from, DType dtype, int64_t n, C* to) {
-  with_storage(dtype, [&](auto s) { widen_row((const decltype(s)*)from, n, to); });
+  with_storage(dtype, [&](auto s) { convert_row((const decltype(s)*)from, n, to); });
 }
 template <class C>
 KD_NOINLINE void narrow(const C* from, int64_t n, void* to, DType dtype) {
-  with_storage(dtype, [&](auto s) { narrow_row(from, n, (decltype(s)*)to); });
+  with_storage(dtype, [&](auto s) { convert_row(from, n, (decltype(s)*)to); });
 }
 
 KD_INLINE int64_t bytes_of(DType dtype) {

@@ -11,6 +11,7 @@ namespace kdfast {
 namespace {
 
 constexpr int kBlock = 2048;
+constexpr int64_t kFitsL2 = 65536;  // classes whose logits and exps a megabyte holds
 constexpr int kSample = 128;
 constexpr int kMaxPower = 4;
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;

@@ -35,12 +35,26 @@ KD_INLINE auto load_teacher(const typename P::T* t, int n) {
   }
 }
 
+// A step's worth of what is to come. Measured on Zen 4: fp32 rows that fit into L2 with their scratch are
+// best fetched into L2 a block ahead, 16-bit and longer ones into L1 half a block ahead (each against the
+// other way about: fp32 at V = 32000 takes 0.85 of the time, bf16 0.92, both at V = 151936 0.9).
+template <class S>
+KD_INLINE void prefetch(const S* p, bool near) {
+  for (int line = 0; line < 2 * Types<Compute<S>>::kLanes * (int)sizeof(S); line += 64) {
+    if (near) {
+      __builtin_prefetch((const char*)(p + kBlock / 2) + line, 0, 3);
+    } else {
+      __builtin_prefetch((const char*)(p + kBlock) + line, 0, 2);
+    }
+  }
+}
+
 // Pass A over one block. The exps go to the scratch where kKeep. The first step is short where `head` is not
 // 0.
 template <class P, bool kKeep>
 KD_NOINLINE RowStats block_sums(const typename P::S* s, const typename P::T* t, int n, int head,
                                 const RowScale& scale, double student_offset, double teacher_offset,
-                                Scratch<typename P::C> keep, int ahead) {
+                                Scratch<typename P::C> keep, bool near) {
   using V = typename P::V;
   const Exponents<P> exponents(scale, student_offset, teacher_offset);
   // Two levels of sums: short chains of additions, so that rounding does not add up over equal terms.
@@ -68,10 +82,8 @@ KD_NOINLINE RowStats block_sums(const typename P::S* s, const typename P::T* t, 
   };
   int at = 0;  // in the scratch, where each step has a whole place
   for (int i = 0, m = head ? head : P::kStep; i < n; i += m, m = P::kStep, at += P::kStep) {
-    for (int line = 0; line < P::kStep * (int)sizeof(typename P::S); line += 64) {
-      __builtin_prefetch((const char*)(s + i + ahead) + line, 0, 2);
-      if constexpr (P::kSoft || P::kMSE) __builtin_prefetch((const char*)(t + i + ahead) + line, 0, 2);
-    }
+    prefetch(s + i, near);
+    if constexpr (P::kSoft || P::kMSE) prefetch(t + i, near);
     if (n - i < m) m = n - i;
     const auto si = load_student<P>(s + i, m);
     const auto ti = load_teacher<P>(t + i, m);
@@ -193,8 +205,8 @@ KD_INLINE int block_length(int64_t at, int64_t n, int head) {
 // Pass A over n classes of a row; blocks[i] gets the i-th block's offsets.
 template <class P, bool kKeep>
 KD_NOINLINE RowStats row_sums(const typename P::S* s, const typename P::T* t, int64_t n, int head,
-                              const RowScale& scale, Scratch<typename P::C> keep, Block<P>* blocks,
-                              int ahead) {
+                              const RowScale& scale, Scratch<typename P::C> keep, Block<P>* blocks) {
+  const bool near = sizeof(typename P::S) == 2 || n > kFitsL2;
   RowStats total{};
   double so = -kInfinity, to = P::kProbs ? 0 : -kInfinity;
   for (int64_t at = 0, m; at < n; at += m, head = 0) {
@@ -205,11 +217,11 @@ KD_NOINLINE RowStats row_sums(const typename P::S* s, const typename P::T* t, in
     } else if constexpr (P::kSoft && !P::kProbs) {
       if (to == -kInfinity) to = first_offset<P>(t + at, m, scale.teacher);
     }
-    RowStats more = block_sums<P, kKeep>(s + at, t + at, m, head, scale, so, to, keep, ahead);
+    RowStats more = block_sums<P, kKeep>(s + at, t + at, m, head, scale, so, to, keep, near);
     if (!in_range(more, P::kSoft && !P::kProbs)) {
       so = offset_at_max<P>(s + at, m, scale.student);
       if constexpr (P::kSoft && !P::kProbs) to = offset_at_max<P>(t + at, m, scale.teacher);
-      more = block_sums<P, kKeep>(s + at, t + at, m, head, scale, so, to, keep, ahead);
+      more = block_sums<P, kKeep>(s + at, t + at, m, head, scale, so, to, keep, near);
     }
     add<P>(total, at, more, m, scale);
     if constexpr (kKeep) {
