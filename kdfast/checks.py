@@ -27,13 +27,13 @@ def check_choice(name: str, value: Any) -> None:
 
 def as_number(name: str, value: Any) -> float:
     """A Python or numpy number as a float."""
-    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+    if isinstance(value, (float, torch.SymInt, torch.SymFloat)):
         return value  # type: ignore[return-value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value) if abs(value) < 2**1000 else math.inf
     if not isinstance(value, (bool, str, Tensor)) and hasattr(value, "__float__"):
         try:
             return float(value)
-        except OverflowError:  # an int beyond every float
-            return math.inf
         except TypeError:  # an array
             pass
     raise TypeError(f"{name}: must be a number, not {value!r}")
