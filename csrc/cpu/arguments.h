@@ -116,7 +116,6 @@ struct Loss {
     advise_huge_pages(grad);
     args.grad = grad.mutable_data_ptr();
     args.grad_layout = matrix(grad);
-    args.stream = grad.numel() >= kStreamFrom;
     return grad;
   }
   void grad_in_place() {
@@ -185,8 +184,6 @@ struct Loss {
     }
     return rows;
   }
-
-  static constexpr int64_t kStreamFrom = 1 << 20;
 };
 
 }  // namespace

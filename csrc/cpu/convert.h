@@ -63,9 +63,6 @@ KD_NOINLINE void narrow(const C* from, int64_t n, void* to, DType dtype) {
   with_storage(dtype, [&](auto s) { convert_row(from, n, (decltype(s)*)to); });
 }
 
-KD_INLINE int64_t bytes_of(DType dtype) {
-  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
-}
 KD_INLINE const char* row_of(const Matrix& m, int64_t row) {
   return (const char*)m.data + m.offset(row) * bytes_of(m.dtype);
 }

@@ -70,8 +70,10 @@ std::vector<RowStats> run_stats(Loss& loss) {
   a.stats = stats.data();
   in_parallel(a.rows * segments, segments == 1 ? a.vocab : kSegment,
               [&](int64_t begin, int64_t end) { kernels().stats(a, segments, begin, end); });
-  kernels().merge(a, segments);
-  for (int64_t row = 1; row < a.rows && segments > 1; ++row) stats[row] = stats[row * segments];
+  if (segments > 1) {
+    kernels().merge(a, segments);
+    for (int64_t row = 1; row < a.rows; ++row) stats[row] = stats[row * segments];
+  }
   return stats;
 }
 

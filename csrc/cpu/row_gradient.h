@@ -120,20 +120,16 @@ struct Gradient {
     return g;
   }
 
-  KD_NOINLINE void write(const S* s, const T* t, Scratch<C> kept, int n, int head, S* out,
-                         bool past_cache) const {
-    int at = 0;
-    for (int i = 0, m = head ? head : P::kStep; i < n; i += m, m = P::kStep, at += P::kStep) {
-      if (n - i < m) m = n - i;
+  KD_NOINLINE void write(const S* s, const T* t, Scratch<C> kept, int n, S* out) const {
+    for (int i = 0; i < n; i += P::kStep) {
+      const int m = n - i < P::kStep ? n - i : P::kStep;
       const auto si = load_student<P>(s + i, m);
       const auto ti = load_teacher<P>(t + i, m);
-      const Two<V> g{combine(si.a, ti.a, kept, at), combine(si.b, ti.b, kept, at + P::kLanes)};
-      if (m < P::kStep) {
-        store2_part(out + i, g, m);
-      } else if (past_cache) {
-        stream2(out + i, g);
-      } else {
+      const Two<V> g{combine(si.a, ti.a, kept, i), combine(si.b, ti.b, kept, i + P::kLanes)};
+      if (m == P::kStep) {
         store2(out + i, g);
+      } else {
+        store2_part(out + i, g, m);
       }
     }
   }

@@ -7,6 +7,9 @@
 namespace kdfast {
 
 enum class DType { kFloat, kBFloat16, kHalf, kDouble };
+__attribute__((always_inline)) inline int64_t bytes_of(DType dtype) {
+  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
+}
 enum class Divergence { kCrossEntropy, kForwardKL, kReverseKL, kLogitMSE, kNone };
 enum class Target { kLogits, kProbs, kLogProbs };
 
@@ -64,7 +67,6 @@ struct LossArgs {
   const double* row_scale;
   void* grad;          // the student's dtype
   Matrix grad_layout;  // its data and dtype are the student's where the gradient goes in place
-  bool stream;         // written past the cache
 
   __attribute__((always_inline)) bool kept(int64_t row) const {
     return !(labels && labels[row] == ignore_index) && !(weight && weight[row] == 0);
@@ -88,7 +90,8 @@ constexpr int64_t kSegment = 8192;
 
 struct RowKernels {
   void (*loss_grad)(const LossArgs&, int64_t begin, int64_t end);
-  void (*stats)(const LossArgs&, int64_t segments, int64_t begin, int64_t end);
+  void (*stats)(const LossArgs&, int64_t segments, int64_t begin,
+                int64_t end);                        // losses too, where segments is 1
   void (*merge)(const LossArgs&, int64_t segments);  // stats[row * segments] becomes the row's; writes losses
   void (*grad)(const LossArgs&, int64_t segments, int64_t begin, int64_t end);
   void (*softmax)(const SoftmaxArgs&, int64_t begin, int64_t end);

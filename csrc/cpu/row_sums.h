@@ -49,12 +49,11 @@ KD_INLINE void prefetch(const S* p, bool near) {
   }
 }
 
-// Pass A over one block. The exps go to the scratch where kKeep. The first step is short where `head` is not
-// 0.
+// Pass A over one block. The exps go to the scratch where kKeep.
 template <class P, bool kKeep>
-KD_NOINLINE RowStats block_sums(const typename P::S* s, const typename P::T* t, int n, int head,
-                                const RowScale& scale, double student_offset, double teacher_offset,
-                                Scratch<typename P::C> keep, bool near) {
+KD_NOINLINE RowStats block_sums(const typename P::S* s, const typename P::T* t, int n, const RowScale& scale,
+                                double student_offset, double teacher_offset, Scratch<typename P::C> keep,
+                                bool near) {
   using V = typename P::V;
   const Exponents<P> exponents(scale, student_offset, teacher_offset);
   // Two levels of sums: short chains of additions, so that rounding does not add up over equal terms.
@@ -80,11 +79,10 @@ KD_NOINLINE RowStats block_sums(const typename P::S* s, const typename P::T* t, 
       if constexpr (P::kOwn) store(keep.hard + at, x.e1);
     }
   };
-  int at = 0;  // in the scratch, where each step has a whole place
-  for (int i = 0, m = head ? head : P::kStep; i < n; i += m, m = P::kStep, at += P::kStep) {
+  for (int i = 0; i < n; i += P::kStep) {
     prefetch(s + i, near);
     if constexpr (P::kSoft || P::kMSE) prefetch(t + i, near);
-    if (n - i < m) m = n - i;
+    const int m = n - i < P::kStep ? n - i : P::kStep;
     const auto si = load_student<P>(s + i, m);
     const auto ti = load_teacher<P>(t + i, m);
     Lanes<P> x = exponents(si.a, ti.a), y = exponents(si.b, ti.b);
@@ -95,9 +93,9 @@ KD_NOINLINE RowStats block_sums(const typename P::S* s, const typename P::T* t, 
         if ((halves ? 2 * j + 1 : j + P::kLanes) >= m) y.et[j] = y.es[j] = y.e1[j] = 0;
       }
     }
-    add_up(x, at);
-    add_up(y, at + P::kLanes);
-    if (at / P::kStep % 8 == 7) flush();
+    add_up(x, i);
+    add_up(y, i + P::kLanes);
+    if (i / P::kStep % 8 == 7) flush();
   }
   flush();
   return {student_offset,     teacher_offset,  sum(total.student),
@@ -194,34 +192,26 @@ void add(RowStats& total, double n_total, RowStats more, double n_more, const Ro
   total.running += more.running;
 }
 
-// A row's blocks: the first is a short step and whole ones where `head` is not 0, so that the others start
-// aligned.
-template <class P>
-KD_INLINE int block_length(int64_t at, int64_t n, int head) {
-  const int whole = at == 0 && head ? head + kBlock - P::kStep : kBlock;
-  return n - at < whole ? n - at : whole;
-}
-
 // Pass A over n classes of a row; blocks[i] gets the i-th block's offsets.
 template <class P, bool kKeep>
-KD_NOINLINE RowStats row_sums(const typename P::S* s, const typename P::T* t, int64_t n, int head,
+KD_NOINLINE RowStats row_sums(const typename P::S* s, const typename P::T* t, int64_t n,
                               const RowScale& scale, Scratch<typename P::C> keep, Block<P>* blocks) {
   const bool near = sizeof(typename P::S) == 2 || n > kFitsL2;
   RowStats total{};
   double so = -kInfinity, to = P::kProbs ? 0 : -kInfinity;
-  for (int64_t at = 0, m; at < n; at += m, head = 0) {
-    m = block_length<P>(at, n, head);
+  for (int64_t at = 0; at < n; at += kBlock) {
+    const int m = n - at < kBlock ? n - at : kBlock;
     if (so == -kInfinity) so = first_offset<P>(s + at, m, scale.student);
     if constexpr (P::kMSE) {
       if (at == 0) to = mean_difference<P>(s, t, m);
     } else if constexpr (P::kSoft && !P::kProbs) {
       if (to == -kInfinity) to = first_offset<P>(t + at, m, scale.teacher);
     }
-    RowStats more = block_sums<P, kKeep>(s + at, t + at, m, head, scale, so, to, keep, near);
+    RowStats more = block_sums<P, kKeep>(s + at, t + at, m, scale, so, to, keep, near);
     if (!in_range(more, P::kSoft && !P::kProbs)) {
       so = offset_at_max<P>(s + at, m, scale.student);
       if constexpr (P::kSoft && !P::kProbs) to = offset_at_max<P>(t + at, m, scale.teacher);
-      more = block_sums<P, kKeep>(s + at, t + at, m, head, scale, so, to, keep, near);
+      more = block_sums<P, kKeep>(s + at, t + at, m, scale, so, to, keep, near);
     }
     add<P>(total, at, more, m, scale);
     if constexpr (kKeep) {

@@ -162,6 +162,7 @@ struct ShortRows {
   }
 };
 
+// They keep no statistics: `grad` makes them again, which costs less than to keep them.
 // The teacher is read as it lies: one tensor, of the student's dtype.
 template <class P>
 bool takes_short_rows(const LossArgs& a) {

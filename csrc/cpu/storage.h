@@ -1,5 +1,7 @@
-// How values lie in memory: 16-bit floats, whole vectors, parts of them, two at once, and past the cache.
+// How values lie in memory: 16-bit floats, whole vectors, parts of them, and two at once.
 #pragma once
+
+#include <type_traits>
 
 #include "simd.h"
 
@@ -161,6 +163,19 @@ KD_INLINE auto load2(const bf16* p) {
 }
 template <class S>
 KD_INLINE auto load2_part(const S* p, int n, S fill) {
+#if defined(__AVX512BW__)
+  const __mmask32 first = (1u << n) - 1;
+  if constexpr (std::is_same_v<S, float>) {
+    const __m512 filled = _mm512_set1_ps(fill);
+    return Two<FloatV>{(FloatV)_mm512_mask_loadu_ps(filled, (__mmask16)first, p),
+                       (FloatV)_mm512_mask_loadu_ps(filled, (__mmask16)(first >> 16), p + 16)};
+  }
+  if constexpr (std::is_same_v<S, bf16>) {
+    bf16 part[32];
+    _mm512_storeu_si512(part, _mm512_mask_loadu_epi16(_mm512_set1_epi16((short)fill.bits), first, p));
+    return load2(part);
+  }
+#endif
   S part[2 * Types<Compute<S>>::kLanes];
   for (S& x : part) x = fill;
   std::memcpy(part, p, n * sizeof(S));
@@ -194,34 +209,17 @@ KD_INLINE void store2(bf16* p, Two<FloatV> v) {
 }
 template <class S, class V>
 KD_INLINE void store2_part(S* p, Two<V> v, int n) {
+#if defined(__AVX512BW__)
+  const __mmask32 first = (1u << n) - 1;
+  if constexpr (std::is_same_v<S, bf16>) return _mm512_mask_storeu_epi16(p, first, (__m512i)narrow2(v));
+  if constexpr (std::is_same_v<S, float>) {
+    _mm512_mask_storeu_ps(p, (__mmask16)first, (__m512)v.a);
+    return _mm512_mask_storeu_ps(p + 16, (__mmask16)(first >> 16), (__m512)v.b);
+  }
+#endif
   S part[2 * sizeof(V) / sizeof(v.a[0])];
   store2(part, v);
   std::memcpy(p, part, n * sizeof(S));
-}
-
-// Past the cache, to an address that is a multiple of a vector.
-template <class V>
-KD_INLINE void stream(void* p, V v) {
-#if defined(__AVX512F__)
-  _mm512_stream_si512((__m512i*)p, (__m512i)v);
-#elif defined(__AVX2__)
-  _mm256_stream_si256((__m256i*)p, (__m256i)v);
-#elif defined(__x86_64__)
-  _mm_stream_si128((__m128i*)p, (__m128i)v);
-#else
-  std::memcpy(p, &v, sizeof(v));
-#endif
-}
-template <class C, class V>
-KD_INLINE void stream2(C* p, Two<V> v) {
-  stream(p, v.a);
-  stream(p + sizeof(V) / sizeof(C), v.b);
-}
-KD_INLINE void stream2(bf16* p, Two<FloatV> v) { stream(p, narrow2(v)); }
-KD_INLINE void stream_fence() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
 }
 
 // One element as C, through the vector conversions, so that there is one of each.
