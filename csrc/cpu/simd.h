@@ -72,7 +72,7 @@ KD_INLINE V multiply_subtract(V a, V b, V c) {
   return a * b - c;  // the compiler's flags make one instruction of it
 }
 
-// (a > b) ? a : b, so b where either is NaN
+// (a > b) ? a : b, so b where either is NaN; min likewise
 KD_INLINE FloatV max(FloatV a, FloatV b) {
 #if defined(__AVX512F__)
   return (FloatV)_mm512_max_ps((__m512)a, (__m512)b);
@@ -85,7 +85,17 @@ KD_INLINE FloatV max(FloatV a, FloatV b) {
 #endif
 }
 KD_INLINE DoubleV max(DoubleV a, DoubleV b) { return a > b ? a : b; }
-KD_INLINE FloatV min(FloatV a, FloatV b) { return -max(-a, -b); }
+KD_INLINE FloatV min(FloatV a, FloatV b) {
+#if defined(__AVX512F__)
+  return (FloatV)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (FloatV)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (FloatV)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 KD_INLINE DoubleV min(DoubleV a, DoubleV b) { return a < b ? a : b; }
 
 KD_INLINE FloatV masked(FloatV p, FloatV x) { return p * (p == 0 ? FloatV{} : x); }
