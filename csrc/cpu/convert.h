@@ -10,20 +10,22 @@
 namespace kdfast {
 namespace {
 
-// A thread's own buffer; it grows, and stays for the next call.
+// A thread's own memory; it grows, and stays for the next call.
 struct Buffer {
   void* data = nullptr;
   size_t size = 0;
   ~Buffer() { std::free(data); }
-  void* need(size_t bytes) {
-    if (bytes > size) {
-      std::free(data);
-      size = (bytes + 4095) / 4096 * 4096;
-      data = std::aligned_alloc(4096, size);
-    }
-    return data;
-  }
 };
+
+KD_NOINLINE void* thread_buffer(size_t bytes) {
+  static thread_local Buffer buffer;
+  if (bytes > buffer.size) {
+    std::free(buffer.data);
+    buffer.size = (bytes + 4095) / 4096 * 4096;
+    buffer.data = std::aligned_alloc(4096, buffer.size);
+  }
+  return buffer.data;
+}
 
 // A row of one storage type as another, through the vectors where both are computed in the same type.
 template <class From, class To>

@@ -172,9 +172,8 @@ bool takes_short_rows(const LossArgs& a) {
 
 template <class P>
 KD_NOINLINE void short_rows(const LossArgs& a, int64_t begin, int64_t end, bool write) {
-  static thread_local Buffer buffer;
   using Group = typename ShortRows<P>::Group;
-  Group& group = *(Group*)buffer.need(sizeof(Group));
+  Group& group = *(Group*)thread_buffer(sizeof(Group));
   for (int64_t row = begin; row < end; row += P::kLanes) {
     ShortRows<P>::run(a, row, end - row < P::kLanes ? end - row : P::kLanes, write, group);
   }

@@ -12,8 +12,7 @@ constexpr int kChain = 256;  // classes whose sum is carried on in doubles
 template <class C>
 void softmax_rows(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using V = typename Types<C>::V;
-  static thread_local Buffer buffer;
-  C* z = (C*)buffer.need((a.vocab + 64) * sizeof(C));
+  C* z = (C*)thread_buffer((a.vocab + 64) * sizeof(C));
   for (int64_t row = begin; row < end; ++row) {
     const C slope = kLog2E / at_row(a.temperatures, a.temperature, row);
     widen(row_of(a.logits, row), a.logits.dtype, a.vocab, z);
@@ -44,9 +43,8 @@ void softmax_rows(const SoftmaxArgs& a, int64_t begin, int64_t end) {
 template <class C>
 void softmax_backward_rows(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using V = typename Types<C>::V;
-  static thread_local Buffer buffer;
   const int64_t padded = a.vocab + 64;
-  C* y = (C*)buffer.need(2 * padded * sizeof(C));
+  C* y = (C*)thread_buffer(2 * padded * sizeof(C));
   C* g = y + padded;
   for (int64_t row = begin; row < end; ++row) {
     widen(row_of(a.logits, row), a.logits.dtype, a.vocab, y);
