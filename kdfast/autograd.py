@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from kdfast import reference
 from kdfast.arguments import Inputs, Settings
 
 
@@ -101,8 +102,6 @@ class TemperedSoftmax(torch.autograd.Function):
         output, temperatures = ctx.saved_tensors
         args = (temperatures, ctx.temperature, ctx.log, ctx.dtype)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            from kdfast import reference
-
             return reference.tempered_softmax_backward(grad, output, *args), None, None, None, None
         return torch.ops.kdfast.tempered_softmax_backward(grad, output, *args), None, None, None, None
 

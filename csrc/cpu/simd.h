@@ -1,6 +1,6 @@
 // Vectors for one instruction set: the compiler's vector extensions, so that operators come for free on every
-// machine, and an intrinsic where the compiler would not find the instruction. Included once per instruction
-// set, with KDFAST_ISA_* flags set by the compiler's own macros; all of it in an anonymous namespace.
+// machine, and an intrinsic where the compiler would not find the instruction. Compiled once per instruction
+// set, which the compiler's own macros tell; all of it in an anonymous namespace.
 #pragma once
 
 #include <cmath>
