@@ -18,7 +18,7 @@ BUILT := $(VENV)/.built
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench lint format sanitize build-check arm-check clean
+.PHONY: help build demo test bench gpu-check .gpu-check lint format sanitize build-check arm-check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,16 @@ $(VENV)/.torch:
 # An extra of pyproject.toml, and kdfast itself, editable and not yet compiled.
 $(VENV)/.extra-%: $(VENV)/.torch pyproject.toml
 	KDFAST_BUILD_EXT=0 $(PIP) --no-build-isolation -e '.[$*]'
+	@touch $@
+
+# Triton where torch did not bring it, which the CPU builds do not: the one that torch 2.13.0 is made for.
+$(VENV)/.triton: $(VENV)/.torch
+	$(PY) -c 'import triton' 2> /dev/null || $(PIP) triton==3.7.1
+	@touch $@
+
+# Without what it depends on: its torch and triton would replace those of a ROCm build.
+$(VENV)/.liger: $(VENV)/.torch
+	$(PIP) --no-deps liger-kernel
 	@touch $@
 
 $(BUILT): $(VENV)/.torch setup.py CMakeLists.txt $(CSRC)
@@ -52,6 +62,21 @@ test: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-demo ## the whole test suite, 
 
 bench: $(BUILT) $(VENV)/.extra-demo ## kdfast beside its peers: table, CSV and picture; ARGS=--quick takes under a minute
 	$(PY) -m benchmarks $(ARGS)
+
+# In .venv-gpu, whose torch is GPU_TORCH: what pip finds by itself is the CUDA build, and for ROCm one adds the index
+# that PyTorch's install page names, as with TORCH. Failed tests go into the report before they fail the target.
+GPU_TORCH ?= torch
+DRY := $(filter --dry-run,$(ARGS))
+DRY_NEEDS := $(BUILT) $(VENV)/.extra-demo $(VENV)/.triton
+gpu-check: $(if $(DRY),$(DRY_NEEDS)) ## tests and a report of speed on a GPU; ARGS=--dry-run tries the report without one
+	$(if $(DRY),$(PY) -m benchmarks.gpu $(ARGS),$(MAKE) VENV=.venv-gpu TORCH="$(GPU_TORCH)" .gpu-check)
+
+.gpu-check: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-demo $(VENV)/.liger
+	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: torch sees no GPU here")'
+	@mkdir -p build
+	{ $(PY) -m pytest; echo $$? > build/gpu-tests.status; } 2>&1 | tee build/gpu-tests.txt
+	$(PY) -m benchmarks.gpu --tests build/gpu-tests.txt $(ARGS)
+	@exit $$(cat build/gpu-tests.status)
 
 lint: $(VENV)/.extra-lint ## ruff, clang-format, mypy
 	$(VENV)/bin/ruff check $(PYTHON_FILES)

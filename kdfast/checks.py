@@ -15,7 +15,7 @@ CHOICES = {
     "target": ("logits", "probs", "log_probs"),
     "reduction": ("mean", "sum", "batchmean", "none"),
     "ensemble": ("arithmetic", "geometric"),
-    "backend": (None, "reference", "cpu"),
+    "backend": (None, "reference", "cpu", "triton"),
 }
 
 

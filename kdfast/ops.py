@@ -1,8 +1,9 @@
 """The operators: their schemas, their fake tensors, and which implementation a device gets.
 
-Every operator is defined here, once, in two namespaces: `torch.ops.kdfast.*`, where the dispatcher picks by device
-(the C++ kernels register themselves for the CPU when their library is loaded), and `torch.ops.kdfast_reference.*`,
-which is the reference on every device. A device without kernels of its own gets the reference, with one warning.
+Every operator is defined here, once, in three namespaces: `torch.ops.kdfast.*`, where the dispatcher picks by device
+(the C++ kernels register themselves for the CPU when their library is loaded, the Triton kernels serve CUDA and ROCm
+tensors), and `torch.ops.kdfast_reference.*` and `torch.ops.kdfast_triton.*`, which are that backend on every device.
+A device without kernels of its own gets the reference, with one warning.
 """
 
 import math
@@ -93,7 +94,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 _PLAIN = {"scale_", "tempered_softmax", "tempered_softmax_backward"}  # the operators that take no loss's arguments
 
-_defined = {name: torch.library.Library(name, "DEF") for name in ("kdfast", "kdfast_reference")}
+_defined = {name: torch.library.Library(name, "DEF") for name in ("kdfast", "kdfast_reference", "kdfast_triton")}
 _warned: set[str] = set()
 
 
@@ -102,7 +103,29 @@ def _reference(name: str) -> Callable[..., Any]:
     return function if name in _PLAIN else _bundled(function)
 
 
-def _with_warning(name: str) -> Any:
+def _triton(name: str) -> Callable[..., Any]:
+    """The Triton kernels, which are imported at their first call."""
+
+    def call(*args: Any) -> Any:
+        from kdfast.triton import ops
+
+        function = getattr(ops, name)
+        return (function if name in _PLAIN else _bundled(function))(*args)
+
+    return call
+
+
+def _gpu(name: str) -> Callable[..., Any]:
+    """What CUDA and ROCm tensors get."""
+    fast, slow = _triton(name), _with_warning(name)
+
+    def call(first: Tensor, *args: Any) -> Any:
+        return (fast if triton_failure(first.device.type) is None else slow)(first, *args)
+
+    return call
+
+
+def _with_warning(name: str) -> Callable[..., Any]:
     """The reference as a device's only implementation: it says so, once per device."""
     implementation = _reference(name)
 
@@ -125,7 +148,9 @@ for _name, _schema in SCHEMAS.items():
         _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{_namespace}::{_name}", _FAKES[_name], lib=_library)
     _defined["kdfast"].impl(_name, _with_warning(_name), "CompositeExplicitAutograd")
+    _defined["kdfast"].impl(_name, _gpu(_name), "CUDA")  # ROCm's tensors too
     _defined["kdfast_reference"].impl(_name, _reference(_name), "CompositeExplicitAutograd")
+    _defined["kdfast_triton"].impl(_name, _triton(_name), "CompositeExplicitAutograd")
 
 
 def _load() -> str | None:
@@ -145,12 +170,33 @@ def _load() -> str | None:
 
 
 _cpu_failure = _load()
+_LEAST_TRITON = (3, 6)  # what torch 2.10, the least torch, comes with
+
+
+@torch.compiler.assume_constant_result
+def triton_failure(device: str) -> str | None:
+    """Why Triton cannot serve tensors of this type of device; None where it can."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton could not be imported ({error}); PyTorch's builds for CUDA and ROCm bring it along"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < _LEAST_TRITON:
+        return f"Triton {triton.__version__} is too old, {'.'.join(map(str, _LEAST_TRITON))} is the least"
+    if triton.knobs.runtime.interpret:
+        return None
+    try:
+        works_on = triton.runtime.driver.active.get_active_torch_device().type
+    except Exception as error:  # each of Triton's drivers has its own
+        return f"Triton {triton.__version__} finds no GPU that it can launch on ({error})"
+    return None if works_on == device else f"Triton launches on {works_on} tensors here, not on {device} ones"
 
 
 def why_not(device: str) -> str:
     """Why a device has no kernels of its own."""
     if device == "cpu" and _cpu_failure is not None:
         return _cpu_failure
+    if device == "cuda" and (failure := triton_failure(device)) is not None:
+        return failure
     return f"this version of kdfast has none for device type {device!r}"
 
 
@@ -166,7 +212,9 @@ def namespace(backend: str | None, student: Tensor) -> Any:
         if _cpu_failure is not None:
             raise RuntimeError(f"backend: 'cpu' is not usable here: {_cpu_failure}")
         return torch.ops.kdfast
-    raise ValueError(f"backend: {backend!r} is not one of None, 'reference', 'cpu'")
+    if (failure := triton_failure(student.device.type)) is not None:
+        raise RuntimeError(f"backend: 'triton' is not usable here: {failure}")
+    return torch.ops.kdfast_triton
 
 
 def backends() -> dict[str, Any]:
@@ -176,7 +224,9 @@ def backends() -> dict[str, Any]:
         A dict with one entry per backend, ``{"compiled": bool, "usable": bool, "why_not": str | None, ...}``, and
         ``"by_device"``, which names the backend that ``backend=None`` takes for each type of device. The entry of
         the cpu backend also has ``"isa"``, the instruction set chosen for this machine (the environment variable
-        ``KDFAST_CPU_ISA`` overrides the choice), and ``"build"``, facts of the build.
+        ``KDFAST_CPU_ISA`` overrides the choice), and ``"build"``, facts of the build; that of the triton backend has
+        ``"device"``, the type of the tensors that Triton can launch on here. Triton compiles when it is first called,
+        so that it counts as compiled.
     """
     usable = _cpu_failure is None
     cpu: dict[str, Any] = {"compiled": usable, "usable": usable, "why_not": _cpu_failure, "isa": None}
@@ -186,8 +236,21 @@ def backends() -> dict[str, Any]:
         cpu |= {"isa": _C.isa() if usable else None, "build": _C.build()}
     except ImportError as error:  # the operators do not need it: it belongs to one Python, they to none
         cpu["build"] = {"why_not": str(error), "machine": platform.machine()}
+    failures = {device: triton_failure(device) for device in ("cuda", "cpu")}
+    device = next((name for name, failure in failures.items() if failure is None), None)
+    triton = {
+        "compiled": True,
+        "usable": device is not None,
+        "why_not": failures["cuda"] if device is None else None,
+        "device": device,
+    }
     return {
         "reference": {"compiled": True, "usable": True, "why_not": None},
         "cpu": cpu,
-        "by_device": {"cpu": "cpu" if usable else "reference", "other": "reference"},
+        "triton": triton,
+        "by_device": {
+            "cpu": "cpu" if usable else "reference",
+            "cuda": "triton" if failures["cuda"] is None else "reference",
+            "other": "reference",
+        },
     }

@@ -8,7 +8,7 @@ from torch import Tensor
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 # What a backend is asked for by name; one that is not usable here is skipped with its own reason.
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 
 DIVERGENCES = ("cross_entropy", "forward_kl", "reverse_kl", "logit_mse")
 TARGETS = ("logits", "probs", "log_probs")

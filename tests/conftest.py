@@ -1,7 +1,8 @@
-"""What all tests share: the backends, the seed, the threads."""
+"""What all tests share: the backends, the seed, the threads, and what Triton's kernels run on."""
 
 from collections.abc import Iterator
 
+import gpu  # before anything that imports Triton
 import pytest
 import torch
 from cases import BACKENDS
@@ -16,13 +17,17 @@ def why_not(backend: str) -> str | None:
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, seed_and_threads: None) -> str:
+def backend(request: pytest.FixtureRequest, seed_and_threads: None) -> Iterator[str]:
     """The name of each backend in turn; skipped with the reason where it is not usable."""
     if reason := why_not(request.param):
         pytest.skip(reason)
-    if request.param != "reference":
+    if request.param == "triton":
+        with gpu.kernels():
+            yield request.param
+        return
+    if request.param == "cpu":
         torch.set_num_threads(2)  # kernels split rows over threads, and a single row too
-    return request.param
+    yield request.param
 
 
 @pytest.fixture

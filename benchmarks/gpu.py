@@ -1,0 +1,143 @@
+"""`python -m benchmarks.gpu`: kdfast's Triton kernels beside their peers on a GPU, in one report.
+
+The report is a table in markdown, a CSV and a plot, named after the device, in benchmarks/results. `make gpu-check`
+runs the tests first and puts their summary into it.
+
+Examples:
+    python -m benchmarks.gpu                           everything, some minutes, most of them torch.compile's
+    python -m benchmarks.gpu --case 128256             cases whose name contains that; prints the report only
+    python -m benchmarks.gpu --dry-run --out build     the same code on tiny logits, without a GPU
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import shlex
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.cases import Workload
+
+RESULTS = Path(__file__).with_name("results")
+REPEATS, LEAST_REPEATS, DRY_REPEATS = 50, 30, 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """Logits of one shape, with labels, T = 2, alpha = 0.9 and reduction "mean"."""
+
+    workload: Workload
+    reason: str
+    with_grad: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.workload.name + "-forward" * (not self.with_grad)
+
+    @property
+    def nbytes(self) -> int:
+        """The least that must cross the memory bus: both logits are read, the gradient is written."""
+        return (3 if self.with_grad else 2) * self.workload.nbytes
+
+
+CASES = [
+    Case(Workload(4096, 32000, "bf16"), "a language model's micro-batch, Llama 2's vocabulary"),
+    Case(Workload(2048, 128256, "bf16"), "Llama 3's: rows of 250 kB, which no longer fit into registers"),
+    Case(Workload(1024, 151936, "bf16"), "Qwen's, the widest of the common ones"),
+    Case(Workload(4096, 50257, "bf16"), "GPT-2's: odd, so that rows begin off every alignment"),
+    Case(Workload(8, 128256, "bf16"), "fewer rows than multiprocessors, as in a decoding step: mostly overhead"),
+    Case(Workload(65536, 1000, "bf16"), "ImageNet, or a dense prediction: many short rows"),
+    Case(Workload(4096, 32000, "fp32"), "twice the bytes for the same arithmetic"),
+    Case(Workload(4096, 32000, "bf16"), "evaluation under no_grad: nothing of the logits' size is written", False),
+]
+DRY_CASES = [
+    Case(Workload(4, 300, "bf16"), "a short row that is no whole number of blocks"),
+    Case(Workload(2, 4096, "bf16"), "a longer one"),
+    Case(Workload(4, 300, "fp32"), "the other dtype"),
+    Case(Workload(2, 4096, "bf16"), "without a gradient", False),
+]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--case", action="append", metavar="TEXT", help="cases with TEXT in their name; repeatable")
+    parser.add_argument("--repeats", type=int, help=f"default {REPEATS}, at least {LEAST_REPEATS} (dry: {DRY_REPEATS})")
+    parser.add_argument("--tests", type=Path, metavar="FILE", help="pytest's output, whose summary the report quotes")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for the report (whole runs: benchmarks/results)")
+    parser.add_argument("--dry-run", action="store_true", help="tiny logits on the CPU: that it runs, not how fast")
+    options = parser.parse_args()
+    if options.repeats is not None and options.repeats < (1 if options.dry_run else LEAST_REPEATS):
+        parser.error(f"--repeats: {options.repeats} are too few for a median and percentiles")
+    if options.dry_run and options.out and options.out.resolve() == RESULTS.resolve():
+        parser.error("--out: a dry run is no result, give it a folder of its own")
+    return options
+
+
+def _replace_gpu() -> str:
+    """Has Triton's kernels run on CPU tensors, from before Triton is first imported; returns what runs them."""
+    folder = os.environ.get("KDFAST_PTXEMU")
+    if not folder:
+        os.environ["TRITON_INTERPRET"] = "1"
+        return "Triton's interpreter"
+    os.environ.pop("TRITON_INTERPRET", None)
+    if importlib.util.find_spec("triton"):  # without it, kdfast says itself what is missing
+        sys.path.insert(0, folder)
+        from ptxemu import triton_driver  # an emulator of GPU kernels
+
+        triton_driver.activate(cap=90)
+    return "an emulator of GPU kernels"
+
+
+def _summary(output: Path) -> str:
+    """The line that ends pytest's output, such as 12 passed, 3 skipped in 4.56s."""
+    lines = output.read_text(errors="replace").splitlines()
+    ends = [line.strip("= ") for line in lines if re.search(r"\b(passed|failed|skipped|errors?)\b.* in [\d.]+s", line)]
+    return ends[-1] if ends else "no summary, they did not run to their end"
+
+
+def main() -> int:
+    options = _arguments()
+    replacement = _replace_gpu() if options.dry_run else None
+
+    import torch  # not before: it may import Triton
+
+    from benchmarks import gpu_measure, gpu_report
+    from benchmarks.report import cpu_name
+
+    if not options.dry_run and not torch.cuda.is_available():
+        print("benchmarks.gpu: torch sees no GPU here; --dry-run does without one", file=sys.stderr)
+        return 2
+    cases = DRY_CASES if options.dry_run else CASES
+    cases = [case for case in cases if not options.case or any(text in case.name for text in options.case)]
+    if not cases:
+        print("benchmarks.gpu: no case has that in its name", file=sys.stderr)
+        return 2
+    device = gpu_measure.Host() if options.dry_run else gpu_measure.Gpu()
+    repeats = options.repeats or (DRY_REPEATS if options.dry_run else REPEATS)
+    rows = []
+    for number, case in enumerate(cases, 1):
+        rows += gpu_measure.measure(case, device, repeats, f"[{number}/{len(cases)}] {case.name}")
+
+    name = f"{cpu_name()}, kernels by {replacement}" if options.dry_run else torch.cuda.get_device_name()
+    facts = gpu_report.facts(name, _summary(options.tests) if options.tests else "not run")
+    command = shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])
+    report = gpu_report.Report(rows, facts, command, options.dry_run)
+    print(report.markdown())
+    folder = options.out or (Path(tempfile.mkdtemp(prefix="kdfast-gpu-")) if options.dry_run else RESULTS)
+    if options.out or options.dry_run or not options.case:
+        folder.mkdir(parents=True, exist_ok=True)
+        report.write(folder)
+        print(f"written: {folder / report.stem}.md, .csv and .png")
+    unsound = [row for row in rows if row.candidate.startswith("kdfast") and row.note]
+    for row in unsound:
+        print(f"benchmarks.gpu: {row.candidate} on {row.case.name}: {row.note}", file=sys.stderr)
+    return 1 if unsound else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""What benchmarks.gpu measures, and how: the candidates of a case, each checked, then timed in turns.
+
+roofline        a copy on the device that moves as many bytes as the case must: it reads half and writes half
+kdfast          kd_loss and backward, a fresh gradient; forward_kl, whose value is the recipe's
+kdfast inplace  the gradient where the logits were
+eager           the recipe of candidates.py, in the logits' own dtype
+torch.compile   the recipe compiled
+liger           the recipe with Liger-Kernel's divergence: softmaxes and hard term stay PyTorch's
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import random
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kdfast
+from benchmarks import candidates
+from benchmarks.cases import Workload
+from benchmarks.gpu_report import Row
+from benchmarks.timing import Candidate, flush_caches
+from benchmarks.worker import TOLERANCE
+
+if TYPE_CHECKING:  # it is __main__
+    from benchmarks.gpu import Case
+
+NAMES = ("roofline", "kdfast", "kdfast inplace", "eager", "torch.compile", "liger")
+BACKEND = "triton"  # by name: what another backend takes must not pass for it
+WARM_UP = 3
+CHECKED_ROWS = 16  # whose gradients are compared; of the loss, all rows
+_CHUNK = 1 << 22  # logits that are in fp64 at a time
+_FLUSH_BYTES = 512 << 20  # twice the largest last-level cache there is on a GPU, or four times the L2 of a later one
+
+
+class Gpu:
+    """Times by the device's own clock."""
+
+    name = "cuda"
+
+    def __init__(self) -> None:
+        size = max(_FLUSH_BYTES, 4 * getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0))
+        self._flush = torch.empty(size // 4, device=self.name)
+
+    def milliseconds(self, candidate: Candidate) -> float:
+        argument = candidate.prepare()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        self._flush.zero_()
+        self._flush.sum()  # read after it was written, so that no candidate's time has its lines written back
+        start.record()
+        result = candidate.run(argument)  # queued while the flush runs: the host's share shows where it is longer
+        end.record()
+        end.synchronize()
+        del result, argument
+        return float(start.elapsed_time(end))
+
+    def peak(self, candidate: Candidate) -> int:
+        argument = candidate.prepare()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = candidate.run(argument)
+        torch.cuda.synchronize()
+        del result, argument
+        return int(torch.cuda.max_memory_allocated() - before)
+
+
+class Host:
+    """Takes a GPU's place in a dry run, with what a CPU has."""
+
+    name = "cpu"
+
+    def milliseconds(self, candidate: Candidate) -> float:
+        argument = candidate.prepare()
+        flush_caches()
+        start = time.perf_counter()
+        candidate.run(argument)
+        return 1e3 * (time.perf_counter() - start)
+
+    def peak(self, candidate: Candidate) -> int:
+        argument = candidate.prepare()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        candidate.run(argument)
+        return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+class Data(candidates.Data):
+    """The tensors of a workload, made where they are used."""
+
+    def __init__(self, workload: Workload, device: str) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (workload.rows, workload.vocab)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[workload.dtype]
+        logits = [torch.randn(shape, generator=generator, dtype=dtype, device=device).mul_(3) for _ in range(2)]
+        self.temperature = workload.temperature
+        self.student, self.teacher = logits  # (rows, vocab)
+        self.labels = torch.randint(workload.vocab, shape[:1], generator=generator, device=device)  # (rows,)
+        self._spare = {}
+
+
+def liger(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    from liger_kernel.transformers.kl_div import LigerKLDIVLoss
+
+    log_q = F.log_softmax(student / temperature, dim=-1)
+    p = F.softmax(teacher / temperature, dim=-1)
+    soft = LigerKLDIVLoss(reduction="batchmean")(log_q, p) * temperature**2
+    return candidates.ALPHA * soft + (1 - candidates.ALPHA) * F.cross_entropy(student, labels)
+
+
+def _copy(nbytes: int, device: str) -> Candidate:
+    """Reads and writes so many bytes in all. Its arrays are given back each time, so that peers find room."""
+
+    def prepare() -> list[Tensor]:
+        return [torch.empty(nbytes // 2, dtype=torch.uint8, device=device) for _ in range(2)]
+
+    return Candidate(prepare, lambda pair: pair[0].copy_(pair[1]))
+
+
+def _candidate(name: str, case: Case, data: Data) -> Candidate:
+    if name == "roofline":
+        return _copy(case.nbytes, data.student.device.type)
+    inplace = name == "kdfast inplace"
+    loss: Callable[..., Tensor] = liger if name == "liger" else candidates.recipe
+    if name.startswith("kdfast"):
+        loss = partial(
+            kdfast.kd_loss, alpha=candidates.ALPHA, divergence="forward_kl", inplace=inplace, backend=BACKEND
+        )
+    if name == "torch.compile":
+        loss = torch.compile(loss, dynamic=False)
+    args = {"teacher": data.teacher, "labels": data.labels, "temperature": data.temperature}
+
+    def train(student: Tensor) -> Tensor:
+        value = loss(student, **args)
+        value.backward()
+        return value.detach()
+
+    if not case.with_grad:
+        return Candidate(lambda: data.student, torch.no_grad()(lambda student: loss(student, **args)))
+    return Candidate(data.overwritable if inplace else data.leaf, train)
+
+
+def _why_not(name: str, is_dry: bool) -> str:
+    """Why a candidate cannot take part here; empty where it can."""
+    if name.startswith("kdfast"):
+        return kdfast.backends()[BACKEND]["why_not"] or ""
+    if is_dry:
+        return {"torch.compile": "left out: would compile for the CPU", "liger": "left out: needs a GPU"}.get(name, "")
+    is_there = name != "liger" or importlib.util.find_spec("liger_kernel")
+    return "" if is_there else "left out: liger-kernel is not installed"
+
+
+class _Truth:
+    """The recipe in fp64: its value over all rows, its gradient for some."""
+
+    def __init__(self, data: Data) -> None:
+        count, vocab = data.student.shape
+        chunks = (x.split(max(1, _CHUNK // vocab)) for x in (data.student, data.teacher, data.labels))
+        self.loss = 0.0
+        for s, t, y in zip(*chunks, strict=True):
+            value = candidates.recipe(s.double(), t.double(), y, data.temperature)
+            self.loss += float(value) * len(s) / count
+        self.rows = torch.linspace(0, count - 1, min(CHECKED_ROWS, count)).long().to(data.student.device)
+        s, t, y = (x[self.rows] for x in (data.student, data.teacher, data.labels))
+        s = s.double().requires_grad_()
+        (grad,) = torch.autograd.grad(candidates.recipe(s, t.double(), y, data.temperature), s)
+        self.grad = grad * (len(self.rows) / count)  # (rows, vocab), as a part of the mean over all rows
+
+    def check(self, row: Row, candidate: Candidate) -> None:
+        """Fills in the errors: the loss's, and the gradient's relative to each row's largest entry."""
+        student = candidate.prepare()
+        loss = abs(float(candidate.run(student)) - self.loss) / abs(self.loss)
+        gradient = 0.0
+        if row.case.with_grad:
+            found = student.grad if student.is_leaf else student.detach()  # in place: where the logits were
+            off = (found[self.rows].double() - self.grad).abs().amax(-1) / self.grad.abs().amax(-1)
+            gradient = float(off.max())
+        row.errors = loss, gradient
+        tolerance = TOLERANCE[row.case.workload.dtype]
+        if not (loss < tolerance and gradient < tolerance):  # nor where one is NaN
+            row.note = f"WRONG: loss off by {loss:.1e}, gradient by {gradient:.1e}"
+
+
+def _give_back() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where there is no GPU
+
+
+@contextlib.contextmanager
+def _noting(*rows: Row) -> Iterator[None]:
+    """What goes wrong becomes the rows' note; the others go on."""
+    note = ""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        note = "out of memory"
+    except Exception as error:
+        traceback.print_exc()
+        note = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+    if note:
+        for row in rows:
+            row.note, row.samples, row.peak = note, [], None
+        _give_back()  # here, where the exception no longer holds its frames and their tensors
+
+
+def measure(case: Case, device: Gpu | Host, repeats: int, title: str) -> list[Row]:
+    """The rows of a case. The order of candidates is shuffled in every repeat, so that no clock favours one."""
+    say = partial(print, f"{title}:", file=sys.stderr, flush=True)
+    names = [name for name in NAMES if case.with_grad or name != "kdfast inplace"]
+    rows = {name: Row(case, name, note=_why_not(name, device.name == "cpu")) for name in names}
+    ready = {}
+    torch.compiler.reset()  # it stops compiling after a number of shapes
+    _give_back()
+    with _noting(*(row for row in rows.values() if not row.note)):
+        say("logits and the truth")
+        data = Data(case.workload, device.name)
+        truth = _Truth(data)
+        for name, row in rows.items():
+            if row.note:
+                continue
+            say(name)
+            with _noting(row):
+                candidate = _candidate(name, case, data)
+                if name != "roofline":
+                    truth.check(row, candidate)
+                for _ in range(WARM_UP):
+                    device.milliseconds(candidate)
+                row.peak = None if name == "roofline" else device.peak(candidate)
+                ready[name] = candidate
+        say(f"{repeats} repeats")
+        order = random.Random(0)
+        for _ in range(repeats):
+            for name in order.sample(list(ready), len(ready)):
+                with _noting(rows[name]):
+                    rows[name].samples.append(device.milliseconds(ready[name]))
+                if not rows[name].samples:
+                    del ready[name]
+    return list(rows.values())

@@ -1,0 +1,100 @@
+"""How many threads and programs a row gets.
+
+Registers. A program that keeps a row and its teachers' in registers has up to 512 threads, and each of them up to 256
+bytes of rows, half of the 128 registers that are then its share; at V = 32768 in bf16 that is 8 tiles of 8 classes.
+Threads are counted, not warps, of which AMD's have 64. Fewer threads with 4 tiles each come first, so that short rows
+leave room for other programs beside them. Measured by ptxas (registers, no spills): tests/test_triton_static.py.
+
+Caches. Longer rows are read twice, and the second sweep finds them in the L2 only if all rows in flight fit into it. So
+there are as many programs as rows fit into three quarters of it, but not fewer than one for each multiprocessor and not
+more than two, which is what the registers of 256 threads with 96 to 128 each allow. On an H100 (50 MB, 132
+multiprocessors) rows of V = 50257 in bf16 take 201 KB with their teacher's: 186 programs; of V = 151,936 608 KB: 132
+programs, whose 80 MB do not fit any more, but the last half of each row, which is read again first, mostly does.
+
+Few and long rows are split, so that every multiprocessor has a part of one.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+LONG_LANES = 256
+SHORT_LANES = 512
+MOST_TILES = 8
+HELD_BYTES = 256  # of a row and its teachers', in the registers of a thread
+SPLIT_ROWS = 64  # with fewer rows than this
+SPLIT_CLASSES = 32768  # and more classes than this
+SEGMENTS = 64  # at most; a row's statistics are joined by one tile of (SEGMENTS, rows)
+
+
+class Facts(NamedTuple):
+    warp: int  # threads
+    multiprocessors: int
+    cache: int  # bytes of L2
+
+
+class Plan(NamedTuple):
+    lanes: int
+    vec: int  # classes in a 16-byte vector of the smallest dtype
+    tiles: int  # in registers; 0: rows are read once per pass
+    warps: int
+
+
+def interpreted() -> bool:
+    return bool(triton.knobs.runtime.interpret)
+
+
+def facts(device: torch.device) -> Facts:
+    if interpreted():
+        return Facts(32, 1, 1 << 25)
+    driver = triton.runtime.driver.active
+    target = driver.get_current_target()
+    return _facts(device, driver.get_current_device(), target.warp_size, driver)
+
+
+@lru_cache
+def _facts(device: torch.device, number: int, warp: int, driver: Any) -> Facts:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return Facts(warp, properties.multi_processor_count, properties.L2_cache_size)
+    return Facts(warp, driver.utils.get_device_properties(number)["multiprocessor_count"], 40 << 20)
+
+
+def vector(tensors: list[Tensor]) -> int:
+    return 16 // min(t.element_size() for t in tensors)
+
+
+def plan(vocab: int, tensors: list[Tensor], warp: int, most_tiles: int = MOST_TILES) -> Plan:
+    """For rows of `vocab` classes in each of these tensors."""
+    vec = vector(tensors)
+    held = vec * sum(t.element_size() for t in tensors)  # bytes of a tile in a thread
+    if torch.float64 in (tensors[0].dtype, tensors[-1].dtype):
+        held *= 2  # the arithmetic's own numbers take twice the registers
+    vectors = triton.next_power_of_2(triton.cdiv(vocab, vec))
+    most = min(most_tiles, HELD_BYTES // held)
+    if most == 0 or vectors > SHORT_LANES * most:
+        lanes, tiles = LONG_LANES, 0
+    else:
+        lanes = min(SHORT_LANES, max(warp, vectors // min(4, most)))
+        tiles = triton.cdiv(vectors, lanes)
+    return Plan(lanes, vec, tiles, lanes // warp)
+
+
+def programs(rows: int, vocab: int, tensors: list[Tensor], of: Facts) -> int:
+    """For rows that are read twice."""
+    row = vocab * sum(t.element_size() for t in tensors)
+    fitting = of.cache * 3 // 4 // row
+    return max(1, min(rows, max(of.multiprocessors, min(2 * of.multiprocessors, fitting))))
+
+
+def segments(rows: int, vocab: int, step: int, of: Facts) -> tuple[int, int]:
+    """Into how many segments of how many classes, a multiple of `step`, a row is split: (1, vocab) where it is not."""
+    if rows == 0 or rows > SPLIT_ROWS or vocab <= SPLIT_CLASSES:
+        return 1, vocab
+    wanted = min(SEGMENTS, triton.cdiv(2 * of.multiprocessors, rows))
+    segment = triton.cdiv(triton.cdiv(vocab, wanted), step) * step
+    return math.ceil(vocab / segment), segment

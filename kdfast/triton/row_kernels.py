@@ -1,0 +1,196 @@
+"""The row kernels. What a row's passes compute is in statistics.py and row_passes.py, how they read it in rows.py.
+
+    loss_grad_short   a row and its teachers' stay in the registers of one program: each logit is read once
+    loss_grad_long    pass A over the row, then pass C over it once more
+    stats             pass A alone, of whole rows or of segments of few and long ones, which reductions.py joins
+    grad              pass C alone, from the statistics
+
+A program that keeps no row in registers reads it twice. The second sweep starts where the first one ended, since the
+last classes read are those that the caches still hold; the first sweep asks them to hold on to its lines, the second
+one's reads and the gradient's stores ask for no room. That helps as far as the rows in flight fit into the L2, so
+launch.py bounds how many programs there are, each of which goes from row to row.
+
+Arguments of all of them: student, output and each of teachers is a matrix as tiles.py has it; per_row holds pointers,
+or None, to (losses, labels, weight, temperature, teacher_temperature, gradient of the losses) by row, and to the
+divisor; numbers are (temperature, teacher_temperature, alpha, hard_weight, scale, *teacher_weights) as rows.number says.
+
+A branch with a reduction in it makes the compiler provide for threads that part ways (at V = 32768 it spilled 96 bytes
+for that on sm_90). So a row that drops out is a row of no classes, and only arithmetic stands in branches.
+"""
+
+import triton
+import triton.language as tl
+
+from kdfast.triton.row_passes import add_divergence, finish, gradient, linear_divergence, teacher_scales
+from kdfast.triton.rows import (
+    divergence_of,
+    first_difference,
+    gradient_factor,
+    kept_row,
+    label_and_divisor,
+    load_ends,
+    load_tiles,
+    number,
+    row_scales,
+    statistics_of,
+    widened_tiles,
+    write_gradient,
+)
+from kdfast.triton.statistics import accumulate, load_statistics, merge, no_statistics, store_statistics, table_row
+from kdfast.triton.tiles import body_classes, end_classes, head_of, row_start, row_starts, store_body, zero
+
+# Nothing is compiled for once more because it is 1 or a multiple of 16: rows.py and tiles.py say what counts.
+MATRICES = ["student", "teachers", "output", "per_row", "numbers"]
+SIZES = ["rows", "vocab", "width", "ignore_index", "segments", "segment"]
+
+
+@triton.jit
+def _add(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit(do_not_specialize=MATRICES + SIZES)
+def loss_grad_long(
+    student, teachers, output, per_row, numbers, rows: tl.int32, vocab: tl.int32, width: tl.int32, ignore_index: tl.int64,
+    members: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
+):  # fmt: skip
+    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+        kept, label, weight = kept_row(per_row, index, ignore_index, vocab, SPEC)
+        n = tl.where(kept, vocab, 0)
+        row = row_scales(per_row, index, numbers, SPEC)
+        s, ts = row_start(student, index), row_starts(teachers, index, 0)
+        logit, divisor = label_and_divisor(s, label, per_row[6], LANES, SPEC)
+        shift = first_difference(s, ts, row[3], SPEC)
+        statistics = statistics_of(s, ts, shift, n, row, members, LANES, VEC, SPEC)
+        scales = teacher_scales(statistics, row, SPEC)
+        sums = divergence_of(s, ts, n, statistics, scales, row, LANES, VEC, SPEC)
+        factor = gradient_factor(per_row, index, label, weight, numbers[4], divisor, SPEC)
+        factors = (number(numbers[2], SPEC.dtype), number(numbers[3], SPEC.dtype), factor)
+        loss, coefficients = finish(statistics, sums, logit, row, factors, vocab.to(SPEC.dtype), SPEC)
+        if per_row[0] is not None:
+            if per_row[1] is not None:
+                loss = tl.where(label >= 0, loss, float("nan"))
+            tl.store(per_row[0] + index, tl.where(kept, weight * loss, 0))
+        out = row_start(output, index)
+        write_gradient(s, ts, out, label, n, statistics, scales, coefficients, row, LANES, VEC, SPEC)
+        zero(out + n, width - n, LANES, VEC)
+
+
+@triton.jit(do_not_specialize=MATRICES + SIZES)
+def loss_grad_short(
+    student, teachers, output, per_row, numbers, rows: tl.int32, vocab: tl.int32, width: tl.int32, ignore_index: tl.int64,
+    members: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0)
+    kept, label, weight = kept_row(per_row, index, ignore_index, vocab, SPEC)
+    n = tl.where(kept, vocab, 0)
+    row = row_scales(per_row, index, numbers, SPEC)
+    s, ts = row_start(student, index), row_starts(teachers, index, 0)
+    head = head_of(s, n, VEC)
+    held = ()
+    for i in tl.static_range(TILES):
+        held = held + (load_tiles(s, ts, head, i * (LANES * VEC), n, False, LANES, VEC, SPEC),)
+    ends, there = end_classes(head, n, LANES, VEC)
+    s_ends, t_ends = load_ends(s, ts, ends, there, SPEC)
+    logit, divisor = label_and_divisor(s, label, per_row[6], LANES, SPEC)
+    statistics = no_statistics(members, first_difference(s, ts, row[3], SPEC), LANES, SPEC)
+    classes = body_classes(LANES, VEC)
+    if kept:
+        for i in tl.static_range(TILES):
+            s_tile, t_tiles = widened_tiles(s, ts, held[i], 0, SPEC)
+            inside = i * (LANES * VEC) + classes < (n - head) // VEC * VEC
+            statistics = accumulate(statistics, s_tile, t_tiles, inside, row, SPEC)
+        statistics = accumulate(statistics, s_ends, t_ends, there, row, SPEC)
+    statistics = merge(statistics, row, SPEC)
+    scales = teacher_scales(statistics, row, SPEC)
+    opaque = (rows < 0).to(tl.int32)
+    if SPEC.teacher == "none" or SPEC.teacher == "difference":
+        sums = (logit * 0, logit * 0)
+    elif SPEC.linear:
+        sums = linear_divergence(statistics, row, SPEC)
+    else:
+        nothing = tl.zeros((LANES,), SPEC.dtype)
+        sums = add_divergence((nothing, nothing), s_ends, t_ends, statistics, scales, row, SPEC)
+        for i in tl.static_range(TILES):
+            s_tile, t_tiles = widened_tiles(s, ts, held[i], opaque, SPEC)
+            sums = add_divergence(sums, s_tile, t_tiles, statistics, scales, row, SPEC)
+        sums = tl.reduce(sums, 0, _add)
+    factor = gradient_factor(per_row, index, label, weight, numbers[4], divisor, SPEC)
+    factors = (number(numbers[2], SPEC.dtype), number(numbers[3], SPEC.dtype), factor)
+    loss, coefficients = finish(statistics, sums, logit, row, factors, vocab.to(SPEC.dtype), SPEC)
+    if per_row[0] is not None:
+        if per_row[1] is not None:
+            loss = tl.where(label >= 0, loss, float("nan"))
+        tl.store(per_row[0] + index, tl.where(kept, weight * loss, 0))
+    out = row_start(output, index)
+    if kept:
+        for i in tl.static_range(TILES):
+            s_tile, t_tiles = widened_tiles(s, ts, held[i], opaque, SPEC)
+            at = i * (LANES * VEC)
+            g = gradient(s_tile, t_tiles, head + at + classes, label, statistics, scales, coefficients, row, SPEC)
+            store_body(out, head, at, n, g, SPEC.aligned[0])
+        g_ends = gradient(s_ends, t_ends, ends, label, statistics, scales, coefficients, row, SPEC)
+        tl.store(out + ends, g_ends.to(out.dtype.element_ty), mask=there)
+    zero(out + n, width - n, LANES, VEC)
+
+
+@triton.jit(do_not_specialize=MATRICES + SIZES)
+def stats(
+    student, teachers, table, per_row, numbers, rows: tl.int32, vocab: tl.int32, ignore_index: tl.int64, segments: tl.int32, segment: tl.int32,
+    members: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
+):  # fmt: skip
+    """Statistics of each segment of `segment` classes, (rows, segments, COLUMNS); losses too where a row is not SPLIT."""
+    for unit in range(tl.program_id(0), rows * segments, tl.num_programs(0)):
+        index, begin = unit // segments, unit % segments * segment
+        kept, label, weight = kept_row(per_row, index, ignore_index, vocab, SPEC)
+        n = tl.where(kept, tl.minimum(segment, vocab - begin), 0)
+        row = row_scales(per_row, index, numbers, SPEC)
+        s, ts = row_start(student, index), row_starts(teachers, index, 0)
+        shift = first_difference(s, ts, row[3], SPEC)
+        parts = row_starts(teachers, index, begin)
+        statistics = statistics_of(s + begin, parts, shift, n, row, members, LANES, VEC, SPEC)
+        psi_sum = tl.zeros((), SPEC.dtype)
+        if not SPLIT:
+            logit, one = label_and_divisor(s, label, None, LANES, SPEC)
+            scales = teacher_scales(statistics, row, SPEC)
+            sums = divergence_of(s, ts, n, statistics, scales, row, LANES, VEC, SPEC)
+            psi_sum = sums[1]
+            factors = (number(numbers[2], SPEC.dtype), number(numbers[3], SPEC.dtype), one)
+            loss, unused = finish(statistics, sums, logit, row, factors, vocab.to(SPEC.dtype), SPEC)
+            if per_row[1] is not None:
+                loss = tl.where(label >= 0, loss, float("nan"))
+            tl.store(per_row[0] + index, tl.where(kept, weight * loss, 0))
+        store_statistics(table_row(table, unit, COLUMNS), statistics, psi_sum, None, SPEC)
+
+
+@triton.jit(do_not_specialize=MATRICES + SIZES)
+def grad(
+    student, teachers, output, table, per_row, numbers, rows: tl.int32, vocab: tl.int32, width: tl.int32, ignore_index: tl.int64,
+    segments: tl.int32, segment: tl.int32, members: tl.constexpr, COLUMNS: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
+):  # fmt: skip
+    """The gradient of each segment of `segment` classes, from the statistics of the row, (rows, COLUMNS)."""
+    for unit in range(tl.program_id(0), rows * segments, tl.num_programs(0)):
+        index, part = unit // segments, unit % segments
+        begin = part * segment
+        kept, label, weight = kept_row(per_row, index, ignore_index, vocab, SPEC)
+        n = tl.where(kept, tl.minimum(segment, vocab - begin), 0)
+        row = row_scales(per_row, index, numbers, SPEC)
+        s, ts = row_start(student, index) + begin, row_starts(teachers, index, begin)
+        statistics = load_statistics(table_row(table, index, COLUMNS), None, members)
+        scales = teacher_scales(statistics, row, SPEC)
+        if SPEC.teacher == "none" or SPEC.teacher == "difference":
+            sums = (statistics[0][1], statistics[0][1])
+        elif SPEC.linear:
+            sums = linear_divergence(statistics, row, SPEC)
+        else:
+            sums = (statistics[1][0][2], statistics[1][0][2])
+        unused, divisor = label_and_divisor(s, tl.full((), -1, tl.int32), per_row[6], LANES, SPEC)
+        factor = gradient_factor(per_row, index, label, weight, numbers[4], divisor, SPEC)
+        factors = (number(numbers[2], SPEC.dtype), number(numbers[3], SPEC.dtype), factor)
+        loss, coefficients = finish(statistics, sums, factor, row, factors, vocab.to(SPEC.dtype), SPEC)
+        out = row_start(output, index) + begin
+        write_gradient(s, ts, out, label - begin, n, statistics, scales, coefficients, row, LANES, VEC, SPEC)
+        end = tl.where(part == segments - 1, width, begin + segment)
+        zero(out + n, end - begin - n, LANES, VEC)

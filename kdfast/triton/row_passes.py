@@ -1,0 +1,154 @@
+"""What follows pass A: a divergence's own sums (B), a row's loss, and the gradient (C); csrc/cpu/row_gradient.h in C++.
+
+Notation and statistics are those of statistics.py; `row` is (slope, teacher's slope, temperature, teachers' weights).
+Scalars may be a row's, or vectors of one per row.
+"""
+
+import triton
+import triton.language as tl
+
+from kdfast.triton.spec import LN2, LOG2E
+from kdfast.triton.statistics import exponent, finite, hard_exps, hard_offset
+from kdfast.triton.teachers import teacher_logits, teacher_probabilities
+
+
+@triton.jit
+def hard_loss(statistics, label_logit, row, SPEC: tl.constexpr):
+    """CE(y, q at temperature 1)."""
+    slope, teacher_slope, temperature, weights = row
+    offset, total, hard = statistics[0]
+    if SPEC.power == 0:
+        y = label_logit * LOG2E - hard_offset(finite(offset), temperature)
+    else:
+        y = SPEC.power * (label_logit * slope - finite(offset))
+    return (tl.log2(hard) - y) * LN2
+
+
+@triton.jit
+def teacher_scales(statistics, row, SPEC: tl.constexpr):
+    """For each teacher what P is multiplied by to give its part of p, and log2 of what P is divided by."""
+    slope, teacher_slope, temperature, weights = row
+    student, teachers = statistics
+    out = ()
+    for k in tl.static_range(len(teachers)):
+        offset, mass, running = teachers[k]
+        if SPEC.teacher != "softmaxed":
+            out = out + ((mass * 0 + 1, mass * 0),)
+        elif len(teachers) == 1:
+            out = out + ((1 / mass, tl.log2(mass)),)
+        else:
+            out = out + ((weights[k] / mass, tl.log2(mass)),)
+    return out
+
+
+@triton.jit
+def linear_divergence(statistics, row, SPEC: tl.constexpr):
+    """D and sum psi, from running sums."""
+    slope, teacher_slope, temperature, weights = row
+    student, teachers = statistics
+    offset, total, hard = student
+    value = total * 0
+    total_mass = total * 0
+    for k in tl.static_range(len(teachers)):
+        teacher_offset, mass, running = teachers[k]
+        share = mass / mass if SPEC.teacher == "softmaxed" else mass
+        log_mass = tl.log2(mass) if SPEC.teacher == "softmaxed" else mass * 0
+        if SPEC.divergence.over == "student":
+            mean = running / total
+        elif SPEC.teacher == "softmaxed":
+            mean = running / mass
+        else:
+            mean = running
+        part = mean + SPEC.divergence.phi(share, share * 0 + 1, -log_mass, -tl.log2(total))
+        if SPEC.teacher == "softmaxed" and len(teachers) > 1:
+            value += part * weights[k]
+            total_mass += share * weights[k]
+        else:
+            value += part
+            total_mass += share
+    value = value * LN2
+    return value, SPEC.divergence.psi_sum(value, total_mass)
+
+
+@triton.jit
+def distributions(s, tiles, statistics, scales, row, SPEC: tl.constexpr):
+    """(p, q, log p, log q, y, Q) of a tile."""
+    slope, teacher_slope, temperature, weights = row
+    student, teachers = statistics
+    offset, total, hard = student
+    y = exponent(s, slope, finite(offset))
+    e = tl.exp2(y)
+    log_q = (y - tl.log2(total)) * LN2
+    if SPEC.teacher == "given":
+        p, log_p = teacher_probabilities(tiles, weights, SPEC)
+        log_p = log_p * LN2
+    else:
+        logits = teacher_logits(tiles, weights, SPEC)
+        for k in tl.static_range(len(logits)):
+            scale, log_sum = scales[k]
+            member = exponent(logits[k], teacher_slope, finite(teachers[k][0]))
+            if k == 0:
+                p = tl.exp2(member) * scale
+                log_p = (member - log_sum) * LN2
+            else:
+                p += tl.exp2(member) * scale
+        if len(logits) > 1:
+            log_p = tl.log2(p) * LN2
+    return p, e * (1 / total), log_p, log_q, y, e
+
+
+@triton.jit
+def add_divergence(sums, s, tiles, statistics, scales, row, SPEC: tl.constexpr):
+    """Each lane's sums of phi and psi, (lanes,), with a tile added."""
+    phi, psi = sums
+    p, q, log_p, log_q, y, e = distributions(s, tiles, statistics, scales, row, SPEC)
+    phi += tl.sum(SPEC.divergence.phi(p, q, log_p, log_q), 1)
+    psi += tl.sum(SPEC.divergence.psi(p, q, log_p, log_q), 1)
+    return phi, psi
+
+
+@triton.jit
+def finish(statistics, sums, label_logit, row, factors, vocab, SPEC: tl.constexpr):
+    """A row's loss without its weight, and what the gradient's terms are multiplied by."""
+    slope, teacher_slope, temperature, weights = row
+    alpha, hard_weight, factor = factors
+    offset, total, hard = statistics[0]
+    loss = total * 0
+    soft, psi_sum = loss, loss
+    if SPEC.teacher == "difference":
+        shift, first, second = statistics[1][0]
+        mean = first / vocab
+        loss = alpha * (second - first * mean) / (2 * vocab)
+        soft = factor * alpha / vocab
+        psi_sum = shift + tl.where(loss == loss, mean, loss)  # a row with an infinity is NaN throughout
+    elif SPEC.teacher != "none":
+        divergence, psi_sum = sums
+        loss = alpha * divergence * (temperature * temperature if SPEC.t_squared else 1)
+        soft = factor * (alpha * temperature if SPEC.t_squared else alpha / temperature)
+    hard_scale = total * 0
+    if SPEC.hard:
+        loss += hard_weight * hard_loss(statistics, label_logit, row, SPEC)
+        hard_scale = factor * hard_weight / hard
+    return loss, (soft, psi_sum, hard_scale, factor * hard_weight)
+
+
+@triton.jit
+def gradient(s, tiles, classes, label, statistics, scales, coefficients, row, SPEC: tl.constexpr):
+    """dl/ds of a tile."""
+    slope, teacher_slope, temperature, weights = row
+    soft, psi_sum, hard_scale, label_weight = coefficients
+    offset = finite(statistics[0][0])
+    if SPEC.teacher == "softmaxed" or SPEC.teacher == "given":
+        p, q, log_p, log_q, y, e = distributions(s, tiles, statistics, scales, row, SPEC)
+        g = soft * (SPEC.divergence.psi(p, q, log_p, log_q) - q * psi_sum)
+    else:
+        y = exponent(s, slope, offset)
+        e = tl.exp2(y)
+        if SPEC.teacher == "difference":
+            g = soft * (s - teacher_logits(tiles, weights, SPEC)[0] - psi_sum)
+        else:
+            g = tl.zeros_like(s)
+    if SPEC.hard:
+        g += hard_scale * hard_exps(s, y, e, offset, temperature, SPEC)
+        g = tl.where(classes == label, g - label_weight, g)
+    return g

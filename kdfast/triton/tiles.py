@@ -1,0 +1,137 @@
+"""How the kernels touch memory: rows, whole 16-byte vectors of them, and their two ragged ends.
+
+A matrix is (data, inner, outer_stride, stride): row r starts at data + r // inner * outer_stride + r % inner * stride,
+so that a slice such as logits[:, :-1] is read as it lies. Its classes are contiguous.
+
+Of a row's n classes those from `head` on are whole vectors of VEC classes, of 16 bytes, which start at a sector of 32:
+a warp's request then touches no sector in part. The up to 2 * VEC - 1 classes before them, and the up to VEC - 1 after
+them, are the row's ends. A tile of the body is (LANES, VEC), each row of it one thread's vector; the ends are a tile
+(LANES, 1), of which 3 * VEC lanes are used. Triton makes 16-byte accesses of a tile only when it knows both the address
+and the mask's bound to be multiples of a vector: it is told the one by a hint, and sees the other from its form.
+
+Tiles of a 16-bit type are loaded, and held, as pairs in 32-bit words. As single numbers the compiler gives each a
+register of its own, and keeps what it widened in one pass for the next: at 64 classes a thread that was 658 bytes of
+spills on sm_80, and none with pairs.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_start(matrix, row):
+    data, inner, outer_stride, stride = matrix
+    return data + ((row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * stride)
+
+
+@triton.jit
+def row_starts(matrices, row, begin):
+    starts = ()
+    for k in tl.static_range(len(matrices)):
+        starts = starts + (row_start(matrices[k], row) + begin,)
+    return starts
+
+
+@triton.jit
+def row_value(data, row, dtype: tl.constexpr):
+    """A number of a row, read by one lane of each warp: a scalar load would be one by every thread."""
+    lane = tl.arange(0, 32)
+    return tl.sum(tl.load(data + row + lane * 0, mask=lane == 0, other=0).to(dtype), 0)
+
+
+@triton.jit
+def head_of(start, n, VEC: tl.constexpr):
+    """How many of n classes come before the first sector."""
+    size: tl.constexpr = start.dtype.element_ty.primitive_bitwidth // 8
+    past = (start.to(tl.int64) // size) % (2 * VEC)
+    return tl.minimum((2 * VEC - past) % (2 * VEC), n).to(tl.int32)
+
+
+@triton.jit
+def body_classes(LANES: tl.constexpr, VEC: tl.constexpr):
+    """Where a tile's classes are, (LANES, VEC), from the tile's first."""
+    return tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+
+
+@triton.jit
+def end_classes(head, n, LANES: tl.constexpr, VEC: tl.constexpr):
+    """The classes of a row's ends, (LANES, 1), and which of them there are."""
+    lane = tl.arange(0, LANES)[:, None]
+    tail = head + (n - head) // VEC * VEC
+    classes = tl.where(lane < 2 * VEC, lane, tail + lane - 2 * VEC)
+    there = tl.where(lane < 2 * VEC, lane < head, classes < n)
+    return classes, there & (lane < 3 * VEC)
+
+
+@triton.jit
+def filler(start, PROBS: tl.constexpr):
+    """What stands for a class that is not there: a logit of -inf, or a probability of 0; twice for a 16-bit type."""
+    if PROBS:
+        return 0
+    elif start.dtype.element_ty == tl.bfloat16:
+        return -0x007F0080  # 0xff80ff80
+    elif start.dtype.element_ty == tl.float16:
+        return -0x03FF0400  # 0xfc00fc00
+    else:
+        return float("-inf")
+
+
+@triton.jit
+def load_body(
+    start, head, at, n, PROBS: tl.constexpr, ALIGNED: tl.constexpr, AGAIN: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Classes `at` and on of the body as they are stored; AGAIN: they will be read once more."""
+    policy: tl.constexpr = "evict_last" if AGAIN else "evict_first"
+    pair: tl.constexpr = 2 if start.dtype.element_ty.primitive_bitwidth == 16 else 1
+    first = start + head + at
+    if pair == 2:
+        first = first.to(tl.pointer_type(tl.int32))
+    if ALIGNED:
+        first = tl.multiple_of(first, 16)
+    words = body_classes(LANES, VEC // pair)
+    there = at // pair + words < (n - head) // VEC * VEC // pair
+    return tl.load(first + words, mask=there, other=filler(start, PROBS), eviction_policy=policy)
+
+
+@triton.jit
+def widened(start, tile, opaque, dtype: tl.constexpr):
+    """A tile of load_body, (LANES, VEC), as numbers of the arithmetic's type.
+
+    opaque: a 0 that the compiler does not know to be one, where the same tile is widened once more: what it does not
+    recognise as the same numbers it does not keep.
+    """
+    storage: tl.constexpr = start.dtype.element_ty
+    if storage.primitive_bitwidth == 16:
+        word = tile ^ opaque
+        if storage == tl.bfloat16:
+            low = (word << 16).to(tl.float32, bitcast=True)
+            high = (word & -0x10000).to(tl.float32, bitcast=True)
+        else:
+            low = word.to(tl.int16).to(tl.float16, bitcast=True)
+            high = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        return tl.reshape(tl.join(low, high), tile.shape[0], 2 * tile.shape[1]).to(dtype)
+    else:
+        return tile.to(dtype)
+
+
+@triton.jit
+def store_body(start, head, at, n, values, ALIGNED: tl.constexpr):
+    LANES: tl.constexpr = values.shape[0]
+    VEC: tl.constexpr = values.shape[1]
+    first = start + head + at
+    if ALIGNED:
+        first = tl.multiple_of(first, 16)
+    classes = body_classes(LANES, VEC)
+    there = at + classes < (n - head) // VEC * VEC
+    tl.store(first + classes, values.to(start.dtype.element_ty), mask=there, eviction_policy="evict_first")
+
+
+@triton.jit
+def zero(start, n, LANES: tl.constexpr, VEC: tl.constexpr):
+    """n zeros: of padding, and of rows that dropped out."""
+    head = head_of(start, n, VEC)
+    for at in range(0, n - head, LANES * VEC):
+        store_body(start, head, at, n, tl.zeros((LANES, VEC), start.dtype.element_ty), True)
+    ends, there = end_classes(head, n, LANES, VEC)
+    tl.store(start + ends, tl.zeros((LANES, 1), start.dtype.element_ty), mask=there)

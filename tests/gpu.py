@@ -1,0 +1,51 @@
+"""What Triton's kernels run on here: a GPU, the emulator of GPU kernels, or Triton's own interpreter.
+
+The emulator runs the compiled PTX on CPU tensors, finds accesses out of bounds, misaligned or racing, and counts bytes.
+The environment variable KDFAST_PTXEMU names the folder that holds its package, ptxemu. Without it, and without a GPU,
+the kernels are interpreted, which checks the values alone.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+EMULATED = not torch.cuda.is_available() and "KDFAST_PTXEMU" in os.environ
+INTERPRETED = not torch.cuda.is_available() and not EMULATED
+CAPABILITIES = (80, 90)
+NEEDS_EMULATOR = "needs KDFAST_PTXEMU, the folder of the package ptxemu, which runs compiled GPU kernels on the CPU"
+
+if INTERPRETED:
+    os.environ["TRITON_INTERPRET"] = "1"
+if EMULATED:
+    sys.path.insert(0, os.environ["KDFAST_PTXEMU"])
+
+
+def emulator() -> Any:
+    from ptxemu import triton_driver
+
+    return triton_driver
+
+
+@contextmanager
+def kernels(capability: int = 80) -> Iterator[list[Any]]:
+    """Triton's kernels on what there is; on the emulator the launches' reports, which must be without findings."""
+    if not EMULATED:
+        before = torch.get_default_device()
+        torch.set_default_device("cpu" if INTERPRETED else "cuda")
+        yield []
+        torch.set_default_device(before)
+        return
+    driver = emulator()
+    driver.activate(cap=capability)
+    with driver.record() as reports:
+        yield reports
+    found = [f"{report.kernel}: {finding}" for report in reports for finding in report.findings]
+    assert not found, "\n".join(found)
+
+
+if EMULATED:
+    emulator().activate(cap=80)
