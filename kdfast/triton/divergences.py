@@ -2,9 +2,10 @@
 
     D = sum_i phi(p_i, q_i)       psi = q * dphi/dq       dD/ds_i = (psi_i - q_i * sum_j psi_j) / T
 
-To add a divergence is to write these two and a row of DIVERGENCES. Its sums then take a sweep of their own over the row,
-once p and q are known. A *linear* divergence spares that sweep: there phi is linear in (log p, log q) and its terms
-carry one of p and q, which `over` names, so that the sum can run over unnormalised exps P, Q with sums P_sum, Q_sum:
+To add a divergence is to write these two and a row of DIVERGENCES. Its sums then take a sweep of their own over the
+row, once p and q are known. A *linear* divergence spares that sweep: there phi is linear in (log p, log q) and its
+terms carry one of p and q, which `over` names, so that the sum can run over unnormalised exps P, Q with sums P_sum,
+Q_sum:
 
     D = sum phi(P, Q, log P, log Q) / over's sum  +  phi(sum p, 1, -log P_sum, -log Q_sum)
 """

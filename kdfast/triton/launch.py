@@ -76,7 +76,8 @@ def plan(vocab: int, tensors: list[Tensor], warp: int, most_tiles: int = MOST_TI
         held *= 2  # the arithmetic's own numbers take twice the registers
     vectors = triton.next_power_of_2(triton.cdiv(vocab, vec))
     most = min(most_tiles, HELD_BYTES // held)
-    if most == 0 or vectors > SHORT_LANES * most:
+    most = 1 << most.bit_length() >> 1  # a power of 2, as threads are
+    if vectors > SHORT_LANES * most:
         lanes, tiles = LONG_LANES, 0
     else:
         lanes = min(SHORT_LANES, max(warp, vectors // min(4, most)))

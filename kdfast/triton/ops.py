@@ -225,17 +225,15 @@ class Call:
         joint = teacher != "softmaxed" or not several or settings.ensemble == "geometric"
         linear = divergence is None or (divergence.over is not None and (joint or not divergence.log_p))
         t = settings.temperature
-        if divergence is None:
-            power = 1
-        else:
-            power = int(t) if inputs.temperatures is None and t in (1, 2, 3, 4) else 0
+        whole = inputs.temperatures is None and t in (1, 2, 3, 4)
+        power = 1 if divergence is None else int(t) if whole else 0
         return Spec(
             _arithmetic(self.student), teacher, divergence, linear, settings.target, joint,
             inputs.labels is not None and settings.hard_weight != 0, power, settings.t_squared,
         )  # fmt: skip
 
     def _divisor(self, inputs: Inputs) -> tuple[float, Tensor | None, bool]:
-        """What the sum of the losses is multiplied by, what it is divided by, and whether that must be counted first."""
+        """What the sum of the losses is multiplied by, what it is divided by, and whether that has to be counted."""
         settings = self.settings
         if settings.reduction == "batchmean":
             size = self.student.shape[0] if self.student.dim() > 1 else 1
@@ -284,7 +282,7 @@ class Call:
         return (loss if scalar else self.losses.view(self.shape)), table
 
     def grad(self, stats: Tensor, grad_loss: Tensor, output: Tensor) -> None:
-        """The gradient from the statistics; from the logits alone where that reads no more, or the table is too small."""
+        """The gradient from the statistics; from the logits alone where that reads no more, or the table lacks some."""
         if not self.rows:
             return
         grad_loss = grad_loss.expand(self.shape).reshape(-1).contiguous()

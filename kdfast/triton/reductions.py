@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from kdfast.triton.row_passes import finish, linear_divergence
-from kdfast.triton.rows import number, weights_of
+from kdfast.triton.rows import number, term_factors, weights_of
 from kdfast.triton.statistics import load_statistics, merge, store_statistics, table_row
 from kdfast.triton.teachers import base2, teacher_slope
 from kdfast.triton.tiles import end_classes, head_of, load_body, row_start, store_body, widened
@@ -25,7 +25,9 @@ def _weights(labels, weight, at, there, ignore_index, dtype: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
-def normalizer(labels, weight, divisor, rows: tl.int32, ignore_index: tl.int64, LANES: tl.constexpr, dtype: tl.constexpr):
+def normalizer(
+    labels, weight, divisor, rows: tl.int32, ignore_index: tl.int64, LANES: tl.constexpr, dtype: tl.constexpr
+):
     total = tl.zeros((LANES,), dtype)
     for first in range(0, rows, LANES):
         at = first + tl.arange(0, LANES)
@@ -59,10 +61,14 @@ def _by_row(data, at, there, fallback, dtype: tl.constexpr):
         return tl.load(data + at, mask=there, other=1).to(dtype)
 
 
-@triton.jit(do_not_specialize=["student", "per_row", "numbers", "rows", "vocab", "ignore_index", "segments"])
+RUN_TIME = ["student", "per_row", "numbers", "rows", "vocab", "ignore_index", "segments"]
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
 def join(
     student, parts, table, loss, new_divisor, per_row, numbers, rows: tl.int32, vocab: tl.int32, ignore_index: tl.int64,
-    segments: tl.int32, members: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SEGMENTS: tl.constexpr, SPEC: tl.constexpr,
+    segments: tl.int32, members: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SEGMENTS: tl.constexpr,
+    SPEC: tl.constexpr,
 ):  # fmt: skip
     """Few and long rows, all of them at once: their statistics and losses, the denominator, the reduced loss."""
     at = tl.arange(0, ROWS)
@@ -88,7 +94,7 @@ def join(
     sums = (logit, logit)
     if SPEC.teacher == "softmaxed" or SPEC.teacher == "given":
         sums = linear_divergence(statistics, scalars, SPEC)
-    factors = (number(numbers[2], SPEC.dtype), number(numbers[3], SPEC.dtype), logit)
+    factors = term_factors(numbers, logit, SPEC)
     each, unused = finish(statistics, sums, logit, scalars, factors, vocab.to(SPEC.dtype), SPEC)
     each = tl.where(kept != 0, tl.where(label >= 0, each, float("nan")) * kept, 0)
     tl.store(per_row[0] + at, each, mask=there)

@@ -12,7 +12,8 @@ launch.py bounds how many programs there are, each of which goes from row to row
 
 Arguments of all of them: student, output and each of teachers is a matrix as tiles.py has it; per_row holds pointers,
 or None, to (losses, labels, weight, temperature, teacher_temperature, gradient of the losses) by row, and to the
-divisor; numbers are (temperature, teacher_temperature, alpha, hard_weight, scale, *teacher_weights) as rows.number says.
+divisor; numbers are temperature, teacher_temperature, alpha, hard_weight, scale and the teachers' weights, as
+rows.number says.
 
 A branch with a reduction in it makes the compiler provide for threads that part ways (at V = 32768 it spilled 96 bytes
 for that on sm_90). So a row that drops out is a row of no classes, and only arithmetic stands in branches.
@@ -30,9 +31,9 @@ from kdfast.triton.rows import (
     label_and_divisor,
     load_ends,
     load_tiles,
-    number,
     row_scales,
     statistics_of,
+    term_factors,
     widened_tiles,
     write_gradient,
 )
@@ -51,7 +52,8 @@ def _add(a, b, c, d):
 
 @triton.jit(do_not_specialize=MATRICES + SIZES)
 def loss_grad_long(
-    student, teachers, output, per_row, numbers, rows: tl.int32, vocab: tl.int32, width: tl.int32, ignore_index: tl.int64,
+    student, teachers, output, per_row, numbers,
+    rows: tl.int32, vocab: tl.int32, width: tl.int32, ignore_index: tl.int64,
     members: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -65,7 +67,7 @@ def loss_grad_long(
         scales = teacher_scales(statistics, row, SPEC)
         sums = divergence_of(s, ts, n, statistics, scales, row, LANES, VEC, SPEC)
         factor = gradient_factor(per_row, index, label, weight, numbers[4], divisor, SPEC)
-        factors = (number(numbers[2], SPEC.dtype), number(numbers[3], SPEC.dtype), factor)
+        factors = term_factors(numbers, factor, SPEC)
         loss, coefficients = finish(statistics, sums, logit, row, factors, vocab.to(SPEC.dtype), SPEC)
         if per_row[0] is not None:
             if per_row[1] is not None:
@@ -78,7 +80,8 @@ def loss_grad_long(
 
 @triton.jit(do_not_specialize=MATRICES + SIZES)
 def loss_grad_short(
-    student, teachers, output, per_row, numbers, rows: tl.int32, vocab: tl.int32, width: tl.int32, ignore_index: tl.int64,
+    student, teachers, output, per_row, numbers,
+    rows: tl.int32, vocab: tl.int32, width: tl.int32, ignore_index: tl.int64,
     members: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0)
@@ -116,7 +119,7 @@ def loss_grad_short(
             sums = add_divergence(sums, s_tile, t_tiles, statistics, scales, row, SPEC)
         sums = tl.reduce(sums, 0, _add)
     factor = gradient_factor(per_row, index, label, weight, numbers[4], divisor, SPEC)
-    factors = (number(numbers[2], SPEC.dtype), number(numbers[3], SPEC.dtype), factor)
+    factors = term_factors(numbers, factor, SPEC)
     loss, coefficients = finish(statistics, sums, logit, row, factors, vocab.to(SPEC.dtype), SPEC)
     if per_row[0] is not None:
         if per_row[1] is not None:
@@ -136,11 +139,12 @@ def loss_grad_short(
 
 @triton.jit(do_not_specialize=MATRICES + SIZES)
 def stats(
-    student, teachers, table, per_row, numbers, rows: tl.int32, vocab: tl.int32, ignore_index: tl.int64, segments: tl.int32, segment: tl.int32,
+    student, teachers, table, per_row, numbers,
+    rows: tl.int32, vocab: tl.int32, ignore_index: tl.int64, segments: tl.int32, segment: tl.int32,
     members: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of each segment of `segment` classes, (rows, segments, COLUMNS); losses too where a row is not SPLIT."""
+    """Statistics of each segment of `segment` classes, (rows, segments, COLUMNS); losses where rows are not SPLIT."""
     for unit in range(tl.program_id(0), rows * segments, tl.num_programs(0)):
         index, begin = unit // segments, unit % segments * segment
         kept, label, weight = kept_row(per_row, index, ignore_index, vocab, SPEC)
@@ -156,7 +160,7 @@ def stats(
             scales = teacher_scales(statistics, row, SPEC)
             sums = divergence_of(s, ts, n, statistics, scales, row, LANES, VEC, SPEC)
             psi_sum = sums[1]
-            factors = (number(numbers[2], SPEC.dtype), number(numbers[3], SPEC.dtype), one)
+            factors = term_factors(numbers, one, SPEC)
             loss, unused = finish(statistics, sums, logit, row, factors, vocab.to(SPEC.dtype), SPEC)
             if per_row[1] is not None:
                 loss = tl.where(label >= 0, loss, float("nan"))
@@ -166,8 +170,9 @@ def stats(
 
 @triton.jit(do_not_specialize=MATRICES + SIZES)
 def grad(
-    student, teachers, output, table, per_row, numbers, rows: tl.int32, vocab: tl.int32, width: tl.int32, ignore_index: tl.int64,
-    segments: tl.int32, segment: tl.int32, members: tl.constexpr, COLUMNS: tl.constexpr,
+    student, teachers, output, table, per_row, numbers,
+    rows: tl.int32, vocab: tl.int32, width: tl.int32, ignore_index: tl.int64, segments: tl.int32, segment: tl.int32,
+    members: tl.constexpr, COLUMNS: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """The gradient of each segment of `segment` classes, from the statistics of the row, (rows, COLUMNS)."""
@@ -188,7 +193,7 @@ def grad(
             sums = (statistics[1][0][2], statistics[1][0][2])
         unused, divisor = label_and_divisor(s, tl.full((), -1, tl.int32), per_row[6], LANES, SPEC)
         factor = gradient_factor(per_row, index, label, weight, numbers[4], divisor, SPEC)
-        factors = (number(numbers[2], SPEC.dtype), number(numbers[3], SPEC.dtype), factor)
+        factors = term_factors(numbers, factor, SPEC)
         loss, coefficients = finish(statistics, sums, factor, row, factors, vocab.to(SPEC.dtype), SPEC)
         out = row_start(output, index) + begin
         write_gradient(s, ts, out, label - begin, n, statistics, scales, coefficients, row, LANES, VEC, SPEC)

@@ -35,9 +35,9 @@ def widened_tiles(student, teachers, tiles, opaque, SPEC: tl.constexpr):
 def load_ends(student, teachers, ends, there, SPEC: tl.constexpr):
     """The row's ends, (LANES, 1), as numbers of the arithmetic's type."""
     s = tl.load(student + ends, mask=there, other=float("-inf")).to(SPEC.dtype)
+    fill: tl.constexpr = 0.0 if SPEC.target == "probs" else float("-inf")
     ts = ()
     for k in tl.static_range(len(teachers)):
-        fill: tl.constexpr = 0.0 if SPEC.target == "probs" else float("-inf")
         ts = ts + (tl.load(teachers[k] + ends, mask=there, other=fill).to(SPEC.dtype),)
     return s, ts
 
@@ -76,16 +76,21 @@ def weights_of(numbers, dtype: tl.constexpr):
 
 
 @triton.jit
+def term_factors(numbers, factor, SPEC: tl.constexpr):
+    """alpha, hard_weight, and what the gradient is multiplied by."""
+    return number(numbers[2], SPEC.dtype), number(numbers[3], SPEC.dtype), factor
+
+
+@triton.jit
+def by_row(data, row, bits, dtype: tl.constexpr):
+    return number(bits, dtype) if data is None else row_value(data, row, dtype)
+
+
+@triton.jit
 def row_scales(per_row, row, numbers, SPEC: tl.constexpr):
     """(slope, teacher's slope, temperature, teachers' weights)."""
-    if per_row[3] is None:
-        temperature = number(numbers[0], SPEC.dtype)
-    else:
-        temperature = row_value(per_row[3], row, SPEC.dtype)
-    if per_row[4] is None:
-        at = number(numbers[1], SPEC.dtype)
-    else:
-        at = row_value(per_row[4], row, SPEC.dtype)
+    temperature = by_row(per_row[3], row, numbers[0], SPEC.dtype)
+    at = by_row(per_row[4], row, numbers[1], SPEC.dtype)
     return base2(temperature), teacher_slope(at, SPEC), temperature, weights_of(numbers, SPEC.dtype)
 
 

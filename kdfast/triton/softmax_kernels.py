@@ -6,18 +6,18 @@ Forward: inputs are (logits,); backward: (output, its gradient). Short rows stay
 import triton
 import triton.language as tl
 
-from kdfast.triton.rows import number
+from kdfast.triton.rows import by_row
 from kdfast.triton.spec import LN2, LOG2E
 from kdfast.triton.statistics import accumulate, exponent, finite, merge, no_statistics
 from kdfast.triton.teachers import base2
-from kdfast.triton.tiles import end_classes, head_of, load_body, row_start, row_starts, row_value, store_body, widened
+from kdfast.triton.tiles import end_classes, head_of, load_body, row_start, row_starts, store_body, widened
 
 
 @triton.jit
 def _load(starts, head, at, n, AGAIN: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr):
+    PROBS: tl.constexpr = len(starts) == 2
     tiles = ()
     for k in tl.static_range(len(starts)):
-        PROBS: tl.constexpr = len(starts) == 2
         tiles = tiles + (load_body(starts[k], head, at, n, PROBS, SPEC.aligned[k + 1], AGAIN, LANES, VEC),)
     return tiles
 
@@ -32,9 +32,9 @@ def _widened(starts, tiles, opaque, SPEC: tl.constexpr):
 
 @triton.jit
 def _load_ends(starts, ends, there, SPEC: tl.constexpr):
+    fill: tl.constexpr = 0.0 if len(starts) == 2 else float("-inf")
     out = ()
     for k in tl.static_range(len(starts)):
-        fill: tl.constexpr = 0.0 if len(starts) == 2 else float("-inf")
         out = out + (tl.load(starts[k] + ends, mask=there, other=fill).to(SPEC.dtype),)
     return out
 
@@ -84,7 +84,7 @@ def _value(sums, tiles, row, LOG: tl.constexpr, SPEC: tl.constexpr):
 
 @triton.jit
 def _row(temperatures, index, temperature, SPEC: tl.constexpr):
-    t = number(temperature, SPEC.dtype) if temperatures is None else row_value(temperatures, index, SPEC.dtype)
+    t = by_row(temperatures, index, temperature, SPEC.dtype)
     return base2(t), t, t, ()
 
 
