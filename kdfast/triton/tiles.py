@@ -83,15 +83,21 @@ def load_body(
 ):  # fmt: skip
     """Classes `at` and on of the body as they are stored; AGAIN: they will be read once more."""
     policy: tl.constexpr = "evict_last" if AGAIN else "evict_first"
-    pair: tl.constexpr = 2 if start.dtype.element_ty.primitive_bitwidth == 16 else 1
+    narrow: tl.constexpr = start.dtype.element_ty.primitive_bitwidth == 16
+    pair: tl.constexpr = 2 if narrow and ALIGNED else 1
     first = start + head + at
-    if pair == 2:
-        first = first.to(tl.pointer_type(tl.int32))
+    if narrow:
+        first = first.to(tl.pointer_type(tl.int32 if ALIGNED else tl.int16))
     if ALIGNED:
         first = tl.multiple_of(first, 16)
     words = body_classes(LANES, VEC // pair)
     there = at // pair + words < (n - head) // VEC * VEC // pair
-    return tl.load(first + words, mask=there, other=filler(start, PROBS), eviction_policy=policy)
+    tile = tl.load(first + words, mask=there, other=filler(start, PROBS), eviction_policy=policy)
+    if narrow and not ALIGNED:
+        low, high = tl.split(tl.reshape(tile, LANES, VEC // 2, 2))
+        return (high.to(tl.int32) << 16) | (low.to(tl.int32) & 0xFFFF)
+    else:
+        return tile
 
 
 @triton.jit
