@@ -15,17 +15,20 @@ Few and long rows are split, so that every multiprocessor has a part of one.
 """
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+
+from kdfast.triton.spec import Spec
 
 LONG_LANES = 256
 SHORT_LANES = 512
-MOST_TILES = 8
-HELD_BYTES = 256  # of a row and its teachers', in the registers of a thread
+HELD_BYTES = 256  # of a row and its teachers', in the registers of a thread, where the arithmetic leaves room
 SPLIT_ROWS = 64  # with fewer rows than this
 SPLIT_CLASSES = 32768  # and more classes than this
 SEGMENTS = 64  # at most; a row's statistics are joined by one tile of (SEGMENTS, rows)
@@ -64,18 +67,23 @@ def _facts(device: torch.device, number: int, warp: int, driver: Any) -> Facts:
     return Facts(warp, driver.utils.get_device_properties(number)["multiprocessor_count"], 40 << 20)
 
 
+def held_bytes(spec: Spec) -> int:
+    """How much of a row a thread may keep beside what its arithmetic takes."""
+    if spec.dtype == tl.float64:
+        return HELD_BYTES // 4
+    carries_p = spec.divergence is None or spec.divergence.over == "teacher"
+    return HELD_BYTES if spec.teacher != "given" and spec.linear and carries_p else HELD_BYTES // 2
+
+
 def vector(tensors: list[Tensor]) -> int:
     return 16 // min(t.element_size() for t in tensors)
 
 
-def plan(vocab: int, tensors: list[Tensor], warp: int, most_tiles: int = MOST_TILES) -> Plan:
-    """For rows of `vocab` classes in each of these tensors."""
+def plan(vocab: int, tensors: list[Tensor], warp: int, held_bytes: int) -> Plan:
+    """For rows of `vocab` classes in each of these tensors, `held_bytes` of which a thread may keep."""
     vec = vector(tensors)
-    held = vec * sum(t.element_size() for t in tensors)  # bytes of a tile in a thread
-    if torch.float64 in (tensors[0].dtype, tensors[-1].dtype):
-        held *= 2  # the arithmetic's own numbers take twice the registers
     vectors = triton.next_power_of_2(triton.cdiv(vocab, vec))
-    most = min(most_tiles, HELD_BYTES // held)
+    most = held_bytes // (vec * sum(t.element_size() for t in tensors))
     most = 1 << most.bit_length() >> 1  # a power of 2, as threads are
     if vectors > SHORT_LANES * most:
         lanes, tiles = LONG_LANES, 0
@@ -83,6 +91,19 @@ def plan(vocab: int, tensors: list[Tensor], warp: int, most_tiles: int = MOST_TI
         lanes = min(SHORT_LANES, max(warp, vectors // min(4, most)))
         tiles = triton.cdiv(vectors, lanes)
     return Plan(lanes, vec, tiles, lanes // warp)
+
+
+def choices(rows: int, vocab: int, tensors: list[Tensor], of: Facts, held: int) -> Iterator[tuple[Plan, int]]:
+    """Plans and numbers of programs for a sweep over whole rows: the one that is taken, then others worth measuring."""
+    first = plan(vocab, tensors, of.warp, held)
+    yield first, rows if first.tiles else programs(rows, vocab, tensors, of)
+    if first.tiles:
+        for lanes, tiles in ((first.lanes // 2, first.tiles * 2), (first.lanes * 2, first.tiles // 2)):
+            if tiles and of.warp <= lanes <= 1024:
+                yield Plan(lanes, first.vec, tiles, lanes // of.warp), rows
+    for lanes in (128, 256, 512):
+        for each in (1, 2, 4):
+            yield Plan(lanes, first.vec, 0, lanes // of.warp), min(rows, each * of.multiprocessors)
 
 
 def programs(rows: int, vocab: int, tensors: list[Tensor], of: Facts) -> int:

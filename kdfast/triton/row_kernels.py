@@ -22,7 +22,7 @@ for that on sm_90). So a row that drops out is a row of no classes, and only ari
 import triton
 import triton.language as tl
 
-from kdfast.triton.row_passes import add_divergence, finish, gradient, linear_divergence, teacher_scales
+from kdfast.triton.row_passes import add_divergence, finish, gradient, linear_divergence, scales_of
 from kdfast.triton.rows import (
     divergence_of,
     first_difference,
@@ -64,7 +64,7 @@ def loss_grad_long(
         logit, divisor = label_and_divisor(s, label, per_row[6], LANES, SPEC)
         shift = first_difference(s, ts, row[3], SPEC)
         statistics = statistics_of(s, ts, shift, n, row, members, LANES, VEC, SPEC)
-        scales = teacher_scales(statistics, row, SPEC)
+        scales = scales_of(statistics, row, SPEC)
         sums = divergence_of(s, ts, n, statistics, scales, row, LANES, VEC, SPEC)
         factor = gradient_factor(per_row, index, label, weight, numbers[4], divisor, SPEC)
         factors = term_factors(numbers, factor, SPEC)
@@ -74,7 +74,7 @@ def loss_grad_long(
                 loss = tl.where(label >= 0, loss, float("nan"))
             tl.store(per_row[0] + index, tl.where(kept, weight * loss, 0))
         out = row_start(output, index)
-        write_gradient(s, ts, out, label, n, statistics, scales, coefficients, row, LANES, VEC, SPEC)
+        write_gradient(s, ts, out, label, n, scales, coefficients, row, LANES, VEC, SPEC)
         zero(out + n, width - n, LANES, VEC)
 
 
@@ -105,7 +105,7 @@ def loss_grad_short(
             statistics = accumulate(statistics, s_tile, t_tiles, inside, row, SPEC)
         statistics = accumulate(statistics, s_ends, t_ends, there, row, SPEC)
     statistics = merge(statistics, row, SPEC)
-    scales = teacher_scales(statistics, row, SPEC)
+    scales = scales_of(statistics, row, SPEC)
     opaque = (rows < 0).to(tl.int32)
     if SPEC.teacher == "none" or SPEC.teacher == "difference":
         sums = (logit * 0, logit * 0)
@@ -113,10 +113,10 @@ def loss_grad_short(
         sums = linear_divergence(statistics, row, SPEC)
     else:
         nothing = tl.zeros((LANES,), SPEC.dtype)
-        sums = add_divergence((nothing, nothing), s_ends, t_ends, statistics, scales, row, SPEC)
+        sums = add_divergence((nothing, nothing), s_ends, t_ends, scales, row, SPEC)
         for i in tl.static_range(TILES):
             s_tile, t_tiles = widened_tiles(s, ts, held[i], opaque, SPEC)
-            sums = add_divergence(sums, s_tile, t_tiles, statistics, scales, row, SPEC)
+            sums = add_divergence(sums, s_tile, t_tiles, scales, row, SPEC)
         sums = tl.reduce(sums, 0, _add)
     factor = gradient_factor(per_row, index, label, weight, numbers[4], divisor, SPEC)
     factors = term_factors(numbers, factor, SPEC)
@@ -130,9 +130,9 @@ def loss_grad_short(
         for i in tl.static_range(TILES):
             s_tile, t_tiles = widened_tiles(s, ts, held[i], opaque, SPEC)
             at = i * (LANES * VEC)
-            g = gradient(s_tile, t_tiles, head + at + classes, label, statistics, scales, coefficients, row, SPEC)
+            g = gradient(s_tile, t_tiles, head + at + classes, label, scales, coefficients, row, SPEC)
             store_body(out, head, at, n, g, SPEC.aligned[0])
-        g_ends = gradient(s_ends, t_ends, ends, label, statistics, scales, coefficients, row, SPEC)
+        g_ends = gradient(s_ends, t_ends, ends, label, scales, coefficients, row, SPEC)
         tl.store(out + ends, g_ends.to(out.dtype.element_ty), mask=there)
     zero(out + n, width - n, LANES, VEC)
 
@@ -157,7 +157,7 @@ def stats(
         psi_sum = tl.zeros((), SPEC.dtype)
         if not SPLIT:
             logit, one = label_and_divisor(s, label, None, LANES, SPEC)
-            scales = teacher_scales(statistics, row, SPEC)
+            scales = scales_of(statistics, row, SPEC)
             sums = divergence_of(s, ts, n, statistics, scales, row, LANES, VEC, SPEC)
             psi_sum = sums[1]
             factors = term_factors(numbers, one, SPEC)
@@ -184,7 +184,7 @@ def grad(
         row = row_scales(per_row, index, numbers, SPEC)
         s, ts = row_start(student, index) + begin, row_starts(teachers, index, begin)
         statistics = load_statistics(table_row(table, index, COLUMNS), None, members)
-        scales = teacher_scales(statistics, row, SPEC)
+        scales = scales_of(statistics, row, SPEC)
         if SPEC.teacher == "none" or SPEC.teacher == "difference":
             sums = (statistics[0][1], statistics[0][1])
         elif SPEC.linear:
@@ -196,6 +196,6 @@ def grad(
         factors = term_factors(numbers, factor, SPEC)
         loss, coefficients = finish(statistics, sums, factor, row, factors, vocab.to(SPEC.dtype), SPEC)
         out = row_start(output, index) + begin
-        write_gradient(s, ts, out, label - begin, n, statistics, scales, coefficients, row, LANES, VEC, SPEC)
+        write_gradient(s, ts, out, label - begin, n, scales, coefficients, row, LANES, VEC, SPEC)
         end = tl.where(part == segments - 1, width, begin + segment)
         zero(out + n, end - begin - n, LANES, VEC)

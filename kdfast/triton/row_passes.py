@@ -25,20 +25,20 @@ def hard_loss(statistics, label_logit, row, SPEC: tl.constexpr):
 
 
 @triton.jit
-def teacher_scales(statistics, row, SPEC: tl.constexpr):
-    """For each teacher what P is multiplied by to give its part of p, and log2 of what P is divided by."""
+def scales_of(statistics, row, SPEC: tl.constexpr):
+    """How exps become probabilities: an offset, a factor and its log2, of the student, and of each teacher."""
     slope, teacher_slope, temperature, weights = row
     student, teachers = statistics
     out = ()
     for k in tl.static_range(len(teachers)):
         offset, mass, running = teachers[k]
         if SPEC.teacher != "softmaxed":
-            out = out + ((mass * 0 + 1, mass * 0),)
+            out = out + ((offset, mass * 0 + 1, mass * 0),)
         elif len(teachers) == 1:
-            out = out + ((1 / mass, tl.log2(mass)),)
+            out = out + ((finite(offset), 1 / mass, -tl.log2(mass)),)
         else:
-            out = out + ((weights[k] / mass, tl.log2(mass)),)
-    return out
+            out = out + ((finite(offset), weights[k] / mass, -tl.log2(mass)),)
+    return (finite(student[0]), 1 / student[1], -tl.log2(student[1])), out
 
 
 @triton.jit
@@ -71,37 +71,35 @@ def linear_divergence(statistics, row, SPEC: tl.constexpr):
 
 
 @triton.jit
-def distributions(s, tiles, statistics, scales, row, SPEC: tl.constexpr):
+def distributions(s, tiles, scales, row, SPEC: tl.constexpr):
     """(p, q, log p, log q, y, Q) of a tile."""
     slope, teacher_slope, temperature, weights = row
-    student, teachers = statistics
-    offset, total, hard = student
-    y = exponent(s, slope, finite(offset))
+    student, teachers = scales
+    offset, factor, log_factor = student
+    y = exponent(s, slope, offset)
     e = tl.exp2(y)
-    log_q = (y - tl.log2(total)) * LN2
     if SPEC.teacher == "given":
         p, log_p = teacher_probabilities(tiles, weights, SPEC)
-        log_p = log_p * LN2
     else:
         logits = teacher_logits(tiles, weights, SPEC)
         for k in tl.static_range(len(logits)):
-            scale, log_sum = scales[k]
-            member = exponent(logits[k], teacher_slope, finite(teachers[k][0]))
+            teacher_offset, teacher_factor, log_teacher_factor = teachers[k]
+            member = exponent(logits[k], teacher_slope, teacher_offset)
             if k == 0:
-                p = tl.exp2(member) * scale
-                log_p = (member - log_sum) * LN2
+                p = tl.exp2(member) * teacher_factor
+                log_p = member + log_teacher_factor
             else:
-                p += tl.exp2(member) * scale
+                p += tl.exp2(member) * teacher_factor
         if len(logits) > 1:
-            log_p = tl.log2(p) * LN2
-    return p, e * (1 / total), log_p, log_q, y, e
+            log_p = tl.log2(p)
+    return p, e * factor, log_p * LN2, (y + log_factor) * LN2, y, e
 
 
 @triton.jit
-def add_divergence(sums, s, tiles, statistics, scales, row, SPEC: tl.constexpr):
+def add_divergence(sums, s, tiles, scales, row, SPEC: tl.constexpr):
     """Each lane's sums of phi and psi, (lanes,), with a tile added."""
     phi, psi = sums
-    p, q, log_p, log_q, y, e = distributions(s, tiles, statistics, scales, row, SPEC)
+    p, q, log_p, log_q, y, e = distributions(s, tiles, scales, row, SPEC)
     phi += tl.sum(SPEC.divergence.phi(p, q, log_p, log_q), 1)
     psi += tl.sum(SPEC.divergence.psi(p, q, log_p, log_q), 1)
     return phi, psi
@@ -133,13 +131,13 @@ def finish(statistics, sums, label_logit, row, factors, vocab, SPEC: tl.constexp
 
 
 @triton.jit
-def gradient(s, tiles, classes, label, statistics, scales, coefficients, row, SPEC: tl.constexpr):
+def gradient(s, tiles, classes, label, scales, coefficients, row, SPEC: tl.constexpr):
     """dl/ds of a tile."""
     slope, teacher_slope, temperature, weights = row
     soft, psi_sum, hard_scale, label_weight = coefficients
-    offset = finite(statistics[0][0])
+    offset, factor, log_factor = scales[0]
     if SPEC.teacher == "softmaxed" or SPEC.teacher == "given":
-        p, q, log_p, log_q, y, e = distributions(s, tiles, statistics, scales, row, SPEC)
+        p, q, log_p, log_q, y, e = distributions(s, tiles, scales, row, SPEC)
         g = soft * (SPEC.divergence.psi(p, q, log_p, log_q) - q * psi_sum)
     else:
         y = exponent(s, slope, offset)

@@ -175,17 +175,17 @@ def divergence_of(
         head = head_of(student, n, VEC)
         ends, there = end_classes(head, n, LANES, VEC)
         s_ends, t_ends = load_ends(student, teachers, ends, there, SPEC)
-        sums = add_divergence((nothing, nothing), s_ends, t_ends, statistics, scales, row, SPEC)
+        sums = add_divergence((nothing, nothing), s_ends, t_ends, scales, row, SPEC)
         for at in range(0, n - head, LANES * VEC):
             tiles = load_tiles(student, teachers, head, at, n, True, LANES, VEC, SPEC)
             s, ts = widened_tiles(student, teachers, tiles, 0, SPEC)
-            sums = add_divergence(sums, s, ts, statistics, scales, row, SPEC)
+            sums = add_divergence(sums, s, ts, scales, row, SPEC)
         return tl.reduce(sums, 0, _add)
 
 
 @triton.jit
 def write_gradient(
-    student, teachers, out, label, n, statistics, scales, coefficients, row,
+    student, teachers, out, label, n, scales, coefficients, row,
     LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Pass C over n classes, the last ones first: they are what the caches still hold."""
@@ -196,9 +196,9 @@ def write_gradient(
         at = (count - 1 - i) * (LANES * VEC)
         tiles = load_tiles(student, teachers, head, at, n, False, LANES, VEC, SPEC)
         s, ts = widened_tiles(student, teachers, tiles, 0, SPEC)
-        g = gradient(s, ts, head + at + classes, label, statistics, scales, coefficients, row, SPEC)
+        g = gradient(s, ts, head + at + classes, label, scales, coefficients, row, SPEC)
         store_body(out, head, at, n, g, SPEC.aligned[0])
     ends, there = end_classes(head, n, LANES, VEC)
     s_ends, t_ends = load_ends(student, teachers, ends, there, SPEC)
-    g_ends = gradient(s_ends, t_ends, ends, label, statistics, scales, coefficients, row, SPEC)
+    g_ends = gradient(s_ends, t_ends, ends, label, scales, coefficients, row, SPEC)
     tl.store(out + ends, g_ends.to(out.dtype.element_ty), mask=there)

@@ -1,0 +1,74 @@
+"""Tensors and numbers as the kernels take them."""
+
+import contextlib
+import struct
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+
+def launching_on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+
+
+def arithmetic(student: Tensor) -> Any:
+    return tl.float64 if student.dtype == torch.float64 else tl.float32
+
+
+def rows_of(tensor: Tensor) -> int:
+    return tensor.shape[:-1].numel()
+
+
+def layout(tensor: Tensor) -> tuple[int, int, int] | None:
+    """(inner, outer_stride, stride) of the rows of a (..., V) tensor; None where they do not lie so."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        return None
+    dims: list[tuple[int, int]] = []  # (size, stride), innermost first, dimensions that lie as one joined
+    for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if dims and stride == dims[-1][0] * dims[-1][1]:
+            dims[-1] = (dims[-1][0] * size, dims[-1][1])
+        else:
+            dims.append((size, stride))
+    if len(dims) > 2:
+        return None
+    inner, stride = dims[0] if dims else (1 << 30, 0)  # a 1 would make Triton compile for it
+    return inner, dims[1][1] if len(dims) == 2 else 0, stride
+
+
+def readable(tensor: Tensor) -> Tensor:
+    return tensor.contiguous() if layout(tensor) is None else tensor
+
+
+def matrix(tensor: Tensor) -> tuple[Tensor, int, int, int]:
+    found = layout(tensor)
+    assert found is not None
+    return (tensor, *found)
+
+
+def aligned(student: Tensor, others: list[Tensor], vec: int) -> tuple[bool, ...]:
+    """Which matrices have their rows' vectors where the student has them."""
+
+    def places(tensor: Tensor) -> list[int]:
+        inner, outer, stride = layout(tensor) or (1, 0, 0)
+        rows = rows_of(tensor)
+        return [
+            tensor.data_ptr() // tensor.element_size() % vec,
+            stride % vec if min(inner, rows) > 1 else 0,
+            outer % vec if rows > inner else 0,
+        ]
+
+    return tuple(places(student) == places(other) for other in others)
+
+
+def by_row(values: Tensor) -> Tensor:
+    return values.reshape(-1).contiguous()
+
+
+def bits(number: float) -> int:
+    """A double as the kernels take it, by its bits."""
+    return struct.unpack("q", struct.pack("d", number))[0]
