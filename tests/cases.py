@@ -1,7 +1,15 @@
-"""The grids of the tests, each value with its reason. How numbers are judged is in judge.py."""
+"""The grids of the tests, each value with its reason. How numbers are judged is in judge.py.
 
-from typing import NamedTuple
+Triton compiles for each combination of dtypes, divergence, target, given and missing tensors, and number of tiles, some
+half a second each. So for Triton the products of grids are thinned, deliberately and each with its reason:
+`triton_where` leaves parameters out, `combined` pairs values in rotation. Values that no kernel is compiled for are free.
+"""
 
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -95,12 +103,26 @@ def batch(
     seed: int = 0,
 ) -> Batch:
     """A student that has learned a part of its teacher: logits of standard deviation 2, as those of real heads."""
-    generator = torch.Generator().manual_seed(1_000_003 * vocab + 1009 * rows + seed)
-    noise = torch.randn(2, rows, vocab, generator=generator, dtype=F64)
+    generator = torch.Generator("cpu").manual_seed(1_000_003 * vocab + 1009 * rows + seed)
+    noise = torch.randn(2, rows, vocab, generator=generator, dtype=F64, device="cpu")  # the same numbers everywhere
     teacher = scale * noise[0] + offset
     student = scale * (0.7 * noise[0] + 0.7 * noise[1]) + offset
-    labels = torch.randint(vocab, (rows,), generator=generator)
-    return Batch(student.to(dtype), teacher.to(teacher_dtype or dtype), labels)
+    labels = torch.randint(vocab, (rows,), generator=generator, device="cpu")
+    return Batch(*here((student.to(dtype), teacher.to(teacher_dtype or dtype), labels)))
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """The tensors in dicts, lists and tuples on a device; those without data, and all else, as they are."""
+    if isinstance(value, dict):
+        return {k: moved(v, device) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([moved(v, device) for v in value])
+    return value.to(device) if isinstance(value, Tensor) and value.device.type != "meta" else value
+
+
+def here(value: Any) -> Any:
+    """What was made elsewhere, such as a test's parameter, on the device that the test's tensors are made on."""
+    return moved(value, torch.get_default_device())
 
 
 def as_target(teacher: Tensor, target: str, temperature: float | Tensor = 1.0) -> Tensor:
@@ -111,6 +133,22 @@ def as_target(teacher: Tensor, target: str, temperature: float | Tensor = 1.0) -
         temperature = temperature.double().unsqueeze(-1)
     z = teacher.double() / temperature
     return (torch.softmax(z, -1) if target == "probs" else torch.log_softmax(z, -1)).to(teacher.dtype)
+
+
+def triton_where(condition: Callable[..., bool]) -> pytest.MarkDecorator:
+    """For Triton only where `condition` of the test's parameters, by their names, holds: conftest.py leaves out the rest."""
+    return pytest.mark.triton_where(condition)
+
+
+def combined(backend: str, *grids: Sequence[Any], turn: int = 0) -> Iterable[tuple[Any, ...]]:
+    """The product of grids; for Triton, which compiles for each, just enough of it that each value occurs.
+
+    turn: another one pairs other values.
+    """
+    if backend != "triton":
+        return itertools.product(*grids)
+    steps = range(max(map(len, grids)))
+    return [tuple(grid[(i + turn * k) % len(grid)] for k, grid in enumerate(grids)) for i in steps]
 
 
 def name(value: object) -> str:

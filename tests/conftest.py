@@ -1,5 +1,6 @@
 """What all tests share: the backends, the seed, the threads, and what Triton's kernels run on."""
 
+import inspect
 from collections.abc import Iterator
 
 import gpu  # before anything that imports Triton
@@ -14,6 +15,24 @@ def why_not(backend: str) -> str | None:
     """Why a backend is not usable here, by its own account."""
     facts = kdfast.backends()[backend]
     return None if facts["usable"] else f"backend {backend!r} is not usable here: {facts['why_not']}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "triton_where(condition): for Triton only these parameters, see cases.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    dropped = {item for item in items if _thinned_out(item)}
+    config.hook.pytest_deselected(items=list(dropped))
+    items[:] = [item for item in items if item not in dropped]
+
+
+def _thinned_out(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if parameters.get("backend") != "triton":
+        return False
+    conditions = [mark.args[0] for mark in item.iter_markers("triton_where")]
+    return not all(c(**{name: parameters[name] for name in inspect.signature(c).parameters}) for c in conditions)
 
 
 @pytest.fixture(params=BACKENDS)

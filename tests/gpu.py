@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-EMULATED = not torch.cuda.is_available() and "KDFAST_PTXEMU" in os.environ
-INTERPRETED = not torch.cuda.is_available() and not EMULATED
+ON_DEVICE = torch.cuda.is_available()
+EMULATED = not ON_DEVICE and "KDFAST_PTXEMU" in os.environ
+INTERPRETED = not ON_DEVICE and not EMULATED
 CAPABILITIES = (80, 90)
 NEEDS_EMULATOR = "needs KDFAST_PTXEMU, the folder of the package ptxemu, which runs compiled GPU kernels on the CPU"
 
@@ -32,12 +33,16 @@ def emulator() -> Any:
 
 @contextmanager
 def kernels(capability: int = 80) -> Iterator[list[Any]]:
-    """Triton's kernels on what there is; on the emulator the launches' reports, which must be without findings."""
+    """Triton's kernels on what there is; on the emulator the launches' reports, which must be without findings.
+
+    On a GPU new tensors lie there meanwhile, for Triton takes no others.
+    """
     if not EMULATED:
-        before = torch.get_default_device()
-        torch.set_default_device("cpu" if INTERPRETED else "cuda")
-        yield []
-        torch.set_default_device(before)
+        torch.set_default_device("cuda" if ON_DEVICE else None)
+        try:
+            yield []
+        finally:
+            torch.set_default_device(None)
         return
     driver = emulator()
     driver.activate(cap=capability)

@@ -14,7 +14,6 @@ from kdfast.triton.matrices import aligned, arithmetic, bits, by_row, launching_
 from kdfast.triton.spec import Spec
 
 MOST_TEACHERS = 8
-REDUCING_LANES = 1024
 
 
 class Call:
@@ -35,12 +34,13 @@ class Call:
         self.spec = self._spec(inputs)
         self.joined = 1 if self.spec.joint and self.teachers else len(self.teachers)
         self.columns = len(reference.STATS) + 3 * max(0, self.joined - 1)
-        self.plan = launch.plan(self.vocab, self.read, self.facts.warp, launch.held_bytes(self.spec))
-        long = launch.LONG_LANES
-        self.long = launch.Plan(long, self.plan.vec, 0, long // self.facts.warp)
+        self.held = launch.held_bytes(self.spec, self.read)
+        self.plan = launch.plan(self.vocab, self.read, self.facts.warp, self.held)
+        self.sweep = launch.sweep(self.vocab, self.read, self.facts.warp)
         self.segments, self.segment = (1, self.vocab)
         if self.spec.linear and not self.plan.tiles:
-            self.segments, self.segment = launch.segments(self.rows, self.vocab, long * self.plan.vec, self.facts)
+            tile = self.sweep.lanes * self.sweep.vec
+            self.segments, self.segment = launch.segments(self.rows, self.vocab, tile, self.facts)
 
         labels = None if inputs.labels is None else inputs.labels.reshape(-1).contiguous()
         columns = (inputs.weight, inputs.temperatures, inputs.teacher_temperatures)
@@ -148,14 +148,18 @@ class Call:
         return (losses, *self.per_row, grad_loss, self.divisor)
 
     def _constants(self, plan: launch.Plan, output: Tensor | None) -> dict[str, Any]:
-        others = [self.student if output is None else output, *self.teachers]
+        places = aligned(self.student, [self.student if output is None else output, *self.teachers], plan.vec)
         return {
             "members": self.joined, "LANES": plan.lanes, "VEC": plan.vec,
-            "SPEC": self.spec._replace(aligned=aligned(self.student, others, plan.vec)), "num_warps": plan.warps,
+            "SPEC": self.spec._replace(aligned=places), **plan.options(self.spec.dtype),
         }  # fmt: skip
 
     def _tensors(self) -> tuple[Any, Any]:
         return matrix(self.student), tuple(map(matrix, self.teachers))
+
+    def _reducing(self) -> dict[str, int]:
+        lanes = launch.reducing_lanes(self.rows, self.facts.warp)
+        return {"LANES": lanes, "num_warps": lanes // self.facts.warp}
 
     def _count(self) -> None:
         """The mean's denominator, where it depends on tensors."""
@@ -163,7 +167,7 @@ class Call:
             labels, weight = self.per_row[:2]
             reductions.normalizer[(1,)](
                 labels, weight, self.divisor, self.rows, self.settings.ignore_index,
-                LANES=REDUCING_LANES, dtype=self.spec.dtype, num_warps=REDUCING_LANES // self.facts.warp,
+                dtype=self.spec.dtype, **self._reducing(),
             )  # fmt: skip
 
     def _rows(self, output: Tensor, grad_loss: Tensor | None, losses: Tensor | None) -> None:
@@ -179,10 +183,9 @@ class Call:
             else:
                 row_kernels.loss_grad_long[(programs,)](*args, **constants)
 
-        held = launch.held_bytes(self.spec)
         choice = autotune.chosen(
             (self.rows, self.vocab, self.spec, tuple(t.dtype for t in self.read), output.device),
-            lambda: launch.choices(self.rows, self.vocab, self.read, self.facts, held),
+            lambda: launch.choices(self.rows, self.vocab, self.read, self.facts, self.held),
             lambda choice: run(choice, torch.empty_like(output)),  # the output may be the student
         )
         run(choice, output)
@@ -191,14 +194,14 @@ class Call:
         row_kernels.stats[(self._units(),)](
             *self._tensors(), table, self._pointers(None, losses), self.numbers,
             self.rows, self.vocab, self.settings.ignore_index, self.segments, self.segment,
-            COLUMNS=self.columns, SPLIT=self.segments > 1, **self._constants(self.long, None),
+            COLUMNS=self.columns, SPLIT=self.segments > 1, **self._constants(self.sweep, None),
         )  # fmt: skip
 
     def _grad(self, table: Tensor, grad_loss: Tensor | None, output: Tensor) -> None:
         row_kernels.grad[(self._units(),)](
             *self._tensors(), matrix(output), table, self._pointers(grad_loss, None), self.numbers,
             self.rows, self.vocab, self.width, self.settings.ignore_index, self.segments,
-            self.segment, COLUMNS=self.columns, **self._constants(self.long, output),
+            self.segment, COLUMNS=self.columns, **self._constants(self.sweep, output),
         )  # fmt: skip
 
     def _units(self) -> int:
@@ -214,15 +217,15 @@ class Call:
             matrix(self.student), parts, table, loss if reduced else None, new_divisor,
             self._pointers(None, self.losses), self.numbers, self.rows, self.vocab,
             self.settings.ignore_index, self.segments, members=self.joined, COLUMNS=self.columns,
-            ROWS=triton.next_power_of_2(self.rows), SEGMENTS=launch.SEGMENTS, SPEC=self.spec,
-            num_warps=256 // self.facts.warp,
+            WIDTH=triton.next_power_of_2(self.columns), ROWS=triton.next_power_of_2(self.rows),
+            SEGMENTS=triton.next_power_of_2(self.segments), SPEC=self.spec,
+            num_warps=128 // self.facts.warp,
         )  # fmt: skip
         return loss
 
     def _reduced(self) -> Tensor:
         loss = self.losses.new_empty(())
         reductions.reduce[(1,)](
-            self.losses, self.divisor, self.numbers[4], loss, self.rows, LANES=REDUCING_LANES, dtype=self.spec.dtype,
-            num_warps=REDUCING_LANES // self.facts.warp,
+            self.losses, self.divisor, self.numbers[4], loss, self.rows, dtype=self.spec.dtype, **self._reducing(),
         )  # fmt: skip
         return loss

@@ -14,7 +14,6 @@ programs, whose 80 MB do not fit any more, but the last half of each row, which 
 Few and long rows are split, so that every multiprocessor has a part of one.
 """
 
-import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ HELD_BYTES = 256  # of a row and its teachers', in the registers of a thread, wh
 SPLIT_ROWS = 64  # with fewer rows than this
 SPLIT_CLASSES = 32768  # and more classes than this
 SEGMENTS = 64  # at most; a row's statistics are joined by one tile of (SEGMENTS, rows)
+LEAST_TILES = 2  # in a segment: it costs 200 bytes of labels and statistics
 
 
 class Facts(NamedTuple):
@@ -45,6 +45,13 @@ class Plan(NamedTuple):
     vec: int  # classes in a 16-byte vector of the smallest dtype
     tiles: int  # in registers; 0: rows are read once per pass
     warps: int
+
+    def options(self, dtype: Any = tl.float32) -> dict[str, int]:
+        """Triton's own. ptxas spills to fit more programs than it is told are wanted, so it is told."""
+        options = {"num_warps": self.warps}
+        if self.lanes == 32 * self.warps:  # NVIDIA's
+            options["maxnreg"] = 255 if dtype == tl.float64 and self.tiles and self.lanes <= 256 else 128
+        return options
 
 
 def interpreted() -> bool:
@@ -67,12 +74,13 @@ def _facts(device: torch.device, number: int, warp: int, driver: Any) -> Facts:
     return Facts(warp, driver.utils.get_device_properties(number)["multiprocessor_count"], 40 << 20)
 
 
-def held_bytes(spec: Spec) -> int:
+def held_bytes(spec: Spec, tensors: list[Tensor]) -> int:
     """How much of a row a thread may keep beside what its arithmetic takes."""
     if spec.dtype == tl.float64:
         return HELD_BYTES // 4
+    plain = len(tensors) <= 2 and tensors[0].dtype == tensors[-1].dtype and spec.teacher != "given"
     carries_p = spec.divergence is None or spec.divergence.over == "teacher"
-    return HELD_BYTES if spec.teacher != "given" and spec.linear and carries_p else HELD_BYTES // 2
+    return HELD_BYTES if plain and carries_p else HELD_BYTES // 2
 
 
 def vector(tensors: list[Tensor]) -> int:
@@ -91,6 +99,18 @@ def plan(vocab: int, tensors: list[Tensor], warp: int, held_bytes: int) -> Plan:
         lanes = min(SHORT_LANES, max(warp, vectors // min(4, most)))
         tiles = triton.cdiv(vectors, lanes)
     return Plan(lanes, vec, tiles, lanes // warp)
+
+
+def sweep(vocab: int, tensors: list[Tensor], warp: int) -> Plan:
+    """For rows, or segments, of which nothing is kept."""
+    vec = vector(tensors)
+    lanes = min(LONG_LANES, max(warp, triton.next_power_of_2(triton.cdiv(vocab, vec)) // 4))
+    return Plan(lanes, vec, 0, lanes // warp)
+
+
+def reducing_lanes(rows: int, warp: int) -> int:
+    """For the kernels that make one number of a number per row."""
+    return warp if rows <= 256 else 1024
 
 
 def choices(rows: int, vocab: int, tensors: list[Tensor], of: Facts, held: int) -> Iterator[tuple[Plan, int]]:
@@ -113,10 +133,10 @@ def programs(rows: int, vocab: int, tensors: list[Tensor], of: Facts) -> int:
     return max(1, min(rows, max(of.multiprocessors, min(2 * of.multiprocessors, fitting))))
 
 
-def segments(rows: int, vocab: int, step: int, of: Facts) -> tuple[int, int]:
-    """Into how many segments of how many classes, a multiple of `step`, a row is split: (1, vocab) where it is not."""
+def segments(rows: int, vocab: int, tile: int, of: Facts) -> tuple[int, int]:
+    """Into how many segments of how many classes, whole tiles, a row is split: (1, vocab) where it is not."""
     if rows == 0 or rows > SPLIT_ROWS or vocab <= SPLIT_CLASSES:
         return 1, vocab
-    wanted = min(SEGMENTS, triton.cdiv(2 * of.multiprocessors, rows))
-    segment = triton.cdiv(triton.cdiv(vocab, wanted), step) * step
-    return math.ceil(vocab / segment), segment
+    wanted = min(SEGMENTS, triton.cdiv(2 * of.multiprocessors, rows), vocab // (LEAST_TILES * tile))
+    segment = triton.cdiv(triton.cdiv(vocab, wanted), tile) * tile
+    return triton.cdiv(vocab, segment), segment

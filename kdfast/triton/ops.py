@@ -53,7 +53,7 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
         with launching_on(grad):
             reductions.scale[grid](
                 matrix(view), factor, rows, width, LANES=plan.lanes, VEC=plan.vec, dtype=arithmetic(grad),
-                num_warps=plan.warps,
+                **plan.options(),
             )  # fmt: skip
     if view is not grad:
         grad.copy_(view)
@@ -88,11 +88,11 @@ def _softmax(
         if plan.tiles:
             softmax_kernels.softmax_short[(rows,)](
                 *args, vocab, 0, LOG=log, TILES=plan.tiles, LANES=plan.lanes, VEC=plan.vec, SPEC=spec,
-                num_warps=plan.warps,
+                **plan.options(wide),
             )  # fmt: skip
         else:
             grid = (launch.programs(rows, vocab, inputs, facts),)
             softmax_kernels.softmax_long[grid](
-                *args, rows, vocab, LOG=log, LANES=plan.lanes, VEC=plan.vec, SPEC=spec, num_warps=plan.warps
+                *args, rows, vocab, LOG=log, LANES=plan.lanes, VEC=plan.vec, SPEC=spec, **plan.options(wide)
             )
     return output

@@ -8,9 +8,9 @@ import triton.language as tl
 
 from kdfast.triton.row_passes import finish, linear_divergence
 from kdfast.triton.rows import number, term_factors, weights_of
-from kdfast.triton.statistics import load_statistics, merge, store_statistics, table_row
+from kdfast.triton.statistics import merge, statistics_in, table_row
 from kdfast.triton.teachers import base2, teacher_slope
-from kdfast.triton.tiles import end_classes, head_of, load_body, row_start, store_body, widened
+from kdfast.triton.tiles import end_classes, head_of, load_body, row_start, row_value, store_body, widened
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def reduce(losses, divisor, scale, loss, rows: tl.int32, LANES: tl.constexpr, dt
 def _mean(total, divisor, scale, dtype: tl.constexpr):
     by = number(scale, dtype)
     if divisor is not None:
-        d = tl.load(divisor).to(dtype)
+        d = row_value(divisor, 0, dtype)
         by *= tl.where(d == 0, 0, 1 / d)  # no row is kept: the mean is 0
     return total * by
 
@@ -67,8 +67,8 @@ RUN_TIME = ["student", "per_row", "numbers", "rows", "vocab", "ignore_index", "s
 @triton.jit(do_not_specialize=RUN_TIME)
 def join(
     student, parts, table, loss, new_divisor, per_row, numbers, rows: tl.int32, vocab: tl.int32, ignore_index: tl.int64,
-    segments: tl.int32, members: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SEGMENTS: tl.constexpr,
-    SPEC: tl.constexpr,
+    segments: tl.int32, members: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    SEGMENTS: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Few and long rows, all of them at once: their statistics and losses, the denominator, the reduced loss."""
     at = tl.arange(0, ROWS)
@@ -78,10 +78,14 @@ def join(
     t_teacher = _by_row(per_row[4], row, there, numbers[1], SPEC.dtype)
     scalars = (base2(t), teacher_slope(t_teacher, SPEC), t, weights_of(numbers, SPEC.dtype))
 
-    part = tl.arange(0, SEGMENTS)[:, None]
-    cells = table_row(parts, row[None, :] * segments + part, COLUMNS)
-    statistics = merge(load_statistics(cells, part < segments, members), scalars, SPEC)
-    store_statistics(table_row(table, row, COLUMNS), statistics, statistics[0][1], there, SPEC)
+    part = tl.arange(0, SEGMENTS)[:, None, None]
+    column = tl.arange(0, WIDTH)
+    cells = (row[None, :, None] * segments + part).to(tl.int64) * COLUMNS + column[None, None, :]
+    nothing = tl.where(column <= 1, float("-inf"), 0)[None, None, :]
+    lines = tl.load(parts + cells, mask=(part < segments) & (column < COLUMNS)[None, None, :], other=nothing)
+    statistics = merge(statistics_in(lines, members), scalars, SPEC)
+    line = table_row(statistics, statistics[0][1], tl.zeros((ROWS, WIDTH), SPEC.dtype), SPEC)
+    tl.store(table + at[:, None] * COLUMNS + column[None, :], line, mask=there[:, None] & (column < COLUMNS)[None, :])
 
     label = tl.zeros((ROWS,), tl.int32)
     logit = tl.zeros((ROWS,), SPEC.dtype)
@@ -111,7 +115,7 @@ def join(
 @triton.jit(do_not_specialize=["grad", "rows", "width"])
 def scale(grad, factor, rows: tl.int32, width: tl.int32, LANES: tl.constexpr, VEC: tl.constexpr, dtype: tl.constexpr):
     """grad *= factor. Where that is 1, as it is for loss.backward(), nothing more is read and nothing written."""
-    by = tl.load(factor).to(dtype)
+    by = row_value(factor, 0, dtype)
     if by != 1:
         for index in range(tl.program_id(0), rows, tl.num_programs(0)):
             start = row_start(grad, index)

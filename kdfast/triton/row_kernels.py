@@ -32,12 +32,13 @@ from kdfast.triton.rows import (
     load_ends,
     load_tiles,
     row_scales,
+    segment_of,
     statistics_of,
     term_factors,
     widened_tiles,
     write_gradient,
 )
-from kdfast.triton.statistics import accumulate, load_statistics, merge, no_statistics, store_statistics, table_row
+from kdfast.triton.statistics import accumulate, merge, no_statistics, statistics_in, table_row
 from kdfast.triton.tiles import body_classes, end_classes, head_of, row_start, row_starts, store_body, zero
 
 # Nothing is compiled for once more because it is 1 or a multiple of 16: rows.py and tiles.py say what counts.
@@ -57,7 +58,7 @@ def loss_grad_long(
     members: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
-        kept, label, weight = kept_row(per_row, index, ignore_index, vocab, SPEC)
+        kept, label, weight = kept_row(per_row, index, ignore_index, vocab, 32, SPEC)
         n = tl.where(kept, vocab, 0)
         row = row_scales(per_row, index, numbers, SPEC)
         s, ts = row_start(student, index), row_starts(teachers, index, 0)
@@ -85,7 +86,7 @@ def loss_grad_short(
     members: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0)
-    kept, label, weight = kept_row(per_row, index, ignore_index, vocab, SPEC)
+    kept, label, weight = kept_row(per_row, index, ignore_index, vocab, 32, SPEC)
     n = tl.where(kept, vocab, 0)
     row = row_scales(per_row, index, numbers, SPEC)
     s, ts = row_start(student, index), row_starts(teachers, index, 0)
@@ -146,44 +147,46 @@ def stats(
 ):  # fmt: skip
     """Statistics of each segment of `segment` classes, (rows, segments, COLUMNS); losses where rows are not SPLIT."""
     for unit in range(tl.program_id(0), rows * segments, tl.num_programs(0)):
-        index, begin = unit // segments, unit % segments * segment
-        kept, label, weight = kept_row(per_row, index, ignore_index, vocab, SPEC)
-        n = tl.where(kept, tl.minimum(segment, vocab - begin), 0)
+        index = unit // segments
+        kept, label, weight = kept_row(per_row, index, ignore_index, vocab, LANES, SPEC)
         row = row_scales(per_row, index, numbers, SPEC)
         s, ts = row_start(student, index), row_starts(teachers, index, 0)
+        begin, end = segment_of(s, unit, segments, segment, vocab, kept, VEC)
         shift = first_difference(s, ts, row[3], SPEC)
         parts = row_starts(teachers, index, begin)
-        statistics = statistics_of(s + begin, parts, shift, n, row, members, LANES, VEC, SPEC)
+        statistics = statistics_of(s + begin, parts, shift, end - begin, row, members, LANES, VEC, SPEC)
         psi_sum = tl.zeros((), SPEC.dtype)
         if not SPLIT:
             logit, one = label_and_divisor(s, label, None, LANES, SPEC)
             scales = scales_of(statistics, row, SPEC)
-            sums = divergence_of(s, ts, n, statistics, scales, row, LANES, VEC, SPEC)
+            sums = divergence_of(s, ts, end, statistics, scales, row, LANES, VEC, SPEC)
             psi_sum = sums[1]
             factors = term_factors(numbers, one, SPEC)
             loss, unused = finish(statistics, sums, logit, row, factors, vocab.to(SPEC.dtype), SPEC)
             if per_row[1] is not None:
                 loss = tl.where(label >= 0, loss, float("nan"))
             tl.store(per_row[0] + index, tl.where(kept, weight * loss, 0))
-        store_statistics(table_row(table, unit, COLUMNS), statistics, psi_sum, None, SPEC)
+        line = table_row(statistics, psi_sum, tl.zeros((LANES,), SPEC.dtype), SPEC)
+        lane = tl.arange(0, LANES)
+        tl.store(table + (unit + tl.zeros((), tl.int64)) * COLUMNS + lane, line, mask=lane < COLUMNS)
 
 
 @triton.jit(do_not_specialize=MATRICES + SIZES)
 def grad(
     student, teachers, output, table, per_row, numbers,
     rows: tl.int32, vocab: tl.int32, width: tl.int32, ignore_index: tl.int64, segments: tl.int32, segment: tl.int32,
-    members: tl.constexpr, COLUMNS: tl.constexpr,
-    LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
+    members: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """The gradient of each segment of `segment` classes, from the statistics of the row, (rows, COLUMNS)."""
     for unit in range(tl.program_id(0), rows * segments, tl.num_programs(0)):
-        index, part = unit // segments, unit % segments
-        begin = part * segment
-        kept, label, weight = kept_row(per_row, index, ignore_index, vocab, SPEC)
-        n = tl.where(kept, tl.minimum(segment, vocab - begin), 0)
+        index = unit // segments
+        kept, label, weight = kept_row(per_row, index, ignore_index, vocab, LANES, SPEC)
         row = row_scales(per_row, index, numbers, SPEC)
-        s, ts = row_start(student, index) + begin, row_starts(teachers, index, begin)
-        statistics = load_statistics(table_row(table, index, COLUMNS), None, members)
+        s = row_start(student, index)
+        begin, end = segment_of(s, unit, segments, segment, vocab, kept, VEC)
+        lane = tl.arange(0, LANES)
+        line = tl.load(table + (index + tl.zeros((), tl.int64)) * COLUMNS + lane, mask=lane < COLUMNS, other=0)
+        statistics = statistics_in(line, members)
         scales = scales_of(statistics, row, SPEC)
         if SPEC.teacher == "none" or SPEC.teacher == "difference":
             sums = (statistics[0][1], statistics[0][1])
@@ -195,7 +198,10 @@ def grad(
         factor = gradient_factor(per_row, index, label, weight, numbers[4], divisor, SPEC)
         factors = term_factors(numbers, factor, SPEC)
         loss, coefficients = finish(statistics, sums, factor, row, factors, vocab.to(SPEC.dtype), SPEC)
-        out = row_start(output, index) + begin
-        write_gradient(s, ts, out, label - begin, n, scales, coefficients, row, LANES, VEC, SPEC)
-        end = tl.where(part == segments - 1, width, begin + segment)
-        zero(out + n, end - begin - n, LANES, VEC)
+        out = row_start(output, index)
+        parts = row_starts(teachers, index, begin)
+        n = end - begin
+        write_gradient(s + begin, parts, out + begin, label - begin, n, scales, coefficients, row, LANES, VEC, SPEC)
+        # padding is the last segment's, and of a row that drops out all is the first one's
+        writes_rest = unit % segments == tl.where(kept, segments - 1, 0)
+        zero(out + end, tl.where(writes_rest, width - end, 0), LANES, VEC)

@@ -6,7 +6,16 @@ import triton.language as tl
 from kdfast.triton.row_passes import add_divergence, gradient, linear_divergence
 from kdfast.triton.statistics import accumulate, merge, no_statistics
 from kdfast.triton.teachers import base2, teacher_slope
-from kdfast.triton.tiles import body_classes, end_classes, head_of, load_body, row_value, store_body, widened
+from kdfast.triton.tiles import (
+    body_classes,
+    end_classes,
+    first_lane,
+    head_of,
+    load_body,
+    row_value,
+    store_body,
+    widened,
+)
 
 
 @triton.jit
@@ -46,17 +55,20 @@ def load_ends(student, teachers, ends, there, SPEC: tl.constexpr):
 
 
 @triton.jit
-def kept_row(per_row, row, ignore_index, vocab, SPEC: tl.constexpr):
-    """Whether a row has a term, its label (-1 where it has none in [0, vocab)), and its weight."""
+def kept_row(per_row, row, ignore_index, vocab, LANES: tl.constexpr, SPEC: tl.constexpr):
+    """Whether a row has a term, its label (-1 where it has none in [0, vocab)), and its weight.
+
+    LANES: of the whole program one lane reads them, and all wait for it; 32: one of each warp.
+    """
     kept = tl.full((), True, tl.int1)
     label = tl.full((), -1, tl.int32)
     weight = tl.full((), 1, SPEC.dtype)
     if per_row[1] is not None:
-        wide = row_value(per_row[1], row, tl.int64)
+        wide = tl.sum(first_lane(per_row[1], row, LANES), 0)
         kept = wide != ignore_index
         label = tl.where((wide >= 0) & (wide < vocab), wide, -1).to(tl.int32)
     if per_row[2] is not None:
-        weight = row_value(per_row[2], row, SPEC.dtype)
+        weight = tl.sum(first_lane(per_row[2], row, LANES).to(SPEC.dtype), 0)
         kept = kept & (weight != 0)
     return kept, label, weight
 
@@ -101,16 +113,14 @@ def _add(a, b, c, d):
 
 @triton.jit
 def label_and_divisor(student, label, divisor, LANES: tl.constexpr, SPEC: tl.constexpr):
-    """The label's logit, and what the reduction divides by, each read by one lane of the program."""
-    first = tl.arange(0, LANES) == 0
+    """The label's logit, and what the reduction divides by."""
     logit = tl.zeros((LANES,), SPEC.dtype)
     if SPEC.hard:
-        logit = tl.load(student + label + tl.arange(0, LANES) * 0, mask=first & (label >= 0), other=0).to(SPEC.dtype)
+        logit = first_lane(student, label, LANES, label >= 0).to(SPEC.dtype)
     if divisor is None:
         return tl.sum(logit, 0), tl.full((), 1, SPEC.dtype)
     else:
-        by = tl.load(divisor + tl.arange(0, LANES) * 0, mask=first, other=0).to(SPEC.dtype)
-        return tl.reduce((logit, by), 0, _add)
+        return tl.reduce((logit, first_lane(divisor, 0, LANES).to(SPEC.dtype)), 0, _add)
 
 
 @triton.jit
@@ -138,6 +148,16 @@ def first_difference(student, teachers, weights, SPEC: tl.constexpr):
             share = weights[k] if len(teachers) > 1 else 1
             difference -= row_value(teachers[k], 0, SPEC.dtype) * share
     return difference
+
+
+@triton.jit
+def segment_of(student, unit, segments, segment, vocab, kept, VEC: tl.constexpr):
+    """(begin, end): which classes a unit has of its row; all but the first segment begin with a whole vector."""
+    part = unit % segments
+    head = tl.where(segments > 1, head_of(student, vocab, VEC), 0)
+    begin = tl.where(part == 0, 0, tl.minimum(head + part * segment, vocab))
+    end = tl.where(part == segments - 1, vocab, tl.minimum(head + (part + 1) * segment, vocab))
+    return begin, tl.where(kept, end, begin)
 
 
 # ---- the passes ----

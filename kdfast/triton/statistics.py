@@ -188,44 +188,44 @@ def merge(statistics, row, SPEC: tl.constexpr):
     return (highest, total_sum, hard_sum), out
 
 
-# ---- statistics in memory: in the order of reference.STATS, then the further teachers' ----
+# ---- statistics in memory: a row of a table, in the order of reference.STATS, then the further teachers' ----
 
 
 @triton.jit
-def table_row(table, index, COLUMNS: tl.constexpr):
-    return table + (index + tl.zeros((), tl.int64)) * COLUMNS
+def _column(row, at: tl.constexpr):
+    """A column of (..., COLUMNS) numbers."""
+    axis: tl.constexpr = len(row.shape) - 1
+    return tl.sum(tl.where(tl.arange(0, row.shape[axis]) == at, row, 0), axis)
 
 
 @triton.jit
-def store_statistics(at, statistics, psi_sum, there, SPEC: tl.constexpr):
-    """psi_sum: of a divergence that is not linear, which `running` is not needed for."""
-    student, teachers = statistics
-    tl.store(at, student[0], mask=there)
-    tl.store(at + 2, student[1], mask=there)
-    tl.store(at + 4, student[2], mask=there)
-    for k in tl.static_range(len(teachers)):
-        offset, mass, running = teachers[k]
-        tl.store(at + (1 if k == 0 else 3 + 3 * k), offset, mask=there)
-        tl.store(at + (3 if k == 0 else 4 + 3 * k), mass, mask=there)
-        tl.store(at + (5 if k == 0 else 5 + 3 * k), running if SPEC.linear else psi_sum, mask=there)
-
-
-@triton.jit
-def load_statistics(at, there, members: tl.constexpr):
-    """Those of no class where they are not there."""
-    none: tl.constexpr = float("-inf")
-    student = (_load(at, there, none), _load(at + 2, there, 0), _load(at + 4, there, 0))
+def statistics_in(row, members: tl.constexpr):
     teachers = ()
     for k in tl.static_range(members):
-        offset = _load(at + (1 if k == 0 else 3 + 3 * k), there, none)
-        mass = _load(at + (3 if k == 0 else 4 + 3 * k), there, 0)
-        teachers = teachers + ((offset, mass, _load(at + (5 if k == 0 else 5 + 3 * k), there, 0)),)
-    return student, teachers
+        offset = _column(row, 1 if k == 0 else 3 + 3 * k)
+        mass = _column(row, 3 if k == 0 else 4 + 3 * k)
+        teachers = teachers + ((offset, mass, _column(row, 5 if k == 0 else 5 + 3 * k)),)
+    return (_column(row, 0), _column(row, 2), _column(row, 4)), teachers
 
 
 @triton.jit
-def _load(at, there, other: tl.constexpr):
-    if there is None:
-        return tl.load(at)
-    else:
-        return tl.load(at, mask=there, other=other)
+def _with_column(row, at: tl.constexpr, value):
+    axis: tl.constexpr = len(row.shape) - 1
+    if axis > 0:
+        value = tl.expand_dims(value, axis)
+    return tl.where(tl.arange(0, row.shape[axis]) == at, value, row)
+
+
+@triton.jit
+def table_row(statistics, psi_sum, row, SPEC: tl.constexpr):
+    """The statistics laid into zeros, (..., COLUMNS). psi_sum stands for `running` where the divergence has none."""
+    student, teachers = statistics
+    row = _with_column(row, 0, student[0])
+    row = _with_column(row, 2, student[1])
+    row = _with_column(row, 4, student[2])
+    for k in tl.static_range(len(teachers)):
+        offset, mass, running = teachers[k]
+        row = _with_column(row, 1 if k == 0 else 3 + 3 * k, offset)
+        row = _with_column(row, 3 if k == 0 else 4 + 3 * k, mass)
+        row = _with_column(row, 5 if k == 0 else 5 + 3 * k, running if SPEC.linear else psi_sum)
+    return row

@@ -40,6 +40,13 @@ def row_value(data, row, dtype: tl.constexpr):
 
 
 @triton.jit
+def first_lane(data, at, LANES: tl.constexpr, there=True):
+    """(LANES,): a number that one lane of the program reads, and zeros: to be summed."""
+    lane = tl.arange(0, LANES)
+    return tl.load(data + at + lane * 0, mask=(lane == 0) & there, other=0)
+
+
+@triton.jit
 def head_of(start, n, VEC: tl.constexpr):
     """How many of n classes come before the first sector."""
     size: tl.constexpr = start.dtype.element_ty.primitive_bitwidth // 8
@@ -85,13 +92,13 @@ def load_body(
     policy: tl.constexpr = "evict_last" if AGAIN else "evict_first"
     narrow: tl.constexpr = start.dtype.element_ty.primitive_bitwidth == 16
     pair: tl.constexpr = 2 if narrow and ALIGNED else 1
-    first = start + head + at
+    first = start + head
     if narrow:
         first = first.to(tl.pointer_type(tl.int32 if ALIGNED else tl.int16))
     if ALIGNED:
-        first = tl.multiple_of(first, 16)
-    words = body_classes(LANES, VEC // pair)
-    there = at // pair + words < (n - head) // VEC * VEC // pair
+        first = tl.multiple_of(first, 16)  # without `at`: where that is 0, it is folded away, and the hint with it
+    words = at // pair + body_classes(LANES, VEC // pair)
+    there = words < (n - head) // VEC * VEC // pair
     tile = tl.load(first + words, mask=there, other=filler(start, PROBS), eviction_policy=policy)
     if narrow and not ALIGNED:
         low, high = tl.split(tl.reshape(tile, LANES, VEC // 2, 2))
@@ -125,11 +132,11 @@ def widened(start, tile, opaque, dtype: tl.constexpr):
 def store_body(start, head, at, n, values, ALIGNED: tl.constexpr):
     LANES: tl.constexpr = values.shape[0]
     VEC: tl.constexpr = values.shape[1]
-    first = start + head + at
+    first = start + head
     if ALIGNED:
         first = tl.multiple_of(first, 16)
-    classes = body_classes(LANES, VEC)
-    there = at + classes < (n - head) // VEC * VEC
+    classes = at + body_classes(LANES, VEC)
+    there = classes < (n - head) // VEC * VEC
     tl.store(first + classes, values.to(start.dtype.element_ty), mask=there, eviction_policy="evict_first")
 
 

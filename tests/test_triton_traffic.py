@@ -1,0 +1,161 @@
+"""The Triton kernels' bytes and accesses, counted as their compiled PTX runs on the emulator.
+
+Bytes are sectors of 32, per bf16 pair of logits, less 256 bytes a row for labels, statistics and ragged ends. The least
+is 2 reads and 1 write: 6 bytes.
+"""
+
+from typing import Any
+
+import gpu
+import pytest
+import torch
+from cases import BF16, F32, batch, name
+
+import kdfast
+from kdfast.triton import launch
+
+pytestmark = [
+    pytest.mark.skipif(not gpu.EMULATED, reason=gpu.NEEDS_EMULATOR),
+    pytest.mark.parametrize("capability", gpu.CAPABILITIES),
+]
+
+SHORT = (
+    256,  # the shortest that is promised
+    1000,  # rows of which every second begins off a sector
+    4096,
+    16384,  # the longest with 4 tiles a thread
+    32000,  # Llama 2's
+    32768,  # the longest that stays in registers
+)
+LONG = (
+    50257,  # GPT-2's: odd
+    128256,  # Llama 3's
+    151665,  # Qwen 2.5's real tokens: odd
+    151936,
+    262144,  # Gemma's, the longest that is promised
+)
+ALIGNED = (4096, 32000, 151936)
+ROWS = 2
+SETTINGS: dict[str, Any] = {"temperature": 2, "backend": "triton"}
+
+
+@pytest.fixture(params=["split", "whole"])
+def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Few and long rows are split over programs; here also as if they were many."""
+    if request.param == "whole":
+        monkeypatch.setattr(launch, "SPLIT_ROWS", 0)
+    return request.param
+
+
+def traffic(capability: int, vocab: int, dtype: torch.dtype = BF16, grad: bool = True, **settings: Any) -> Any:
+    student, teacher, labels = batch(ROWS, vocab, dtype)
+    with gpu.kernels(capability) as reports:
+        kdfast.kd_loss(student.requires_grad_(grad), teacher, labels, **SETTINGS | settings)
+    return reports
+
+
+def per_pair(reports: Any, vocab: int, of: Any) -> float:
+    return (sum(map(of, reports)) - 256 * ROWS) / (ROWS * vocab)
+
+
+def asked(report: Any) -> int:
+    return 32 * (report.load_sectors + report.store_sectors)
+
+
+def first(report: Any) -> int:
+    """What DRAM must move: of the logits, once; of the rest of the launches all."""
+    return report.first_read_bytes + report.first_written_bytes
+
+
+def once(reports: Any) -> list[Any]:
+    """Of kernels that read the same rows one after the other, the one that reads most."""
+    return [max(reports, key=first)]
+
+
+@pytest.mark.parametrize("vocab", SHORT)
+def test_a_short_row_is_read_once(capability: int, vocab: int) -> None:
+    assert per_pair(traffic(capability, vocab), vocab, asked) <= 6.06
+
+
+@pytest.mark.parametrize("vocab", LONG)
+def test_a_long_row_is_read_twice_and_comes_from_dram_once(capability: int, vocab: int, rows: str) -> None:
+    reports = traffic(capability, vocab)
+    assert per_pair(reports, vocab, asked) <= 10.1
+    assert per_pair(once(reports), vocab, first) <= 6.06
+
+
+@pytest.mark.parametrize("vocab", SHORT + LONG)
+def test_without_a_gradient_nothing_is_written(capability: int, vocab: int) -> None:
+    assert per_pair(traffic(capability, vocab, grad=False), vocab, asked) <= 4.04
+
+
+@pytest.mark.parametrize("dtype", (BF16, F32), ids=name)
+@pytest.mark.parametrize("vocab", ALIGNED)
+def test_aligned_rows_are_accessed_in_16_byte_pieces(capability: int, vocab: int, dtype: torch.dtype) -> None:
+    assert wide_share(traffic(capability, vocab, dtype)) >= 0.99
+
+
+@pytest.mark.parametrize("dtype", (BF16, F32), ids=name)
+@pytest.mark.parametrize("vocab", (50257, 151665))
+def test_so_are_all_but_the_ends_of_rows_that_begin_anywhere(capability: int, vocab: int, dtype: torch.dtype) -> None:
+    assert wide_share(traffic(capability, vocab, dtype)) >= 0.95
+
+
+def wide_share(reports: Any) -> float:
+    widths = [w for report in reports for w in (report.load_widths, report.store_widths)]
+    return sum(w.get(16, 0) for w in widths) / sum(sum(w.values()) for w in widths)
+
+
+@pytest.mark.parametrize("vocab", (4096, 50257))
+def test_backward_with_a_gradient_of_1_moves_nothing_but_that_1(capability: int, vocab: int) -> None:
+    student, teacher, labels = batch(ROWS, vocab, BF16)
+    with gpu.kernels(capability) as reports:
+        loss = kdfast.kd_loss(student.requires_grad_(), teacher, labels, **SETTINGS)
+        forward = len(reports)
+        loss.backward()
+        once_more = kdfast.kd_loss(student, teacher, labels, **SETTINGS) * 3
+        middle = len(reports)
+        once_more.backward()
+    assert forward <= 3
+    (scale,) = reports[forward : forward + 1]
+    assert scale.store_sectors == 0
+    assert set(scale.arrays) >= {"factor"}
+    assert sum(a.load_sectors for key, a in scale.arrays.items() if key != "factor") == 0
+    assert reports[middle].store_sectors > 0, "another factor does scale"
+
+
+@pytest.mark.parametrize("settings", [{}, {"reduction": "none"}, {"divergence": "reverse_kl"}], ids=name)
+def test_no_atomics_and_the_same_bits_every_time(capability: int, settings: dict[str, Any]) -> None:
+    for vocab in (1000, 50257):
+        student, teacher, labels = batch(ROWS, vocab, BF16)
+        found = []
+        with gpu.kernels(capability) as reports:
+            for _ in range(2):
+                leaf = student.clone().requires_grad_()
+                loss = kdfast.kd_loss(leaf, teacher, labels, **SETTINGS | settings)
+                loss.sum().backward()
+                found.append((loss.detach(), leaf.grad))
+        assert all(map(torch.equal, *found))
+        assert all(array.atomics == 0 for report in reports for array in report.arrays.values())
+
+
+@pytest.mark.parametrize("vocab", (1000, 50257))
+def test_in_place_nothing_of_the_logits_size_is_allocated(
+    capability: int, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher, labels = batch(ROWS, vocab, BF16)
+    x = student.requires_grad_() * 1
+    sizes = []
+    new_empty = torch.Tensor.new_empty
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        sizes.append(new_empty(*args, **kwargs).numel())
+        return new_empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", watched)
+    with gpu.kernels(capability):
+        kdfast.kd_loss(x, teacher, labels, inplace=True, **SETTINGS).backward()
+    assert 0 < max(sizes) < vocab
+    with gpu.kernels(capability):
+        kdfast.kd_loss(student, teacher, labels, **SETTINGS)
+    assert max(sizes) == ROWS * vocab, "the watch sees the gradient where one is made"
