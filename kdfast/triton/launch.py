@@ -76,9 +76,9 @@ def _facts(device: torch.device, number: int, warp: int, driver: Any) -> Facts:
 
 def held_bytes(spec: Spec, tensors: list[Tensor]) -> int:
     """How much of a row a thread may keep beside what its arithmetic takes."""
-    if spec.dtype == tl.float64:
+    if spec.dtype == tl.float64 or spec.teacher == "given":
         return HELD_BYTES // 4
-    plain = len(tensors) <= 2 and tensors[0].dtype == tensors[-1].dtype and spec.teacher != "given"
+    plain = len(tensors) <= 2 and tensors[0].dtype == tensors[-1].dtype
     carries_p = spec.divergence is None or spec.divergence.over == "teacher"
     return HELD_BYTES if plain and carries_p else HELD_BYTES // 2
 

@@ -45,9 +45,14 @@ def readable(tensor: Tensor) -> Tensor:
 
 
 def matrix(tensor: Tensor) -> tuple[Tensor, int, int, int]:
+    """(data, inner, outer_stride, stride), the numbers as 2 x + 3, which tiles.row_start takes back.
+
+    Triton compiles once more for a 1 and for a multiple of 16, and in a tuple it cannot be told not to.
+    """
     found = layout(tensor)
     assert found is not None
-    return (tensor, *found)
+    inner, outer, stride = (2 * x + 3 for x in found)
+    return tensor, inner, outer, stride
 
 
 def aligned(student: Tensor, others: list[Tensor], vec: int) -> tuple[bool, ...]:
@@ -70,5 +75,10 @@ def by_row(values: Tensor) -> Tensor:
 
 
 def bits(number: float) -> int:
-    """A double as the kernels take it, by its bits."""
-    return struct.unpack("q", struct.pack("d", number))[0]
+    """A number >= 0 as the kernels take it, in an odd 64-bit integer: a double's bits, of which the sign is left out.
+
+    Triton would hand a float over as fp32. A 0 is never used as such, and would be a 1 here (see `matrix`).
+    """
+    (raw,) = struct.unpack("Q", struct.pack("d", number or 1e-300))
+    (signed,) = struct.unpack("q", struct.pack("Q", (raw << 1 | 1) & (1 << 64) - 1))
+    return signed

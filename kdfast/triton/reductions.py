@@ -12,6 +12,8 @@ from kdfast.triton.statistics import merge, statistics_in, table_row
 from kdfast.triton.teachers import base2, teacher_slope
 from kdfast.triton.tiles import end_classes, head_of, load_body, row_start, row_value, store_body, widened
 
+RUN_TIME = ["student", "per_row", "numbers", "grad", "scale", "rows", "vocab", "width", "ignore_index", "segments"]
+
 
 @triton.jit
 def _weights(labels, weight, at, there, ignore_index, dtype: tl.constexpr):
@@ -24,7 +26,7 @@ def _weights(labels, weight, at, there, ignore_index, dtype: tl.constexpr):
     return w
 
 
-@triton.jit(do_not_specialize=["rows", "ignore_index"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def normalizer(
     labels, weight, divisor, rows: tl.int32, ignore_index: tl.int64, LANES: tl.constexpr, dtype: tl.constexpr
 ):
@@ -35,7 +37,7 @@ def normalizer(
     tl.store(divisor, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["scale", "rows"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def reduce(losses, divisor, scale, loss, rows: tl.int32, LANES: tl.constexpr, dtype: tl.constexpr):
     total = tl.zeros((LANES,), dtype)
     for first in range(0, rows, LANES):
@@ -59,9 +61,6 @@ def _by_row(data, at, there, fallback, dtype: tl.constexpr):
         return number(fallback, dtype) + tl.zeros(at.shape, dtype)
     else:
         return tl.load(data + at, mask=there, other=1).to(dtype)
-
-
-RUN_TIME = ["student", "per_row", "numbers", "rows", "vocab", "ignore_index", "segments"]
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -112,7 +111,7 @@ def join(
             tl.store(loss, _mean(tl.sum(each, 0), divisor, numbers[4], SPEC.dtype))
 
 
-@triton.jit(do_not_specialize=["grad", "rows", "width"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def scale(grad, factor, rows: tl.int32, width: tl.int32, LANES: tl.constexpr, VEC: tl.constexpr, dtype: tl.constexpr):
     """grad *= factor. Where that is 1, as it is for loss.backward(), nothing more is read and nothing written."""
     by = row_value(factor, 0, dtype)

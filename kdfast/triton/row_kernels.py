@@ -41,7 +41,7 @@ from kdfast.triton.rows import (
 from kdfast.triton.statistics import accumulate, merge, no_statistics, statistics_in, table_row
 from kdfast.triton.tiles import body_classes, end_classes, head_of, row_start, row_starts, store_body, zero
 
-# Nothing is compiled for once more because it is 1 or a multiple of 16: rows.py and tiles.py say what counts.
+# Nothing is compiled for once more because it is 1 or a multiple of 16; what tuples hold, matrices.py keeps from it.
 MATRICES = ["student", "teachers", "output", "per_row", "numbers"]
 SIZES = ["rows", "vocab", "width", "ignore_index", "segments", "segment"]
 

@@ -75,8 +75,8 @@ def kept_row(per_row, row, ignore_index, vocab, LANES: tl.constexpr, SPEC: tl.co
 
 @triton.jit
 def number(bits, dtype: tl.constexpr):
-    """A number that came as the bits of a double, and is rounded here, once: Triton hands floats over as fp32."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(dtype)
+    """A number that came as matrices.bits, and is rounded here, once."""
+    return ((bits.to(tl.int64) >> 1) & 0x7FFFFFFFFFFFFFFF).to(tl.float64, bitcast=True).to(dtype)
 
 
 @triton.jit

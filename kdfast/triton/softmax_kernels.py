@@ -12,6 +12,8 @@ from kdfast.triton.statistics import accumulate, exponent, finite, merge, no_sta
 from kdfast.triton.teachers import base2
 from kdfast.triton.tiles import end_classes, head_of, load_body, row_start, row_starts, store_body, widened
 
+RUN_TIME = ["inputs", "output", "temperatures", "temperature", "rows", "vocab", "opaque"]
+
 
 @triton.jit
 def _load(starts, head, at, n, AGAIN: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr):
@@ -88,7 +90,7 @@ def _row(temperatures, index, temperature, SPEC: tl.constexpr):
     return base2(t), t, t, ()
 
 
-@triton.jit(do_not_specialize=["inputs", "output", "temperature", "vocab", "opaque"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def softmax_short(
     inputs, output, temperatures, temperature, vocab: tl.int32, opaque: tl.int32, LOG: tl.constexpr,
     TILES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
@@ -114,7 +116,7 @@ def softmax_short(
     tl.store(out + ends, x_ends.to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["inputs", "output", "temperature", "rows", "vocab"])
+@triton.jit(do_not_specialize=RUN_TIME)
 def softmax_long(
     inputs, output, temperatures, temperature, rows: tl.int32, vocab: tl.int32, LOG: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,

@@ -72,7 +72,7 @@ def hard_exps(s, y, e, offset, temperature, SPEC: tl.constexpr):
     """Exps at temperature 1, from the logits or from the exps at T."""
     POWER: tl.constexpr = SPEC.power
     if POWER == 0:
-        return tl.exp2(exponent(s, LOG2E, hard_offset(offset, temperature)))
+        return tl.exp2(exponent(s, tl.full((), LOG2E, SPEC.dtype), hard_offset(offset, temperature)))
     else:
         power = e
         for _ in tl.static_range(1, POWER):

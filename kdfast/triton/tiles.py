@@ -1,7 +1,7 @@
 """How the kernels touch memory: rows, whole 16-byte vectors of them, and their two ragged ends.
 
-A matrix is (data, inner, outer_stride, stride): row r starts at data + r // inner * outer_stride + r % inner * stride,
-so that a slice such as logits[:, :-1] is read as it lies. Its classes are contiguous.
+A matrix is (data, inner, outer_stride, stride), as matrices.py writes it: row r starts at
+data + r // inner * outer_stride + r % inner * stride, so that a slice such as logits[:, :-1] is read as it lies. Its classes are contiguous.
 
 Of a row's n classes those from `head` on are whole vectors of VEC classes, of 16 bytes, which start at a sector of 32:
 a warp's request then touches no sector in part. The up to 2 * VEC - 1 classes before them, and the up to VEC - 1 after
@@ -20,7 +20,8 @@ import triton.language as tl
 
 @triton.jit
 def row_start(matrix, row):
-    data, inner, outer_stride, stride = matrix
+    data = matrix[0]
+    inner, outer_stride, stride = (matrix[1] - 3) >> 1, (matrix[2] - 3) >> 1, (matrix[3] - 3) >> 1
     return data + ((row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * stride)
 
 
