@@ -72,7 +72,8 @@ def kd_loss(
             the weighted mean of their logits / T (paper, section 2 and 5).
         inplace: the gradient overwrites the storage of ``student_logits``, which saves a tensor of that size; the
             logits must not be a leaf that requires grad.
-        backend: None (by the device), ``"reference"`` or ``"cpu"``; see :func:`kdfast.backends`.
+        backend: None (by the device), ``"reference"``, ``"cpu"`` or ``"triton"``; see :func:`kdfast.backends`.
+            ``"triton"``, which CUDA and ROCm tensors get, takes CPU tensors too where Triton itself can launch on them.
 
     Returns:
         0-dim, or (...) with reduction ``"none"``; float32, for float64 logits float64. Scalar losses of other than
@@ -83,7 +84,8 @@ def kd_loss(
         TypeError: an argument of a wrong Python type.
         ValueError: a shape, a number or a name that is not allowed, or arguments that exclude each other.
         RuntimeError: a wrong dtype or device, a backend that is not usable here, ``inplace`` on a leaf.
-        IndexError: a label outside [0, V) that is not ``ignore_index``.
+        IndexError: a label outside [0, V) that is not ``ignore_index``. On a GPU nobody waits to see it: loss and
+            gradient of its row become NaN, and no other row is touched.
     """
     student = student_logits
     if not isinstance(student, Tensor):

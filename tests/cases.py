@@ -1,8 +1,8 @@
 """The grids of the tests, each value with its reason. How numbers are judged is in judge.py.
 
 Triton compiles for each combination of dtypes, divergence, target, given and missing tensors, and number of tiles, some
-half a second each. So for Triton the products of grids are thinned, deliberately and each with its reason:
-`triton_where` leaves parameters out, `combined` pairs values in rotation. Values that no kernel is compiled for are free.
+half a second each. So for Triton the products of grids are thinned, each with its reason: `thinned_to` leaves
+parameters out, `combined` pairs values in rotation. Values that no kernel is compiled for are free.
 """
 
 import itertools
@@ -135,9 +135,9 @@ def as_target(teacher: Tensor, target: str, temperature: float | Tensor = 1.0) -
     return (torch.softmax(z, -1) if target == "probs" else torch.log_softmax(z, -1)).to(teacher.dtype)
 
 
-def triton_where(condition: Callable[..., bool]) -> pytest.MarkDecorator:
-    """For Triton only where `condition` of the test's parameters, by their names, holds: conftest.py leaves out the rest."""
-    return pytest.mark.triton_where(condition)
+def thinned_to(condition: Callable[..., bool]) -> pytest.MarkDecorator:
+    """For Triton only where `condition` of the test's parameters, by their names, holds; see conftest.py."""
+    return pytest.mark.thinned_to(condition)
 
 
 def combined(backend: str, *grids: Sequence[Any], turn: int = 0) -> Iterable[tuple[Any, ...]]:

@@ -42,8 +42,10 @@ def run(
     return loss.detach(), leaf.grad
 
 
-def judge(student: Tensor, teacher: Any, labels: Tensor | None = None, *, backend: str, **settings: Any) -> None:
-    """Runs the three kernels (loss and gradient in one; statistics, then gradient; statistics alone) by the rule."""
+def judge(
+    student: Tensor, teacher: Any, labels: Tensor | None = None, *, backend: str, by_row: bool = True, **settings: Any
+) -> None:
+    """Runs the three kernels by the rule: loss and gradient in one; if `by_row`, statistics alone, then a gradient."""
     rowwise = {k: v for k, v in settings.items() if k not in ("reduction", "normalizer")} | {"reduction": "none"}
     with one_thread():
         truth = Truth(*moved((student, teacher, labels, rowwise), "cpu"))
@@ -53,6 +55,8 @@ def judge(student: Tensor, teacher: Any, labels: Tensor | None = None, *, backen
         loss, grad = run(student, teacher, labels, backend=backend, **settings)
         truth.judge_sum("loss and gradient in one", loss, scale)
         truth.judge_gradient("loss and gradient in one", grad, torch.full_like(truth.loss, scale))
+        if not by_row:
+            return
         with torch.no_grad():
             loss = kdfast.kd_loss(student, teacher, labels, backend=backend, **settings | {"inplace": False})
         truth.judge_sum("loss alone", loss, scale)

@@ -1,12 +1,16 @@
 """backends(), and what happens where there are no fast kernels: one warning, and the same numbers."""
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
+import gpu  # before anything that imports Triton
 import pytest
 import torch
 from cases import BF16, F16, F32, F64, batch
@@ -40,13 +44,16 @@ def without_kernels(tmp_path: Path) -> Path:
 
 def test_backends_says_of_each_whether_it_is_compiled_and_usable_and_why_not():
     facts = kdfast.backends()
-    assert set(facts) == {"reference", "cpu", "by_device"}
-    for name in ("reference", "cpu"):
+    assert set(facts) == {"reference", "cpu", "triton", "by_device"}
+    for name in ("reference", "cpu", "triton"):
         entry = facts[name]
         assert {type(entry["compiled"]), type(entry["usable"])} == {bool}
         assert (entry["why_not"] is None) == entry["usable"], "a reason exactly where it is not usable"
     assert facts["reference"] == {"compiled": True, "usable": True, "why_not": None}
     assert facts["by_device"]["cpu"] == ("cpu" if facts["cpu"]["usable"] else "reference")
+    assert facts["by_device"]["cuda"] == ("triton" if facts["triton"]["device"] == "cuda" else "reference")
+    assert facts["triton"]["compiled"], "it is so when it is first called"
+    assert (facts["triton"]["device"] is not None) == facts["triton"]["usable"]
     assert (facts["cpu"]["isa"] is not None) == facts["cpu"]["usable"]
     assert facts["cpu"]["build"]
 
@@ -67,7 +74,7 @@ def test_the_cpu_backend_is_what_a_cpu_tensor_gets(cpu):
 
 def test_an_unknown_backend_is_an_error_that_names_those_there_are():
     s, t, _ = batch(2, 5)
-    with pytest.raises(ValueError, match="backend: 'gpu' is not one of None, 'reference', 'cpu'"):
+    with pytest.raises(ValueError, match="backend: 'gpu' is not one of None, 'reference', 'cpu', 'triton'"):
         kdfast.kd_loss(s, t, backend="gpu")
 
 
@@ -87,6 +94,60 @@ def test_asking_for_kernels_that_are_not_there_is_an_error_that_says_why(without
     )
     assert "backend: 'cpu' is not usable here: the compiled extension is missing" in done.stdout, done.stderr
     assert "pip install" in done.stdout, "it says how to get them"
+
+
+# how Triton may be of no use: what stands for it (None: itself), and what is said of that
+USELESS_TRITONS = {
+    "missing": ("raise ImportError('there is none')", r"Triton could not be imported \(there is none\)"),
+    "too old": ("__version__ = '3.5.1'", r"Triton 3\.5\.1 is too old, 3\.6 is the least"),
+    "without a driver": (
+        "from types import SimpleNamespace as Some\n"
+        "class Driver:\n"
+        "    @property\n"
+        "    def active(self): raise RuntimeError('0 active drivers')\n"
+        "__version__, knobs, runtime = '3.10.0', Some(runtime=Some(interpret=False)), Some(driver=Driver())",
+        r"Triton 3\.10\.0 finds no GPU that it can launch on \(0 active drivers\)",
+    ),
+    "without a GPU": (None, r"Triton \S+ finds no GPU that it can launch on \("),
+}
+
+
+@pytest.mark.parametrize("what", USELESS_TRITONS)
+def test_a_triton_that_is_of_no_use_is_an_error_that_says_why_and_no_obstacle_to_others(what: str, tmp_path: Path):
+    stub, words = USELESS_TRITONS[what]
+    if stub:
+        (tmp_path / "triton.py").write_text(stub)
+    elif gpu.ON_DEVICE or importlib.util.find_spec("triton") is None:
+        pytest.skip("needs a Triton, and no GPU")
+    search = os.pathsep.join(map(str, (tmp_path, PACKAGE.parent)))
+    out = run_well(
+        "import sys, torch, kdfast\n"
+        "ones = torch.ones(2, 3)\n"
+        "kdfast.kd_loss(ones, ones), kdfast.kd_loss(ones, ones, backend='reference')\n"
+        "assert 'triton' not in sys.modules, 'imported by those who do not ask for it'\n"
+        "try: kdfast.kd_loss(ones, ones, backend='triton')\n"
+        "except RuntimeError as error: print(error)\n"
+        "facts = kdfast.backends()\n"
+        "print(facts['triton']['why_not'])\n"
+        "assert facts['triton'] == facts['triton'] | {'compiled': True, 'usable': False, 'device': None}\n"
+        "assert facts['by_device']['cuda'] == 'reference'\n",
+        PYTHONPATH=search,
+        TRITON_INTERPRET="0",
+    )
+    assert re.match(rf"backend: 'triton' is not usable here: {words}.*\n{words}", out), out
+
+
+def test_the_triton_backend_refuses_tensors_of_a_device_that_it_does_not_launch_on(monkeypatch: pytest.MonkeyPatch):
+    triton = pytest.importorskip("triton")
+    on_gpus = SimpleNamespace(get_active_torch_device=lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(triton.runtime.driver, "_active", on_gpus)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    s, t, _ = batch(2, 5)
+    with pytest.raises(RuntimeError, match="backend: 'triton' is not usable here: Triton launches on cuda .*on cpu"):
+        kdfast.kd_loss(s, t, backend="triton")
+    facts = kdfast.backends()
+    assert facts["triton"] == {"compiled": True, "usable": True, "why_not": None, "device": "cuda"}
+    assert facts["by_device"] == facts["by_device"] | {"cuda": "triton"}
 
 
 def test_a_library_that_does_not_load_is_a_reason_and_not_a_crash(without_kernels):

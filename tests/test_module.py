@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import batch
+from cases import batch, here
 from torch import nn
 
 from kdfast import KDLoss, kd_loss
@@ -30,7 +30,7 @@ def saved_and_loaded(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("more", [{}, {"temperature": torch.full((5,), 3.0)}], ids=["number", "tensor"])
 def test_a_copy_gives_the_same_loss(copied: Callable[[nn.Module], nn.Module], more, backend):
     s, t, y = batch(5, 100)
-    loss = KDLoss(**SETTINGS | more, backend=backend)
+    loss = KDLoss(**SETTINGS | here(more), backend=backend)
     assert torch.equal(copied(loss)(s, t, y), loss(s, t, y))
 
 

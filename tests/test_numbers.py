@@ -21,7 +21,7 @@ from cases import (
     batch,
     combined,
     name,
-    triton_where,
+    thinned_to,
 )
 from judge import judge, run
 
@@ -29,7 +29,7 @@ WITH_TEMPERATURE = DIVERGENCES[:-1]
 MAIN = ((F32, F32), (BF16, BF16))  # for Triton every length; what other pairs add is their loads, short rows and long
 
 
-@triton_where(lambda vocab, pair: pair in MAIN or vocab in SMALL_VOCABS)
+@thinned_to(lambda vocab, pair: pair in MAIN or vocab in SMALL_VOCABS)
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=name)
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_every_length_and_dtype(backend: str, vocab: int, pair: tuple[torch.dtype, torch.dtype]) -> None:
@@ -42,12 +42,17 @@ def test_every_length_and_dtype(backend: str, vocab: int, pair: tuple[torch.dtyp
         judge(student, teacher, labels, backend=backend, divergence=divergence, temperature=2)
 
 
-@triton_where(lambda temperature, dtype: dtype == F32 or temperature in (2, 0.1))  # a temperature meets fp32, or fp64
+@thinned_to(lambda temperature, dtype: dtype == F32 or temperature in (2, 0.1))  # a temperature meets fp32, or fp64
 @pytest.mark.parametrize("dtype", (F32, BF16, F64), ids=name)  # F16 differs from BF16 in its rounding alone
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_every_temperature(backend: str, temperature: float, dtype: torch.dtype) -> None:
     # the teacher's own: a different one, and 1, where only the student's is tempered
-    ways = ((True, {}), (False, {"t_squared": False}), (False, {"teacher_temperature": 1.5}), (True, {"teacher_temperature": 1}))
+    ways = (
+        (True, {}),
+        (False, {"t_squared": False}),
+        (False, {"teacher_temperature": 1.5}),
+        (True, {"teacher_temperature": 1}),
+    )
     turn = TEMPERATURES.index(temperature)
     for vocab, divergence, (labelled, options) in combined(backend, SMALL_VOCABS, WITH_TEMPERATURE, ways, turn=turn):
         student, teacher, labels = batch(3, vocab, dtype)
@@ -104,6 +109,13 @@ def test_blocks_of_different_size(backend: str, shape: str, dtype: torch.dtype) 
     both = [ROW_SHAPES[shape](x).to(dtype) for x in (student, teacher)]
     for divergence, temperature in combined(backend, DIVERGENCES, (2, 0.5), turn=dtype.itemsize == 4):
         judge(*both, labels, backend=backend, divergence=divergence, temperature=temperature)
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=name)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_many_long_rows(backend: str, divergence: str, dtype: torch.dtype) -> None:
+    # Triton splits no more than 64 rows, and of more than 32768 classes
+    judge(*batch(65, 33_000, dtype), backend=backend, divergence=divergence, temperature=2)
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -4,11 +4,13 @@ Run as a program this file makes many calls, right ones and wrong ones, from a s
 """
 
 import collections
+import contextlib
 import random
 import subprocess
 import sys
 from typing import Any
 
+import gpu  # before anything that imports Triton
 import hypothesis.strategies as st
 import torch
 from cases import DIVERGENCES, DTYPES, ENSEMBLES, F32, F64, REDUCTIONS, TARGETS, as_target, batch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 import kdfast
 
-CALLS = 10_000
+CALLS = {"reference": 10_000, "cpu": 10_000, "triton": 200}  # a call that Triton has not compiled for takes a second
 ERRORS = (TypeError, ValueError, RuntimeError, IndexError)  # what kd_loss documents
 
 
@@ -76,19 +78,28 @@ def calls(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (padded(student, padding), teacher, given_labels), options
 
 
-# derandomized: the same 300 examples each time, some 5 s
-@settings(deadline=None, derandomize=True, database=None, max_examples=300, suppress_health_check=list(HealthCheck))
-@given(call=calls())
-def test_any_valid_call_gives_the_references_numbers(
-    backend: str, call: tuple[tuple[Any, ...], dict[str, Any]]
-) -> None:
-    inputs, options = call
-    judge(*inputs, backend=backend, **options)
+# derandomized: the same 300 examples each time, some 5 s; for Triton 30, since nearly each compiles kernels of its own
+def test_any_valid_call_gives_the_references_numbers(backend: str) -> None:
+    @settings(
+        deadline=None,
+        derandomize=True,
+        database=None,
+        max_examples=30 if backend == "triton" else 300,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(call=calls())
+    def check(call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+        inputs, options = call
+        judge(*inputs, backend=backend, **options)
+
+    check()
 
 
-def _pools(rng: random.Random, shape: tuple[int, ...], vocab: int) -> dict[str, list[Any]]:
+def _pools(
+    rng: random.Random, shape: tuple[int, ...], vocab: int, dtypes: tuple[torch.dtype, ...]
+) -> dict[str, list[Any]]:
     """For each argument some right values and some wrong ones."""
-    dtype = rng.choice([*DTYPES, torch.int32]) if rng.random() < 0.05 else rng.choice(DTYPES)
+    dtype = torch.int32 if rng.random() < 0.01 else rng.choice(dtypes)
 
     def logits(*size: int) -> Tensor:
         x = torch.randn(size)
@@ -98,7 +109,7 @@ def _pools(rng: random.Random, shape: tuple[int, ...], vocab: int) -> dict[str, 
             x = x.transpose(0, -1).contiguous().transpose(0, -1)
         return x
 
-    teachers = [logits(*shape, vocab + rng.choice([0, 0, 0, 2])).to(rng.choice(DTYPES)) for _ in range(3)]
+    teachers = [logits(*shape, vocab + rng.choice([0, 0, 0, 2])).to(rng.choice(dtypes)) for _ in range(3)]
     rows = torch.rand(shape)
     student = logits(*shape, vocab).to(dtype)
     return {
@@ -125,14 +136,15 @@ def _pools(rng: random.Random, shape: tuple[int, ...], vocab: int) -> dict[str, 
 
 def many_calls(backend: str, seed: int) -> None:
     """Prints how many calls went well and how many raised each error; anything but the documented errors ends it."""
+    dtypes = DTYPES if backend != "triton" else (F32,)  # each pair would be compiled for
     rng = random.Random(seed)
     torch.manual_seed(seed)
     torch.set_num_threads(1 if backend == "reference" else 2)
     counts: collections.Counter[str] = collections.Counter()
-    for number in range(CALLS):
+    for number in range(CALLS[backend]):
         shape = rng.choice([(), (0,), (1,), (4,), (2, 3), (33,)])
         vocab = rng.choice([1, 2, 7, 17, 33, 100])
-        pools = _pools(rng, shape, vocab)
+        pools = _pools(rng, shape, vocab, dtypes)
         chosen = {argument: pool[0] for argument, pool in pools.items()}
         for argument in rng.sample(list(pools), rng.choice([0, 1, 2, 3, 5, 8])):
             chosen[argument] = rng.choice(pools[argument])
@@ -148,16 +160,19 @@ def many_calls(backend: str, seed: int) -> None:
     print(" ".join(f"{name}={count}" for name, count in sorted(counts.items())))
 
 
-def test_ten_thousand_calls_do_not_crash(backend: str) -> None:
+def test_thousands_of_calls_do_not_crash(backend: str) -> None:
     command = [sys.executable, "-X", "faulthandler", __file__, backend, "20150309"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr[-3000:]}"
     counts = {name: int(count) for name, count in (pair.split("=") for pair in done.stdout.split())}
-    assert sum(counts.values()) == CALLS
-    assert counts["fine"] > 0.3 * CALLS  # the right calls are not lost among the wrong ones
+    calls = CALLS[backend]
+    assert sum(counts.values()) == calls
+    assert counts["fine"] > 0.3 * calls  # the right calls are not lost among the wrong ones
     for error in ERRORS:
-        assert counts.get(error.__name__, 0) > 0.002 * CALLS, counts
+        unseen = gpu.ON_DEVICE and backend == "triton" and error is IndexError  # a label's value: it is not looked at
+        assert unseen or counts.get(error.__name__, 0) > 0.002 * calls, counts
 
 
 if __name__ == "__main__":
-    many_calls(sys.argv[1], int(sys.argv[2]))
+    with gpu.kernels() if sys.argv[1] == "triton" else contextlib.nullcontext():
+        many_calls(sys.argv[1], int(sys.argv[2]))

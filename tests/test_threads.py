@@ -166,6 +166,7 @@ print(before, one, len(os.listdir("/proc/self/task")))
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc, which is not there")
+@pytest.mark.parametrize("backend", ("reference", "cpu"), indirect=True)  # Triton's kernels run on no thread of the CPU
 def test_set_num_threads_is_obeyed(backend):
     command = [sys.executable, "-W", "ignore", "-c", THREADS_SCRIPT, backend]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=SECONDS).stdout

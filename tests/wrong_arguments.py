@@ -44,12 +44,12 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("weight", torch.ones(3, dtype=torch.complex64), {}, RuntimeError, "torch.complex64, but it must be real"),
     ("temperature", torch.ones(3, dtype=torch.complex64), {}, RuntimeError, "torch.complex64, but it must be real"),
     # and so is a device, and what autograd cannot do
-    ("teacher", META, {}, RuntimeError, "is on meta, but student_logits is on cpu"),
-    ("teacher[1]", [T, META], {}, RuntimeError, "is on meta, but student_logits is on cpu"),
+    ("teacher", META, {}, RuntimeError, "is on meta, but student_logits is on (cpu|cuda)"),
+    ("teacher[1]", [T, META], {}, RuntimeError, "is on meta, but student_logits is on (cpu|cuda)"),
     ("labels", torch.empty(3, dtype=torch.int64, device="meta"), {}, RuntimeError, "on meta, but student_logits is on"),
-    ("weight", torch.empty(3, device="meta"), {}, RuntimeError, "is on meta, but student_logits is on cpu"),
-    ("temperature", torch.empty(3, device="meta"), {}, RuntimeError, "is on meta, but student_logits is on cpu"),
-    ("normalizer", torch.empty((), device="meta"), {}, RuntimeError, "is on meta, but student_logits is on cpu"),
+    ("weight", torch.empty(3, device="meta"), {}, RuntimeError, "is on meta, but student_logits is on (cpu|cuda)"),
+    ("temperature", torch.empty(3, device="meta"), {}, RuntimeError, "is on meta, but student_logits is on (cpu|cuda)"),
+    ("normalizer", torch.empty((), device="meta"), {}, RuntimeError, "is on meta, but student_logits is on (cpu|cuda)"),
     ("weight", torch.ones(3, requires_grad=True), {}, RuntimeError, "requires grad, but .* no derivative.*detach"),
     # a shape is a ValueError
     ("student_logits", torch.tensor(1.0), {}, ValueError, r"has shape \(\), but it must be \(..., V\) with V >= 1"),
@@ -160,7 +160,7 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("reduction", None, {}, ValueError, "None is not one of 'mean', 'sum', 'batchmean', 'none'"),
     ("reduction", np.array(["mean", "sum"]), {}, ValueError, "is not one of 'mean', 'sum', 'batchmean', 'none'"),
     ("ensemble", "mean", {}, ValueError, "'mean' is not one of 'arithmetic', 'geometric'"),
-    ("backend", "gpu", {}, ValueError, "'gpu' is not one of None, 'reference', 'cpu'"),
+    ("backend", "gpu", {}, ValueError, "'gpu' is not one of None, 'reference', 'cpu', 'triton'"),
     # --- flags
     ("t_squared", "no", {}, TypeError, "must be a bool, not 'no'"),
     ("inplace", "no", {}, TypeError, "must be a bool, not 'no'"),

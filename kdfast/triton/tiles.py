@@ -1,7 +1,8 @@
 """How the kernels touch memory: rows, whole 16-byte vectors of them, and their two ragged ends.
 
 A matrix is (data, inner, outer_stride, stride), as matrices.py writes it: row r starts at
-data + r // inner * outer_stride + r % inner * stride, so that a slice such as logits[:, :-1] is read as it lies. Its classes are contiguous.
+data + r // inner * outer_stride + r % inner * stride, so that a slice such as logits[:, :-1] is read as it lies. Its
+classes are contiguous.
 
 Of a row's n classes those from `head` on are whole vectors of VEC classes, of 16 bytes, which start at a sector of 32:
 a warp's request then touches no sector in part. The up to 2 * VEC - 1 classes before them, and the up to VEC - 1 after

@@ -1,0 +1,115 @@
+"""How often the Triton kernels are launched and compiled, and that the host never waits for them."""
+
+import math
+from typing import Any
+
+import gpu
+import pytest
+import torch
+from cases import BF16, F32, batch
+from judge import judge, run
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kdfast
+from kdfast import reference
+from kdfast.triton import autotune, launch, ops, row_kernels
+
+pytestmark = pytest.mark.skipif(not gpu.EMULATED, reason=gpu.NEEDS_EMULATOR)
+SETTINGS: dict[str, Any] = {"backend": "triton", "temperature": 2}
+
+
+@pytest.mark.parametrize(
+    "rows, vocab", [(3, 1000), (3, 50257), (65, 33000)], ids=["short", "few and long", "many and long"]
+)
+def test_forward_takes_at_most_three_launches_and_backward_one(rows: int, vocab: int) -> None:
+    student, teacher, labels = batch(rows, vocab, BF16)
+    with gpu.kernels() as reports:
+        loss = kdfast.kd_loss(student.requires_grad_(), teacher, labels, weight=torch.rand(rows), **SETTINGS)
+        forward = len(reports)
+        loss.backward()
+    assert forward <= 3
+    assert len(reports) - forward <= 1
+
+
+def test_fifty_shapes_take_a_handful_of_kernels() -> None:
+    """One for each power of 2 from 256 to 32768 (512 for one tile), one for longer rows, two when few of them."""
+    shapes = [(1 + 7 * i % 13, 1 + int(1.27**i)) for i in range(2, 44)]
+    shapes += [(1, 50257), (70, 33000), (2, 40000), (16, 32), (32, 16), (1, 1), (128, 128), (5, 151936)]
+    assert len(set(shapes)) == 50
+    caches = [kernel.device_caches for kernel in (row_kernels.loss_grad_short, row_kernels.loss_grad_long)]
+    caches += [kernel.device_caches for kernel in (row_kernels.stats, row_kernels.grad)]
+    for cache in caches:
+        for each in cache.values():
+            each[0].clear()
+    with gpu.kernels():
+        for rows, vocab in shapes:
+            student, teacher, labels = batch(rows, vocab, BF16)
+            kdfast.kd_loss(student.requires_grad_(), teacher, labels, **SETTINGS)
+    assert sum(len(each[0]) for cache in caches for each in cache.values()) <= 12
+
+
+class NoWaiting(TorchDispatchMode):
+    """On a GPU, reading a tensor's value on the host waits for all that was launched."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default), func
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("vocab", (1000, 50257))
+def test_the_host_never_waits(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher, labels = batch(3, vocab, BF16)
+    monkeypatch.setattr(reference, "check_values", lambda *args: None)  # which looks at tensors of the CPU alone
+    inputs, settings = captured(student, teacher, labels, weight=torch.rand(3), normalizer=torch.tensor(2.0))
+    with gpu.kernels(), NoWaiting():
+        loss, grad = ops.loss_grad(student, inputs, settings)
+        ops.scale_(grad, torch.ones(()))
+        _, stats = ops.stats(student, inputs, settings)
+        ops.grad(student, stats, loss, inputs, settings)
+        ops.tempered_softmax(student, None, 2.0, False, BF16)
+    with pytest.raises(AssertionError), NoWaiting():
+        loss.item()
+
+
+def captured(student: torch.Tensor, teacher: Any, labels: Any, **settings: Any) -> Any:
+    """A call's arguments as the operators take them."""
+    with pytest.MonkeyPatch.context() as patch:
+        seen: list[Any] = []
+        patch.setattr("kdfast.losses.row_loss", lambda student, *args: seen.extend(args))
+        kdfast.kd_loss(student, teacher, labels, **SETTINGS | settings)
+    return seen[:2]
+
+
+def test_without_autotuning_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KDFAST_AUTOTUNE", raising=False)
+    monkeypatch.setattr(autotune, "_best", {})
+    student, teacher, labels = batch(2, 1000, F32)
+    with gpu.kernels():
+        run(student, teacher, labels, **SETTINGS)
+    assert not autotune._best
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_autotuning_measures_once_and_stays_right(monkeypatch: pytest.MonkeyPatch, inplace: bool) -> None:
+    monkeypatch.setenv("KDFAST_AUTOTUNE", "1")
+    monkeypatch.setattr(autotune, "_best", {})
+    student, teacher, labels = batch(2, 3000, F32)
+    with gpu.kernels() as reports:
+        judge(student, teacher, labels, inplace=inplace, reduction="sum", **SETTINGS)
+        (choice,) = autotune._best.values()
+        assert isinstance(choice[0], launch.Plan)
+        measured = len(reports)
+        run(student, teacher, labels, inplace=inplace, reduction="sum", **SETTINGS)
+    assert len(reports) - measured <= 4
+
+
+def test_every_size_has_a_plan_that_fits() -> None:
+    for warp in (32, 64):
+        for vocab in (*range(1, 600), 2**10, 2**15, 2**15 + 1, 2**18, 2**30):
+            for tensors in ([torch.empty(0, dtype=BF16)] * 2, [torch.empty(0)] * 2, [torch.empty(0)] * 9):
+                plan = launch.plan(vocab, tensors, warp, launch.HELD_BYTES)
+                assert plan.warps * warp == plan.lanes
+                assert math.log2(plan.lanes).is_integer()
+                assert plan.tiles == 0 or plan.tiles * plan.lanes * plan.vec >= vocab
+                held = plan.tiles * plan.vec * sum(t.element_size() for t in tensors)
+                assert held <= launch.HELD_BYTES

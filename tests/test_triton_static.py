@@ -1,0 +1,154 @@
+"""What the compilers make of the Triton kernels, without a GPU: registers, spills, programs that fit, code for AMD."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import gpu
+import pytest
+import torch
+from cases import BF16, ENSEMBLES, F16, F32, F64, as_target, batch, name
+
+import kdfast
+from kdfast.triton import launch, reductions, row_kernels, softmax_kernels
+
+pytestmark = pytest.mark.skipif(not gpu.EMULATED, reason=gpu.NEEDS_EMULATOR)
+
+ARCHITECTURES = (80, 90, 100)
+AMD = ("gfx942", "gfx90a")  # MI300, MI200
+KERNELS = [
+    row_kernels.loss_grad_short, row_kernels.loss_grad_long, row_kernels.stats, row_kernels.grad, reductions.join,
+    reductions.normalizer, reductions.reduce, reductions.scale,
+    softmax_kernels.softmax_short, softmax_kernels.softmax_long,
+]  # fmt: skip
+LENGTHS = (
+    2048,  # the longest fp64 row that stays in registers
+    16384,  # the longest with 4 tiles a thread in bf16, with 8 in fp32
+    32768,  # the longest of all in registers: bf16's, 8 tiles a thread
+    40000,  # none does
+)
+SETTINGS: dict[str, Any] = {"backend": "triton"}
+
+
+@pytest.fixture
+def compiled() -> Iterator[Any]:
+    """What a test's launches compile for sm_80: a function that gives it and forgets it."""
+
+    def take() -> list[Any]:
+        found = []
+        for kernel in KERNELS:
+            for caches in kernel.device_caches.values():
+                found += caches[0].values()
+                caches[0].clear()
+        return found
+
+    take()
+    with gpu.kernels():
+        yield take
+
+
+def everything(dtype: torch.dtype, vocab: int, teacher: Any, **settings: Any) -> None:
+    """All of a loss's kernels: gradients in forward and in backward, rows split and whole."""
+    student, _, labels = batch(1, vocab, dtype)
+    for split in (0, launch.SPLIT_ROWS):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "SPLIT_ROWS", split)
+            for reduction in ("mean", "none"):
+                leaf = student.clone().requires_grad_()
+                kdfast.kd_loss(leaf, teacher, labels, reduction=reduction, **SETTINGS | settings).sum().backward()
+
+
+def registers(kernel: Any, arch: int) -> tuple[int, int]:
+    """Registers a thread, and bytes spilled, by ptxas."""
+    import triton
+    from ptxemu import static
+    from triton.backends.compiler import GPUTarget
+
+    options = {"num_warps": kernel.metadata.num_warps, "maxnreg": kernel.metadata.maxnreg}
+    made = triton.compile(kernel.src, target=GPUTarget("cuda", arch, 32), options=options)
+    (found,) = static.static_report_ptx(made.asm["ptx"], "100a" if arch == 100 else arch).values()
+    return found.registers, found.spill_bytes
+
+
+def assert_nothing_spills(kernels: list[Any]) -> None:
+    assert kernels
+    for kernel in kernels:
+        for arch in ARCHITECTURES:
+            assert registers(kernel, arch)[1] == 0, f"{kernel.name} on sm_{arch}, {kernel.src.signature}"
+
+
+@pytest.mark.parametrize("divergence", ["cross_entropy", "reverse_kl", "logit_mse"])
+@pytest.mark.parametrize("dtype", (BF16, F16, F32, F64), ids=name)
+@pytest.mark.parametrize("vocab", LENGTHS)
+def test_no_kernel_spills(compiled: Any, vocab: int, dtype: torch.dtype, divergence: str) -> None:
+    teacher = batch(1, vocab, dtype).teacher
+    everything(dtype, vocab, teacher, divergence=divergence, temperature=3.7)  # not whole: the most arithmetic
+    assert_nothing_spills(compiled())
+
+
+@pytest.mark.parametrize("target", ["probs", "log_probs"])
+@pytest.mark.parametrize("vocab", (16384, 40000))
+def test_nor_with_given_probabilities(compiled: Any, vocab: int, target: str) -> None:
+    teacher = as_target(batch(1, vocab, BF16).teacher, target, 2)
+    everything(BF16, vocab, teacher, divergence="reverse_kl", temperature=3.7, target=target)
+    assert_nothing_spills(compiled())
+
+
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+@pytest.mark.parametrize("count", [2, 8])  # 8: the most
+def test_nor_with_ensembles(compiled: Any, count: int, ensemble: str) -> None:
+    for vocab in (2048, 40000):
+        teachers = [batch(1, vocab, BF16, seed=seed).teacher for seed in range(count)]
+        everything(BF16, vocab, teachers, divergence="reverse_kl", ensemble=ensemble, temperature=2)
+    assert_nothing_spills(compiled())
+
+
+def test_nor_with_a_teacher_of_another_dtype(compiled: Any) -> None:
+    for dtype, other in ((BF16, F32), (F32, BF16), (F16, BF16)):
+        everything(dtype, 16384, batch(1, 16384, dtype, other).teacher, temperature=3.7)
+    assert_nothing_spills(compiled())
+
+
+def test_nor_does_tempered_softmax(compiled: Any) -> None:
+    for dtype in (BF16, F32):
+        for vocab in (16384, 40000):
+            for log in (False, True):
+                leaf = batch(1, vocab, dtype).student
+                p = torch.ops.kdfast_triton.tempered_softmax(leaf, None, 2.0, log, dtype)
+                torch.ops.kdfast_triton.tempered_softmax_backward(p, p, None, 2.0, log, dtype)
+    assert_nothing_spills(compiled())
+
+
+def test_two_programs_of_the_long_kernel_fit_into_a_multiprocessor(compiled: Any) -> None:
+    for dtype in (BF16, F32):
+        everything(dtype, 40000, batch(1, 40000, dtype).teacher, divergence="reverse_kl", temperature=3.7)
+    kernels = [kernel for kernel in compiled() if kernel.name == "loss_grad_long"]
+    assert len(kernels) == 2
+    for kernel in kernels:
+        for arch in ARCHITECTURES:
+            allotted = (registers(kernel, arch)[0] + 7) // 8 * 8  # registers are given out in eights
+            assert 65536 // (allotted * 32 * kernel.metadata.num_warps) >= 2
+
+
+@pytest.mark.parametrize("arch", AMD)
+def test_every_kernel_compiles_for_amd_without_spills(
+    compiled: Any, arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setattr(launch, "facts", lambda device: launch.Facts(64, 304, 4 << 20))  # an MI300X
+    for dtype in (BF16, F32):
+        for vocab in (2048, 32768, 40000):
+            everything(dtype, vocab, batch(1, vocab, dtype).teacher, temperature=3.7)
+    p = torch.ops.kdfast_triton.tempered_softmax(batch(1, 1000, BF16).student, None, 2.0, False, BF16)
+    torch.ops.kdfast_triton.tempered_softmax(batch(1, 40000, BF16).student, None, 2.0, False, BF16)
+    torch.ops.kdfast_triton.tempered_softmax_backward(p, p, None, 2.0, False, BF16)
+    kernels = compiled()
+    assert {kernel.name for kernel in kernels} == {kernel.fn.__name__ for kernel in KERNELS}
+    for kernel in kernels:
+        options = {"num_warps": kernel.metadata.num_warps}
+        code = triton.compile(kernel.src, target=GPUTarget("hip", arch, 64), options=options).asm["amdgcn"]
+        spills = re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", code)
+        assert spills, "the assembly says how many"
+        assert set(spills) == {"0"}, f"{kernel.name}, {kernel.src.signature}"
