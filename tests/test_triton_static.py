@@ -22,7 +22,7 @@ KERNELS = [
     softmax_kernels.softmax_short, softmax_kernels.softmax_long,
 ]  # fmt: skip
 LENGTHS = (
-    2048,  # the longest fp64 row that stays in registers
+    2048,  # few threads of 4 tiles each
     16384,  # the longest with 4 tiles a thread in bf16, with 8 in fp32
     32768,  # the longest of all in registers: bf16's, 8 tiles a thread
     40000,  # none does

@@ -151,7 +151,7 @@ class Call:
         places = aligned(self.student, [self.student if output is None else output, *self.teachers], plan.vec)
         return {
             "members": self.joined, "LANES": plan.lanes, "VEC": plan.vec,
-            "SPEC": self.spec._replace(aligned=places), **plan.options(self.spec.dtype),
+            "SPEC": self.spec._replace(aligned=places), **plan.options(),
         }  # fmt: skip
 
     def _tensors(self) -> tuple[Any, Any]:

@@ -46,11 +46,11 @@ class Plan(NamedTuple):
     tiles: int  # in registers; 0: rows are read once per pass
     warps: int
 
-    def options(self, dtype: Any = tl.float32) -> dict[str, int]:
+    def options(self) -> dict[str, int]:
         """Triton's own. ptxas spills to fit more programs than it is told are wanted, so it is told."""
         options = {"num_warps": self.warps}
         if self.lanes == 32 * self.warps:  # NVIDIA's
-            options["maxnreg"] = 255 if dtype == tl.float64 and self.tiles and self.lanes <= 256 else 128
+            options["maxnreg"] = min(255, 65536 // self.lanes) if self.tiles else 128
         return options
 
 
@@ -76,7 +76,9 @@ def _facts(device: torch.device, number: int, warp: int, driver: Any) -> Facts:
 
 def held_bytes(spec: Spec, tensors: list[Tensor]) -> int:
     """How much of a row a thread may keep beside what its arithmetic takes."""
-    if spec.dtype == tl.float64 or spec.teacher == "given":
+    if spec.dtype == tl.float64:
+        return 0
+    if spec.teacher == "given":
         return HELD_BYTES // 4
     plain = len(tensors) <= 2 and tensors[0].dtype == tensors[-1].dtype
     carries_p = spec.divergence is None or spec.divergence.over == "teacher"

@@ -88,11 +88,11 @@ def _softmax(
         if plan.tiles:
             softmax_kernels.softmax_short[(rows,)](
                 *args, vocab, 0, LOG=log, TILES=plan.tiles, LANES=plan.lanes, VEC=plan.vec, SPEC=spec,
-                **plan.options(wide),
+                **plan.options(),
             )  # fmt: skip
         else:
             grid = (launch.programs(rows, vocab, inputs, facts),)
             softmax_kernels.softmax_long[grid](
-                *args, rows, vocab, LOG=log, LANES=plan.lanes, VEC=plan.vec, SPEC=spec, **plan.options(wide)
+                *args, rows, vocab, LOG=log, LANES=plan.lanes, VEC=plan.vec, SPEC=spec, **plan.options()
             )
     return output
