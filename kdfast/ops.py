@@ -173,7 +173,6 @@ _cpu_failure = _load()
 _LEAST_TRITON = (3, 6)  # what torch 2.10, the least torch, comes with
 
 
-@torch.compiler.assume_constant_result
 def triton_failure(device: str) -> str | None:
     """Why Triton cannot serve tensors of this type of device; None where it can."""
     try:
@@ -189,6 +188,10 @@ def triton_failure(device: str) -> str | None:
     except Exception as error:  # each of Triton's drivers has its own
         return f"Triton {triton.__version__} finds no GPU that it can launch on ({error})"
     return None if works_on == device else f"Triton launches on {works_on} tensors here, not on {device} ones"
+
+
+# torch.compiler.assume_constant_result, which would import all of Dynamo with kdfast
+triton_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not(device: str) -> str:

@@ -6,6 +6,7 @@ parameters out, `combined` pairs values in rotation. Values that no kernel is co
 """
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,9 @@ from torch import Tensor
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 # What a backend is asked for by name; one that is not usable here is skipped with its own reason.
-BACKENDS = ("reference", "cpu", "triton")
+# KDFAST_TEST_TRITON=1 runs the whole suite over the Triton kernels too, which takes them long to compile; without it
+# they have the tests/test_triton_*.py alone.
+BACKENDS = ("reference", "cpu") + (("triton",) if os.environ.get("KDFAST_TEST_TRITON") == "1" else ())
 
 DIVERGENCES = ("cross_entropy", "forward_kl", "reverse_kl", "logit_mse")
 TARGETS = ("logits", "probs", "log_probs")
