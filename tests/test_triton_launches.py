@@ -1,6 +1,7 @@
 """How often the Triton kernels are launched and compiled, and that the host never waits for them."""
 
 import math
+import os
 from typing import Any
 
 import gpu
@@ -14,7 +15,10 @@ import kdfast
 from kdfast import reference
 from kdfast.triton import autotune, launch, ops, row_kernels
 
-pytestmark = pytest.mark.skipif(not gpu.EMULATED, reason=gpu.NEEDS_EMULATOR)
+pytestmark = [
+    pytest.mark.skipif(not gpu.EMULATED, reason=gpu.NEEDS_EMULATOR),
+    pytest.mark.skipif(os.environ.get("KDFAST_TEST_TRITON") != "1", reason="takes long: KDFAST_TEST_TRITON=1 runs it"),
+]
 SETTINGS: dict[str, Any] = {"backend": "triton", "temperature": 2}
 
 

@@ -1,5 +1,6 @@
 """What the compilers make of the Triton kernels, without a GPU: registers, spills, programs that fit, code for AMD."""
 
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,10 @@ from cases import BF16, ENSEMBLES, F16, F32, F64, as_target, batch, name
 import kdfast
 from kdfast.triton import launch, reductions, row_kernels, softmax_kernels
 
-pytestmark = pytest.mark.skipif(not gpu.EMULATED, reason=gpu.NEEDS_EMULATOR)
+pytestmark = [
+    pytest.mark.skipif(not gpu.EMULATED, reason=gpu.NEEDS_EMULATOR),
+    pytest.mark.skipif(os.environ.get("KDFAST_TEST_TRITON") != "1", reason="takes long: KDFAST_TEST_TRITON=1 runs it"),
+]
 
 ARCHITECTURES = (80, 90, 100)
 AMD = ("gfx942", "gfx90a")  # MI300, MI200
