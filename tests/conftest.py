@@ -31,6 +31,8 @@ def _thinned_out(item: pytest.Item) -> bool:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     if parameters.get("backend") != "triton":
         return False
+    if gpu.INTERPRETED and isinstance(vocab := parameters.get("vocab"), int) and vocab > 40_000:
+        return True  # the interpreter takes a minute for such rows, and has had some that are split and read twice
     for mark in item.iter_markers("thinned_to"):
         (condition,) = mark.args
         wanted = inspect.signature(condition).parameters.keys() & parameters.keys()

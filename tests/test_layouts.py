@@ -32,8 +32,14 @@ LAYOUTS = {
 }
 
 
-# rows of 16 bits have a way of their own where the teacher's vectors lie otherwise than the student's
-@thinned_to(lambda layout, teacher_layout, dtype: dtype == BF16 or "contiguous" in (layout, teacher_layout))
+def _for_triton(layout: str, teacher_layout: str, dtype: torch.dtype) -> bool:
+    """Rows of 16 bits have a way of their own where the teacher's vectors lie otherwise than the student's."""
+    one = "contiguous" in (layout, teacher_layout)
+    aside = ("padded rows", "odd padding", "offset by one")
+    return one and dtype == F32 or dtype == BF16 and (one or layout in aside and teacher_layout in aside)
+
+
+@thinned_to(_for_triton)
 @pytest.mark.parametrize("dtype", (F32, BF16, F64), ids=name)
 @pytest.mark.parametrize("teacher_layout", LAYOUTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -102,7 +108,8 @@ def test_vocab_size_leaves_the_padding_out(backend: str, extra: tuple[int, int],
         judge(student, teacher, labels, inplace=inplace, **settings)  # of which one promise is: exactly 0 there
     narrower = VOCAB - 3  # cut without padding, an ensemble of different widths
     others = [teacher, batch(ROWS, VOCAB + 8, F32).teacher]
-    judge(student, others, labels.clamp_max(narrower - 1), backend=backend, vocab_size=narrower)
+    by_row = backend != "triton"  # which would compile for each student's padding
+    judge(student, others, labels.clamp_max(narrower - 1), backend=backend, by_row=by_row, vocab_size=narrower)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean", "none"])

@@ -64,9 +64,9 @@ def calls(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         ignored = torch.tensor(draw(st.lists(st.booleans(), min_size=rows, max_size=rows)))
         options["ignore_index"] = draw(st.sampled_from([-100, 0, -1]))
         given_labels = torch.where(ignored, options["ignore_index"], labels).view(shape)
-        options["alpha"] = draw(st.none() | st.sampled_from([0.0, 1.0]) | st.floats(0, 1))
+        options["alpha"] = draw(st.none() | st.sampled_from([0.0, 1.0]) | st.floats(0.01, 1))
         if draw(st.booleans()):
-            options["hard_weight"] = draw(st.sampled_from([0.0, 1.0]) | st.floats(0, 10))
+            options["hard_weight"] = draw(st.sampled_from([0.0, 1.0]) | st.floats(0.01, 10))
     if draw(st.booleans()):
         options["weight"] = per_row(st.sampled_from([0.0, 1.0]) | st.floats(0.01, 10))
     options["t_squared"], options["reduction"] = draw(st.booleans()), draw(st.sampled_from(REDUCTIONS))

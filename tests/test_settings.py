@@ -20,6 +20,7 @@ from cases import (
     combined,
     here,
     name,
+    thinned_to,
 )
 from judge import judge, run
 
@@ -28,6 +29,7 @@ import kdfast
 WITH_TEMPERATURE = DIVERGENCES[:-1]
 
 
+@thinned_to(lambda dtype: dtype in (F16, F64))  # of the others test_every_divergence_of_every_teacher has all
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_every_kind_of_target(backend: str, target: str, dtype: torch.dtype) -> None:
@@ -36,9 +38,12 @@ def test_every_kind_of_target(backend: str, target: str, dtype: torch.dtype) -> 
     for divergence, vocab, teacher_dtype in combined(backend, WITH_TEMPERATURE, SMALL_VOCABS, kinds, turn=turn):
         student, teacher, labels = batch(3, vocab, dtype, teacher_dtype)
         targets = as_target(teacher, target, 3)
-        judge(student, targets, labels, backend=backend, divergence=divergence, target=target, temperature=3)
+        settings = {"target": target, "divergence": divergence, "temperature": 3}
+        judge(student, targets, labels, backend=backend, by_row=backend != "triton", **settings)
 
 
+# likewise: here each dtype for one of the targets, by which its teachers are read
+@thinned_to(lambda dtype, target: {F32: "logits", BF16: "probs", F64: "log_probs"}[dtype] == target)
 @pytest.mark.parametrize("ensemble", ENSEMBLES)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", (F32, BF16, F64), ids=name)
@@ -51,7 +56,7 @@ def test_every_ensemble(backend: str, target: str, ensemble: str, dtype: torch.d
         teachers = [batch(3, vocab, others[i], seed=i).teacher for i in range(count)]
         settings = {"target": target, "ensemble": ensemble, "teacher_weights": weights, "temperature": 2}
         teachers = tuple(as_target(t, target, 2) for t in teachers)
-        judge(student, teachers, labels, backend=backend, divergence=divergence, **settings)
+        judge(student, teachers, labels, backend=backend, by_row=backend != "triton", divergence=divergence, **settings)
 
 
 # Triton's whole product, which the other backends have above: half of it each way, in each dtype and at each length
@@ -76,13 +81,12 @@ def test_every_divergence_of_every_teacher(
 
 
 def test_logit_mse_of_a_geometric_ensemble(backend: str) -> None:
-    for vocab in (100, 40_000):  # short; so long that Triton splits it
-        for dtype in DTYPES:
-            student, teacher, labels = batch(3, vocab, dtype)
-            teachers = [teacher, batch(3, vocab, F32, seed=1).teacher]
-            settings = {"divergence": "logit_mse", "ensemble": "geometric"}
-            for weights in (None, [1, 3]):
-                judge(student, teachers, labels, backend=backend, teacher_weights=weights, **settings)
+    for dtype, vocab in combined(backend, DTYPES, (100, 40_000)):  # short; so long that Triton splits it
+        student, teacher, labels = batch(3, vocab, dtype)
+        teachers = [teacher, batch(3, vocab, F32, seed=1).teacher]
+        settings = {"divergence": "logit_mse", "ensemble": "geometric"}
+        for weights in (None, [1, 3]):
+            judge(student, teachers, labels, backend=backend, teacher_weights=weights, **settings)
 
 
 @pytest.mark.parametrize("dtype", (F32, BF16, F16, F64), ids=name)
@@ -92,7 +96,8 @@ def test_every_mix_of_soft_and_hard(backend: str, dtype: torch.dtype) -> None:
     if backend == "triton" and dtype != F32:  # what a term weighs is fp32's or fp64's business
         divergences = (DIVERGENCES[DTYPES.index(dtype)],)
     for divergence in divergences:
-        settings = {"backend": backend, "divergence": divergence, "temperature": 4}
+        # Triton: a gradient by row weighs its terms with the same code, which it would compile again
+        settings = {"backend": backend, "divergence": divergence, "temperature": 4, "by_row": backend != "triton"}
         for alpha in (None, 0, 0.25, 1):
             judge(student, teacher, labels, alpha=alpha, **settings)
         # timm's and DKD's 1 + 1; the soft term alone, beside labels and without; the hard alone; a large one
@@ -102,6 +107,7 @@ def test_every_mix_of_soft_and_hard(backend: str, dtype: torch.dtype) -> None:
         judge(student, None, labels, alpha=0, **settings)
 
 
+@thinned_to(lambda dtype, reduction: dtype == F32 or reduction == "mean")  # sums are fp32's or fp64's
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", (F32, BF16, F16, F64), ids=name)
 def test_every_reduction_with_weights_and_ignored_rows(backend: str, reduction: str, dtype: torch.dtype) -> None:
@@ -120,7 +126,7 @@ def test_every_reduction_with_weights_and_ignored_rows(backend: str, reduction: 
     ways = ((labels, {}), (None, {}), (labels.clamp_min(0), {"ignore_index": 7, "alpha": 1}))
     for weight, divergence, (given, options) in combined(backend, tuple(weights.values()), three, ways, turn=1):
         settings = {"backend": backend, "divergence": divergence, "reduction": reduction, "weight": weight}
-        judge(student, teacher, given, **settings, **options)
+        judge(student, teacher, given, by_row=backend != "triton", **settings, **options)  # which "none" is
 
 
 @pytest.mark.parametrize("normalizer", (17, 0.5, torch.tensor(17.0), torch.tensor(3), torch.tensor(0.3, dtype=F64)))
@@ -129,8 +135,9 @@ def test_every_normalizer(backend: str, normalizer: float | torch.Tensor) -> Non
     for dtype in DTYPES if backend != "triton" else (F32, F64):  # the arithmetic's two
         student, teacher, labels = batch(5, 33, dtype)
         labels[3] = -100
-        judge(student, teacher, labels, backend=backend, normalizer=normalizer)
-        judge(student, teacher, backend=backend, normalizer=normalizer, weight=torch.arange(5) * 0.5)
+        settings = {"backend": backend, "normalizer": normalizer, "by_row": backend != "triton"}  # has none
+        judge(student, teacher, labels, **settings)
+        judge(student, teacher, **settings, weight=torch.arange(5) * 0.5)
 
 
 def test_a_temperature_per_row_is_each_row_by_itself(backend: str) -> None:
@@ -139,9 +146,10 @@ def test_a_temperature_per_row_is_each_row_by_itself(backend: str) -> None:
     for dtype, divergence in combined(backend, DTYPES, WITH_TEMPERATURE):
         student, teacher, labels = batch(5, 100, dtype)
         settings = {"backend": backend, "divergence": divergence}
-        judge(student, teacher, labels, temperature=T, **settings)
-        judge(student, teacher, labels, temperature=T, teacher_temperature=at, **settings)
-        judge(student, teacher, labels, temperature=2.5, teacher_temperature=at, **settings)
+        by_row = backend != "triton"  # which the run below is
+        judge(student, teacher, labels, by_row=by_row, temperature=T, **settings)
+        judge(student, teacher, labels, by_row=by_row, temperature=T, teacher_temperature=at, **settings)
+        judge(student, teacher, labels, by_row=by_row, temperature=2.5, teacher_temperature=at, **settings)
         loss, grad = run(student, teacher, labels, torch.ones(5), temperature=T, reduction="none", **settings)
         for i in range(5):
             row = slice(i, i + 1)
