@@ -6,7 +6,6 @@ parameters out, `combined` pairs values in rotation. Values that no kernel is co
 """
 
 import itertools
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,9 +16,7 @@ from torch import Tensor
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 # What a backend is asked for by name; one that is not usable here is skipped with its own reason.
-# KDFAST_TEST_TRITON=1 runs the whole suite over the Triton kernels too, which takes them long to compile; without it
-# they have the tests/test_triton_*.py alone.
-BACKENDS = ("reference", "cpu") + (("triton",) if os.environ.get("KDFAST_TEST_TRITON") == "1" else ())
+BACKENDS = ("reference", "cpu", "triton")
 
 DIVERGENCES = ("cross_entropy", "forward_kl", "reverse_kl", "logit_mse")
 TARGETS = ("logits", "probs", "log_probs")
@@ -140,7 +137,7 @@ def as_target(teacher: Tensor, target: str, temperature: float | Tensor = 1.0) -
 
 def thinned_to(condition: Callable[..., bool]) -> pytest.MarkDecorator:
     """For Triton only where `condition` of the test's parameters, by their names, holds; see conftest.py."""
-    return pytest.mark.thinned_to(condition)
+    return pytest.mark.thinned_to.with_args(condition)  # called, it would take the condition for a test
 
 
 def combined(backend: str, *grids: Sequence[Any], turn: int = 0) -> Iterable[tuple[Any, ...]]:

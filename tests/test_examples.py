@@ -61,3 +61,13 @@ def test_benchmarks_write_a_table_a_csv_and_a_plot(tmp_path):
     assert len(csv.read_text().splitlines()) >= 2, "a head and a line"
     (png,) = out.glob("*.png")
     assert_png(png)
+
+
+def test_the_gpu_benchmark_runs_dry(tmp_path):
+    pytest.importorskip("triton")
+    printed = run(tmp_path, "-m", "benchmarks.gpu", "--dry-run", "--case", "4x300-bf16", "--repeats", "1", "--out", ".")
+    assert "4x300" in printed
+    for kind in ("md", "csv", "png"):
+        assert list(tmp_path.glob(f"*.{kind}")), f"no report as {kind}"
+    (png,) = tmp_path.glob("*.png")
+    assert_png(png)

@@ -34,8 +34,8 @@ class Call:
         self.spec = self._spec(inputs)
         self.joined = 1 if self.spec.joint and self.teachers else len(self.teachers)
         self.columns = len(reference.STATS) + 3 * max(0, self.joined - 1)
-        self.held = launch.held_bytes(self.spec, self.read)
-        self.plan = launch.plan(self.vocab, self.read, self.facts.warp, self.held)
+        self.room = launch.room(self.spec, self.read)
+        self.plan = launch.plan(self.vocab, self.read, self.facts.warp, self.room)
         self.sweep = launch.sweep(self.vocab, self.read, self.facts.warp)
         self.segments, self.segment = (1, self.vocab)
         if self.spec.linear and not self.plan.tiles:
@@ -185,7 +185,7 @@ class Call:
 
         choice = autotune.chosen(
             (self.rows, self.vocab, self.spec, tuple(t.dtype for t in self.read), output.device),
-            lambda: launch.choices(self.rows, self.vocab, self.read, self.facts, self.held),
+            lambda: launch.choices(self.rows, self.vocab, self.read, self.facts, self.room),
             lambda choice: run(choice, torch.empty_like(output)),  # the output may be the student
         )
         run(choice, output)
@@ -198,10 +198,10 @@ class Call:
         )  # fmt: skip
 
     def _grad(self, table: Tensor, grad_loss: Tensor | None, output: Tensor) -> None:
-        row_kernels.grad[(self._units(),)](
+        row_kernels.grad[(self.rows * self.segments,)](
             *self._tensors(), matrix(output), table, self._pointers(grad_loss, None), self.numbers,
-            self.rows, self.vocab, self.width, self.settings.ignore_index, self.segments,
-            self.segment, COLUMNS=self.columns, **self._constants(self.sweep, output),
+            self.vocab, self.width, self.settings.ignore_index, self.segments, self.segment,
+            COLUMNS=self.columns, **self._constants(self.sweep, output),
         )  # fmt: skip
 
     def _units(self) -> int:

@@ -2,6 +2,7 @@
 
 Registers. A program that keeps a row and its teachers' in registers has up to 512 threads, and each of them up to 256
 bytes of rows, half of the 128 registers that are then its share; at V = 32768 in bf16 that is 8 tiles of 8 classes.
+Arithmetic that takes more than the other half gets 256 threads, each with twice the registers and half of those bytes.
 Threads are counted, not warps, of which AMD's have 64. Fewer threads with 4 tiles each come first, so that short rows
 leave room for other programs beside them. Measured by ptxas (registers, no spills): tests/test_triton_static.py.
 
@@ -26,8 +27,6 @@ from torch import Tensor
 from kdfast.triton.spec import Spec
 
 LONG_LANES = 256
-SHORT_LANES = 512
-HELD_BYTES = 256  # of a row and its teachers', in the registers of a thread, where the arithmetic leaves room
 SPLIT_ROWS = 64  # with fewer rows than this
 SPLIT_CLASSES = 32768  # and more classes than this
 SEGMENTS = 64  # at most; a row's statistics are joined by one tile of (SEGMENTS, rows)
@@ -40,17 +39,31 @@ class Facts(NamedTuple):
     cache: int  # bytes of L2
 
 
+class Room(NamedTuple):
+    """How much of a row and its teachers' a program may keep in registers."""
+
+    lanes: int
+    bytes: int  # in each
+    registers: int  # of each
+
+
+MOST_ROOM = Room(512, 256, 128)
+ROOM_BESIDE_ARITHMETIC = Room(256, 128, 255)
+NO_ROOM = Room(0, 0, 0)
+
+
 class Plan(NamedTuple):
     lanes: int
     vec: int  # classes in a 16-byte vector of the smallest dtype
     tiles: int  # in registers; 0: rows are read once per pass
     warps: int
+    registers: int  # of a thread
 
     def options(self) -> dict[str, int]:
         """Triton's own. ptxas spills to fit more programs than it is told are wanted, so it is told."""
         options = {"num_warps": self.warps}
         if self.lanes == 32 * self.warps:  # NVIDIA's
-            options["maxnreg"] = min(255, 65536 // self.lanes) if self.tiles else 128
+            options["maxnreg"] = self.registers
         return options
 
 
@@ -74,40 +87,44 @@ def _facts(device: torch.device, number: int, warp: int, driver: Any) -> Facts:
     return Facts(warp, driver.utils.get_device_properties(number)["multiprocessor_count"], 40 << 20)
 
 
-def held_bytes(spec: Spec, tensors: list[Tensor]) -> int:
-    """How much of a row a thread may keep beside what its arithmetic takes."""
+def room(spec: Spec, tensors: list[Tensor]) -> Room:
+    """What the arithmetic leaves."""
     if spec.dtype == tl.float64:
-        return 0
-    if spec.teacher == "given":
-        return HELD_BYTES // 4
-    plain = len(tensors) <= 2 and tensors[0].dtype == tensors[-1].dtype
+        return NO_ROOM
+    plain = spec.teacher != "given" and len(tensors) <= 2 and tensors[0].dtype == tensors[-1].dtype
     carries_p = spec.divergence is None or spec.divergence.over == "teacher"
-    return HELD_BYTES if plain and carries_p else HELD_BYTES // 2
+    return MOST_ROOM if plain and carries_p else ROOM_BESIDE_ARITHMETIC
 
 
 def vector(tensors: list[Tensor]) -> int:
     return 16 // min(t.element_size() for t in tensors)
 
 
-def plan(vocab: int, tensors: list[Tensor], warp: int, held_bytes: int) -> Plan:
-    """For rows of `vocab` classes in each of these tensors, `held_bytes` of which a thread may keep."""
+def _long_lanes(tensors: list[Tensor]) -> int:
+    return LONG_LANES if len(tensors) <= 4 else LONG_LANES // 2  # more registers for each, and more of them to load
+
+
+def plan(vocab: int, tensors: list[Tensor], warp: int, room: Room) -> Plan:
+    """For rows of `vocab` classes in each of these tensors."""
     vec = vector(tensors)
     vectors = triton.next_power_of_2(triton.cdiv(vocab, vec))
-    most = held_bytes // (vec * sum(t.element_size() for t in tensors))
+    most = room.bytes // (vec * sum(t.element_size() for t in tensors))
     most = 1 << most.bit_length() >> 1  # a power of 2, as threads are
-    if vectors > SHORT_LANES * most:
-        lanes, tiles = LONG_LANES, 0
-    else:
-        lanes = min(SHORT_LANES, max(warp, vectors // min(4, most)))
-        tiles = triton.cdiv(vectors, lanes)
-    return Plan(lanes, vec, tiles, lanes // warp)
+    if vectors > room.lanes * most:
+        return _sweeping(_long_lanes(tensors), vec, warp)
+    lanes = min(room.lanes, max(warp, vectors // min(4, most)))
+    return Plan(lanes, vec, triton.cdiv(vectors, lanes), lanes // warp, room.registers)
+
+
+def _sweeping(lanes: int, vec: int, warp: int) -> Plan:
+    return Plan(lanes, vec, 0, lanes // warp, min(255, 65536 // (2 * lanes)))  # for two programs a multiprocessor
 
 
 def sweep(vocab: int, tensors: list[Tensor], warp: int) -> Plan:
     """For rows, or segments, of which nothing is kept."""
     vec = vector(tensors)
-    lanes = min(LONG_LANES, max(warp, triton.next_power_of_2(triton.cdiv(vocab, vec)) // 4))
-    return Plan(lanes, vec, 0, lanes // warp)
+    lanes = min(_long_lanes(tensors), max(warp, triton.next_power_of_2(triton.cdiv(vocab, vec)) // 4))
+    return _sweeping(lanes, vec, warp)
 
 
 def reducing_lanes(rows: int, warp: int) -> int:
@@ -115,17 +132,18 @@ def reducing_lanes(rows: int, warp: int) -> int:
     return warp if rows <= 256 else 1024
 
 
-def choices(rows: int, vocab: int, tensors: list[Tensor], of: Facts, held: int) -> Iterator[tuple[Plan, int]]:
+def choices(rows: int, vocab: int, tensors: list[Tensor], of: Facts, room: Room) -> Iterator[tuple[Plan, int]]:
     """Plans and numbers of programs for a sweep over whole rows: the one that is taken, then others worth measuring."""
-    first = plan(vocab, tensors, of.warp, held)
+    first = plan(vocab, tensors, of.warp, room)
     yield first, rows if first.tiles else programs(rows, vocab, tensors, of)
     if first.tiles:
         for lanes, tiles in ((first.lanes // 2, first.tiles * 2), (first.lanes * 2, first.tiles // 2)):
             if tiles and of.warp <= lanes <= 1024:
-                yield Plan(lanes, first.vec, tiles, lanes // of.warp), rows
+                registers = min(255, first.registers * first.lanes // lanes)
+                yield Plan(lanes, first.vec, tiles, lanes // of.warp, registers), rows
     for lanes in (128, 256, 512):
         for each in (1, 2, 4):
-            yield Plan(lanes, first.vec, 0, lanes // of.warp), min(rows, each * of.multiprocessors)
+            yield _sweeping(lanes, first.vec, of.warp), min(rows, each * of.multiprocessors)
 
 
 def programs(rows: int, vocab: int, tensors: list[Tensor], of: Facts) -> int:

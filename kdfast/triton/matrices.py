@@ -56,18 +56,20 @@ def matrix(tensor: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def aligned(student: Tensor, others: list[Tensor], vec: int) -> tuple[bool, ...]:
-    """Which matrices have their rows' vectors where the student has them."""
+    """Which matrices have the vectors of all their rows where the student has them."""
+    return tuple(_places(student, other, vec) == _places(other, student, vec) for other in others)
 
-    def places(tensor: Tensor) -> list[int]:
-        inner, outer, stride = layout(tensor) or (1, 0, 0)
-        rows = rows_of(tensor)
-        return [
-            tensor.data_ptr() // tensor.element_size() % vec,
-            stride % vec if min(inner, rows) > 1 else 0,
-            outer % vec if rows > inner else 0,
-        ]
 
-    return tuple(places(student) == places(other) for other in others)
+def _places(tensor: Tensor, beside: Tensor, vec: int) -> tuple[int, int, int, int]:
+    """Where in a vector the first row starts, and by how much rows move on: row by row, run by run of how many rows."""
+    inner, outer, stride = layout(tensor) or (1, 0, 0)
+    rows = rows_of(tensor)
+    if inner >= rows:  # one run, which may be seen as the other's runs
+        inner = (layout(beside) or (rows, 0, 0))[0]
+        outer = inner * stride
+    first, outer, stride = tensor.data_ptr() // tensor.element_size() % vec, outer % vec, stride % vec
+    runs = inner if rows > inner and (outer or stride) else rows
+    return first, outer if rows > inner else 0, stride if min(inner, rows) > 1 else 0, runs
 
 
 def by_row(values: Tensor) -> Tensor:

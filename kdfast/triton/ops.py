@@ -48,7 +48,7 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
     rows, width = rows_of(view), view.shape[-1]
     if rows:
         facts = launch.facts(grad.device)
-        plan = launch.plan(width, [view], facts.warp, launch.HELD_BYTES)
+        plan = launch.plan(width, [view], facts.warp, launch.MOST_ROOM)
         grid = (min(rows, 4 * facts.multiprocessors),)
         with launching_on(grad):
             reductions.scale[grid](
@@ -80,7 +80,7 @@ def _softmax(
     if not rows:
         return output
     facts = launch.facts(output.device)
-    plan = launch.plan(vocab, inputs, facts.warp, launch.HELD_BYTES // 2)
+    plan = launch.plan(vocab, inputs, facts.warp, launch.ROOM_BESIDE_ARITHMETIC)
     per_row = None if temperatures is None else by_row(temperatures)
     spec = Spec(wide, aligned=aligned(inputs[0], [output, *inputs], plan.vec))
     args = (tuple(map(matrix, inputs)), matrix(output), per_row, bits(temperature))

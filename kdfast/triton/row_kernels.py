@@ -174,34 +174,34 @@ def stats(
 @triton.jit(do_not_specialize=MATRICES + SIZES)
 def grad(
     student, teachers, output, table, per_row, numbers,
-    rows: tl.int32, vocab: tl.int32, width: tl.int32, ignore_index: tl.int64, segments: tl.int32, segment: tl.int32,
+    vocab: tl.int32, width: tl.int32, ignore_index: tl.int64, segments: tl.int32, segment: tl.int32,
     members: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """The gradient of each segment of `segment` classes, from the statistics of the row, (rows, COLUMNS)."""
-    for unit in range(tl.program_id(0), rows * segments, tl.num_programs(0)):
-        index = unit // segments
-        kept, label, weight = kept_row(per_row, index, ignore_index, vocab, LANES, SPEC)
-        row = row_scales(per_row, index, numbers, SPEC)
-        s = row_start(student, index)
-        begin, end = segment_of(s, unit, segments, segment, vocab, kept, VEC)
-        lane = tl.arange(0, LANES)
-        line = tl.load(table + (index + tl.zeros((), tl.int64)) * COLUMNS + lane, mask=lane < COLUMNS, other=0)
-        statistics = statistics_in(line, members)
-        scales = scales_of(statistics, row, SPEC)
-        if SPEC.teacher == "none" or SPEC.teacher == "difference":
-            sums = (statistics[0][1], statistics[0][1])
-        elif SPEC.linear:
-            sums = linear_divergence(statistics, row, SPEC)
-        else:
-            sums = (statistics[1][0][2], statistics[1][0][2])
-        unused, divisor = label_and_divisor(s, tl.full((), -1, tl.int32), per_row[6], LANES, SPEC)
-        factor = gradient_factor(per_row, index, label, weight, numbers[4], divisor, SPEC)
-        factors = term_factors(numbers, factor, SPEC)
-        loss, coefficients = finish(statistics, sums, factor, row, factors, vocab.to(SPEC.dtype), SPEC)
-        out = row_start(output, index)
-        parts = row_starts(teachers, index, begin)
-        n = end - begin
-        write_gradient(s + begin, parts, out + begin, label - begin, n, scales, coefficients, row, LANES, VEC, SPEC)
-        # padding is the last segment's, and of a row that drops out all is the first one's
-        writes_rest = unit % segments == tl.where(kept, segments - 1, 0)
-        zero(out + end, tl.where(writes_rest, width - end, 0), LANES, VEC)
+    unit = tl.program_id(0)
+    index = unit // segments
+    kept, label, weight = kept_row(per_row, index, ignore_index, vocab, LANES, SPEC)
+    row = row_scales(per_row, index, numbers, SPEC)
+    s = row_start(student, index)
+    begin, end = segment_of(s, unit, segments, segment, vocab, kept, VEC)
+    lane = tl.arange(0, LANES)
+    line = tl.load(table + (index + tl.zeros((), tl.int64)) * COLUMNS + lane, mask=lane < COLUMNS, other=0)
+    statistics = statistics_in(line, members)
+    scales = scales_of(statistics, row, SPEC)
+    if SPEC.teacher == "none" or SPEC.teacher == "difference":
+        sums = (statistics[0][1], statistics[0][1])
+    elif SPEC.linear:
+        sums = linear_divergence(statistics, row, SPEC)
+    else:
+        sums = (statistics[1][0][2], statistics[1][0][2])
+    unused, divisor = label_and_divisor(s, tl.full((), -1, tl.int32), per_row[6], LANES, SPEC)
+    factor = gradient_factor(per_row, index, label, weight, numbers[4], divisor, SPEC)
+    factors = term_factors(numbers, factor, SPEC)
+    loss, coefficients = finish(statistics, sums, factor, row, factors, vocab.to(SPEC.dtype), SPEC)
+    out = row_start(output, index)
+    parts = row_starts(teachers, index, begin)
+    n = end - begin
+    write_gradient(s + begin, parts, out + begin, label - begin, n, scales, coefficients, row, LANES, VEC, SPEC)
+    # padding is the last segment's, and of a row that drops out all is the first one's
+    writes_rest = unit % segments == tl.where(kept, segments - 1, 0)
+    zero(out + end, tl.where(writes_rest, width - end, 0), LANES, VEC)
