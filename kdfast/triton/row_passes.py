@@ -18,9 +18,9 @@ def hard_loss(statistics, label_logit, row, SPEC: tl.constexpr):
     slope, teacher_slope, temperature, weights = row
     offset, total, hard = statistics[0]
     if SPEC.power == 0:
-        y = label_logit * LOG2E - hard_offset(finite(offset), temperature)
+        y = exponent(label_logit, tl.full((), LOG2E, SPEC.dtype), hard_offset(finite(offset), temperature))
     else:
-        y = SPEC.power * (label_logit * slope - finite(offset))
+        y = SPEC.power * exponent(label_logit, slope, finite(offset))
     return (tl.log2(hard) - y) * LN2
 
 
