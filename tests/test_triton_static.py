@@ -23,8 +23,9 @@ KERNELS = [
 ]  # fmt: skip
 LENGTHS = {
     2048: (BF16, F32, F64),  # few threads of 4 tiles each; fp64's rows are not kept in registers at any length
-    16384: (BF16, F16, F32),  # in fp32 8 tiles a thread; in 16 bits as many of half the threads, or 4
-    32768: (BF16,),  # the longest of all in registers: 8 tiles a thread
+    8192: (BF16, F16),  # the longest of reverse_kl in registers: 4 tiles of 256 threads
+    16384: (BF16, F16, F32),  # in fp32 the longest in registers, 8 tiles a thread; in 16 bits 4
+    32768: (BF16, F16),  # the longest of all in registers: 8 tiles a thread
     40000: (BF16, F16, F32, F64),  # none is
 }
 SETTINGS: dict[str, Any] = {"backend": "triton"}

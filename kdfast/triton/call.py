@@ -34,7 +34,7 @@ class Call:
         self.spec = self._spec(inputs)
         self.joined = 1 if self.spec.joint and self.teachers else len(self.teachers)
         self.columns = len(reference.STATS) + 3 * max(0, self.joined - 1)
-        self.room = launch.room(self.spec, self.read)
+        self.room = launch.room_for(self.spec, self.read)
         self.plan = launch.plan(self.vocab, self.read, self.facts.warp, self.room)
         self.sweep = launch.sweep(self.vocab, self.read, self.facts.warp)
         self.segments, self.segment = (1, self.vocab)
@@ -191,7 +191,8 @@ class Call:
         run(choice, output)
 
     def _stats(self, table: Tensor, losses: Tensor | None) -> None:
-        row_kernels.stats[(self._units(),)](
+        programs = min(self.rows * self.segments, 8 * self.facts.multiprocessors)
+        row_kernels.stats[(programs,)](
             *self._tensors(), table, self._pointers(None, losses), self.numbers,
             self.rows, self.vocab, self.settings.ignore_index, self.segments, self.segment,
             COLUMNS=self.columns, SPLIT=self.segments > 1, **self._constants(self.sweep, None),
@@ -203,9 +204,6 @@ class Call:
             self.vocab, self.width, self.settings.ignore_index, self.segments, self.segment,
             COLUMNS=self.columns, **self._constants(self.sweep, output),
         )  # fmt: skip
-
-    def _units(self) -> int:
-        return min(self.rows * self.segments, 8 * self.facts.multiprocessors)
 
     def _split_statistics(self, table: Tensor, reduced: bool) -> Tensor:
         """The statistics of few and long rows, their losses, and, where `reduced`, the loss and its denominator."""

@@ -87,7 +87,7 @@ def _facts(device: torch.device, number: int, warp: int, driver: Any) -> Facts:
     return Facts(warp, driver.utils.get_device_properties(number)["multiprocessor_count"], 40 << 20)
 
 
-def room(spec: Spec, tensors: list[Tensor]) -> Room:
+def room_for(spec: Spec, tensors: list[Tensor]) -> Room:
     """What the arithmetic leaves."""
     if spec.dtype == tl.float64:
         return NO_ROOM

@@ -56,20 +56,14 @@ def matrix(tensor: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def aligned(student: Tensor, others: list[Tensor], vec: int) -> tuple[bool, ...]:
-    """Which matrices have the vectors of all their rows where the student has them."""
-    return tuple(_places(student, other, vec) == _places(other, student, vec) for other in others)
+    """Which of them, all of the student's leading dimensions, have the vectors of all their rows where it has them."""
 
+    def places(tensor: Tensor) -> list[int]:
+        rows = zip(tensor.shape[:-1], tensor.stride(), strict=False)
+        strides = [stride % vec for size, stride in rows if size > 1]
+        return [tensor.data_ptr() // tensor.element_size() % vec, *strides]
 
-def _places(tensor: Tensor, beside: Tensor, vec: int) -> tuple[int, int, int, int]:
-    """Where in a vector the first row starts, and by how much rows move on: row by row, run by run of how many rows."""
-    inner, outer, stride = layout(tensor) or (1, 0, 0)
-    rows = rows_of(tensor)
-    if inner >= rows:  # one run, which may be seen as the other's runs
-        inner = (layout(beside) or (rows, 0, 0))[0]
-        outer = inner * stride
-    first, outer, stride = tensor.data_ptr() // tensor.element_size() % vec, outer % vec, stride % vec
-    runs = inner if rows > inner and (outer or stride) else rows
-    return first, outer if rows > inner else 0, stride if min(inner, rows) > 1 else 0, runs
+    return tuple(places(student) == places(other) for other in others)
 
 
 def by_row(values: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ Scalars may be a row's, or vectors of one per row.
 import triton
 import triton.language as tl
 
-from kdfast.triton.spec import LN2, LOG2E
-from kdfast.triton.statistics import exponent, finite, hard_exps, hard_offset
+from kdfast.triton.spec import LN2
+from kdfast.triton.statistics import exponent, finite, hard_exponent, hard_exps
 from kdfast.triton.teachers import teacher_logits, teacher_probabilities
 
 
@@ -18,7 +18,7 @@ def hard_loss(statistics, label_logit, row, SPEC: tl.constexpr):
     slope, teacher_slope, temperature, weights = row
     offset, total, hard = statistics[0]
     if SPEC.power == 0:
-        y = exponent(label_logit, tl.full((), LOG2E, SPEC.dtype), hard_offset(finite(offset), temperature))
+        y = hard_exponent(label_logit, finite(offset), temperature, SPEC)
     else:
         y = SPEC.power * exponent(label_logit, slope, finite(offset))
     return (tl.log2(hard) - y) * LN2

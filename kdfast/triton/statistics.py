@@ -68,11 +68,17 @@ def hard_scaled(total, old, new, temperature, SPEC: tl.constexpr):
 
 
 @triton.jit
+def hard_exponent(s, offset, temperature, SPEC: tl.constexpr):
+    """Where exps at temperature 1 are taken by themselves: log2 of one."""
+    return exponent(s, tl.full((), LOG2E, SPEC.dtype), hard_offset(offset, temperature))
+
+
+@triton.jit
 def hard_exps(s, y, e, offset, temperature, SPEC: tl.constexpr):
     """Exps at temperature 1, from the logits or from the exps at T."""
     POWER: tl.constexpr = SPEC.power
     if POWER == 0:
-        return tl.exp2(exponent(s, tl.full((), LOG2E, SPEC.dtype), hard_offset(offset, temperature)))
+        return tl.exp2(hard_exponent(s, offset, temperature, SPEC))
     else:
         power = e
         for _ in tl.static_range(1, POWER):
