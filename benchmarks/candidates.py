@@ -6,12 +6,14 @@ kdfast
     1, 2 threads    the same with so many threads
     kdfast forward  kd_loss under no_grad
     kdfast softmax  tempered_softmax under no_grad
+    jsd inplace     with that divergence, as kdfast inplace; likewise the others
 floors
     floor kept      reads both logits and writes a third array, always the same one
     floor fresh     writes one that is allocated anew in every call
     floor reads     reads both logits
 peers
     eager           the recipe that most people have, in the logits' own dtype: the yardstick for bf16 too
+    eager jsd       the recipe with that divergence; likewise the others
     eager in fp32   the recipe on logits.float()
     eager forward   the recipe under no_grad
     eager softmax   torch.softmax(logits / T)
@@ -32,6 +34,7 @@ import kdfast
 from benchmarks import floor
 from benchmarks.cases import Workload
 from benchmarks.timing import Candidate
+from kdfast.divergences import NAMES
 
 ALPHA = 0.9
 LIGER_CHUNK = 1024  # rows, Liger's default
@@ -88,6 +91,45 @@ def recipe(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float)
     return ALPHA * soft + (1 - ALPHA) * hard
 
 
+def soft_terms(divergence: str, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 * D of each row, as one writes it down, at the default beta."""
+    if divergence == "logit_mse":
+        difference = (student - student.mean(-1, keepdim=True)) - (teacher - teacher.mean(-1, keepdim=True))
+        return difference.square().mean(-1) / 2
+    log_q = F.log_softmax(student / temperature, dim=-1)
+    log_p = F.log_softmax(teacher / temperature, dim=-1)
+    p, q = log_p.exp(), log_q.exp()
+
+    def kl(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
+        return (a * (log_a - log_b)).sum(-1)
+
+    beta = 0.1 if divergence.startswith("skew") else 0.5
+    terms: dict[str, Callable[[], Tensor]] = {
+        "cross_entropy": lambda: -(p * log_q).sum(-1),
+        "forward_kl": lambda: kl(p, log_p, log_q),
+        "reverse_kl": lambda: kl(q, log_q, log_p),
+        "symmetric_kl": lambda: beta * kl(p, log_p, log_q) + (1 - beta) * kl(q, log_q, log_p),
+        "jsd": lambda: _jsd(p, q, log_p, log_q, (beta * p + (1 - beta) * q).log(), beta),
+        "skew_forward_kl": lambda: kl(p, log_p, (beta * p + (1 - beta) * q).log()),
+        "skew_reverse_kl": lambda: kl(q, log_q, (beta * q + (1 - beta) * p).log()),
+        "tvd": lambda: (p - q).abs().sum(-1) / 2,
+        "hellinger": lambda: 1 - ((log_p + log_q) / 2).exp().sum(-1),
+    }
+    return temperature**2 * terms[divergence]()
+
+
+def _jsd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, log_m: Tensor, beta: float) -> Tensor:
+    return beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * (q * (log_q - log_m)).sum(-1)
+
+
+def family_recipe(divergence: str) -> Callable[..., Tensor]:
+    def loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        soft = soft_terms(divergence, student, teacher, temperature).mean()
+        return ALPHA * soft + (1 - ALPHA) * F.cross_entropy(student, labels)
+
+    return loss
+
+
 def recipe_in_fp32(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
     return recipe(student.float(), teacher.float(), labels, temperature)
 
@@ -119,7 +161,7 @@ def liger(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) 
     return [_liger_grad()(s, t, y, temperature, len(labels))[0] for s, t, y in chunks]
 
 
-def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, **kwargs: bool) -> Tensor:
+def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, **kwargs: Any) -> Tensor:
     return kdfast.kd_loss(student, teacher, labels, temperature=temperature, alpha=ALPHA, **kwargs)
 
 
@@ -128,9 +170,10 @@ def _trained(data: Data, loss: Callable[..., Tensor]) -> Candidate:
     return Candidate(data.leaf, lambda s: loss(s, data.teacher, data.labels, data.temperature).backward())
 
 
-def _inplace(data: Data, threads: int | None = None) -> Candidate:
+def _inplace(data: Data, threads: int | None = None, divergence: str = "cross_entropy") -> Candidate:
     def run(student: Tensor) -> None:
-        kd_loss(student, data.teacher, data.labels, data.temperature, inplace=True).backward()
+        arguments = student, data.teacher, data.labels, data.temperature
+        kd_loss(*arguments, inplace=True, divergence=divergence).backward()
 
     return Candidate(data.overwritable, run, threads)
 
@@ -165,6 +208,9 @@ def candidate(name: str, data: Data) -> Candidate:
         "torch.compile": lambda: _trained(data, _compiled(recipe)),
         "liger": lambda: Candidate(lambda: None, lambda _: liger(student, teacher, labels, temperature)),
     }
+    for divergence in NAMES:
+        makers[f"{divergence} inplace"] = lambda d=divergence: _inplace(data, divergence=d)
+        makers[f"eager {divergence}"] = lambda d=divergence: _trained(data, family_recipe(d))
     return makers[name]()
 
 

@@ -2,12 +2,20 @@
 //
 //   D = sum_i phi(p_i, q_i)       psi = q * dphi/dq       dD/ds_i = (psi_i - q_i * sum_j psi_j) / T
 //
-// V is a number or a vector of them; masked(p, x) is p * x, and 0 where p is 0, whatever x is there.
-// The running sum of a *linear* divergence is taken over unnormalised exps, before their sums are known:
-// there phi is linear in (log p, log q) and its terms carry one of p and q, which kOver names, so with p = P
-// / P_sum, q = Q / Q_sum
+// V is a number or a vector of them; masked(p, x) is p * x, and 0 where p is 0, whatever x is there; psi may
+// lack a multiple of q, which cancels in the gradient. There are two kinds.
 //
-//   D = sum phi(P, Q, log P, log Q) / kOver's sum  +  phi(sum p, 1, -log P_sum, -log Q_sum)
+// Linear ones: phi is linear in (log p, log q), and each of its terms carries p or q. It is given as these
+// two parts, over_teacher and over_student, whose sums run along with those of the unnormalised exps P and Q:
+//
+//   sum over_teacher(p, log p, log q) = sum over_teacher(P, log P, log Q) / P_sum
+//                                       + over_teacher(sum p, -log P_sum, -log Q_sum)
+//
+// The others get a pass over p and q, once the sums are known. Where phi has a term of first order in q - p,
+// which sums to beta's multiple of 1 - sum p, it is left out, lest it drown the rest where p is near q;
+// `constant` brings it back. log_ratio(a, b, a - b) is log(a / b), exact to first order where a is near b,
+// and finite where b underflows. Comparisons see p and q rounded: where the compiler makes one operation of a
+// product and a difference, q - p need not be 0 though p == q.
 #pragma once
 
 #ifdef __CUDACC__
@@ -19,55 +27,174 @@
 namespace kdfast {
 namespace {  // compiled once per instruction set: nothing here may be shared between them
 
-enum class Over { kTeacher, kStudent };
-
 KDFAST_HD inline double masked(double p, double x) { return p == 0 ? 0 : p * x; }
 KDFAST_HD inline float masked(float p, float x) { return p == 0 ? 0 : p * x; }
 
-struct CrossEntropy {  // -sum p log q
-  static constexpr Over kOver = Over::kTeacher;
+// ---- linear ones ----
+
+struct NoSums {
+  static constexpr bool kPointwise = false, kTeacher = false, kStudent = false;
+};
+
+struct Linear {
+  static constexpr bool kPointwise = false, kTeacher = true, kStudent = true;  // which parts there are
   template <class V>
-  KDFAST_HD static V phi(V p, V q, V log_p, V log_q) {
+  KDFAST_HD static V over_teacher(V p, V log_p, V log_q, V beta) {
+    return V{};
+  }
+  template <class V>
+  KDFAST_HD static V over_student(V q, V log_p, V log_q, V beta) {
+    return V{};
+  }
+};
+
+struct CrossEntropy : Linear {  // -sum p log q
+  static constexpr bool kStudent = false;
+  template <class V>
+  KDFAST_HD static V over_teacher(V p, V log_p, V log_q, V beta) {
     return -masked(p, log_q);
   }
   template <class V>
-  KDFAST_HD static V psi(V p, V q, V log_p, V log_q) {
+  KDFAST_HD static V psi(V p, V q, V log_p, V log_q, V beta) {
     return -p;
   }
-  template <class V>  // sum psi, from D and sum p
-  KDFAST_HD static V psi_sum(V divergence, V teacher_mass) {
-    return -teacher_mass;
+  template <class V>  // sum psi, from the two parts of D and sum p
+  KDFAST_HD static V psi_sum(V teacher, V student, V mass, V beta) {
+    return -mass;
   }
 };
 
 struct ForwardKL : CrossEntropy {  // sum p log(p / q); the gradient is cross_entropy's
   template <class V>
-  KDFAST_HD static V phi(V p, V q, V log_p, V log_q) {
+  KDFAST_HD static V over_teacher(V p, V log_p, V log_q, V beta) {
     return masked(p, log_p - log_q);
   }
 };
 
-struct ReverseKL {  // sum q log(q / p)
-  static constexpr Over kOver = Over::kStudent;
+struct ReverseKL : Linear {  // sum q log(q / p)
+  static constexpr bool kTeacher = false;
   template <class V>
-  KDFAST_HD static V phi(V p, V q, V log_p, V log_q) {
+  KDFAST_HD static V over_student(V q, V log_p, V log_q, V beta) {
     return masked(q, log_q - log_p);
   }
   template <class V>
-  KDFAST_HD static V psi(V p, V q, V log_p, V log_q) {
+  KDFAST_HD static V psi(V p, V q, V log_p, V log_q, V beta) {
     return masked(q, log_q - log_p + 1);
   }
   template <class V>
-  KDFAST_HD static V psi_sum(V divergence, V teacher_mass) {
-    return divergence + 1;
+  KDFAST_HD static V psi_sum(V teacher, V student, V mass, V beta) {
+    return student + 1;
+  }
+};
+
+struct SymmetricKL : Linear {  // beta * forward_kl + (1 - beta) * reverse_kl
+  template <class V>
+  KDFAST_HD static V over_teacher(V p, V log_p, V log_q, V beta) {
+    return beta * masked(p, log_p - log_q);
+  }
+  template <class V>
+  KDFAST_HD static V over_student(V q, V log_p, V log_q, V beta) {
+    return (1 - beta) * masked(q, log_q - log_p);
+  }
+  template <class V>
+  KDFAST_HD static V psi(V p, V q, V log_p, V log_q, V beta) {
+    return (1 - beta) * masked(q, log_q - log_p + 1) - beta * p;
+  }
+  template <class V>
+  KDFAST_HD static V psi_sum(V teacher, V student, V mass, V beta) {
+    return student + (1 - beta) - beta * mass;
+  }
+};
+
+// ---- those with a pass of their own ----
+
+struct Pointwise : NoSums {
+  static constexpr bool kPointwise = true;
+  template <class V>
+  KDFAST_HD static V constant(V mass, V beta) {
+    return V{};
+  }
+};
+
+struct JSD : Pointwise {  // beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (1 - beta) q
+  template <class V>
+  KDFAST_HD static V phi(V p, V q, V beta) {
+    const V m = beta * p + (1 - beta) * q, d = q - p;
+    return beta * masked(p, log_ratio(p, m, (beta - 1) * d)) +
+           (1 - beta) * masked(q, log_ratio(q, m, beta * d));
+  }
+  template <class V>
+  KDFAST_HD static V psi(V p, V q, V beta) {
+    return (1 - beta) * masked(q, log_ratio(q, beta * p + (1 - beta) * q, beta * (q - p)));
+  }
+};
+
+struct SkewForwardKL : Pointwise {  // KL(p, m), m = beta p + (1 - beta) q
+  template <class V>
+  KDFAST_HD static V phi(V p, V q, V beta) {
+    const V d = (1 - beta) * (q - p);
+    return masked(p, log_ratio(p, p + d, -d)) + d;
+  }
+  template <class V>
+  KDFAST_HD static V psi(V p, V q, V beta) {
+    const V m = p + (1 - beta) * (q - p);
+    return (beta - 1) * (p == q ? q : m == 0 ? m : q * (p / m));
+  }
+  template <class V>
+  KDFAST_HD static V constant(V mass, V beta) {
+    return (1 - beta) * (mass - 1);
+  }
+};
+
+struct SkewReverseKL : Pointwise {  // KL(q, m), m = beta q + (1 - beta) p
+  template <class V>
+  KDFAST_HD static V phi(V p, V q, V beta) {
+    const V d = (1 - beta) * (p - q);
+    return masked(q, log_ratio(q, q + d, -d)) + d;
+  }
+  template <class V>
+  KDFAST_HD static V psi(V p, V q, V beta) {
+    const V d = (1 - beta) * (p - q), m = q + d;
+    return m == 0 ? m : masked(q, log_ratio(q, m, -d) + beta * d / m);
+  }
+  template <class V>
+  KDFAST_HD static V constant(V mass, V beta) {
+    return (1 - beta) * (1 - mass);
+  }
+};
+
+struct TVD : Pointwise {  // half the distance
+  template <class V>
+  KDFAST_HD static V phi(V p, V q, V beta) {
+    return p == q ? V{} : (p < q ? q - p : p - q) / 2;
+  }
+  template <class V>
+  KDFAST_HD static V psi(V p, V q, V beta) {
+    return p > q ? -q / 2 : p < q ? q / 2 : p == q ? V{} : p - q;  // the last is NaN
+  }
+};
+
+struct Hellinger : Pointwise {  // 1 - sum sqrt(p q)
+  template <class V>
+  KDFAST_HD static V phi(V p, V q, V beta) {
+    const V d = p == q ? V{} : sqrt(q) - sqrt(p);
+    return d * d / 2;
+  }
+  template <class V>
+  KDFAST_HD static V psi(V p, V q, V beta) {
+    return (p == q ? q : sqrt(q) * sqrt(p)) / -2;
+  }
+  template <class V>
+  KDFAST_HD static V constant(V mass, V beta) {
+    return (1 - mass) / 2;
   }
 };
 
 // No softmax at all: 1 / (2 V) * sum (s_i - t_i)^2 on centred rows; the kernels know its two sums apart.
-struct LogitMSE {};
+struct LogitMSE : NoSums {};
 
 // No soft term: alpha is 0 and no teacher is read.
-struct NoDivergence {};
+struct NoDivergence : NoSums {};
 
 }  // namespace
 }  // namespace kdfast

@@ -25,6 +25,7 @@ class Settings(NamedTuple):
     hard_weight: float
     t_squared: bool
     divergence: str
+    beta: float  # the divergence's, inside (0, 1]; 0 where it has none
     target: str
     ensemble: str
     teacher_weights: list[float]  # one per teacher, their sum is 1

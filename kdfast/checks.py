@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.reference import DIVERGENCES
+from kdfast.divergences import DIVERGENCES, NAMES, settled
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 CHOICES = {
-    "divergence": (*DIVERGENCES, "logit_mse"),
+    "divergence": NAMES,
     "target": ("logits", "probs", "log_probs"),
     "reduction": ("mean", "sum", "batchmean", "none"),
     "ensemble": ("arithmetic", "geometric"),
@@ -77,6 +77,20 @@ def check_mix(alpha: Any, hard_weight: Any, labelled: bool) -> tuple[float, floa
     if number and not labelled:
         raise ValueError(f"hard_weight: {hard_weight!r} without labels; give labels or hard_weight=0")
     return alpha, number
+
+
+def check_beta(divergence: str, beta: Any) -> tuple[str, float]:
+    """What `beta` makes of the divergence: at its ends another one."""
+    if beta is None:
+        return settled(divergence, None)
+    entry = DIVERGENCES.get(divergence)
+    if entry is None or entry.beta is None:
+        having = ", ".join(repr(name) for name, each in DIVERGENCES.items() if each.beta is not None)
+        raise ValueError(f"beta: given with divergence={divergence!r}, which has none; it is for {having}")
+    number = as_number("beta", beta)
+    if not 0 <= number <= 1:
+        raise ValueError(f"beta: {beta!r} must lie in [0, 1]")
+    return settled(divergence, number)
 
 
 def check_vocab(vocab_size: Any, student: Tensor) -> int:

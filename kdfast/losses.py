@@ -21,6 +21,7 @@ def kd_loss(
     alpha: float | None = None,
     hard_weight: float | None = None,
     divergence: str = "cross_entropy",
+    beta: float | None = None,
     target: str = "logits",
     vocab_size: int | None = None,
     t_squared: bool = True,
@@ -53,9 +54,9 @@ def kd_loss(
         alpha: the weight of the soft term. None: 0.9 with labels, 1 without. In [0, 1] unless ``hard_weight`` is given;
             the paper found more than 0.5 best.
         hard_weight: the weight of the hard term. None: 1 - alpha; given: any finite number >= 0, and alpha likewise.
-        divergence: ``"cross_entropy"``, :math:`-\sum p \log q`, the paper's; ``"forward_kl"``, KL(p, q), the same
-            gradient and 0 at its minimum; ``"reverse_kl"``, KL(q, p); ``"logit_mse"``, :math:`\frac{1}{2V} \sum
-            (s_i - t_i)^2` on centred rows, the paper's limit for high T, which has no temperature and no T^2.
+        divergence: the name of D, see the table below.
+        beta: of the divergences that have one, in [0, 1]. None: 0.5 for ``"jsd"`` and ``"symmetric_kl"``, 0.1 for the
+            two skew ones (DistiLLM's).
         target: what ``teacher`` holds: ``"logits"``, ``"probs"`` or ``"log_probs"``. The latter two are at the
             temperature already and need not sum to exactly 1.
         vocab_size: how many of the first classes are real, where heads are padded (to different sizes, it may be). The
@@ -74,6 +75,28 @@ def kd_loss(
             logits must not be a leaf that requires grad.
         backend: None (by the device), ``"reference"``, ``"cpu"`` or ``"triton"``; see :func:`kdfast.backends`.
             ``"triton"``, which CUDA and ROCm tensors get, takes CPU tensors too where Triton itself can launch on them.
+
+    ====================  ============================================================  =========================
+    divergence            D(p, q)                                                       from
+    ====================  ============================================================  =========================
+    ``cross_entropy``     :math:`-\sum p \log q`                                        Hinton et al. 2015
+    ``forward_kl``        :math:`\sum p \log (p / q)`; cross_entropy's gradient         the same; F.kl_div
+    ``reverse_kl``        :math:`\sum q \log (q / p)`                                    MiniLLM, Gu et al. 2024
+    ``symmetric_kl``      :math:`\beta` forward_kl + (1 - :math:`\beta`) reverse_kl      Jeffreys 1946
+    ``jsd``               :math:`\beta KL(p, m) + (1 - \beta) KL(q, m)`,                 GKD, Agarwal et al. 2024
+                          :math:`m = \beta p + (1 - \beta) q`
+    ``skew_forward_kl``   :math:`KL(p, \beta p + (1 - \beta) q)`                         DistiLLM, Ko et al. 2024
+    ``skew_reverse_kl``   :math:`KL(q, \beta q + (1 - \beta) p)`                         the same
+    ``tvd``               :math:`\frac{1}{2} \sum |p - q|`                               f-distill, Wen et al. 2023
+    ``hellinger``         :math:`1 - \sum \sqrt{p q}`                                    Hellinger 1909
+    ``logit_mse``         :math:`\frac{1}{2V} \sum (s_i - t_i)^2` on centred rows, the   Hinton et al., section 2.1
+                          limit for high T; no temperature and no T^2
+    ====================  ============================================================  =========================
+
+    At the ends of beta, jsd is forward_kl (0) and reverse_kl (1), as in TRL and Liger: a jump, for inside D goes to 0
+    with beta. symmetric_kl is reverse_kl (0) and forward_kl (1), the skew ones at 0 are the KL they are named for. A
+    class with p = 0 or q = 0 makes the KL that divides by it infinite; jsd, the skew ones, tvd and hellinger stay
+    finite. A class masked with -inf on both sides adds 0 and gets gradient 0.
 
     Returns:
         0-dim, or (...) with reduction ``"none"``; float32, for float64 logits float64. Scalar losses of other than
@@ -121,6 +144,7 @@ def kd_loss(
         if len(teachers) > 1 and ensemble != "geometric":
             raise ValueError("divergence: 'logit_mse' with several teachers needs ensemble='geometric'")
         temperature, temperatures, at, ats, t_squared = 1.0, None, 1.0, None, False
+    divergence, beta = checks.check_beta(divergence, beta)
     divisor, normalizer = checks.check_normalizer(normalizer, reduction, student)
     if checks.check_bool("inplace", inplace):
         checks.check_inplace(student)
@@ -136,6 +160,7 @@ def kd_loss(
         hard_weight=hard_weight,
         t_squared=t_squared,
         divergence=divergence,
+        beta=beta,
         target=target,
         ensemble=ensemble,
         teacher_weights=weights,
@@ -162,6 +187,7 @@ class KDLoss(nn.Module):
         alpha: float | None = None,
         hard_weight: float | None = None,
         divergence: str = "cross_entropy",
+        beta: float | None = None,
         target: str = "logits",
         vocab_size: int | None = None,
         t_squared: bool = True,

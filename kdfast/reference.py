@@ -3,55 +3,19 @@
 Notation, per row: s the student's logits, t the teacher's, T the temperature, y the label, q = softmax(s / T),
 p = softmax(t / T'), q1 = softmax(s). A row's loss is (Hinton, Vinyals & Dean 2015, section 2)
 
-    l = w * [ alpha * T^2 * D(p, q) + hard_weight * CE(y, q1) ],      D = sum_i phi(p_i, q_i)
-
-and its gradient, with psi = q * dphi/dq,
-
-    dD/ds_i = (psi_i - q_i * sum_j psi_j) / T
+    l = w * [ alpha * T^2 * D(p, q) + hard_weight * CE(y, q1) ],      D = sum_i phi(p_i, q_i) of divergences.py
 
 The functions named like the operators of ops.py are their plain implementation.
 """
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdfast.arguments import Inputs, Settings
-
-
-class Divergence(NamedTuple):
-    """A divergence is two functions of (p, q, log p, log q), element by element; zero probabilities add 0."""
-
-    phi: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    psi: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def _times(p: Tensor, x: Tensor) -> Tensor:
-    """p * x, but 0 where p is 0, whatever x is there, in value and in gradient."""
-    return p * torch.where(p == 0, 0, x)
-
-
-DIVERGENCES = {
-    # -sum p log q: the paper's
-    "cross_entropy": Divergence(
-        phi=lambda p, q, log_p, log_q: -_times(p, log_q),
-        psi=lambda p, q, log_p, log_q: -p,
-    ),
-    # KL(p, q)
-    "forward_kl": Divergence(
-        phi=lambda p, q, log_p, log_q: _times(p, log_p - log_q),
-        psi=lambda p, q, log_p, log_q: -p,
-    ),
-    # KL(q, p)
-    "reverse_kl": Divergence(
-        phi=lambda p, q, log_p, log_q: _times(q, log_q - log_p),
-        psi=lambda p, q, log_p, log_q: _times(q, log_q - log_p + 1),
-    ),
-}
+from kdfast.divergences import DIVERGENCES
 
 
 def logit_mse(s: Tensor, t: Tensor) -> Tensor:
@@ -119,7 +83,7 @@ def _soft_losses(s: Tensor, teachers: list[Tensor], inputs: Inputs, settings: Se
     at = _column(inputs.teacher_temperatures, settings.teacher_temperature, s)
     p, log_p = teacher_distribution(teachers, at, settings)
     log_q = torch.log_softmax(s / temperature, -1)
-    phi = DIVERGENCES[settings.divergence].phi(p, log_q.exp(), log_p, log_q)
+    phi = DIVERGENCES[settings.divergence].phi(p, log_q.exp(), log_p, log_q, settings.beta)
     return (phi * temperature.square() if settings.t_squared else phi).sum(-1)
 
 
@@ -215,7 +179,15 @@ def loss_grad_(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
 
 # A row's statistics, with y = logit * log2(e) / T - offset and an offset near the row's largest y. A backend may choose
 # another offset than the maximum; log2(sum) + offset is the same everywhere.
-STATS = ("student_offset", "teacher_offset", "student_sum", "teacher_sum", "hard_sum", "running_sum")
+STATS = (
+    "student_offset",
+    "teacher_offset",
+    "student_sum",
+    "teacher_sum",
+    "hard_sum",
+    "teacher_running",
+    "student_running",
+)
 
 
 def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -229,7 +201,15 @@ def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, 
     )
     s = _first_classes(student, settings).to(loss.dtype)
     hard_sum = (s - s.amax(-1, keepdim=True)).exp().sum(-1)
-    columns = (student_stats[0], teacher_stats[0], student_stats[1], teacher_stats[1], hard_sum, 0 * hard_sum)
+    columns = (
+        student_stats[0],
+        teacher_stats[0],
+        student_stats[1],
+        teacher_stats[1],
+        hard_sum,
+        0 * hard_sum,
+        0 * hard_sum,
+    )
     return loss, torch.stack(columns, -1).reshape(-1, len(STATS))
 
 

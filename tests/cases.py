@@ -13,12 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdfast import divergences
+
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 # What a backend is asked for by name; one that is not usable here is skipped with its own reason.
 BACKENDS = ("reference", "cpu", "triton")
 
-DIVERGENCES = ("cross_entropy", "forward_kl", "reverse_kl", "logit_mse")
+DIVERGENCES = (*divergences.DIVERGENCES, "logit_mse")
+# One of each way that kernels take sums: along with the teacher's exps, with both sides', in their own pass, no exps.
+KINDS = ("cross_entropy", "symmetric_kl", "jsd", "logit_mse")
 TARGETS = ("logits", "probs", "log_probs")
 ENSEMBLES = ("arithmetic", "geometric")
 REDUCTIONS = ("mean", "sum", "batchmean", "none")
@@ -149,6 +153,11 @@ def combined(backend: str, *grids: Sequence[Any], turn: int = 0) -> Iterable[tup
         return itertools.product(*grids)
     steps = range(max(map(len, grids)))
     return [tuple(grid[(i + turn * k) % len(grid)] for k, grid in enumerate(grids)) for i in steps]
+
+
+def divergences_for(backend: str) -> Sequence[str]:
+    """All; for Triton, where the grid's point is another, one of each kind."""
+    return KINDS if backend == "triton" else DIVERGENCES
 
 
 def name(value: object) -> str:

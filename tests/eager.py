@@ -1,6 +1,6 @@
 """The usual recipes in plain PyTorch, written from F.kl_div and its like, and how far off careful arithmetic may be."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ DEFAULTS: dict[str, Any] = {
     "alpha": None,
     "hard_weight": None,
     "divergence": "cross_entropy",
+    "beta": None,
     "target": "logits",
     "t_squared": True,
     "teacher_weights": None,
@@ -23,7 +24,7 @@ def eager(
     s: Tensor, teachers: list[Tensor], labels: Tensor | None, options: dict[str, Any], kind: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses (...), unweighted; A (...) and A_i (..., V) of judge.py for arithmetic in `kind`, in its eps."""
-    o = options | {"smallest": torch.finfo(kind).tiny / torch.finfo(kind).eps}
+    o = options | {"smallest": torch.finfo(kind).tiny / torch.finfo(kind).eps, "kind": kind}
     alpha = (1.0 if labels is None else 0.9) if o["alpha"] is None else o["alpha"]
     hard = (1.0 - alpha) if o["hard_weight"] is None else o["hard_weight"]
     parts = []
@@ -44,22 +45,112 @@ def _soft(s: Tensor, teachers: list[Tensor], o: dict[str, Any]) -> tuple[Tensor,
     log_q = F.log_softmax(s / T, -1)
     q = log_q.exp()
     p_off, q_off = _off(p, log_p, o), _off(q, log_q, o)
-    if o["divergence"] == "reverse_kl":  # psi = q * (log q - log p + 1)
-        loss = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1, True)
-        logs = 1 + log_q.abs() + log_p.abs()
-        grad_off = _sized(q_off, logs) + q_off * _sized(q, logs).sum(-1, True)
-        loss_off = _sized(q_off, 1 + (log_q - log_p).abs()) + _sized(q, logs)
-    else:
-        grad_off = p_off + q_off * p.sum(-1, True)
-        if o["divergence"] == "forward_kl":
-            loss = F.kl_div(log_q, p, reduction="none").sum(-1, True)
-            loss_off = _sized(p_off, 1 + (log_p - log_q).abs()) + _sized(p, 1 + log_q.abs() + log_p.abs())
-        else:
-            loss = -(p * log_q).sum(-1, True)
-            loss_off = _sized(p_off, 1 + log_q.abs())
-    loss_off = loss_off.sum(-1, True)
+    phi, phi_off, psi_size, psi_off = _DIVERGENCES[o["divergence"]](Pair(p, q, log_p, log_q, p_off, q_off, o))
+    loss, loss_off = phi.sum(-1, True), phi_off.sum(-1, True)
+    grad_off = psi_off + q_off * psi_size.sum(-1, True)
     factor = T * T if o["t_squared"] else torch.ones_like(T)
     return (factor * loss).squeeze(-1), (factor * loss_off).squeeze(-1), factor / T * grad_off
+
+
+class Pair(NamedTuple):
+    """What a divergence is over, each (..., V), and what p and q may be off by, in eps."""
+
+    p: Tensor
+    q: Tensor
+    log_p: Tensor
+    log_q: Tensor
+    p_off: Tensor
+    q_off: Tensor
+    options: dict[str, Any]
+
+    @property
+    def beta(self) -> float:
+        default = 0.1 if self.options["divergence"].startswith("skew") else 0.5
+        return default if self.options["beta"] is None else self.options["beta"]
+
+    @property
+    def swapped(self) -> "Pair":
+        return Pair(self.q, self.p, self.log_q, self.log_p, self.q_off, self.p_off, self.options)
+
+
+Terms = tuple[
+    Tensor, Tensor, Tensor, Tensor
+]  # phi, what it may be off by, the size of psi's terms, and what psi may be
+
+
+def _cross_entropy(x: Pair) -> Terms:
+    return -(x.p * x.log_q), _sized(x.p_off, 1 + x.log_q.abs()), x.p, x.p_off
+
+
+def _kl(x: Pair) -> Terms:
+    off = _sized(x.p_off, 1 + (x.log_p - x.log_q).abs()) + _sized(x.p, 1 + x.log_q.abs() + x.log_p.abs())
+    return F.kl_div(x.log_q, x.p, reduction="none"), off, x.p, x.p_off
+
+
+def _reverse_kl(x: Pair) -> Terms:
+    loss = F.kl_div(x.log_p, x.log_q, reduction="none", log_target=True)
+    logs = 1 + x.log_q.abs() + x.log_p.abs()
+    off = _sized(x.q_off, 1 + (x.log_q - x.log_p).abs()) + _sized(x.q, logs)
+    return loss, off, _sized(x.q, logs), _sized(x.q_off, logs)
+
+
+def _symmetric_kl(x: Pair) -> Terms:
+    return tuple(x.beta * a + (1 - x.beta) * b for a, b in zip(_kl(x), _reverse_kl(x), strict=True))  # type: ignore
+
+
+def _to_mixture(x: Pair, share: float) -> Terms:
+    """p log(p / m) with m = share * p + (1 - share) * q; psi as if it were p's."""
+    m = share * x.p + (1 - share) * x.q
+    log_m = torch.where(m == 0, 1, m).log()
+    ratio, logs = torch.where(x.p == 0, 0, x.log_p - log_m), 1 + x.log_p.abs() + log_m.abs()
+    off = _sized(x.p_off, 1 + ratio.abs()) + _sized(x.p, logs)
+    return x.p * ratio, off, _sized(x.p, logs), _sized(x.p_off, logs)
+
+
+def _jsd(x: Pair) -> Terms:
+    p_part, q_part = _to_mixture(x, x.beta), _to_mixture(x.swapped, 1 - x.beta)
+    loss, off = (x.beta * a + (1 - x.beta) * b for a, b in zip(p_part[:2], q_part[:2], strict=True))
+    return loss, off, (1 - x.beta) * q_part[2], (1 - x.beta) * q_part[3]
+
+
+def _skew_forward_kl(x: Pair) -> Terms:
+    m = x.beta * x.p + (1 - x.beta) * x.q
+    m = torch.where(m == 0, 1, m)
+    psi_off = 2 * (1 - x.beta) * (x.p_off * (x.q / m) + x.q_off * (x.p / m))  # twice: m is off as well
+    return *_to_mixture(x, x.beta)[:2], psi_off / 8, psi_off
+
+
+def _skew_reverse_kl(x: Pair) -> Terms:
+    loss, off, size, psi_off = _to_mixture(x.swapped, x.beta)
+    return loss, off, size + 2 * x.q, psi_off + 2 * x.q_off
+
+
+def _tvd(x: Pair) -> Terms:
+    eps = torch.finfo(x.options["kind"]).eps
+    open_sign = (x.p - x.q).abs() <= eps * (x.p_off + x.q_off)
+    psi_off = x.q_off / 2 + torch.where(open_sign, x.q / eps, 0)
+    return (x.p - x.q).abs() / 2, (x.p_off + x.q_off) / 2, psi_off / 8, psi_off
+
+
+def _hellinger(x: Pair) -> Terms:
+    root = ((x.log_p + x.log_q) / 2).exp()
+    info = torch.finfo(x.options["kind"])
+    off = _sized(root, 8 + x.log_p.abs() + x.log_q.abs()) / 2
+    off = off + info.tiny**0.5 / info.eps * (x.p.sqrt() + x.q.sqrt())  # where p or q is of the smallest
+    return x.q.detach() - root, off + x.q_off, off / 8, off
+
+
+_DIVERGENCES = {
+    "cross_entropy": _cross_entropy,
+    "forward_kl": _kl,
+    "reverse_kl": _reverse_kl,
+    "symmetric_kl": _symmetric_kl,
+    "jsd": _jsd,
+    "skew_forward_kl": _skew_forward_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+    "tvd": _tvd,
+    "hellinger": _hellinger,
+}
 
 
 def _hard(s: Tensor, labels: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

@@ -185,7 +185,9 @@ def test_an_exported_loss_gives_the_loss():
 
 
 def plain(**changes: object) -> Settings:
-    defaults = Settings(2.0, 2.0, 0.9, 0.1, True, "cross_entropy", "logits", "arithmetic", [1.0], -1, -100, "mean", 0.0)
+    defaults = Settings(
+        2.0, 2.0, 0.9, 0.1, True, "cross_entropy", 0.0, "logits", "arithmetic", [1.0], -1, -100, "mean", 0.0
+    )
     return defaults._replace(**changes)
 
 

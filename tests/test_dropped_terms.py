@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BF16, DIVERGENCES, F16, F32, F64, REDUCTIONS, as_target, batch, combined, name, thinned_to
+from cases import BF16, F16, F32, F64, REDUCTIONS, as_target, batch, combined, divergences_for, name, thinned_to
 from judge import judge, run
 
 NAN = math.nan
@@ -25,7 +25,7 @@ def test_dropped_rows_may_hold_anything(backend: str, dtype: torch.dtype, reduct
     ways = ((True, None), (False, weight), (None, weight), (True, weight))  # are rows ignored, are there labels at all
     turn = REDUCTIONS.index(reduction)
     for vocab, divergence, (ignoring, w), temperature in combined(
-        backend, (7, 5000), DIVERGENCES, ways, temperatures, turn=turn
+        backend, (7, 5000), divergences_for(backend), ways, temperatures, turn=turn
     ):
         student, teacher, labels = batch(5, vocab, dtype)
         s, t = student.clone(), teacher.clone()

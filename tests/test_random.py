@@ -19,6 +19,7 @@ from judge import judge
 from torch import Tensor
 
 import kdfast
+from kdfast import divergences
 
 CALLS = {"reference": 10_000, "cpu": 10_000, "triton": 200}  # a call that Triton has not compiled for takes a second
 ERRORS = (TypeError, ValueError, RuntimeError, IndexError)  # what kd_loss documents
@@ -46,6 +47,8 @@ def calls(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     temperatures = st.sampled_from([1.0, 2.0, 3.0, 4.0, 0.5, 20.0]) | st.floats(0.3, 30)
     options: dict[str, Any] = {"divergence": draw(st.sampled_from(DIVERGENCES))}
     mse = options["divergence"] == "logit_mse"
+    if not mse and divergences.DIVERGENCES[options["divergence"]].beta is not None and draw(st.booleans()):
+        options["beta"] = draw(st.sampled_from([0.0, 0.5, 1.0]) | st.floats(0.01, 0.99))
     options["temperature"] = per_row(temperatures) if draw(st.booleans()) else draw(temperatures)
     options["target"] = "logits" if mse else draw(st.sampled_from(TARGETS))
     if options["target"] == "logits" and draw(st.booleans()):
@@ -121,6 +124,7 @@ def _pools(
         "alpha": [*[None] * 5, 0, 0.5, 1, 7.0, -1, torch.nan, "a"],
         "hard_weight": [*[None] * 5, 0, 0.5, 3, -1, torch.inf, []],
         "divergence": [*DIVERGENCES * 3, "jsd?", 3],
+        "beta": [*[None] * 12, 0, 0.3, 1, 1.5, "b"],
         "target": [*["logits"] * 6, *TARGETS * 2, "logit"],
         "vocab_size": [*[None] * 6, 1, vocab - 1, vocab, 0, vocab + 1, -1, 2.0],
         "t_squared": [True, False],

@@ -7,7 +7,7 @@ from cases import DIVERGENCES, ENSEMBLES, F64, TARGETS, as_target, batch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from kdfast import kd_loss, reference
+from kdfast import divergences, kd_loss
 
 WITH_TEMPERATURE = DIVERGENCES[:-1]
 S, T, Y = batch(4, 5, F64)  # small: gradcheck differentiates by every number
@@ -114,34 +114,81 @@ def test_logit_mse_in_closed_form() -> None:
 # --- the table of divergences ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("divergence", reference.DIVERGENCES)
-def test_psi_is_q_times_the_derivative_of_phi(divergence: str) -> None:
-    phi, psi = reference.DIVERGENCES[divergence]
+BETA = 0.3
+
+
+@pytest.mark.parametrize("divergence", divergences.DIVERGENCES)
+def test_psi_is_q_times_the_derivative_of_phi_but_for_a_multiple_of_q(divergence: str) -> None:
+    entry = divergences.DIVERGENCES[divergence]
     p = torch.softmax(T, -1)
     q = torch.softmax(S, -1).requires_grad_()
-    (slope,) = torch.autograd.grad(phi(p, q, p.log(), q.log()).sum(), q)
-    close(psi(p, q, p.log(), q.log()).detach(), (q * slope).detach())
+    (slope,) = torch.autograd.grad(entry.phi(p, q, p.log(), q.log(), BETA).sum(), q)
+    psi, q = entry.psi(p, q, p.log(), q.log(), BETA).detach(), q.detach()
+    close(psi - q * psi.sum(-1, True), q * slope - q * (q * slope).sum(-1, True))
 
 
-@pytest.mark.parametrize("divergence", reference.DIVERGENCES)
+@pytest.mark.parametrize("divergence", divergences.DIVERGENCES)
 @pytest.mark.parametrize("mass", [1.0, 0.97])  # soft targets need not sum to 1
 def test_one_rule_gives_every_gradient(divergence: str, mass: float) -> None:
     p, q = mass * torch.softmax(T, -1), torch.softmax(S / TEMPERATURE, -1)
-    psi = reference.DIVERGENCES[divergence].psi(p, q, p.log(), q.log())
+    entry = divergences.DIVERGENCES[divergence]
+    psi = entry.psi(p, q, p.log(), q.log(), BETA)
     rule = (psi - q * psi.sum(-1, True)) / TEMPERATURE
     settings = {"divergence": divergence, "target": "probs", "temperature": TEMPERATURE, "t_squared": False}
+    settings |= {"beta": BETA} if entry.beta else {}
     close(grad_of(S, p, reduction="sum", **settings), rule)
 
 
-@pytest.mark.parametrize("divergence", reference.DIVERGENCES)
-def test_phi_is_the_divergence(divergence: str) -> None:
-    p, q = torch.softmax(T, -1), torch.softmax(S, -1)
+@pytest.mark.parametrize("divergence", divergences.DIVERGENCES)
+@pytest.mark.parametrize("mass", [1.0, 0.97])
+def test_phi_is_the_divergence(divergence: str, mass: float) -> None:
+    p, q = mass * torch.softmax(T, -1), torch.softmax(S, -1)
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a * (a / b).log()).sum(-1)
+
+    b = BETA
+    m = b * p + (1 - b) * q
     truth = {
         "cross_entropy": -(p * q.log()).sum(-1),
-        "forward_kl": (p * (p / q).log()).sum(-1),
-        "reverse_kl": (q * (q / p).log()).sum(-1),
+        "forward_kl": kl(p, q),
+        "reverse_kl": kl(q, p),
+        "symmetric_kl": b * kl(p, q) + (1 - b) * kl(q, p),
+        "jsd": b * kl(p, m) + (1 - b) * kl(q, m),
+        "skew_forward_kl": kl(p, m),
+        "skew_reverse_kl": kl(q, b * q + (1 - b) * p),
+        "tvd": (p - q).abs().sum(-1) / 2,
+        "hellinger": 1 - (p * q).sqrt().sum(-1),
     }
-    close(loss_of(S, T, divergence=divergence, reduction="none"), truth[divergence])
+    settings = {"beta": b} if divergences.DIVERGENCES[divergence].beta else {}
+    close(loss_of(S, p, divergence=divergence, target="probs", reduction="none", **settings), truth[divergence])
+
+
+@pytest.mark.parametrize(
+    "divergence, beta, same",
+    [
+        ("symmetric_kl", 0, "reverse_kl"),
+        ("symmetric_kl", 1, "forward_kl"),
+        ("jsd", 0, "forward_kl"),
+        ("jsd", 1, "reverse_kl"),
+        ("skew_forward_kl", 0, "forward_kl"),
+        ("skew_reverse_kl", 0, "reverse_kl"),
+    ],
+)
+def test_at_its_ends_beta_makes_another_divergence_infinities_included(divergence: str, beta: int, same: str) -> None:
+    s, t = S.clone(), T.clone()
+    s[0, 0] = t[1, 1] = s[2, 2] = t[2, 2] = -torch.inf
+    settings = {"temperature": TEMPERATURE, "reduction": "none"}
+    got, want = loss_of(s, t, divergence=divergence, beta=beta, **settings), loss_of(s, t, divergence=same, **settings)
+    assert torch.equal(got, want)
+    assert got.isinf().sum() == 1, "the KL's"
+    assert torch.equal(grad_of(S, T, divergence=divergence, beta=beta), grad_of(S, T, divergence=same))
+
+
+@pytest.mark.parametrize("divergence", ["skew_forward_kl", "skew_reverse_kl"])
+def test_a_skew_kl_is_0_where_its_mixture_is_its_own(divergence: str) -> None:
+    close(loss_of(S, T, divergence=divergence, beta=1, reduction="none"), torch.zeros(4, dtype=F64))
+    close(grad_of(S, T, divergence=divergence, beta=1), torch.zeros_like(S))
 
 
 # --- identities --------------------------------------------------------------------------------------------------
@@ -163,7 +210,7 @@ def test_a_rows_gradient_sums_to_0(divergence: str) -> None:
     assert grad.abs().max() > 0.01
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "logit_mse"])
+@pytest.mark.parametrize("divergence", DIVERGENCES[1:])
 def test_a_divergence_is_0_where_the_student_is_its_teacher_and_positive_elsewhere(divergence: str) -> None:
     close(loss_of(T, T, divergence=divergence, reduction="none"), torch.zeros(4, dtype=F64))
     close(grad_of(T, T, divergence=divergence), torch.zeros_like(T))

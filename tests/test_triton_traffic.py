@@ -84,6 +84,19 @@ def test_a_long_row_is_read_twice_and_comes_from_dram_once(capability: int, voca
     assert per_pair(once(reports), vocab, first) <= 6.06
 
 
+@pytest.mark.parametrize(
+    "divergence, vocab, most",
+    [
+        ("symmetric_kl", 8192, 6.06),  # the longest that stays in registers with their sums
+        ("jsd", 8192, 6.06),
+        ("symmetric_kl", 50257, 10.1),
+        ("jsd", 50257, 14.2),  # one more sweep for its own sums
+    ],
+)
+def test_every_kind_of_sums_has_its_sweeps(capability: int, divergence: str, vocab: int, most: float) -> None:
+    assert per_pair(traffic(capability, vocab, divergence=divergence), vocab, asked) <= most
+
+
 @pytest.mark.parametrize("vocab", SHORT + LONG)
 def test_without_a_gradient_nothing_is_written(capability: int, vocab: int) -> None:
     assert per_pair(traffic(capability, vocab, grad=False), vocab, asked) <= 4.04

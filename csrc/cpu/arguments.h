@@ -10,10 +10,10 @@ namespace kdfast {
 namespace {
 
 inline Divergence divergence_of(const std::string& name) {
-  if (name == "cross_entropy") return Divergence::kCrossEntropy;
-  if (name == "forward_kl") return Divergence::kForwardKL;
-  if (name == "reverse_kl") return Divergence::kReverseKL;
-  if (name == "logit_mse") return Divergence::kLogitMSE;
+#define X(known, Type) \
+  if (name == #known) return Divergence::k##Type;
+  KDFAST_DIVERGENCES
+#undef X
   fail<std::invalid_argument>("divergence: no CPU kernel for '", name, "'");
 }
 
@@ -31,7 +31,7 @@ struct Loss {
        const std::optional<Tensor>& weight, const std::optional<Tensor>& normalizer,
        const std::optional<Tensor>& temperatures, const std::optional<Tensor>& teacher_temperatures,
        double temperature, double teacher_temperature, double alpha, double hard_weight, bool t_squared,
-       const std::string& divergence, const std::string& target, const std::string& ensemble,
+       const std::string& divergence, double beta, const std::string& target, const std::string& ensemble,
        const std::vector<double>& teacher_weights, int64_t vocab_size, int64_t ignore_index,
        const std::string& reduction_, double given_divisor)
       : student(readable(student_)), reduction(reduction_) {
@@ -52,6 +52,7 @@ struct Loss {
       a.teacher_weights[k] = teacher_weights[k];
     }
     a.divergence = a.n_teachers ? divergence_of(divergence) : Divergence::kNone;
+    a.beta = beta;
     a.target = target == "logits" ? Target::kLogits : target == "probs" ? Target::kProbs : Target::kLogProbs;
     a.geometric = ensemble == "geometric";
     const bool tempered = a.divergence != Divergence::kNone && a.divergence != Divergence::kLogitMSE;

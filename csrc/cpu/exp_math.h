@@ -48,14 +48,8 @@ KD_INLINE DoubleV exp2(DoubleV y) {
   return p * bits<DoubleV>((bits<I>(shifted) + 1023) << 52);
 }
 
-// x = 2^e * m, m in [sqrt(1/2), sqrt(2)); log2(m) from log(1 + f) = f - f^2/2 + f^3 * P(f), P as in Cephes'
-// logf.
-KD_INLINE FloatV log2(FloatV x) {
-  using I = Types<float>::I;
-  const I tiny = x < 0x1p-126f;
-  const FloatV scaled = tiny ? x * 0x1p24f : x;
-  const I e = (bits<I>(scaled) - 0x3f3504f3) >> 23;
-  const FloatV f = bits<FloatV>(bits<I>(scaled) - (e << 23)) - 1;
+// log(1 + f) - f = -f^2/2 + f^3 * P(f) for 1 + f in [sqrt(1/2), sqrt(2)), P as in Cephes' logf.
+KD_INLINE FloatV log_rest(FloatV f) {
   FloatV p = splat(7.0376836292e-2f);
   p = p * f - 1.1514610310e-1f;
   p = p * f + 1.1676998740e-1f;
@@ -65,7 +59,17 @@ KD_INLINE FloatV log2(FloatV x) {
   p = p * f + 2.0000714765e-1f;
   p = p * f - 2.4999993993e-1f;
   p = p * f + 3.3333331174e-1f;
-  const FloatV rest = f * f * (p * f - 0.5f);
+  return f * f * (p * f - 0.5f);
+}
+
+// x = 2^e * m, m in [sqrt(1/2), sqrt(2)).
+KD_INLINE FloatV log2(FloatV x) {
+  using I = Types<float>::I;
+  const I tiny = x < 0x1p-126f;
+  const FloatV scaled = tiny ? x * 0x1p24f : x;
+  const I e = (bits<I>(scaled) - 0x3f3504f3) >> 23;
+  const FloatV f = bits<FloatV>(bits<I>(scaled) - (e << 23)) - 1;
+  const FloatV rest = log_rest(f);
   const FloatV exponent = __builtin_convertvector(e, FloatV) - (tiny ? splat(24.f) : FloatV{});
   FloatV y = exponent + (f * 0x1.715476p+0f + rest * 0x1.715476p+0f);
   y = x == 0 ? splat(-std::numeric_limits<float>::infinity()) : y;
@@ -75,6 +79,44 @@ KD_INLINE FloatV log2(FloatV x) {
 
 KD_INLINE DoubleV log2(DoubleV x) {  // rare: only fp64 probabilities come here
   for (int i = 0; i < Types<double>::kLanes; ++i) x[i] = std::log2(x[i]);
+  return x;
+}
+
+// log(a / b) of numbers >= 0 whose difference a - b is given: near equality its digits are those of the
+// difference. For terms that it is multiplied with a for: 0 where b, and with it a, is next to nothing.
+KD_INLINE FloatV log_ratio(FloatV a, FloatV b, FloatV difference) {
+  using I = Types<float>::I;
+  const FloatV per_b = 1 / b, x = a * per_b;
+  const I e = (bits<I>(x) - 0x3f3504f3) >> 23;
+  const FloatV f = e == 0 ? difference * per_b : bits<FloatV>(bits<I>(x) - (e << 23)) - 1;
+  const FloatV y = __builtin_convertvector(e, FloatV) * 0x1.62e43p-1f + (f + log_rest(f));
+  return b < std::numeric_limits<float>::min() ? FloatV{} : x == x ? y : x;
+}
+
+KD_INLINE DoubleV log_ratio(DoubleV a, DoubleV b, DoubleV difference) {
+  DoubleV y{};
+  for (int i = 0; i < Types<double>::kLanes; ++i) {
+    if (b[i] < std::numeric_limits<double>::min()) continue;
+    const double f = difference[i] / b[i];
+    y[i] = std::abs(f) < 0.5 ? std::log1p(f) : std::log(a[i] / b[i]);
+  }
+  return y;
+}
+
+KD_INLINE FloatV sqrt(FloatV x) {
+#if defined(__AVX512F__)
+  return (FloatV)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (FloatV)_mm256_sqrt_ps((__m256)x);
+#elif defined(__x86_64__)
+  return (FloatV)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < Types<float>::kLanes; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+KD_INLINE DoubleV sqrt(DoubleV x) {
+  for (int i = 0; i < Types<double>::kLanes; ++i) x[i] = std::sqrt(x[i]);
   return x;
 }
 

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "../divergences.h"
+#include "../divergences.h"  // last: it is over their functions of vectors
 #include "exp_math.h"
 #include "row_kernels.h"
 
@@ -30,6 +30,7 @@ struct Spec {
   static constexpr bool kProbs = kProbs_, kOwn = kOwn_;
   static constexpr bool kMSE = std::is_same_v<D, LogitMSE>;
   static constexpr bool kSoft = !kMSE && !std::is_same_v<D, NoDivergence>;
+  static constexpr bool kPointwise = D::kPointwise;                    // sums in a pass of their own
   static constexpr int kLanes = Types<C>::kLanes, kStep = 2 * kLanes;  // classes in a vector, and at a time
 };
 
@@ -37,6 +38,7 @@ struct RowScale {  // of one row
   double temperature;
   double student, teacher;  // slopes
   int power;                // with kOwn false: the temperature, a small whole number
+  double beta;
 };
 
 KD_INLINE double at_row(const double* per_row, double number, int64_t row) {
@@ -47,7 +49,7 @@ KD_INLINE RowScale row_scale(const LossArgs& a, int64_t row) {
   const double t = at_row(a.temperatures, a.temperature, row);
   const bool logits = a.target == Target::kLogits;
   const double at = logits ? at_row(a.teacher_temperatures, a.teacher_temperature, row) : 1;
-  return {t, kLog2E / t, kLog2E / at, (int)t};
+  return {t, kLog2E / t, kLog2E / at, (int)t, a.beta};
 }
 
 template <class C>

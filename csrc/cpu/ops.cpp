@@ -16,6 +16,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../divergences.h"
 #include "arguments.h"
 #include "isa.h"
 #include "row_kernels.h"
@@ -55,10 +56,24 @@ void in_parallel(int64_t units, int64_t classes, const F& f) {
   torch::stable::parallel_for(0, units, grain, f);
 }
 
+bool is_pointwise(Divergence divergence) {
+  switch (divergence) {
+#define X(name, Type)       \
+  case Divergence::k##Type: \
+    return Type::kPointwise;
+    KDFAST_DIVERGENCES
+#undef X
+    case Divergence::kNone:
+      break;
+  }
+  return false;
+}
+
 // Few and long rows are split, so that every thread has work. It depends on the shape alone, not on the
-// number of threads, so that this number never shows in the bits. An ensemble's members are softmaxed whole.
+// number of threads, so that this number never shows in the bits. An ensemble's members are softmaxed whole,
+// and pass B wants the sums of whole rows.
 int64_t segments_of(const LossArgs& a) {
-  if (a.rows >= 32 || a.vocab <= 2 * kSegment || a.n_teachers > 1) return 1;
+  if (is_pointwise(a.divergence) || a.rows >= 32 || a.vocab <= 2 * kSegment || a.n_teachers > 1) return 1;
   return (a.vocab + kSegment - 1) / kSegment;
 }
 
@@ -98,17 +113,17 @@ void run_loss_grad(Loss& loss) {
 
 // ---- the operators; a flat list of arguments each, as the schemas have it ----
 
-#define KDFAST_INPUTS                                                                                      \
-  std::vector<Tensor> teachers, std::optional<Tensor> labels, std::optional<Tensor> weight,                \
-      std::optional<Tensor> normalizer, std::optional<Tensor> temperatures,                                \
-      std::optional<Tensor> teacher_temperatures, double temperature, double teacher_temperature,          \
-      double alpha, double hard_weight, bool t_squared, std::string divergence, std::string target,        \
-      std::string ensemble, std::vector<double> teacher_weights, int64_t vocab_size, int64_t ignore_index, \
-      std::string reduction, double divisor
-#define KDFAST_PASS                                                                                      \
-  teachers, labels, weight, normalizer, temperatures, teacher_temperatures, temperature,                 \
-      teacher_temperature, alpha, hard_weight, t_squared, divergence, target, ensemble, teacher_weights, \
-      vocab_size, ignore_index, reduction, divisor
+#define KDFAST_INPUTS                                                                                    \
+  std::vector<Tensor> teachers, std::optional<Tensor> labels, std::optional<Tensor> weight,              \
+      std::optional<Tensor> normalizer, std::optional<Tensor> temperatures,                              \
+      std::optional<Tensor> teacher_temperatures, double temperature, double teacher_temperature,        \
+      double alpha, double hard_weight, bool t_squared, std::string divergence, double beta,             \
+      std::string target, std::string ensemble, std::vector<double> teacher_weights, int64_t vocab_size, \
+      int64_t ignore_index, std::string reduction, double divisor
+#define KDFAST_PASS                                                                           \
+  teachers, labels, weight, normalizer, temperatures, teacher_temperatures, temperature,      \
+      teacher_temperature, alpha, hard_weight, t_squared, divergence, beta, target, ensemble, \
+      teacher_weights, vocab_size, ignore_index, reduction, divisor
 
 std::tuple<Tensor, Tensor> loss_grad(Tensor student, KDFAST_INPUTS) {
   Loss loss(student, KDFAST_PASS);

@@ -4,13 +4,20 @@
 
 #include <cstdint>
 
+#include "../divergence_names.h"
+
 namespace kdfast {
 
 enum class DType { kFloat, kBFloat16, kHalf, kDouble };
 __attribute__((always_inline)) inline int64_t bytes_of(DType dtype) {
   return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
 }
-enum class Divergence { kCrossEntropy, kForwardKL, kReverseKL, kLogitMSE, kNone };
+enum class Divergence {
+#define X(name, Type) k##Type,
+  KDFAST_DIVERGENCES
+#undef X
+      kNone
+};
 enum class Target { kLogits, kProbs, kLogProbs };
 
 // A (rows, classes) matrix whose classes are contiguous. Its rows are those of up to three dimensions, since
@@ -37,10 +44,11 @@ struct RowStats {
   double student_offset, teacher_offset;
   double student_sum;  // sum 2^y
   double teacher_sum;
-  double hard_sum;  // sum 2^(T * y): the student at temperature 1
-  double running;   // sum phi over the unnormalised exps
+  double hard_sum;         // sum 2^(T * y): the student at temperature 1
+  double teacher_running;  // sum of phi's part over_teacher, over the unnormalised exps
+  double student_running;  // the other part's
 };
-constexpr int kStats = 6;
+constexpr int kStats = 7;
 
 struct LossArgs {
   int64_t rows, vocab;
@@ -52,6 +60,7 @@ struct LossArgs {
   Target target;
   bool geometric;
   Divergence divergence;
+  double beta;
   const int64_t* labels;  // (rows) or null
   int64_t ignore_index;
   const double* weight;                               // (rows) or null
@@ -60,7 +69,7 @@ struct LossArgs {
   double alpha, hard_weight;
   bool t_squared;
 
-  double* losses;   // (rows), or null
+  double* losses;   // (rows)
   RowStats* stats;  // (rows * segments): out of `stats`, into `grad`; or null
   // the gradient of row r is scale * (row_scale ? row_scale[r] : 1) * dl_r/ds
   double scale;

@@ -56,20 +56,23 @@ KD_NOINLINE RowStats block_sums(const typename P::S* s, const typename P::T* t, 
                                 bool near) {
   using V = typename P::V;
   const Exponents<P> exponents(scale, student_offset, teacher_offset);
+  const V beta = splat((typename P::C)scale.beta);
   // Two levels of sums: short chains of additions, so that rounding does not add up over equal terms.
   struct Sums {
-    V student, teacher, hard, running;
+    V student, teacher, hard, teacher_running, student_running;
   } part{}, total{};
   auto flush = [&]() __attribute__((always_inline)) {
     total.student += part.student;
     total.teacher += part.teacher;
     total.hard += part.hard;
-    total.running += part.running;
+    total.teacher_running += part.teacher_running;
+    total.student_running += part.student_running;
     part = Sums{};
   };
   auto add_up = [&](const Lanes<P>& x, int at) __attribute__((always_inline)) {
-    if constexpr (P::kMSE) part.running += x.et * x.et;
-    if constexpr (P::kSoft) part.running += P::D::phi(x.et, x.es, x.yt, x.ys);
+    if constexpr (P::kMSE) part.teacher_running += x.et * x.et;
+    if constexpr (P::D::kTeacher) part.teacher_running += P::D::over_teacher(x.et, x.yt, x.ys, beta);
+    if constexpr (P::D::kStudent) part.student_running += P::D::over_student(x.es, x.yt, x.ys, beta);
     part.student += x.es;
     part.teacher += x.et;
     part.hard += x.e1;
@@ -98,8 +101,13 @@ KD_NOINLINE RowStats block_sums(const typename P::S* s, const typename P::T* t, 
     if (i / P::kStep % 8 == 7) flush();
   }
   flush();
-  return {student_offset,     teacher_offset,  sum(total.student),
-          sum(total.teacher), sum(total.hard), sum(total.running)};
+  return {student_offset,
+          teacher_offset,
+          sum(total.student),
+          sum(total.teacher),
+          sum(total.hard),
+          sum(total.teacher_running),
+          sum(total.student_running)};
 }
 
 template <class S>
@@ -156,11 +164,17 @@ KD_NOINLINE void shift(RowStats& x, const RowScale& scale, double student_offset
   const double ds = x.student_offset == student_offset ? 0 : x.student_offset - student_offset;
   const double dt = x.teacher_offset == teacher_offset ? 0 : x.teacher_offset - teacher_offset;
   if constexpr (P::kMSE) {
-    x.running += 2 * dt * x.teacher_sum + n * dt * dt;
+    x.teacher_running += 2 * dt * x.teacher_sum + n * dt * dt;
     x.teacher_sum += n * dt;
   } else if constexpr (P::kSoft) {
-    const double moved = x.running + P::D::phi(x.teacher_sum, x.student_sum, dt, ds);
-    x.running = scaled(moved, P::D::kOver == Over::kTeacher ? dt : ds);
+    if constexpr (P::D::kTeacher) {
+      const double moved = P::D::over_teacher(x.teacher_sum, dt, ds, scale.beta);
+      x.teacher_running = scaled(x.teacher_running + moved, dt);
+    }
+    if constexpr (P::D::kStudent) {
+      const double moved = P::D::over_student(x.student_sum, dt, ds, scale.beta);
+      x.student_running = scaled(x.student_running + moved, ds);
+    }
     x.teacher_sum = scaled(x.teacher_sum, dt);
   }
   x.student_sum = scaled(x.student_sum, ds);
@@ -189,7 +203,8 @@ void add(RowStats& total, double n_total, RowStats more, double n_more, const Ro
   total.student_sum += more.student_sum;
   total.teacher_sum += more.teacher_sum;
   total.hard_sum += more.hard_sum;
-  total.running += more.running;
+  total.teacher_running += more.teacher_running;
+  total.student_running += more.student_running;
 }
 
 // Pass A over n classes of a row; blocks[i] gets the i-th block's offsets.

@@ -44,7 +44,7 @@ struct ShortRows {
     for (int r = 0; r < kLanes; ++r) {
       const int64_t row = begin + r;
       const bool kept = r < rows && a.kept(row);
-      const RowScale scale = kept ? row_scale(a, row) : RowScale{1, 1, 1, 1};
+      const RowScale scale = kept ? row_scale(a, row) : RowScale{1, 1, 1, 1, 0};
       g.temperature[r] = scale.temperature;
       g.student[r] = scale.student;
       g.teacher[r] = scale.teacher;
@@ -87,7 +87,8 @@ struct ShortRows {
     }
     exponents.teacher_offset = teacher_offset;
 
-    V student_sum{}, teacher_sum{}, hard_sum{}, running{}, label_logit{};
+    V student_sum{}, teacher_sum{}, hard_sum{}, teacher_running{}, student_running{}, label_logit{};
+    const V beta = splat((C)a.beta);
     for (int64_t i = 0; i < n; ++i) {
       const Lanes<P> x = exponents(at(g.s + i * kLanes), at(g.t + i * kLanes));
       store(g.es + i * kLanes, x.es);
@@ -96,8 +97,9 @@ struct ShortRows {
       student_sum += x.es;
       teacher_sum += x.et;
       hard_sum += x.e1;
-      if constexpr (P::kMSE) running += x.et * x.et;
-      if constexpr (P::kSoft) running += P::D::phi(x.et, x.es, x.yt, x.ys);
+      if constexpr (P::kMSE) teacher_running += x.et * x.et;
+      if constexpr (P::D::kTeacher) teacher_running += P::D::over_teacher(x.et, x.yt, x.ys, beta);
+      if constexpr (P::D::kStudent) student_running += P::D::over_student(x.es, x.yt, x.ys, beta);
     }
     for (int r = 0; r < kLanes; ++r) label_logit[r] = g.label[r] < 0 ? 0 : g.s[g.label[r] * kLanes + r];
 
@@ -107,7 +109,7 @@ struct ShortRows {
     const V factor = at(g.factor);
     if constexpr (P::kMSE) {
       const V mean = teacher_sum / (C)n;
-      loss = (running - teacher_sum * mean) * (C)(a.alpha / (2 * n));
+      loss = (teacher_running - teacher_sum * mean) * (C)(a.alpha / (2 * n));
       gradient.teacher = factor * (C)(a.alpha / n);
       gradient.log_teacher = loss == loss ? -mean : loss;
     } else if constexpr (P::kSoft) {
@@ -116,15 +118,39 @@ struct ShortRows {
       const V divided = softmaxed ? teacher_sum : P::kProbs ? V{} + 1 : given;
       const V log_teacher = softmaxed ? log2(teacher_sum) : P::kProbs ? V{} : -teacher_offset;
       const V log_student = log2(student_sum), mass = teacher_sum / divided;
-      const V over = P::D::kOver == Over::kTeacher ? divided : student_sum;
-      const V divergence = (running / over + P::D::phi(mass, V{} + 1, -log_teacher, -log_student)) * (C)kLn2;
+      V divergence{}, psi_sum{};
+      if constexpr (P::kPointwise) {
+        with_pointwise(a, [&](auto d) {
+          using D = decltype(d);
+          const V to_q = 1 / student_sum;
+          add_pointwise<C, D>(g.es, g.et, n, to_q, 1 / divided, beta, divergence, psi_sum);
+          psi_sum -= psi_sum * multiply_subtract(to_q, student_sum, V{} + 1);  // see finish()
+          divergence += D::constant(mass, beta);
+        });
+      } else {
+        V over_teacher{}, over_student{};
+        if constexpr (P::D::kTeacher) {
+          over_teacher =
+              (teacher_running / divided + P::D::over_teacher(mass, -log_teacher, -log_student, beta)) *
+              (C)kLn2;
+        }
+        if constexpr (P::D::kStudent) {
+          over_student = (student_running / student_sum +
+                          P::D::over_student(V{} + 1, -log_teacher, -log_student, beta)) *
+                         (C)kLn2;
+        }
+        divergence = over_teacher + over_student;
+        psi_sum = P::D::psi_sum(over_teacher, over_student, mass, beta);
+      }
       loss = divergence * (C)a.alpha * (a.t_squared ? temperature * temperature : V{} + 1);
       const V weight = factor * (C)a.alpha * (a.t_squared ? temperature : 1 / temperature);
-      gradient.student = weight / student_sum;
+      gradient.beta = beta;
+      gradient.soft = weight;
+      gradient.student = (P::kPointwise ? V{} + 1 : weight) / student_sum;
       gradient.teacher = weight / divided;
       gradient.log_student = -log_student;
       gradient.log_teacher = -log_teacher;
-      gradient.psi_sum = gradient.student * P::D::psi_sum(divergence, mass);
+      gradient.psi_sum = P::kPointwise ? psi_sum : gradient.student * psi_sum;
     }
     V label_weight{};
     gradient.hard = V{};

@@ -50,7 +50,14 @@ class Call:
         self.per_row = [labels, weight, temperatures, at]
         scale, self.divisor, self.counted = self._divisor(inputs)
         temperature = 1.0 if self.spec.divergence is None else settings.temperature
-        numbers = (temperature, settings.teacher_temperature, settings.alpha, settings.hard_weight, scale)
+        numbers = (
+            temperature,
+            settings.teacher_temperature,
+            settings.alpha,
+            settings.hard_weight,
+            scale,
+            settings.beta,
+        )
         self.numbers = tuple(map(bits, (*numbers, *(settings.teacher_weights if self.teachers else ()))))
 
     def _spec(self, inputs: Inputs) -> Spec:
@@ -67,7 +74,7 @@ class Call:
             given = settings.target != "logits" and (mixed or not several)
             teacher = "given" if given else "softmaxed"
         joint = teacher != "softmaxed" or not several or settings.ensemble == "geometric"
-        linear = divergence is None or (divergence.over is not None and (joint or not divergence.log_p))
+        linear = divergence is None or (divergence.phi is None and (joint or not divergence.log_p))
         t = settings.temperature
         whole = inputs.temperatures is None and t in (1, 2, 3, 4)
         power = 1 if divergence is None else int(t) if whole else 0

@@ -1,13 +1,11 @@
-"""phi and psi of each divergence for the Triton kernels; csrc/divergences.h has the same for C++.
+"""phi and psi of each divergence for the Triton kernels; csrc/divergences.h has the same for C++, and says more.
 
     D = sum_i phi(p_i, q_i)       psi = q * dphi/dq       dD/ds_i = (psi_i - q_i * sum_j psi_j) / T
 
-To add a divergence is to write these two and a row of DIVERGENCES. Its sums then take a sweep of their own over the
-row, once p and q are known. A *linear* divergence spares that sweep: there phi is linear in (log p, log q) and its
-terms carry one of p and q, which `over` names, so that the sum can run over unnormalised exps P, Q with sums P_sum,
-Q_sum:
-
-    D = sum phi(P, Q, log P, log Q) / over's sum  +  phi(sum p, 1, -log P_sum, -log Q_sum)
+To add a divergence is to write these two, functions of (p, q, beta), and a row of DIVERGENCES; psi may lack a multiple
+of q. Their sums take a pass of their own over the row, once p and q are known; `constant` of (sum p, beta) is what phi
+lacks. A *linear* divergence spares that pass: there phi is linear in (log p, log q), each of its terms carries p or q,
+and it is given as these two parts, functions of (p or q, log p, log q, beta), whose sums run over unnormalised ones.
 """
 
 from typing import Any, NamedTuple
@@ -17,18 +15,20 @@ import triton.language as tl
 
 
 class Divergence(NamedTuple):
-    phi: Any  # each a function of (p, q, log p, log q); zero probabilities add 0
-    psi: Any
-    over: str | None = None  # "teacher" or "student" where the divergence is linear
-    psi_sum: Any = None  # then: sum psi from (D, sum p)
+    psi: Any  # of a linear one a function of (p, q, log p, log q, beta)
+    phi: Any = None
+    constant: Any = None
+    over_teacher: Any = None  # the parts of a linear one's phi
+    over_student: Any = None
+    psi_sum: Any = None  # then: sum psi from (over_teacher's sum, over_student's sum, sum p, beta)
     log_p: bool = True  # whether phi depends on log p, which a mixture of teachers has only when all sums are known
     source: str = ""  # of the functions, for Triton's cache on disk, which does not look into tuples
 
 
-def divergence(phi: Any, psi: Any, **linear: Any) -> Divergence:
-    functions = (phi, psi, linear.get("psi_sum"))
+def divergence(psi: Any, **others: Any) -> Divergence:
+    functions = (psi, *others.values())
     # the interpreter's functions have no keys, and need none
-    return Divergence(phi, psi, source="".join(getattr(f, "cache_key", "") for f in functions if f), **linear)
+    return Divergence(psi, source="".join(getattr(f, "cache_key", "") for f in functions), **others)
 
 
 @triton.jit
@@ -38,44 +38,163 @@ def masked(p, x):
 
 
 @triton.jit
-def cross_entropy(p, q, log_p, log_q):
+def log_ratio(a, b, difference):
+    """log(a / b) from a - b too, whose digits it has near equality; 0 where b, and with it a, is next to nothing."""
+    TERMS: tl.constexpr = 9 if a.dtype == tl.float64 else 4  # |w| < 1/8: what the first left out adds is rounded away
+    w = difference / (a + b)
+    series = w * w * (1.0 / (2 * TERMS + 1))
+    for k in tl.static_range(1, TERMS):
+        series = w * w * (series + 1.0 / (2 * (TERMS - k) + 1))
+    far = tl.log2(a / b) * 0.6931471805599453
+    ratio = tl.where(tl.abs(w) < 0.125, 2 * (w + w * series), far)  # 2 atanh(w)
+    return tl.where(b < 1e-37, 0, ratio)
+
+
+# ---- linear ones ----
+
+
+@triton.jit
+def cross_entropy(p, log_p, log_q, beta):
     return -masked(p, log_q)
 
 
 @triton.jit
-def forward_kl(p, q, log_p, log_q):
+def forward_kl(p, log_p, log_q, beta):
     return masked(p, log_p - log_q)
 
 
 @triton.jit
-def forward_psi(p, q, log_p, log_q):
+def forward_psi(p, q, log_p, log_q, beta):
     return -p
 
 
 @triton.jit
-def forward_psi_sum(divergence, teacher_mass):
-    return -teacher_mass
+def forward_psi_sum(teacher, student, mass, beta):
+    return -mass
 
 
 @triton.jit
-def reverse_kl(p, q, log_p, log_q):
+def reverse_kl(q, log_p, log_q, beta):
     return masked(q, log_q - log_p)
 
 
 @triton.jit
-def reverse_psi(p, q, log_p, log_q):
+def reverse_psi(p, q, log_p, log_q, beta):
     return masked(q, log_q - log_p + 1)
 
 
 @triton.jit
-def reverse_psi_sum(divergence, teacher_mass):
-    return divergence + 1
+def reverse_psi_sum(teacher, student, mass, beta):
+    return student + 1
+
+
+@triton.jit
+def forward_part(p, log_p, log_q, beta):
+    return beta * masked(p, log_p - log_q)
+
+
+@triton.jit
+def reverse_part(q, log_p, log_q, beta):
+    return (1 - beta) * masked(q, log_q - log_p)
+
+
+@triton.jit
+def symmetric_psi(p, q, log_p, log_q, beta):
+    return (1 - beta) * masked(q, log_q - log_p + 1) - beta * p
+
+
+@triton.jit
+def symmetric_psi_sum(teacher, student, mass, beta):
+    return student + (1 - beta) - beta * mass
+
+
+# ---- those with a pass of their own ----
+
+
+@triton.jit
+def jsd(p, q, beta):
+    m, d = beta * p + (1 - beta) * q, q - p
+    of_p = masked(p, log_ratio(p, m, (beta - 1) * d))
+    return beta * of_p + (1 - beta) * masked(q, log_ratio(q, m, beta * d))
+
+
+@triton.jit
+def jsd_psi(p, q, beta):
+    return (1 - beta) * masked(q, log_ratio(q, beta * p + (1 - beta) * q, beta * (q - p)))
+
+
+@triton.jit
+def skew_forward_kl(p, q, beta):
+    d = (1 - beta) * (q - p)
+    return masked(p, log_ratio(p, p + d, -d)) + d
+
+
+@triton.jit
+def skew_forward_psi(p, q, beta):
+    m = p + (1 - beta) * (q - p)
+    return (beta - 1) * tl.where(p == q, q, tl.where(m == 0, m, q * (p / m)))
+
+
+@triton.jit
+def skew_forward_constant(mass, beta):
+    return (1 - beta) * (mass - 1)
+
+
+@triton.jit
+def skew_reverse_kl(p, q, beta):
+    d = (1 - beta) * (p - q)
+    return masked(q, log_ratio(q, q + d, -d)) + d
+
+
+@triton.jit
+def skew_reverse_psi(p, q, beta):
+    d = (1 - beta) * (p - q)
+    m = q + d
+    return tl.where(m == 0, m, masked(q, log_ratio(q, m, -d) + beta * d / m))
+
+
+@triton.jit
+def skew_reverse_constant(mass, beta):
+    return (1 - beta) * (1 - mass)
+
+
+@triton.jit
+def tvd(p, q, beta):
+    return tl.where(p == q, 0, tl.abs(q - p) / 2)
+
+
+@triton.jit
+def tvd_psi(p, q, beta):
+    far = tl.where(p > q, -q / 2, tl.where(p < q, q / 2, p - q))  # the last is NaN
+    return tl.where(p == q, 0, far)
+
+
+@triton.jit
+def hellinger(p, q, beta):
+    d = tl.where(p == q, 0, tl.sqrt(q) - tl.sqrt(p))
+    return d * d / 2
+
+
+@triton.jit
+def hellinger_psi(p, q, beta):
+    return tl.where(p == q, q, tl.sqrt(q) * tl.sqrt(p)) / -2
+
+
+@triton.jit
+def hellinger_constant(mass, beta):
+    return (1 - mass) / 2
 
 
 DIVERGENCES = {
-    "cross_entropy": divergence(
-        cross_entropy, forward_psi, over="teacher", psi_sum=forward_psi_sum, log_p=False
-    ),  # -sum p log q
-    "forward_kl": divergence(forward_kl, forward_psi, over="teacher", psi_sum=forward_psi_sum),  # sum p log(p / q)
-    "reverse_kl": divergence(reverse_kl, reverse_psi, over="student", psi_sum=reverse_psi_sum),  # sum q log(q / p)
+    "cross_entropy": divergence(forward_psi, over_teacher=cross_entropy, psi_sum=forward_psi_sum)._replace(log_p=False),
+    "forward_kl": divergence(forward_psi, over_teacher=forward_kl, psi_sum=forward_psi_sum),
+    "reverse_kl": divergence(reverse_psi, over_student=reverse_kl, psi_sum=reverse_psi_sum),
+    "symmetric_kl": divergence(
+        symmetric_psi, over_teacher=forward_part, over_student=reverse_part, psi_sum=symmetric_psi_sum
+    ),
+    "jsd": divergence(jsd_psi, phi=jsd),
+    "skew_forward_kl": divergence(skew_forward_psi, phi=skew_forward_kl, constant=skew_forward_constant),
+    "skew_reverse_kl": divergence(skew_reverse_psi, phi=skew_reverse_kl, constant=skew_reverse_constant),
+    "tvd": divergence(tvd_psi, phi=tvd),
+    "hellinger": divergence(hellinger_psi, phi=hellinger, constant=hellinger_constant),
 }

@@ -92,7 +92,7 @@ def room_for(spec: Spec, tensors: list[Tensor]) -> Room:
     if spec.dtype == tl.float64:
         return NO_ROOM
     plain = spec.teacher != "given" and len(tensors) <= 2 and tensors[0].dtype == tensors[-1].dtype
-    carries_p = spec.divergence is None or spec.divergence.over == "teacher"
+    carries_p = spec.divergence is None or (spec.linear and spec.divergence.over_student is None)
     return MOST_ROOM if plain and carries_p else ROOM_BESIDE_ARITHMETIC
 
 

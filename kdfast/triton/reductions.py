@@ -75,7 +75,13 @@ def join(
     row = tl.minimum(at, rows - 1)
     t = _by_row(per_row[3], row, there, numbers[0], SPEC.dtype)
     t_teacher = _by_row(per_row[4], row, there, numbers[1], SPEC.dtype)
-    scalars = (base2(t), teacher_slope(t_teacher, SPEC), t, weights_of(numbers, SPEC.dtype))
+    scalars = (
+        base2(t),
+        teacher_slope(t_teacher, SPEC),
+        t,
+        weights_of(numbers, SPEC.dtype),
+        number(numbers[5], SPEC.dtype),
+    )
 
     part = tl.arange(0, SEGMENTS)[:, None, None]
     column = tl.arange(0, WIDTH)

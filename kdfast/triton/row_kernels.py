@@ -1,19 +1,19 @@
 """The row kernels. What a row's passes compute is in statistics.py and row_passes.py, how they read it in rows.py.
 
     loss_grad_short   a row and its teachers' stay in the registers of one program: each logit is read once
-    loss_grad_long    pass A over the row, then pass C over it once more
-    stats             pass A alone, of whole rows or of segments of few and long ones, which reductions.py joins
+    loss_grad_long    pass A over the row, then pass C over it once more; pass B in between where there is one
+    stats             pass A (and B), of whole rows or of segments of few and long ones, which reductions.py joins
     grad              pass C alone, from the statistics
 
-A program that keeps no row in registers reads it twice. The second sweep starts where the first one ended, since the
-last classes read are those that the caches still hold; the first sweep asks them to hold on to its lines, the second
+A program that keeps no row in registers reads it twice. Each sweep starts where the one before it ended, since
+the last classes read are those that the caches still hold; the first sweep asks them to hold on to its lines, the second
 one's reads and the gradient's stores ask for no room. That helps as far as the rows in flight fit into the L2, so
 launch.py bounds how many programs there are, each of which goes from row to row.
 
 Arguments of all of them: student, output and each of teachers is a matrix as tiles.py has it; per_row holds pointers,
 or None, to (losses, labels, weight, temperature, teacher_temperature, gradient of the losses) by row, and to the
-divisor; numbers are temperature, teacher_temperature, alpha, hard_weight, scale and the teachers' weights, as
-rows.number says.
+divisor; numbers are temperature, teacher_temperature, alpha, hard_weight, scale, beta and the teachers'
+weights, as rows.number says.
 
 A branch with a reduction in it makes the compiler provide for threads that part ways (at V = 32768 it spilled 96 bytes
 for that on sm_90). So a row that drops out is a row of no classes, and only arithmetic stands in branches.
@@ -193,7 +193,7 @@ def grad(
     elif SPEC.linear:
         sums = linear_divergence(statistics, row, SPEC)
     else:
-        sums = (statistics[1][0][2], statistics[1][0][2])
+        sums = (statistics[0][3], statistics[0][3])
     unused, divisor = label_and_divisor(s, tl.full((), -1, tl.int32), per_row[6], LANES, SPEC)
     factor = gradient_factor(per_row, index, label, weight, numbers[4], divisor, SPEC)
     factors = term_factors(numbers, factor, SPEC)

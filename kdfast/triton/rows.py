@@ -82,7 +82,7 @@ def number(bits, dtype: tl.constexpr):
 @triton.jit
 def weights_of(numbers, dtype: tl.constexpr):
     weights = ()
-    for k in tl.static_range(5, len(numbers)):
+    for k in tl.static_range(6, len(numbers)):
         weights = weights + (number(numbers[k], dtype),)
     return weights
 
@@ -100,10 +100,16 @@ def by_row(data, row, bits, dtype: tl.constexpr):
 
 @triton.jit
 def row_scales(per_row, row, numbers, SPEC: tl.constexpr):
-    """(slope, teacher's slope, temperature, teachers' weights)."""
+    """(slope, teacher's slope, temperature, teachers' weights, beta)."""
     temperature = by_row(per_row[3], row, numbers[0], SPEC.dtype)
     at = by_row(per_row[4], row, numbers[1], SPEC.dtype)
-    return base2(temperature), teacher_slope(at, SPEC), temperature, weights_of(numbers, SPEC.dtype)
+    return (
+        base2(temperature),
+        teacher_slope(at, SPEC),
+        temperature,
+        weights_of(numbers, SPEC.dtype),
+        number(numbers[5], SPEC.dtype),
+    )
 
 
 @triton.jit
@@ -185,7 +191,7 @@ def statistics_of(
 def divergence_of(
     student, teachers, n, statistics, scales, row, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr
 ):
-    """D and sum psi: from pass A's running sums, or pass B over n classes."""
+    """D and sum psi: from pass A's running sums, or pass B over n classes, the last ones first."""
     if SPEC.teacher == "none" or SPEC.teacher == "difference":
         return tl.zeros((), SPEC.dtype), tl.zeros((), SPEC.dtype)
     elif SPEC.linear:
@@ -196,7 +202,9 @@ def divergence_of(
         ends, there = end_classes(head, n, LANES, VEC)
         s_ends, t_ends = load_ends(student, teachers, ends, there, SPEC)
         sums = add_divergence((nothing, nothing), s_ends, t_ends, scales, row, SPEC)
-        for at in range(0, n - head, LANES * VEC):
+        count = tl.cdiv(n - head, LANES * VEC)
+        for i in range(count):
+            at = (count - 1 - i) * (LANES * VEC)
             tiles = load_tiles(student, teachers, head, at, n, True, LANES, VEC, SPEC)
             s, ts = widened_tiles(student, teachers, tiles, 0, SPEC)
             sums = add_divergence(sums, s, ts, scales, row, SPEC)
@@ -208,12 +216,12 @@ def write_gradient(
     student, teachers, out, label, n, scales, coefficients, row,
     LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Pass C over n classes, the last ones first: they are what the caches still hold."""
+    """Pass C over n classes, in the other direction than the pass before it: those are what the caches still hold."""
     head = head_of(student, n, VEC)
     classes = body_classes(LANES, VEC)
     count = tl.cdiv(n - head, LANES * VEC)
     for i in range(count):
-        at = (count - 1 - i) * (LANES * VEC)
+        at = (count - 1 - i if SPEC.linear else i) * (LANES * VEC)
         tiles = load_tiles(student, teachers, head, at, n, False, LANES, VEC, SPEC)
         s, ts = widened_tiles(student, teachers, tiles, 0, SPEC)
         g = gradient(s, ts, head + at + classes, label, scales, coefficients, row, SPEC)

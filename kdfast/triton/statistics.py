@@ -6,12 +6,12 @@ masked, and counted as 0 then):
     y_i = slope * s_i - o        Q_i = 2^y_i        q_i = Q_i / sum Q        the teacher's likewise
     hard term: exps at temperature 1 are Q_i^T for small whole T (SPEC.power), else taken by themselves
 
-The statistics of the student are (offset, sum Q, sum of exps at temperature 1), of each teacher that is softmaxed
-(offset, sum P, running), running being the sum that a linear divergence takes over P and Q. Each lane keeps those of
-its own classes and its own offset, which grows as larger logits come by. Lanes, tiles and segments of a row are joined
-by one rule: to bring sums from an old to a new offset, d = old - new,
+The statistics of the student are (offset, sum Q, sum of exps at temperature 1, over_student), of each teacher that is
+softmaxed (offset, sum P, over_teacher), the last of each being a linear divergence's running sums. Each lane keeps
+those of its own classes and its own offset, which grows as larger logits come by. Lanes, tiles and segments of a row
+are joined by one rule: to bring sums from an old to a new offset, d = old - new,
 
-    sum' = sum * 2^d        running' = (running + phi(sum P, sum Q, d_teacher, d_student)) * 2^(d of `over`)
+    sum' = sum * 2^d            over_teacher' = (over_teacher + phi's part(sum P, d_teacher, d_student)) * 2^d_teacher
 
 `logit_mse` has other sums: of d_i = s_i - t_i - k and of d_i^2, with k the first class's difference: (k, sum, sum).
 A teacher's probabilities given as such have the offset 0.
@@ -94,15 +94,42 @@ def no_statistics(members: tl.constexpr, shift, LANES: tl.constexpr, SPEC: tl.co
     teachers = ()
     for _ in tl.static_range(members):
         teachers = teachers + ((offset, nothing, nothing),)
-    return (nothing - INF, nothing, nothing), teachers
+    return (nothing - INF, nothing, nothing, nothing), teachers
+
+
+@triton.constexpr_function
+def has_over_student(spec):
+    """Whether there is a running sum over the student's exps."""
+    return spec.teacher in ("softmaxed", "given") and spec.linear and spec.divergence.over_student is not None
+
+
+@triton.jit
+def moved_running(over_teacher, over_student, mass, total, dt, ds, beta, SPEC: tl.constexpr):
+    """The running sums, from one pair of offsets to another."""
+    if SPEC.linear:
+        if SPEC.divergence.over_teacher is not None:
+            over_teacher = scaled(over_teacher + SPEC.divergence.over_teacher(mass, dt, ds, beta), dt)
+        if SPEC.divergence.over_student is not None:
+            over_student = scaled(over_student + SPEC.divergence.over_student(total, dt, ds, beta), ds)
+    return over_teacher, over_student
+
+
+@triton.jit
+def add_running(over_teacher, over_student, p, e, teacher_y, y, beta, SPEC: tl.constexpr):
+    if SPEC.linear:
+        if SPEC.divergence.over_teacher is not None:
+            over_teacher += tl.sum(SPEC.divergence.over_teacher(p, teacher_y, y, beta), 1)
+        if SPEC.divergence.over_student is not None:
+            over_student += tl.sum(SPEC.divergence.over_student(e, teacher_y, y, beta), 1)
+    return over_teacher, over_student
 
 
 @triton.jit
 def accumulate(statistics, s, tiles, there, row, SPEC: tl.constexpr):
     """The statistics of each lane, (lanes,), with a tile, (lanes, n), added."""
-    slope, teacher_slope, temperature, weights = row
+    slope, teacher_slope, temperature, weights, beta = row
     student, teachers = statistics
-    offset, total, hard = student
+    offset, total, hard, over_student = student
     higher = tl.maximum(offset, tl.max(s, 1) * slope)
     new = finite(higher)
     old = before(offset, new)
@@ -116,13 +143,10 @@ def accumulate(statistics, s, tiles, there, row, SPEC: tl.constexpr):
     out = ()
     if SPEC.teacher == "given":
         p, log_p = teacher_probabilities(tiles, weights, SPEC)
-        zero, mass, running = teachers[0]
-        if SPEC.linear:
-            running = running + SPEC.divergence.phi(mass, total, zero, ds)
-            if SPEC.divergence.over == "student":
-                running = scaled(running, ds)
-            running += tl.sum(SPEC.divergence.phi(p, e, log_p, y), 1)
-        out = ((zero, mass + tl.sum(p, 1), running),)
+        zero, mass, over_teacher = teachers[0]
+        over_teacher, over_student = moved_running(over_teacher, over_student, mass, total, zero, ds, beta, SPEC)
+        over_teacher, over_student = add_running(over_teacher, over_student, p, e, log_p, y, beta, SPEC)
+        out = ((zero, mass + tl.sum(p, 1), over_teacher),)
     elif SPEC.teacher == "difference":
         shift, first, second = teachers[0]
         logits = teacher_logits(tiles, weights, SPEC)
@@ -132,18 +156,16 @@ def accumulate(statistics, s, tiles, there, row, SPEC: tl.constexpr):
         logits = teacher_logits(tiles, weights, SPEC)
         for k in tl.static_range(len(logits)):
             t = logits[k]
-            teacher_offset, mass, running = teachers[k]
+            teacher_offset, mass, over_teacher = teachers[k]
             teacher_higher = tl.maximum(teacher_offset, tl.max(t, 1) * teacher_slope)
             base = finite(teacher_higher)
             dt = before(teacher_offset, base) - base
             teacher_y = exponent(t, teacher_slope, base[:, None])
             p = tl.exp2(teacher_y)
-            if SPEC.linear:
-                running = running + SPEC.divergence.phi(mass, total, dt, ds)
-                running = scaled(running, dt if SPEC.divergence.over == "teacher" else ds)
-                running += tl.sum(SPEC.divergence.phi(p, e, teacher_y, y), 1)
-            out = out + ((teacher_higher, mass * tl.exp2(dt) + tl.sum(p, 1), running),)
-    return (higher, moved, hard), out
+            over_teacher, over_student = moved_running(over_teacher, over_student, mass, total, dt, ds, beta, SPEC)
+            over_teacher, over_student = add_running(over_teacher, over_student, p, e, teacher_y, y, beta, SPEC)
+            out = out + ((teacher_higher, mass * tl.exp2(dt) + tl.sum(p, 1), over_teacher),)
+    return (higher, moved, hard, over_student), out
 
 
 @triton.jit
@@ -159,9 +181,9 @@ def _pair(a, b, c, d):
 @triton.jit
 def merge(statistics, row, SPEC: tl.constexpr):
     """Statistics of lanes, or of segments, (n,), joined to those of the row."""
-    slope, teacher_slope, temperature, weights = row
+    slope, teacher_slope, temperature, weights, beta = row
     student, teachers = statistics
-    offset, total, hard = student
+    offset, total, hard, over_student = student
     out = ()
     if SPEC.teacher == "softmaxed":
         highest, first_highest = tl.reduce((offset, teachers[0][0]), 0, _largest)
@@ -174,24 +196,23 @@ def merge(statistics, row, SPEC: tl.constexpr):
         hard = hard_scaled(hard, old, new, temperature, SPEC)
     total_sum, hard_sum = tl.reduce((total * tl.exp2(ds), hard), 0, _pair)
     for k in tl.static_range(len(teachers)):
-        teacher_offset, mass, running = teachers[k]
+        teacher_offset, mass, over_teacher = teachers[k]
         if SPEC.teacher == "softmaxed":
             teacher_highest = first_highest if k == 0 else tl.max(teacher_offset, 0)
             base = finite(teacher_highest)
             dt = before(teacher_offset, base) - base
-            if SPEC.linear:
-                running = running + SPEC.divergence.phi(mass, total, dt, ds)
-                running = scaled(running, dt if SPEC.divergence.over == "teacher" else ds)
+            over_teacher, over_student = moved_running(over_teacher, over_student, mass, total, dt, ds, beta, SPEC)
             mass = mass * tl.exp2(dt)
         else:
             teacher_highest = tl.max(teacher_offset, 0)
-            if SPEC.teacher == "given" and SPEC.linear:
-                running = running + SPEC.divergence.phi(mass, total, teacher_offset, ds)
-                if SPEC.divergence.over == "student":
-                    running = scaled(running, ds)
-        mass_sum, running_sum = tl.reduce((mass, running), 0, _pair)
+            if SPEC.teacher == "given":
+                over_teacher, over_student = moved_running(
+                    over_teacher, over_student, mass, total, teacher_offset, ds, beta, SPEC
+                )
+        mass_sum, running_sum = tl.reduce((mass, over_teacher), 0, _pair)
         out = out + ((teacher_highest, mass_sum, running_sum),)
-    return (highest, total_sum, hard_sum), out
+    over_student = tl.sum(over_student, 0) if has_over_student(SPEC) else total_sum * 0
+    return (highest, total_sum, hard_sum, over_student), out
 
 
 # ---- statistics in memory: a row of a table, in the order of reference.STATS, then the further teachers' ----
@@ -208,10 +229,10 @@ def _column(row, at: tl.constexpr):
 def statistics_in(row, members: tl.constexpr):
     teachers = ()
     for k in tl.static_range(members):
-        offset = _column(row, 1 if k == 0 else 3 + 3 * k)
-        mass = _column(row, 3 if k == 0 else 4 + 3 * k)
-        teachers = teachers + ((offset, mass, _column(row, 5 if k == 0 else 5 + 3 * k)),)
-    return (_column(row, 0), _column(row, 2), _column(row, 4)), teachers
+        offset = _column(row, 1 if k == 0 else 4 + 3 * k)
+        mass = _column(row, 3 if k == 0 else 5 + 3 * k)
+        teachers = teachers + ((offset, mass, _column(row, 5 if k == 0 else 6 + 3 * k)),)
+    return (_column(row, 0), _column(row, 2), _column(row, 4), _column(row, 6)), teachers
 
 
 @triton.jit
@@ -224,14 +245,15 @@ def _with_column(row, at: tl.constexpr, value):
 
 @triton.jit
 def table_row(statistics, psi_sum, row, SPEC: tl.constexpr):
-    """The statistics laid into zeros, (..., COLUMNS). psi_sum stands for `running` where the divergence has none."""
+    """The statistics laid into zeros, (..., COLUMNS). psi_sum stands where the divergence has no running sums."""
     student, teachers = statistics
     row = _with_column(row, 0, student[0])
     row = _with_column(row, 2, student[1])
     row = _with_column(row, 4, student[2])
+    row = _with_column(row, 6, student[3] if SPEC.linear else psi_sum)
     for k in tl.static_range(len(teachers)):
-        offset, mass, running = teachers[k]
-        row = _with_column(row, 1 if k == 0 else 3 + 3 * k, offset)
-        row = _with_column(row, 3 if k == 0 else 4 + 3 * k, mass)
-        row = _with_column(row, 5 if k == 0 else 5 + 3 * k, running if SPEC.linear else psi_sum)
+        offset, mass, over_teacher = teachers[k]
+        row = _with_column(row, 1 if k == 0 else 4 + 3 * k, offset)
+        row = _with_column(row, 3 if k == 0 else 5 + 3 * k, mass)
+        row = _with_column(row, 5 if k == 0 else 6 + 3 * k, over_teacher)
     return row

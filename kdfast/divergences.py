@@ -1,0 +1,125 @@
+"""The divergences: phi and psi of each in plain PyTorch, and what a user may set of them.
+
+    D(p, q) = sum_i phi(p_i, q_i)       psi = q * dphi/dq       dD/ds_i = (psi_i - q_i * sum_j psi_j) / T
+
+csrc/divergences.h and triton/divergences.py have the same two functions for the kernels.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Divergence(NamedTuple):
+    """Two functions of (p, q, log p, log q, beta), element by element; zero probabilities add 0.
+
+    psi may lack a multiple of q, which cancels in the gradient.
+    """
+
+    phi: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    psi: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    beta: float | None = None  # the default; None: there is none to set
+    at_0: str | None = None  # which divergence beta = 0 makes of it, infinities included
+    at_1: str | None = None
+
+
+def _times(p: Tensor, x: Tensor) -> Tensor:
+    """p * x, but 0 where p is 0, whatever x is there, in value and in gradient."""
+    return p * torch.where(p == 0, 0, x)
+
+
+def _log(x: Tensor) -> Tensor:
+    """log x; 0 where x is 0, whose terms `_times` leaves out."""
+    return torch.where(x == 0, 1, x).log()
+
+
+def _mixture(p: Tensor, q: Tensor, beta: float) -> Tensor:
+    return beta * p + (1 - beta) * q
+
+
+def _share(p: Tensor, m: Tensor) -> Tensor:
+    """p / m; 0 where both are 0."""
+    return p / torch.where(m == 0, 1, m)
+
+
+def _sign(x: Tensor) -> Tensor:
+    """1, 0, -1, and unlike torch.sign NaN for NaN."""
+    x = x.detach()
+    return torch.where(x == 0, x, x / x.abs())
+
+
+DIVERGENCES = {
+    # -sum p log q: the paper's
+    "cross_entropy": Divergence(
+        phi=lambda p, q, log_p, log_q, beta: -_times(p, log_q),
+        psi=lambda p, q, log_p, log_q, beta: -p,
+    ),
+    # KL(p, q)
+    "forward_kl": Divergence(
+        phi=lambda p, q, log_p, log_q, beta: _times(p, log_p - log_q),
+        psi=lambda p, q, log_p, log_q, beta: -p,
+    ),
+    # KL(q, p)
+    "reverse_kl": Divergence(
+        phi=lambda p, q, log_p, log_q, beta: _times(q, log_q - log_p),
+        psi=lambda p, q, log_p, log_q, beta: _times(q, log_q - log_p + 1),
+    ),
+    # beta KL(p, q) + (1 - beta) KL(q, p)
+    "symmetric_kl": Divergence(
+        phi=lambda p, q, log_p, log_q, beta: beta * _times(p, log_p - log_q) + (1 - beta) * _times(q, log_q - log_p),
+        psi=lambda p, q, log_p, log_q, beta: (1 - beta) * _times(q, log_q - log_p + 1) - beta * p,
+        beta=0.5,
+        at_0="reverse_kl",
+        at_1="forward_kl",
+    ),
+    # beta KL(p, m) + (1 - beta) KL(q, m) with m = beta p + (1 - beta) q
+    "jsd": Divergence(
+        phi=lambda p, q, log_p, log_q, beta: (
+            beta * _times(p, log_p - _log(_mixture(p, q, beta)))
+            + (1 - beta) * _times(q, log_q - _log(_mixture(p, q, beta)))
+        ),
+        psi=lambda p, q, log_p, log_q, beta: (1 - beta) * _times(q, log_q - _log(_mixture(p, q, beta))),
+        beta=0.5,
+        at_0="forward_kl",
+        at_1="reverse_kl",
+    ),
+    # KL(p, beta p + (1 - beta) q)
+    "skew_forward_kl": Divergence(
+        phi=lambda p, q, log_p, log_q, beta: _times(p, log_p - _log(_mixture(p, q, beta))),
+        psi=lambda p, q, log_p, log_q, beta: -(1 - beta) * p * _share(q, _mixture(p, q, beta)),
+        beta=0.1,
+        at_0="forward_kl",
+    ),
+    # KL(q, beta q + (1 - beta) p)
+    "skew_reverse_kl": Divergence(
+        phi=lambda p, q, log_p, log_q, beta: _times(q, log_q - _log(_mixture(q, p, beta))),
+        psi=lambda p, q, log_p, log_q, beta: _times(
+            q, log_q - _log(_mixture(q, p, beta)) + 1 - beta * _share(q, _mixture(q, p, beta))
+        ),
+        beta=0.1,
+        at_0="reverse_kl",
+    ),
+    # half the distance of p and q
+    "tvd": Divergence(
+        phi=lambda p, q, log_p, log_q, beta: 0.5 * (q - p) * _sign(q - p),
+        psi=lambda p, q, log_p, log_q, beta: 0.5 * q * _sign(q - p),
+    ),
+    # 1 - sum sqrt(p q), where sum q stands for the 1
+    "hellinger": Divergence(
+        phi=lambda p, q, log_p, log_q, beta: q.detach() - ((log_p + log_q) / 2).exp(),
+        psi=lambda p, q, log_p, log_q, beta: -0.5 * ((log_p + log_q) / 2).exp(),
+    ),
+}
+NAMES = (*DIVERGENCES, "logit_mse")  # the last is no sum of phi over probabilities
+
+
+def settled(name: str, beta: float | None) -> tuple[str, float]:
+    """The divergence that `beta` makes of `name`, and its beta; 0 where it has none."""
+    entry = DIVERGENCES.get(name)
+    if entry is None or entry.beta is None:
+        return name, 0.0
+    beta = entry.beta if beta is None else beta
+    end = entry.at_0 if beta == 0 else entry.at_1 if beta == 1 else None
+    return settled(end, None) if end else (name, beta)
