@@ -33,3 +33,29 @@ class Settings(NamedTuple):
     ignore_index: int
     reduction: str
     divisor: float  # the normalizer where it is a number; 0: none given
+    label_smoothing: float
+    z_loss: float
+    softcap: float  # 0: none
+    teacher_softcap: float
+    standardize: bool
+    dkd_weights: list[float]  # of the target's divergence and of that of the other classes
+    metrics: bool  # whether they are wanted; else the operators' third result is empty
+
+    @property
+    def reads_teacher(self) -> bool:
+        return self.alpha != 0 or self.metrics
+
+
+class KDMetrics(NamedTuple):
+    """What `return_metrics` adds, detached: means over the rows kept, with the loss's weights; or (...), unweighted.
+
+    NaN where there is nothing to measure: no labels, no teacher, no row.
+    """
+
+    soft: Tensor  # the soft term without alpha: T^2 * D, or D where t_squared is False
+    hard: Tensor  # the labels' cross-entropy, smoothed as the loss's, without its weight
+    kl: Tensor  # KL(p, q) at T, in nats, without T^2
+    student_entropy: Tensor  # of q, at T, in nats
+    teacher_entropy: Tensor
+    agreement: Tensor  # the share of rows whose largest logits, the first of equals, are student's and teacher's alike
+    accuracy: Tensor  # the share of rows whose student's largest logit is the label's

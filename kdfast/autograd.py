@@ -10,10 +10,11 @@ from kdfast import reference
 from kdfast.arguments import Inputs, Settings
 
 
-def row_loss(student: Tensor, inputs: Inputs, settings: Settings, ops: Any, inplace: bool) -> Tensor:
-    """The loss under settings.reduction, with a graph where the student wants a gradient."""
+def row_loss(student: Tensor, inputs: Inputs, settings: Settings, ops: Any, inplace: bool) -> tuple[Tensor, Tensor]:
+    """The loss under settings.reduction, with a graph where the student wants a gradient, and the metrics."""
     if not (student.requires_grad and torch.is_grad_enabled()):
-        return ops.stats(student, *inputs, *settings)[0]
+        loss, _, metrics = ops.stats(student, *inputs, *settings)
+        return loss, metrics
     # fp16: a gradient made before the loss scaler's factor is known would round to 0, and no scaling brings it back
     late = settings.reduction == "none" or student.dtype == torch.float16
     return (GradInBackward if late else GradInForward).apply(student, inputs, settings, ops, inplace)
@@ -25,19 +26,20 @@ class GradInForward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, inputs: Inputs, settings: Settings, ops: Any, inplace: bool
-    ) -> Tensor:  # 0-dim
+    ) -> tuple[Tensor, Tensor]:  # 0-dim, and the metrics
         if inplace:
-            loss = ops.loss_grad_(student, *inputs, *settings)
+            loss, metrics = ops.loss_grad_(student, *inputs, *settings)
             _overwritten(student)
             grad = student.detach()
         else:
-            loss, grad = ops.loss_grad(student, *inputs, *settings)
+            loss, grad, metrics = ops.loss_grad(student, *inputs, *settings)
         ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(metrics)
         ctx.ops, ctx.inplace, ctx.spent = ops, inplace, False
-        return loss
+        return loss, metrics
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
         _no_double_backward()
         (grad,) = ctx.saved_tensors
         if torch.compiler.is_compiling():
@@ -61,17 +63,18 @@ class GradInBackward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, inputs: Inputs, settings: Settings, ops: Any, inplace: bool
-    ) -> Tensor:  # (...) or 0-dim
-        loss, stats = ops.stats(student, *inputs, *settings)
+    ) -> tuple[Tensor, Tensor]:  # (...) or 0-dim, and the metrics
+        loss, stats, metrics = ops.stats(student, *inputs, *settings)
         tensors = (student, stats, *inputs[1:], *inputs.teachers)
         # save_for_backward refuses what was made under inference_mode
         ctx.unsaved = {} if torch.compiler.is_compiling() else _inference_tensors(tensors)
         ctx.save_for_backward(*(None if i in ctx.unsaved else t for i, t in enumerate(tensors)))
+        ctx.mark_non_differentiable(metrics)
         ctx.settings, ctx.ops, ctx.inplace = settings, ops, inplace
-        return loss
+        return loss, metrics
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
         _no_double_backward()
         tensors = [ctx.unsaved.get(i, t) for i, t in enumerate(ctx.saved_tensors)]
         student, stats, *rest = tensors

@@ -54,15 +54,24 @@ def check_bool(name: str, value: Any) -> bool:
     return value
 
 
+def check_positive(name: str, value: Any) -> float:
+    number = as_number(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}: {value!r} must be finite and > 0")
+    return number
+
+
+def check_size(name: str, value: Any) -> float:
+    number = as_number(name, value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name}: {value!r} must be a finite number >= 0")
+    return number
+
+
 def check_mix(alpha: Any, hard_weight: Any, labelled: bool) -> tuple[float, float]:
     """alpha and hard_weight with their defaults settled."""
     given = alpha
-    if alpha is None:
-        alpha = 0.9 if labelled else 1.0
-    else:
-        alpha = as_number("alpha", alpha)
-        if not alpha >= 0 or alpha == math.inf:
-            raise ValueError(f"alpha: {given!r} must be a finite number >= 0")
+    alpha = (0.9 if labelled else 1.0) if alpha is None else check_size("alpha", alpha)
     if hard_weight is None:
         if alpha > 1:
             raise ValueError(f"alpha: {given!r} must lie in [0, 1] where no hard_weight is given")
@@ -71,9 +80,7 @@ def check_mix(alpha: Any, hard_weight: Any, labelled: bool) -> tuple[float, floa
                 f"alpha: {given!r} without labels leaves a part of the loss out; give labels, alpha=1, or hard_weight=0"
             )
         return alpha, 1.0 - alpha
-    number = as_number("hard_weight", hard_weight)
-    if not number >= 0 or number == math.inf:
-        raise ValueError(f"hard_weight: {hard_weight!r} must be a finite number >= 0")
+    number = check_size("hard_weight", hard_weight)
     if number and not labelled:
         raise ValueError(f"hard_weight: {hard_weight!r} without labels; give labels or hard_weight=0")
     return alpha, number
@@ -91,6 +98,37 @@ def check_beta(divergence: str, beta: Any) -> tuple[str, float]:
     if not 0 <= number <= 1:
         raise ValueError(f"beta: {beta!r} must lie in [0, 1]")
     return settled(divergence, number)
+
+
+def check_smoothing(label_smoothing: Any, labelled: bool) -> float:
+    number = as_number("label_smoothing", label_smoothing)
+    if not 0 <= number <= 1:
+        raise ValueError(f"label_smoothing: {label_smoothing!r} must lie in [0, 1]")
+    if number and not labelled:
+        raise ValueError(f"label_smoothing: {label_smoothing!r} without labels; it is for the hard term")
+    return number
+
+
+def check_cap(name: str, value: Any) -> float:
+    """A softcap; 0 where there is none."""
+    return 0.0 if value is None else check_positive(name, value)
+
+
+def check_dkd(divergence: str, dkd_weights: Any, default: tuple[float, float], labelled: bool) -> list[float]:
+    try:
+        weights = [check_size("dkd_weights", w) for w in dkd_weights]
+    except TypeError:
+        weights = []
+    if len(weights) != 2 or isinstance(dkd_weights, (str, Tensor)):
+        raise TypeError(
+            f"dkd_weights: must be two numbers, of the target and of the other classes, not {dkd_weights!r}"
+        )
+    if divergence != "dkd":
+        if weights != list(default):
+            raise ValueError(f"dkd_weights: given with divergence={divergence!r}; they are for 'dkd'")
+    elif not labelled:
+        raise ValueError("divergence: 'dkd' needs labels, which say what its target class is")
+    return weights
 
 
 def check_vocab(vocab_size: Any, student: Tensor) -> int:
@@ -130,10 +168,7 @@ def check_temperature(
     if isinstance(value, Tensor):
         check_rows(name, value, shape, logits, of=of)
         return 1.0, value.detach()
-    number = as_number(name, value)
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name}: {value!r} must be finite and > 0")
-    return number, None
+    return check_positive(name, value), None
 
 
 def check_normalizer(value: Any, reduction: str, student: Tensor) -> tuple[float, Tensor | None]:
@@ -154,10 +189,7 @@ def check_normalizer(value: Any, reduction: str, student: Tensor) -> tuple[float
         if value.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("normalizer: requires grad, but kd_loss has no derivative for it; detach() it")
         return 0.0, value
-    number = as_number("normalizer", value)
-    if not 0 < number < math.inf:
-        raise ValueError(f"normalizer: {value!r} must be finite and > 0")
-    return number, None
+    return check_positive("normalizer", value), None
 
 
 def check_inplace(student: Tensor) -> None:

@@ -25,13 +25,13 @@ class Divergence(NamedTuple):
     at_1: str | None = None
 
 
-def _times(p: Tensor, x: Tensor) -> Tensor:
+def times(p: Tensor, x: Tensor) -> Tensor:
     """p * x, but 0 where p is 0, whatever x is there, in value and in gradient."""
     return p * torch.where(p == 0, 0, x)
 
 
 def _log(x: Tensor) -> Tensor:
-    """log x; 0 where x is 0, whose terms `_times` leaves out."""
+    """log x; 0 where x is 0, whose terms `times` leaves out."""
     return torch.where(x == 0, 1, x).log()
 
 
@@ -53,23 +53,23 @@ def _sign(x: Tensor) -> Tensor:
 DIVERGENCES = {
     # -sum p log q: the paper's
     "cross_entropy": Divergence(
-        phi=lambda p, q, log_p, log_q, beta: -_times(p, log_q),
+        phi=lambda p, q, log_p, log_q, beta: -times(p, log_q),
         psi=lambda p, q, log_p, log_q, beta: -p,
     ),
     # KL(p, q)
     "forward_kl": Divergence(
-        phi=lambda p, q, log_p, log_q, beta: _times(p, log_p - log_q),
+        phi=lambda p, q, log_p, log_q, beta: times(p, log_p - log_q),
         psi=lambda p, q, log_p, log_q, beta: -p,
     ),
     # KL(q, p)
     "reverse_kl": Divergence(
-        phi=lambda p, q, log_p, log_q, beta: _times(q, log_q - log_p),
-        psi=lambda p, q, log_p, log_q, beta: _times(q, log_q - log_p + 1),
+        phi=lambda p, q, log_p, log_q, beta: times(q, log_q - log_p),
+        psi=lambda p, q, log_p, log_q, beta: times(q, log_q - log_p + 1),
     ),
     # beta KL(p, q) + (1 - beta) KL(q, p)
     "symmetric_kl": Divergence(
-        phi=lambda p, q, log_p, log_q, beta: beta * _times(p, log_p - log_q) + (1 - beta) * _times(q, log_q - log_p),
-        psi=lambda p, q, log_p, log_q, beta: (1 - beta) * _times(q, log_q - log_p + 1) - beta * p,
+        phi=lambda p, q, log_p, log_q, beta: beta * times(p, log_p - log_q) + (1 - beta) * times(q, log_q - log_p),
+        psi=lambda p, q, log_p, log_q, beta: (1 - beta) * times(q, log_q - log_p + 1) - beta * p,
         beta=0.5,
         at_0="reverse_kl",
         at_1="forward_kl",
@@ -77,25 +77,25 @@ DIVERGENCES = {
     # beta KL(p, m) + (1 - beta) KL(q, m) with m = beta p + (1 - beta) q
     "jsd": Divergence(
         phi=lambda p, q, log_p, log_q, beta: (
-            beta * _times(p, log_p - _log(_mixture(p, q, beta)))
-            + (1 - beta) * _times(q, log_q - _log(_mixture(p, q, beta)))
+            beta * times(p, log_p - _log(_mixture(p, q, beta)))
+            + (1 - beta) * times(q, log_q - _log(_mixture(p, q, beta)))
         ),
-        psi=lambda p, q, log_p, log_q, beta: (1 - beta) * _times(q, log_q - _log(_mixture(p, q, beta))),
+        psi=lambda p, q, log_p, log_q, beta: (1 - beta) * times(q, log_q - _log(_mixture(p, q, beta))),
         beta=0.5,
         at_0="forward_kl",
         at_1="reverse_kl",
     ),
     # KL(p, beta p + (1 - beta) q)
     "skew_forward_kl": Divergence(
-        phi=lambda p, q, log_p, log_q, beta: _times(p, log_p - _log(_mixture(p, q, beta))),
+        phi=lambda p, q, log_p, log_q, beta: times(p, log_p - _log(_mixture(p, q, beta))),
         psi=lambda p, q, log_p, log_q, beta: -(1 - beta) * p * _share(q, _mixture(p, q, beta)),
         beta=0.1,
         at_0="forward_kl",
     ),
     # KL(q, beta q + (1 - beta) p)
     "skew_reverse_kl": Divergence(
-        phi=lambda p, q, log_p, log_q, beta: _times(q, log_q - _log(_mixture(q, p, beta))),
-        psi=lambda p, q, log_p, log_q, beta: _times(
+        phi=lambda p, q, log_p, log_q, beta: times(q, log_q - _log(_mixture(q, p, beta))),
+        psi=lambda p, q, log_p, log_q, beta: times(
             q, log_q - _log(_mixture(q, p, beta)) + 1 - beta * _share(q, _mixture(q, p, beta))
         ),
         beta=0.1,
@@ -112,7 +112,7 @@ DIVERGENCES = {
         psi=lambda p, q, log_p, log_q, beta: -0.5 * ((log_p + log_q) / 2).exp(),
     ),
 }
-NAMES = (*DIVERGENCES, "logit_mse")  # the last is no sum of phi over probabilities
+NAMES = (*DIVERGENCES, "logit_mse", "dkd")  # the last two are no sums of phi over probabilities
 
 
 def settled(name: str, beta: float | None) -> tuple[str, float]:

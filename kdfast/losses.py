@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from kdfast import checks, ops
-from kdfast.arguments import Inputs, Settings
+from kdfast.arguments import Inputs, KDMetrics, Settings
 from kdfast.autograd import row_loss
 from kdfast.targets import wanted_teachers
+
+DKD_WEIGHTS = (1.0, 8.0)  # as published for CIFAR-100
 
 
 def kd_loss(
@@ -29,20 +31,28 @@ def kd_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    standardize: bool = False,
     teacher_weights: Sequence[float] | None = None,
     ensemble: str = "arithmetic",
     inplace: bool = False,
+    return_metrics: bool = False,
+    dkd_weights: tuple[float, float] = DKD_WEIGHTS,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, KDMetrics]:
     r"""The distillation loss of a student against a teacher, and against labels where there are any.
 
     With :math:`q = \mathrm{softmax}(s / T)`, :math:`p = \mathrm{softmax}(t / T)` and :math:`q^1 = \mathrm{softmax}(s)`,
     a row (a token, an image) of weight w costs
 
-    .. math:: l = w \, [ \, \alpha T^2 D(p, q) + h \, \mathrm{CE}(y, q^1) \, ]
+    .. math:: l = w \, [ \, \alpha T^2 D(p, q) + h \, \mathrm{CE}(y, q^1) + z \log^2 \textstyle\sum_i e^{s_i} \, ]
 
-    with D the divergence and h = ``hard_weight``: the objective of Hinton, Vinyals & Dean, "Distilling the Knowledge in
-    a Neural Network" (2015), section 2, whose factor :math:`T^2` keeps the size of the soft gradients whatever T.
+    with D the divergence, h = ``hard_weight`` and z = ``z_loss``, by default 0: the objective of Hinton, Vinyals &
+    Dean, "Distilling the Knowledge in a Neural Network" (2015), section 2, whose factor :math:`T^2` keeps the size of
+    the soft gradients whatever T.
 
     Args:
         student_logits: (..., V), float32, bfloat16, float16 or float64.
@@ -68,11 +78,24 @@ def kd_loss(
             ignored, 0 if there are none; ``"batchmean"``: :math:`\sum l` / the size of the first dimension.
         normalizer: a number > 0 or a 0-dim tensor that :math:`\sum l` is divided by in place of the mean's denominator:
             the number of tokens over all micro-batches and ranks.
+        label_smoothing: in [0, 1]; this part of the hard term is the mean of CE over all classes, as F.cross_entropy
+            has it. Needs labels.
+        z_loss: the weight >= 0 of the square of log(sum exp s), which keeps logits from drifting: PaLM, Chowdhery et
+            al. 2022, section 5. It needs no labels, and alpha does not weigh it.
+        softcap: the student's logits are cap * tanh(s / cap) before anything else (Gemma 2, section 2), all terms and
+            metrics included; a masked class stays masked. None: as they are.
+        teacher_softcap: the same for the teacher's, which must be logits.
+        standardize: the soft term's logits are (s - mean) / (1e-7 + deviation), with the row's sample deviation, each
+            teacher's by itself: Logit Standardization, Sun et al., CVPR 2024. Needs ``target="logits"``; a class that
+            is -inf makes its row NaN.
         teacher_weights: one number >= 0 per teacher of a sequence, scaled to sum to 1. None: equal ones.
         ensemble: ``"arithmetic"``, the weighted mean of the teachers' probabilities, or ``"geometric"``, the softmax of
             the weighted mean of their logits / T (paper, section 2 and 5).
         inplace: the gradient overwrites the storage of ``student_logits``, which saves a tensor of that size; the
             logits must not be a leaf that requires grad.
+        return_metrics: whether :class:`KDMetrics` of the same pass are returned too. They are as if both terms had a
+            weight: ``soft`` where there is a teacher though alpha is 0, ``hard`` where there are labels though h is 0.
+        dkd_weights: of ``"dkd"``: of the divergence of label against rest, and of that among the rest.
         backend: None (by the device), ``"reference"``, ``"cpu"`` or ``"triton"``; see :func:`kdfast.backends`.
             ``"triton"``, which CUDA and ROCm tensors get, takes CPU tensors too where Triton itself can launch on them.
 
@@ -91,15 +114,20 @@ def kd_loss(
     ``hellinger``         :math:`1 - \sum \sqrt{p q}`                                    Hellinger 1909
     ``logit_mse``         :math:`\frac{1}{2V} \sum (s_i - t_i)^2` on centred rows, the   Hinton et al., section 2.1
                           limit for high T; no temperature and no T^2
+    ``dkd``               :math:`w_0 KL((p_y, 1 - p_y), (q_y, 1 - q_y)) + w_1            Zhao et al., CVPR 2022
+                          KL(\hat p, \hat q)`, :math:`\hat p_i = p_i / (1 - p_y)` over
+                          i != y; needs labels
     ====================  ============================================================  =========================
 
     At the ends of beta, jsd is forward_kl (0) and reverse_kl (1), as in TRL and Liger: a jump, for inside D goes to 0
     with beta. symmetric_kl is reverse_kl (0) and forward_kl (1), the skew ones at 0 are the KL they are named for. A
     class with p = 0 or q = 0 makes the KL that divides by it infinite; jsd, the skew ones, tvd and hellinger stay
-    finite. A class masked with -inf on both sides adds 0 and gets gradient 0.
+    finite. A class masked with -inf on both sides adds 0 and gets gradient 0. dkd's second part is 0 where no class is
+    left for it.
 
     Returns:
-        0-dim, or (...) with reduction ``"none"``; float32, for float64 logits float64. Scalar losses of other than
+        0-dim, or (...) with reduction ``"none"``; float32, for float64 logits float64. With ``return_metrics`` a pair
+        of it and KDMetrics, each of the same shape and dtype. Scalar losses of other than
         float16 logits compute the gradient in forward, and backward scales it where grad_output is not 1. Not twice
         differentiable.
 
@@ -137,7 +165,17 @@ def kd_loss(
         if target != "logits":
             raise ValueError(f"teacher_temperature: given with target={target!r}, which is tempered already")
         at, ats = checks.check_temperature("teacher_temperature", teacher_temperature, shape, student)
-    teachers, weights = wanted_teachers(teacher, teacher_weights, student, vocab_size, alpha)
+    checks.check_bool("return_metrics", return_metrics)
+    checks.check_bool("standardize", standardize)
+    label_smoothing = checks.check_smoothing(label_smoothing, labels is not None)
+    z_loss = checks.check_size("z_loss", z_loss)
+    softcap = checks.check_cap("softcap", softcap)
+    teacher_softcap = checks.check_cap("teacher_softcap", teacher_softcap)
+    weights_of_dkd = checks.check_dkd(divergence, dkd_weights, DKD_WEIGHTS, labels is not None)
+    for name, value in (("standardize", standardize), ("teacher_softcap", teacher_softcap)):
+        if value and target != "logits":
+            raise ValueError(f"{name}: needs target='logits', not {target!r}")
+    teachers, weights = wanted_teachers(teacher, teacher_weights, student, vocab_size, alpha, return_metrics)
     if divergence == "logit_mse":
         if target != "logits":
             raise ValueError(f"divergence: 'logit_mse' needs target='logits', not {target!r}")
@@ -168,8 +206,16 @@ def kd_loss(
         ignore_index=ignore_index,
         reduction=reduction,
         divisor=divisor,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        teacher_softcap=teacher_softcap,
+        standardize=standardize,
+        dkd_weights=weights_of_dkd,
+        metrics=return_metrics,
     )
-    return row_loss(student, inputs, settings, ops.namespace(backend, student), inplace)
+    loss, metrics = row_loss(student, inputs, settings, ops.namespace(backend, student), inplace)
+    return (loss, KDMetrics(*metrics.unbind())) if return_metrics else loss
 
 
 class KDLoss(nn.Module):
@@ -193,9 +239,16 @@ class KDLoss(nn.Module):
         t_squared: bool = True,
         ignore_index: int = -100,
         reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        teacher_softcap: float | None = None,
+        standardize: bool = False,
         teacher_weights: Sequence[float] | None = None,
         ensemble: str = "arithmetic",
         inplace: bool = False,
+        return_metrics: bool = False,
+        dkd_weights: tuple[float, float] = DKD_WEIGHTS,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -217,7 +270,7 @@ class KDLoss(nn.Module):
         *,
         weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, KDMetrics]:
         settings = {name: getattr(self, name) for name in _SETTINGS}
         return kd_loss(student_logits, teacher, labels, weight=weight, normalizer=normalizer, **settings)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kdfast import reference
-from kdfast.arguments import Inputs, Settings
+from kdfast.arguments import Inputs, KDMetrics, Settings
 
 _TYPES = {
     list[Tensor]: "Tensor[]",
@@ -34,9 +34,9 @@ _ARGS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in _FIELDS.items())
 # What each operator computes stands beside its reference, in reference.py; a name with a trailing underscore writes
 # the gradient into the student's storage.
 SCHEMAS = {
-    "loss_grad": f"(Tensor student, {_ARGS}) -> (Tensor loss, Tensor grad)",
-    "loss_grad_": f"(Tensor(a!) student, {_ARGS}) -> Tensor loss",
-    "stats": f"(Tensor student, {_ARGS}) -> (Tensor loss, Tensor stats)",
+    "loss_grad": f"(Tensor student, {_ARGS}) -> (Tensor loss, Tensor grad, Tensor metrics)",
+    "loss_grad_": f"(Tensor(a!) student, {_ARGS}) -> (Tensor loss, Tensor metrics)",
+    "stats": f"(Tensor student, {_ARGS}) -> (Tensor loss, Tensor stats, Tensor metrics)",
     "grad": f"(Tensor student, Tensor stats, Tensor grad_loss, {_ARGS}) -> Tensor",
     "grad_": f"(Tensor(a!) student, Tensor stats, Tensor grad_loss, {_ARGS}) -> ()",
     "scale_": "(Tensor(a!) grad, Tensor factor) -> ()",
@@ -54,6 +54,14 @@ def loss_dtype(student: Tensor) -> torch.dtype:
 
 def _new_loss(student: Tensor, settings: Settings) -> Tensor:
     shape = student.shape[:-1] if settings.reduction == "none" else ()
+    return student.new_empty(shape, dtype=loss_dtype(student))
+
+
+def new_metrics(student: Tensor, settings: Settings) -> Tensor:
+    """For KDMetrics, (7,) or (7, ...); (0,) where they are not wanted."""
+    shape = (0,)
+    if settings.metrics:
+        shape = (len(KDMetrics._fields), *(student.shape[:-1] if settings.reduction == "none" else ()))
     return student.new_empty(shape, dtype=loss_dtype(student))
 
 
@@ -79,9 +87,23 @@ def _bundled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 # Shapes and dtypes alone, for torch.compile.
 _FAKES: dict[str, Callable[..., Any]] = {
-    "loss_grad": _bundled(lambda student, inputs, settings: (_new_loss(student, settings), _new_grad(student))),
-    "loss_grad_": _bundled(lambda student, inputs, settings: _new_loss(student, settings)),
-    "stats": _bundled(lambda student, inputs, settings: (_new_loss(student, settings), _new_stats(student))),
+    "loss_grad": _bundled(
+        lambda student, inputs, settings: (
+            _new_loss(student, settings),
+            _new_grad(student),
+            new_metrics(student, settings),
+        )
+    ),
+    "loss_grad_": _bundled(
+        lambda student, inputs, settings: (_new_loss(student, settings), new_metrics(student, settings))
+    ),
+    "stats": _bundled(
+        lambda student, inputs, settings: (
+            _new_loss(student, settings),
+            _new_stats(student),
+            new_metrics(student, settings),
+        )
+    ),
     "grad": _bundled(lambda student, stats, grad_loss, inputs, settings: _new_grad(student)),
     "grad_": _bundled(lambda student, stats, grad_loss, inputs, settings: None),
     "scale_": lambda grad, factor: None,

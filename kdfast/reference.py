@@ -3,19 +3,22 @@
 Notation, per row: s the student's logits, t the teacher's, T the temperature, y the label, q = softmax(s / T),
 p = softmax(t / T'), q1 = softmax(s). A row's loss is (Hinton, Vinyals & Dean 2015, section 2)
 
-    l = w * [ alpha * T^2 * D(p, q) + hard_weight * CE(y, q1) ],      D = sum_i phi(p_i, q_i) of divergences.py
+    l = w * [ alpha * T^2 * D(p, q) + hard_weight * CE(y, q1) + z_loss * logsumexp(s)^2 ]
+
+with D = sum_i phi(p_i, q_i) of divergences.py. Logits are softcapped first of all; `standardize` is for D alone.
 
 The functions named like the operators of ops.py are their plain implementation.
 """
 
 import math
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdfast.arguments import Inputs, Settings
-from kdfast.divergences import DIVERGENCES
+from kdfast.arguments import Inputs, KDMetrics, Settings
+from kdfast.divergences import DIVERGENCES, times
 
 
 def logit_mse(s: Tensor, t: Tensor) -> Tensor:
@@ -58,33 +61,154 @@ def teacher_distribution(teachers: list[Tensor], temperature: Tensor, settings: 
     return p, p.log()
 
 
-def row_losses(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    """Each row's loss, (..., V) -> (...), differentiable in the student."""
+def softcapped(z: Tensor, cap: float) -> Tensor:
+    """cap * tanh(z / cap), but a masked class stays masked; the logits themselves where there is no cap."""
+    if not cap:
+        return z
+    masked = z == -math.inf
+    return torch.where(masked, -math.inf, cap * torch.tanh(torch.where(masked, 0, z) / cap))
+
+
+def standardized(z: Tensor) -> Tensor:
+    """(z - mean) / (1e-7 + deviation), the sample deviation: Logit Standardization, Sun et al., CVPR 2024."""
+    centred = z - z.mean(-1, keepdim=True)
+    variance = centred.square().sum(-1, keepdim=True) / max(1, z.shape[-1] - 1)
+    flat = variance == 0  # of one class, or of equal logits: the deviation and its gradient are 0
+    return centred / (1e-7 + torch.where(flat, 0, torch.where(flat, 1, variance).sqrt()))
+
+
+class _Rows(NamedTuple):
+    """What the terms of a loss are over."""
+
+    s: Tensor  # (..., V), of the real classes, softcapped; 0 in rows that drop out, whatever they hold
+    teachers: list[Tensor]  # the same
+    labels: Tensor | None  # (..., 1), of rows that drop out 0
+    keep: Tensor  # (...)
+
+
+def _rows(student: Tensor, inputs: Inputs, settings: Settings) -> _Rows:
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     keep = kept_rows(student, inputs, settings)
     s = student if settings.vocab_size < 0 else student[..., : settings.vocab_size]
-    s = torch.where(keep.unsqueeze(-1), s.to(dtype), 0)  # rows that drop out do so whatever they hold
-    loss = s.new_zeros(s.shape[:-1])
+    s = softcapped(torch.where(keep.unsqueeze(-1), s.to(dtype), 0), settings.softcap)
+    teachers = []
+    for t in inputs.teachers if settings.reads_teacher else []:
+        t = torch.where(keep.unsqueeze(-1), _first_classes(t, settings).to(dtype), 0)
+        teachers.append(softcapped(t, settings.teacher_softcap))
+    labels = None if inputs.labels is None else torch.where(keep, inputs.labels, 0).unsqueeze(-1)
+    return _Rows(s, teachers, labels, keep)
+
+
+def row_losses(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+    """Each row's loss, (..., V) -> (...), differentiable in the student."""
+    rows = _rows(student, inputs, settings)
+    loss = rows.s.new_zeros(rows.s.shape[:-1])
     if settings.alpha:
-        teachers = [torch.where(keep.unsqueeze(-1), _first_classes(t, settings).to(dtype), 0) for t in inputs.teachers]
-        loss = loss + settings.alpha * _soft_losses(s, teachers, inputs, settings)
-    if inputs.labels is not None and settings.hard_weight:
-        index = torch.where(keep, inputs.labels, 0).unsqueeze(-1)
-        loss = loss - settings.hard_weight * torch.log_softmax(s, -1).gather(-1, index).squeeze(-1)
-    loss = torch.where(keep, loss, 0)
-    return loss if inputs.weight is None else loss * torch.where(keep, inputs.weight.to(dtype), 0)
+        loss = loss + settings.alpha * _soft_losses(rows, inputs, settings)
+    if rows.labels is not None and settings.hard_weight:
+        loss = loss + settings.hard_weight * _hard_losses(rows, settings)
+    if settings.z_loss:
+        z = torch.logsumexp(rows.s, -1)
+        loss = loss + settings.z_loss * torch.where(z == -math.inf, math.nan, z).square()
+    loss = torch.where(rows.keep, loss, 0)
+    return loss if inputs.weight is None else loss * torch.where(rows.keep, inputs.weight.to(loss.dtype), 0)
 
 
-def _soft_losses(s: Tensor, teachers: list[Tensor], inputs: Inputs, settings: Settings) -> Tensor:
+def _hard_losses(rows: _Rows, settings: Settings) -> Tensor:
+    """CE(y, q1), (...), for y smoothed as F.cross_entropy smooths it."""
+    log_q = torch.log_softmax(rows.s, -1)
+    loss = -log_q.gather(-1, rows.labels).squeeze(-1)  # type: ignore[arg-type]
+    e = settings.label_smoothing
+    return (1 - e) * loss - e * log_q.mean(-1) if e else loss
+
+
+def _soft_losses(rows: _Rows, inputs: Inputs, settings: Settings) -> Tensor:
     """T^2 * D(p, q) of each row, (...)."""
     if settings.divergence == "logit_mse":
-        return logit_mse(s, _weighted_sum(settings.teacher_weights, teachers))
-    temperature = _column(inputs.temperatures, settings.temperature, s)
-    at = _column(inputs.teacher_temperatures, settings.teacher_temperature, s)
-    p, log_p = teacher_distribution(teachers, at, settings)
-    log_q = torch.log_softmax(s / temperature, -1)
-    phi = DIVERGENCES[settings.divergence].phi(p, log_q.exp(), log_p, log_q, settings.beta)
-    return (phi * temperature.square() if settings.t_squared else phi).sum(-1)
+        s, t = rows.s, rows.teachers
+        if settings.standardize:
+            s, t = standardized(s), [standardized(x) for x in t]
+        return logit_mse(s, _weighted_sum(settings.teacher_weights, t))
+    temperature, p, log_p, log_q = _distributions(rows, inputs, settings)
+    if settings.divergence == "dkd":
+        divergence = dkd(p, log_p, log_q, rows.labels, settings.dkd_weights)  # type: ignore[arg-type]
+    else:
+        divergence = DIVERGENCES[settings.divergence].phi(p, log_q.exp(), log_p, log_q, settings.beta).sum(-1)
+    return divergence * temperature.square().squeeze(-1) if settings.t_squared else divergence
+
+
+def _log_student(rows: _Rows, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+    """T and log q."""
+    temperature = _column(inputs.temperatures, settings.temperature, rows.s)
+    s = standardized(rows.s) if settings.standardize else rows.s
+    return temperature, torch.log_softmax(s / temperature, -1)
+
+
+def _distributions(rows: _Rows, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """T, p, log p and log q."""
+    at = _column(inputs.teacher_temperatures, settings.teacher_temperature, rows.s)
+    teachers = [standardized(t) for t in rows.teachers] if settings.standardize else rows.teachers
+    temperature, log_q = _log_student(rows, inputs, settings)
+    return temperature, *teacher_distribution(teachers, at, settings), log_q
+
+
+def dkd(p: Tensor, log_p: Tensor, log_q: Tensor, labels: Tensor, weights: list[float]) -> Tensor:
+    """w_0 * KL of (y, not y) + w_1 * KL over the classes that are not y, (...): Decoupled KD, Zhao et al., CVPR 2022.
+
+    What no class is left for adds 0: of one class, or where the teacher gives the others no probability.
+    """
+    is_label = torch.zeros_like(p, dtype=torch.bool).scatter_(-1, labels, True)
+    log_p_rest, rest_p = _without(log_p, is_label)
+    log_q_rest, rest_q = _without(log_q, is_label)
+    of_label = p.gather(-1, labels).squeeze(-1)
+    log_ratio = (log_p - log_q).gather(-1, labels).squeeze(-1)
+    mass = torch.where(is_label, 0, p).sum(-1)
+    target = times(of_label, log_ratio) + times(mass, rest_p - rest_q)
+    others = times(log_p_rest.exp(), log_p_rest - log_q_rest).sum(-1)
+    return weights[0] * target + weights[1] * others
+
+
+def _without(log_p: Tensor, is_label: Tensor) -> tuple[Tensor, Tensor]:
+    """log of the probabilities among the classes that are not y, (..., V), -inf at y, and log of their sum, (...)."""
+    rest = torch.where(is_label, -math.inf, log_p)
+    nothing = (rest == -math.inf).all(-1, keepdim=True)
+    log_sum = torch.where(nothing, -math.inf, torch.logsumexp(torch.where(nothing, 0, rest), -1, keepdim=True))
+    return torch.where(nothing, -math.inf, rest - torch.where(nothing, 0, log_sum)), log_sum.squeeze(-1)
+
+
+def row_metrics(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+    """KDMetrics of each row, (7, ...); NaN in rows that drop out."""
+    rows = _rows(student.detach(), inputs, settings)
+    nan = torch.full_like(rows.s[..., 0], math.nan)
+    soft = hard = kl = teacher_entropy = agreement = accuracy = nan
+    best = rows.s.argmax(-1)
+    if rows.labels is not None:
+        hard = _hard_losses(rows, settings)
+        accuracy = (best == rows.labels.squeeze(-1)).to(nan.dtype)
+    _, log_q = _log_student(rows, inputs, settings)
+    student_entropy = -times(log_q.exp(), log_q).sum(-1)
+    if rows.teachers:
+        soft = _soft_losses(rows, inputs, settings)
+        _, p, log_p, _ = _distributions(rows, inputs, settings)
+        kl = times(p, log_p - log_q).sum(-1)
+        teacher_entropy = -times(p, log_p).sum(-1)
+        one = len(rows.teachers) == 1  # whose logits differ where their probabilities may not
+        agreement = (best == (rows.teachers[0] if one else log_p).argmax(-1)).to(nan.dtype)
+    metrics = KDMetrics(soft, hard, kl, student_entropy, teacher_entropy, agreement, accuracy)
+    return torch.where(rows.keep, torch.stack(metrics), math.nan)
+
+
+def metrics(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+    """KDMetrics, (7,) or, with reduction "none", (7, ...); (0,) where they are not wanted."""
+    if not settings.metrics:
+        return student.new_empty(0, dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
+    rows = row_metrics(student, inputs, settings)
+    if settings.reduction == "none":
+        return rows
+    keep = kept_rows(student, inputs, settings)
+    weight = torch.where(keep, 1 if inputs.weight is None else inputs.weight, 0).to(rows.dtype)
+    total = torch.where(keep, rows * weight, 0).flatten(1).sum(1) if student.dim() > 1 else rows * weight
+    return total / weight.sum()  # 0 / 0 where no row is kept
 
 
 def kept_rows(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
@@ -164,17 +288,17 @@ def _gradient(student: Tensor, inputs: Inputs, settings: Settings, grad_loss: Te
     return [loss.detach(), grad.contiguous()]
 
 
-def loss_grad(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
-    """The reduced loss, 0-dim, and its gradient, (..., V) in the student's dtype."""
+def loss_grad(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """The reduced loss, 0-dim, its gradient, (..., V) in the student's dtype, and `metrics`."""
     loss, grad = _gradient(student, inputs, settings, None)
-    return loss, grad
+    return loss, grad, metrics(student, inputs, settings)
 
 
-def loss_grad_(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+def loss_grad_(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     """loss_grad with the gradient written over the student's logits."""
-    loss, grad = loss_grad(student, inputs, settings)
+    loss, grad, measured = loss_grad(student, inputs, settings)
     student.copy_(grad)
-    return loss
+    return loss, measured
 
 
 # A row's statistics, with y = logit * log2(e) / T - offset and an offset near the row's largest y. A backend may choose
@@ -190,8 +314,8 @@ STATS = (
 )
 
 
-def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
-    """The loss under `reduction`, and the row statistics (rows, len(STATS)) from which `grad` goes on."""
+def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss under `reduction`, the row statistics (rows, len(STATS)) from which `grad` goes on, and `metrics`."""
     check_values(student, inputs, settings)
     loss = _reduced(student.detach(), inputs, settings)
     student_stats = _offset_and_sum(student, inputs.temperatures, settings.temperature, settings, loss.dtype)
@@ -210,7 +334,7 @@ def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, 
         0 * hard_sum,
         0 * hard_sum,
     )
-    return loss, torch.stack(columns, -1).reshape(-1, len(STATS))
+    return loss, torch.stack(columns, -1).reshape(-1, len(STATS)), metrics(student, inputs, settings)
 
 
 def _offset_and_sum(

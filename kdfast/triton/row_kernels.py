@@ -5,10 +5,10 @@
     stats             pass A (and B), of whole rows or of segments of few and long ones, which reductions.py joins
     grad              pass C alone, from the statistics
 
-A program that keeps no row in registers reads it twice. Each sweep starts where the one before it ended, since
-the last classes read are those that the caches still hold; the first sweep asks them to hold on to its lines, the second
-one's reads and the gradient's stores ask for no room. That helps as far as the rows in flight fit into the L2, so
-launch.py bounds how many programs there are, each of which goes from row to row.
+A program that keeps no row in registers reads it twice, or three times where B is there. Each sweep starts where the
+one before it ended, since the last classes read are those that the caches still hold; the first sweeps ask them to hold
+on to their lines, the last one's reads and the gradient's stores ask for no room. That helps as far as the rows in
+flight fit into the L2, so launch.py bounds how many programs there are, each of which goes from row to row.
 
 Arguments of all of them: student, output and each of teachers is a matrix as tiles.py has it; per_row holds pointers,
 or None, to (losses, labels, weight, temperature, teacher_temperature, gradient of the losses) by row, and to the
