@@ -11,4 +11,5 @@
   X(skew_reverse_kl, SkewReverseKL) \
   X(tvd, TVD)                       \
   X(hellinger, Hellinger)           \
+  X(dkd, DKD)                       \
   X(logit_mse, LogitMSE)

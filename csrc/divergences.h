@@ -71,6 +71,10 @@ struct ForwardKL : CrossEntropy {  // sum p log(p / q); the gradient is cross_en
   }
 };
 
+// Decoupled KD: over the classes that are not the label it is this one with other factors, and the label's
+// own part is a number per row; see dkd_sums.
+struct DKD : ForwardKL {};
+
 struct ReverseKL : Linear {  // sum q log(q / p)
   static constexpr bool kTeacher = false;
   template <class V>

@@ -1,6 +1,7 @@
 // One call's arguments as the kernels take them, and its results as torch does.
 #pragma once
 
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -23,9 +24,10 @@ struct Loss {
   Tensor student;
   std::vector<Tensor> kept;  // copies and conversions
   std::vector<double> losses;
+  std::vector<RowMetrics> metrics;
   std::string reduction;
   double divisor;  // of the sum of the row losses
-  bool copied = false;
+  bool copied = false, measures = false;
 
   Loss(const Tensor& student_, const std::vector<Tensor>& teachers, const std::optional<Tensor>& labels,
        const std::optional<Tensor>& weight, const std::optional<Tensor>& normalizer,
@@ -33,7 +35,9 @@ struct Loss {
        double temperature, double teacher_temperature, double alpha, double hard_weight, bool t_squared,
        const std::string& divergence, double beta, const std::string& target, const std::string& ensemble,
        const std::vector<double>& teacher_weights, int64_t vocab_size, int64_t ignore_index,
-       const std::string& reduction_, double given_divisor)
+       const std::string& reduction_, double given_divisor, double label_smoothing, double z_loss,
+       double softcap, double teacher_softcap, bool standardize, const std::vector<double>& dkd_weights,
+       bool with_metrics)
       : student(readable(student_)), reduction(reduction_) {
     LossArgs& a = args;
     copied = student.get() != student_.get();
@@ -45,7 +49,7 @@ struct Loss {
       fail<std::invalid_argument>("teacher: ", teachers.size(),
                                   " teachers, but the CPU kernels take at most ", kMaxTeachers);
     }
-    a.n_teachers = alpha == 0 ? 0 : (int)teachers.size();
+    a.n_teachers = alpha == 0 && !with_metrics ? 0 : (int)teachers.size();
     for (int k = 0; k < a.n_teachers; ++k) {
       kept.push_back(readable(teachers[k]));
       a.teachers[k] = matrix(kept.back());
@@ -55,7 +59,8 @@ struct Loss {
     a.beta = beta;
     a.target = target == "logits" ? Target::kLogits : target == "probs" ? Target::kProbs : Target::kLogProbs;
     a.geometric = ensemble == "geometric";
-    const bool tempered = a.divergence != Divergence::kNone && a.divergence != Divergence::kLogitMSE;
+    const bool tempered =
+        a.divergence != Divergence::kLogitMSE && (a.divergence != Divergence::kNone || with_metrics);
     a.temperature = tempered ? temperature : 1;
     a.teacher_temperature = teacher_temperature;
     a.temperatures = hold(row_values("temperature", temperatures, false));
@@ -65,10 +70,20 @@ struct Loss {
     a.alpha = alpha;
     a.hard_weight = labels ? hard_weight : 0;
     a.t_squared = t_squared;
+    a.label_smoothing = a.hard_weight != 0 || with_metrics ? label_smoothing : 0;
+    a.z_loss = z_loss;
+    a.softcap = softcap;
+    a.teacher_softcap = a.n_teachers ? teacher_softcap : 0;
+    a.standardize = (a.divergence != Divergence::kNone || with_metrics) && standardize;
+    a.dkd_target = dkd_weights[0];
+    a.dkd_others = dkd_weights[1];
     a.ignore_index = ignore_index;
     if (labels) check_labels(*labels);
     losses.resize(a.rows);
     a.losses = losses.data();
+    measures = with_metrics;
+    if (measures) metrics.resize(a.rows);
+    a.metrics = measures ? metrics.data() : nullptr;
     a.scale = 1;
     set_divisor(normalizer, given_divisor);
   }
@@ -142,48 +157,73 @@ struct Loss {
   ScalarType loss_dtype() const {
     return args.student.dtype == DType::kDouble ? ScalarType::Double : ScalarType::Float;
   }
-  template <class C>
-  void copy_losses(C* out) const {
-    std::copy(losses.begin(), losses.end(), out);
-  }
-
   Tensor reduced() const {
-    const bool wide = args.student.dtype == DType::kDouble;
+    std::vector<int64_t> shape;
     if (reduction == "none") {
       const auto sizes = student.sizes();
-      const std::vector<int64_t> shape(sizes.begin(), sizes.end() - 1);
-      Tensor out = torch::stable::new_empty(student, shape, loss_dtype());
-      wide ? copy_losses((double*)out.mutable_data_ptr()) : copy_losses((float*)out.mutable_data_ptr());
-      return out;
+      shape.assign(sizes.begin(), sizes.end() - 1);
     }
-    double total = 0;
-    for (double loss : losses) total += loss;
-    total *= inverse_divisor();
-    Tensor out = torch::stable::new_empty(student, std::vector<int64_t>{}, loss_dtype());
-    wide ? void(*(double*)out.mutable_data_ptr() = total)
-         : void(*(float*)out.mutable_data_ptr() = (float)total);
+    Tensor out = torch::stable::new_empty(student, shape, loss_dtype());
+    with_numbers(out, [&](auto* to) {
+      if (reduction == "none") {
+        std::copy(losses.begin(), losses.end(), to);
+      } else {
+        *to = std::accumulate(losses.begin(), losses.end(), 0.) * inverse_divisor();
+      }
+    });
     return out;
   }
 
+  // The first kStats numbers of each row's statistics, and back.
   Tensor pack(const std::vector<RowStats>& stats) const {
     Tensor out = torch::stable::new_empty(student, std::vector<int64_t>{args.rows, kStats}, loss_dtype());
-    const double* from = (const double*)stats.data();
-    if (args.student.dtype == DType::kDouble) {
-      std::copy(from, from + args.rows * kStats, (double*)out.mutable_data_ptr());
-    } else {
-      std::copy(from, from + args.rows * kStats, (float*)out.mutable_data_ptr());
-    }
+    with_numbers(out, [&](auto* to) {
+      for (int64_t row = 0; row < args.rows; ++row) {
+        std::copy_n((const double*)&stats[row], kStats, to + row * kStats);
+      }
+    });
     return out;
   }
   std::vector<RowStats> unpack(const Tensor& stats) const {
     std::vector<RowStats> rows(args.rows);
-    double* to = (double*)rows.data();
-    if (args.student.dtype == DType::kDouble) {
-      std::copy_n((const double*)stats.const_data_ptr(), args.rows * kStats, to);
-    } else {
-      std::copy_n((const float*)stats.const_data_ptr(), args.rows * kStats, to);
-    }
+    with_numbers(stats, [&](auto* from) {
+      for (int64_t row = 0; row < args.rows; ++row) {
+        std::copy_n(from + row * kStats, kStats, (double*)&rows[row]);
+      }
+    });
     return rows;
+  }
+
+  // What return_metrics reports: of every row, or the means over those kept, with their weights.
+  Tensor measured() const {
+    std::vector<int64_t> shape{measures ? kMetrics : 0};
+    const bool by_row = measures && reduction == "none";
+    const auto sizes = student.sizes();
+    if (by_row) shape.insert(shape.end(), sizes.begin(), sizes.end() - 1);
+    Tensor out = torch::stable::new_empty(student, shape, loss_dtype());
+    if (measures) {
+      with_numbers(out, [&](auto* to) {
+        for (int k = 0; k < kMetrics; ++k) {
+          double total = 0, weights = 0;
+          for (int64_t row = 0; row < args.rows; ++row) {
+            const double value = ((const double*)&metrics[row])[k];
+            if (by_row) to[k * args.rows + row] = value;
+            if (!args.kept(row)) continue;
+            const double w = args.weight ? args.weight[row] : 1;
+            total += w * value;
+            weights += w;
+          }
+          if (!by_row) to[k] = total / weights;  // 0 / 0 where no row is kept
+        }
+      });
+    }
+    return out;
+  }
+
+  template <class F>
+  void with_numbers(const Tensor& tensor, F f) const {
+    loss_dtype() == ScalarType::Double ? f((double*)tensor.mutable_data_ptr())
+                                       : f((float*)tensor.mutable_data_ptr());
   }
 };
 

@@ -75,6 +75,58 @@ KD_INLINE void for_vectors(C* row, int64_t n, F f) {
   for (int64_t i = 0; i < n; i += Types<C>::kLanes) store(row + i, f(load(row + i), i));
 }
 
+// cap * tanh(z / cap) of a row in place; a masked class stays masked.
+template <class C>
+KD_NOINLINE void softcap_row(C* z, int64_t n, double cap) {
+  using V = typename Types<C>::V;
+  const V c = splat((C)cap), inverse = splat((C)(1 / cap));
+  const V masked = splat(-std::numeric_limits<C>::infinity());
+  for_vectors(z, n, [&](V v, int64_t) { return v == masked ? masked : c * tanh(v * inverse); });
+}
+
+// The same for a gradient in the capped logits, which becomes one in the logits.
+template <class C>
+KD_NOINLINE void softcap_gradient(C* g, const C* capped, int64_t n, double cap) {
+  using V = typename Types<C>::V;
+  const V inverse = splat((C)(1 / cap)), masked = splat(-std::numeric_limits<C>::infinity());
+  for_vectors(g, n, [&](V v, int64_t i) {
+    const V z = load(capped + i), x = z * inverse;
+    return z == masked ? V{} : v * ((1 - x) * (1 + x));
+  });
+}
+
+struct Moments {  // of a row's logits
+  double mean, deviation;
+  double per_unit() const { return 1 / (1e-7 + deviation); }
+};
+
+// The sample deviation, about the mean of the first classes, which is near enough to lose no digits.
+template <class X>
+KD_NOINLINE Moments moments(const X* x, int64_t n) {
+  using C = Compute<X>;
+  using V = typename Types<C>::V;
+  constexpr int kLanes = Types<C>::kLanes;
+  const int first = n < 128 ? n : 128;
+  double pivot = 0;
+  for (int i = 0; i < first; ++i) pivot += load_one(x + i);
+  const C middle = pivot / first;
+  const V about = splat(middle);
+  double total = 0, squares = 0;
+  for (int64_t at = 0; at < n; at += 256 * kLanes) {
+    V part[2] = {}, part_squares[2] = {};
+    const int64_t end = n - at < 256 * kLanes ? n : at + 256 * kLanes;
+    for (int64_t i = at; i < end; i += kLanes) {
+      const V v = (n - i < kLanes ? load_part(x + i, n - i, middle) : load(x + i)) - about;
+      part[i / kLanes % 2] += v;
+      part_squares[i / kLanes % 2] += v * v;
+    }
+    total += sum(part[0]) + sum(part[1]);
+    squares += sum(part_squares[0]) + sum(part_squares[1]);
+  }
+  const double variance = n > 1 ? (squares - total * total / n) / (n - 1) : 0 * squares;
+  return {middle + total / n, variance < 0 ? 0 : std::sqrt(variance)};  // NaN stays
+}
+
 // p = softmax(z * slope) of a row in place
 template <class C>
 KD_NOINLINE void softmax_row(C* z, int64_t n, double slope) {
@@ -96,20 +148,24 @@ KD_NOINLINE void softmax_row(C* z, int64_t n, double slope) {
 
 // The teachers of one row, classes [begin, begin + n), as one row of C: logits, or probabilities where that
 // is said by teacher_is_probs(). `slope` is log2(e) / T'. The row is `out` or, where nothing is to be done,
-// the teacher's own.
+// the teacher's own. Several teachers are standardised here, one by its slope.
 template <class C>
 KD_NOINLINE const C* mix_teachers(const LossArgs& a, int64_t row, int64_t begin, int64_t n, double slope,
                                   C* out, C* other) {
   using V = typename Types<C>::V;
   const DType own = std::is_same_v<C, double> ? DType::kDouble : DType::kFloat;
-  if (a.n_teachers == 1 && a.teachers[0].dtype == own) return (const C*)row_of(a.teachers[0], row) + begin;
+  if (a.n_teachers == 1 && a.teachers[0].dtype == own && !a.teacher_softcap) {
+    return (const C*)row_of(a.teachers[0], row) + begin;
+  }
   for (int k = 0; k < a.n_teachers; ++k) {
     const Matrix& m = a.teachers[k];
     C* z = k == 0 ? out : other;
     widen(row_of(m, row) + begin * bytes_of(m.dtype), m.dtype, n, z);
+    if (a.teacher_softcap) softcap_row(z, n, a.teacher_softcap);
     if (a.n_teachers == 1) return out;
-    if (!a.geometric && a.target == Target::kLogits) softmax_row(z, n, slope);
-    const C w = a.teacher_weights[k];
+    const double unit = a.standardize ? moments(z, n).per_unit() : 1;
+    if (!a.geometric && a.target == Target::kLogits) softmax_row(z, n, slope * unit);
+    const C w = a.teacher_weights[k] * (a.geometric ? unit : 1);
     for_vectors(z, n, [&](V v, int64_t i) {
       if (a.geometric && a.target == Target::kProbs) v = log2(v) * (C)0.6931471805599453;
       if (!a.geometric && a.target == Target::kLogProbs) v = exp2(v * (C)1.4426950408889634);

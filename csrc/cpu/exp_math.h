@@ -103,6 +103,24 @@ KD_INLINE DoubleV log_ratio(DoubleV a, DoubleV b, DoubleV difference) {
   return y;
 }
 
+// The coefficients of tanh below 0.625 are Cephes'.
+KD_INLINE FloatV tanh(FloatV x) {
+  using I = Types<float>::I;
+  const I sign = bits<I>(x) & (int)0x80000000;
+  const FloatV a = bits<FloatV>(bits<I>(x) ^ sign), z = x * x;
+  FloatV p = splat(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const FloatV far = 1 - 2 / (exp2(a * 0x1.715476p+1f) + 1);
+  return a < 0.625f ? x + x * z * p : bits<FloatV>(bits<I>(far) | sign);
+}
+KD_INLINE DoubleV tanh(DoubleV x) {
+  for (int i = 0; i < Types<double>::kLanes; ++i) x[i] = std::tanh(x[i]);
+  return x;
+}
+
 KD_INLINE FloatV sqrt(FloatV x) {
 #if defined(__AVX512F__)
   return (FloatV)_mm512_sqrt_ps((__m512)x);

@@ -16,6 +16,7 @@ constexpr int kSample = 128;
 constexpr int kMaxPower = 4;
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // What a kernel is instantiated for: storage types, divergence, the teacher as probabilities instead of
 // logits, and the student's exps at temperature 1 taken by themselves (kOwn) instead of as powers of those at
@@ -37,8 +38,10 @@ struct Spec {
 struct RowScale {  // of one row
   double temperature;
   double student, teacher;  // slopes
-  int power;                // with kOwn false: the temperature, a small whole number
+  double hard;              // exponents at temperature 1 are this multiple of those at T
+  int power;                // with kOwn false: that multiple, a small whole number
   double beta;
+  double student_unit = 1, teacher_unit = 1;  // what logit_mse multiplies logits by
 };
 
 KD_INLINE double at_row(const double* per_row, double number, int64_t row) {
@@ -49,7 +52,7 @@ KD_INLINE RowScale row_scale(const LossArgs& a, int64_t row) {
   const double t = at_row(a.temperatures, a.temperature, row);
   const bool logits = a.target == Target::kLogits;
   const double at = logits ? at_row(a.teacher_temperatures, a.teacher_temperature, row) : 1;
-  return {t, kLog2E / t, kLog2E / at, (int)t, a.beta};
+  return {t, kLog2E / t, kLog2E / at, t, (int)t, a.beta};
 }
 
 template <class C>
@@ -70,7 +73,7 @@ struct Block {  // where a block's exps stand, and what their exponents are rela
 template <class P>
 KD_INLINE double hard_offset(const RowScale& scale, double student_offset) {
   using C = typename P::C;
-  return P::kOwn ? (double)(C)(student_offset * scale.temperature) : scale.power * student_offset;
+  return P::kOwn ? (double)(C)(student_offset * scale.hard) : scale.power * student_offset;
 }
 
 template <class P>
@@ -83,6 +86,7 @@ struct Exponents {
   using C = typename P::C;
   using V = typename P::V;
   V student, teacher, student_offset, teacher_offset, hard_offset;
+  V student_unit, teacher_unit;
   int power;
 
   Exponents() = default;
@@ -92,6 +96,8 @@ struct Exponents {
         student_offset(splat<C>(so == -kInfinity ? 0 : so)),
         teacher_offset(splat<C>(to == -kInfinity ? 0 : to)),
         hard_offset(splat<C>(so == -kInfinity ? 0 : kdfast::hard_offset<P>(scale, so))),
+        student_unit(splat<C>(scale.student_unit)),
+        teacher_unit(splat<C>(scale.teacher_unit)),
         power(scale.power) {}
 
   KD_INLINE V power_of(V es) const {
@@ -106,7 +112,7 @@ struct Exponents {
     x.es = exp2(x.ys);
     x.e1 = P::kOwn ? exp2(multiply_subtract(s, splat<C>(kLog2E), hard_offset)) : power_of(x.es);
     if constexpr (P::kMSE) {
-      x.et = (s - t) - teacher_offset;
+      x.et = (s * student_unit - t * teacher_unit) - teacher_offset;
     } else if constexpr (P::kProbs) {
       x.et = t;
       x.yt = log2(t);

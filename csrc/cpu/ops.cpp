@@ -71,9 +71,10 @@ bool is_pointwise(Divergence divergence) {
 
 // Few and long rows are split, so that every thread has work. It depends on the shape alone, not on the
 // number of threads, so that this number never shows in the bits. An ensemble's members are softmaxed whole,
-// and pass B wants the sums of whole rows.
+// and pass B and some options want whole rows.
 int64_t segments_of(const LossArgs& a) {
-  if (is_pointwise(a.divergence) || a.rows >= 32 || a.vocab <= 2 * kSegment || a.n_teachers > 1) return 1;
+  if (is_pointwise(a.divergence) || a.whole() || a.rows >= 32 || a.vocab <= 2 * kSegment || a.n_teachers > 1)
+    return 1;
   return (a.vocab + kSegment - 1) / kSegment;
 }
 
@@ -100,8 +101,25 @@ void run_grad(Loss& loss, std::vector<RowStats>& stats) {
               [&](int64_t begin, int64_t end) { kernels().grad(a, segments, begin, end); });
 }
 
+// again: where the row statistics are not enough, which pass A is then taken for once more.
+void run_grad(Loss& loss, const Tensor& stats, bool again) {
+  LossArgs& a = loss.args;
+  if (again || a.whole()) {
+    in_parallel(a.rows, a.vocab, [&](int64_t begin, int64_t end) { kernels().loss_grad(a, begin, end); });
+    return;
+  }
+  std::vector<RowStats> rows = loss.unpack(stats);
+  run_grad(loss, rows);
+}
+
 void run_loss_grad(Loss& loss) {
   loss.args.scale = loss.inverse_divisor();
+  if (loss.args.metrics && loss.args.alpha == 0 && loss.args.n_teachers) {
+    run_stats(loss);  // the teacher is there for the metrics alone
+    loss.args.metrics = nullptr;
+    loss.args.n_teachers = 0;
+    loss.args.divergence = Divergence::kNone;
+  }
   if (segments_of(loss.args) == 1) {
     in_parallel(loss.args.rows, loss.args.vocab,
                 [&](int64_t begin, int64_t end) { kernels().loss_grad(loss.args, begin, end); });
@@ -113,54 +131,55 @@ void run_loss_grad(Loss& loss) {
 
 // ---- the operators; a flat list of arguments each, as the schemas have it ----
 
-#define KDFAST_INPUTS                                                                                    \
-  std::vector<Tensor> teachers, std::optional<Tensor> labels, std::optional<Tensor> weight,              \
-      std::optional<Tensor> normalizer, std::optional<Tensor> temperatures,                              \
-      std::optional<Tensor> teacher_temperatures, double temperature, double teacher_temperature,        \
-      double alpha, double hard_weight, bool t_squared, std::string divergence, double beta,             \
-      std::string target, std::string ensemble, std::vector<double> teacher_weights, int64_t vocab_size, \
-      int64_t ignore_index, std::string reduction, double divisor
-#define KDFAST_PASS                                                                           \
-  teachers, labels, weight, normalizer, temperatures, teacher_temperatures, temperature,      \
-      teacher_temperature, alpha, hard_weight, t_squared, divergence, beta, target, ensemble, \
-      teacher_weights, vocab_size, ignore_index, reduction, divisor
+#define KDFAST_INPUTS                                                                                     \
+  std::vector<Tensor> teachers, std::optional<Tensor> labels, std::optional<Tensor> weight,               \
+      std::optional<Tensor> normalizer, std::optional<Tensor> temperatures,                               \
+      std::optional<Tensor> teacher_temperatures, double temperature, double teacher_temperature,         \
+      double alpha, double hard_weight, bool t_squared, std::string divergence, double beta,              \
+      std::string target, std::string ensemble, std::vector<double> teacher_weights, int64_t vocab_size,  \
+      int64_t ignore_index, std::string reduction, double divisor, double label_smoothing, double z_loss, \
+      double softcap, double teacher_softcap, bool standardize, std::vector<double> dkd_weights,          \
+      bool metrics
+#define KDFAST_PASS                                                                                    \
+  teachers, labels, weight, normalizer, temperatures, teacher_temperatures, temperature,               \
+      teacher_temperature, alpha, hard_weight, t_squared, divergence, beta, target, ensemble,          \
+      teacher_weights, vocab_size, ignore_index, reduction, divisor, label_smoothing, z_loss, softcap, \
+      teacher_softcap, standardize, dkd_weights
 
-std::tuple<Tensor, Tensor> loss_grad(Tensor student, KDFAST_INPUTS) {
-  Loss loss(student, KDFAST_PASS);
+std::tuple<Tensor, Tensor, Tensor> loss_grad(Tensor student, KDFAST_INPUTS) {
+  Loss loss(student, KDFAST_PASS, metrics);
   Tensor grad = loss.new_grad();
   run_loss_grad(loss);
-  return {loss.reduced(), grad};
+  return {loss.reduced(), grad, loss.measured()};
 }
 
-Tensor loss_grad_(Tensor student, KDFAST_INPUTS) {
-  Loss loss(student, KDFAST_PASS);
+std::tuple<Tensor, Tensor> loss_grad_(Tensor student, KDFAST_INPUTS) {
+  Loss loss(student, KDFAST_PASS, metrics);
   loss.grad_in_place();
   run_loss_grad(loss);
   loss.copy_back(student);
-  return loss.reduced();
+  return {loss.reduced(), loss.measured()};
 }
 
-std::tuple<Tensor, Tensor> stats(Tensor student, KDFAST_INPUTS) {
-  Loss loss(student, KDFAST_PASS);
+std::tuple<Tensor, Tensor, Tensor> stats(Tensor student, KDFAST_INPUTS) {
+  Loss loss(student, KDFAST_PASS, metrics);
   const std::vector<RowStats> rows = run_stats(loss);
-  return {loss.reduced(), loss.pack(rows)};
+  return {loss.reduced(), loss.pack(rows), loss.measured()};
 }
 
 Tensor grad(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_INPUTS) {
-  Loss loss(student, KDFAST_PASS);
+  Loss loss(student, KDFAST_PASS, false);  // the metrics were the forward's
   Tensor grad = loss.new_grad();
   loss.scale_by(grad_loss);
-  std::vector<RowStats> rows = loss.unpack(stats);
-  run_grad(loss, rows);
+  run_grad(loss, stats, metrics);
   return grad;
 }
 
 void grad_(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_INPUTS) {
-  Loss loss(student, KDFAST_PASS);
+  Loss loss(student, KDFAST_PASS, false);  // the metrics were the forward's
   loss.grad_in_place();
   loss.scale_by(grad_loss);
-  std::vector<RowStats> rows = loss.unpack(stats);
-  run_grad(loss, rows);
+  run_grad(loss, stats, metrics);
   loss.copy_back(student);
 }
 

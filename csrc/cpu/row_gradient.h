@@ -25,18 +25,40 @@ struct Coefficients {
   double student, teacher;          // to q and p; where the divergence is linear, with the soft term's weight
   double log_student, log_teacher;  // log q = ln2 * (y + log_student)
   double psi_sum;
-  double soft;   // that weight, where it is not in the first two
-  double hard;   // to the hard term's weight * q1
-  double label;  // that weight itself
+  double soft;                    // that weight, where it is not in the first two
+  double hard;                    // to q1 of the hard term and of z_loss
+  double label;                   // the hard term's weight on its label
+  double uniform;                 // and on every class, from smoothing
+  double label_soft, label_hard;  // decoupled KD, whose sums are without the label: its own gradient
+  double mean, tilt;              // standardised logits: what is added is tilt * (s - mean)
 };
 
+struct Label {  // the class, its logits as the passes have them, and the sum of the student's over all
+                // classes
+  int64_t index = -1;
+  double student = 0, teacher = 0, logits = 0;
+};
+
+struct Terms {  // of a row's loss, before their weights
+  double soft = kNaN, hard = kNaN;
+};
+
+// The exponent of a class at temperature 1.
 template <class P>
-double hard_loss(const RowStats& x, const RowScale& scale, double label_logit) {
+double hard_exponent(const RowStats& x, const RowScale& scale, double logit) {
   using C = typename P::C;
-  const C so = x.student_offset;
-  const double y = P::kOwn ? label_logit * (C)kLog2E - hard_offset<P>(scale, so)
-                           : scale.power * (label_logit * (C)scale.student - so);
-  return kLn2 * (std::log2(x.hard_sum) - y);
+  const C so = finite(x.student_offset);
+  return P::kOwn ? logit * (C)kLog2E - hard_offset<P>(scale, so)
+                 : scale.power * (logit * (C)scale.student - so);
+}
+
+// CE(y, q1), smoothed; log_sum: the logarithm of the sum of the exps at temperature 1.
+template <class P>
+double hard_loss(const LossArgs& a, const RowStats& x, const RowScale& scale, double log_sum,
+                 double label_logit, double mean_logit) {
+  const double e = a.label_smoothing, loss = kLn2 * (log_sum - hard_exponent<P>(x, scale, label_logit));
+  if (e == 0) return loss;
+  return (1 - e) * loss + e * (kLn2 * (log_sum - hard_exponent<P>(x, scale, 0)) - mean_logit);
 }
 
 // How a row's teacher becomes p.
@@ -46,11 +68,11 @@ struct Teacher {
   double mass;     // sum p
 };
 
-template <class P>
+template <bool kProbs>
 Teacher teacher_of(const LossArgs& a, const RowStats& x) {
   if (teacher_is_softmaxed(a))
     return {x.teacher_sum, std::log2(x.teacher_sum), x.teacher_sum / x.teacher_sum};
-  if (P::kProbs) return {1, 0, x.teacher_sum};
+  if (kProbs) return {1, 0, x.teacher_sum};
   const double sum = std::exp2(-x.teacher_offset);
   return {sum, -x.teacher_offset, x.teacher_sum / sum};
 }
@@ -74,38 +96,115 @@ DivergenceSums linear_sums(const RowStats& x, const Teacher& teacher, double bet
   return {over_teacher + over_student, P::D::psi_sum(over_teacher, over_student, teacher.mass, beta)};
 }
 
+// log2(1 + 2^x)
+double log_1_plus_exp2(double x) { return x > 64 ? x : std::log1p(std::exp2(x)) / kLn2; }
+
+// A class's probability and that of all others, with their logarithms to base 2.
+struct Split {
+  double of_label, of_others, log_label, log_others;
+};
+Split softmaxed_split(double log_label, double log_others) {
+  const double more = log_others - log_label;
+  const double a = -log_1_plus_exp2(more), b = -log_1_plus_exp2(-more);
+  return {std::exp2(a), std::exp2(b), a, b};
+}
+
+// Decoupled KD: D and its gradient's coefficients, from forward KL's sums without the label. With p^ and q^
+// over the other classes alone, and what both of its gradient's parts have in common in brackets,
+//
+//   dD/ds_i = (q^_i [w_0 (p_y (1 - q_y) - (1 - p_y) q_y) + w_1] - w_1 p^_i) / T
+//   dD/ds_y = -w_0 (p_y (1 - q_y) - (1 - p_y) q_y) / T
+template <class P>
+KD_NOINLINE double dkd_sums(const LossArgs& a, const RowStats& x, const RowScale& scale,
+                            const Teacher& teacher, const Label& label, Coefficients& c) {
+  using C = typename P::C;
+  const double ys = label.student * (C)scale.student - finite(x.student_offset);
+  const double yt =
+      P::kProbs ? std::log2(label.teacher) : label.teacher * (C)scale.teacher - finite(x.teacher_offset);
+  const Split q = softmaxed_split(ys, std::log2(x.student_sum));
+  Split p = softmaxed_split(yt, std::log2(x.teacher_sum));
+  if (!teacher_is_softmaxed(a)) {
+    const double y = std::exp2(yt) / teacher.sum;
+    p = {y, teacher.mass, std::log2(y), std::log2(teacher.mass)};
+  }
+  const double target =
+      masked(p.of_label, p.log_label - q.log_label) + masked(p.of_others, p.log_others - q.log_others);
+  const double w = a.dkd_target, pull = p.of_label * q.of_others - p.of_others * q.of_label;
+  c.label_soft = -c.soft * w * pull;
+  if (x.teacher_sum == 0) {  // there is no other class, or none that the teacher thinks of
+    c.student = x.student_sum == 0 ? 0 : c.soft / x.student_sum;
+    c.psi_sum = -w * pull;
+    return kLn2 * w * target;
+  }
+  c.student = x.student_sum == 0 ? 0 : c.soft / x.student_sum;
+  c.teacher = c.soft * a.dkd_others / x.teacher_sum;
+  c.psi_sum = -(w * pull + a.dkd_others);
+  const double among = x.student_sum == 0 ? kInfinity
+                                          : x.teacher_running / x.teacher_sum + std::log2(x.student_sum) -
+                                                std::log2(x.teacher_sum);
+  return kLn2 * (w * target + a.dkd_others * among);
+}
+
 // The row's loss without its weight, and what pass C needs, from merged statistics over n classes.
 // `pointwise`: pass B's sums, where the divergence has them.
 template <class P>
 KD_NOINLINE double finish(const LossArgs& a, int64_t row, const RowStats& x, const RowScale& scale,
-                          const DivergenceSums& pointwise, double label_logit, double n, Coefficients& c) {
+                          const DivergenceSums& pointwise, const Label& label, double n, Coefficients& c,
+                          Terms& terms) {
   const double t = scale.temperature;
-  double loss = 0;
+  double loss = 0, log_hard = std::log2(x.hard_sum);
+  bool decoupled = false;
   c = {};
   if constexpr (P::kMSE) {
     const double mean = x.teacher_sum / n;
-    loss = a.alpha * (x.teacher_running - x.teacher_sum * mean) / (2 * n);
-    c.teacher = a.alpha / n;
-    c.log_teacher = loss == loss ? -mean : loss;  // a row with an infinity is NaN throughout
+    terms.soft = (x.teacher_running - x.teacher_sum * mean) / (2 * n);
+    c.soft = a.alpha / n * scale.student_unit;
+    c.teacher = c.soft;
+    c.log_teacher = terms.soft == terms.soft ? -mean : terms.soft;  // one infinity makes all of a row NaN
   } else if constexpr (P::kSoft) {
-    const Teacher teacher = teacher_of<P>(a, x);
+    const Teacher teacher = teacher_of<P::kProbs>(a, x);
+    c.soft = a.alpha * (a.t_squared ? t : 1 / t) * scale.student_unit;
+    if (n == 1) c.soft = 0;  // which a standardised row would make 1e7 times its rounding
     DivergenceSums sums = pointwise;
-    if constexpr (!P::kPointwise) sums = linear_sums<P>(x, teacher, a.beta);
-    loss = a.alpha * (a.t_squared ? t * t : 1) * sums.divergence;
-    c.soft = a.alpha * (a.t_squared ? t : 1 / t);
-    const double weight = P::kPointwise ? 1 : c.soft;
-    c.student = weight / x.student_sum;
-    c.teacher = weight / teacher.sum;
+    if constexpr (std::is_same_v<typename P::D, ForwardKL>) {
+      if ((decoupled = a.divergence == Divergence::kDKD)) {
+        sums.divergence = dkd_sums<P>(a, x, scale, teacher, label, c);
+        const double y = hard_exponent<P>(x, scale, label.student);
+        log_hard = y + log_1_plus_exp2(log_hard - y);
+      }
+    }
+    if (!decoupled) {
+      if constexpr (!P::kPointwise) sums = linear_sums<P>(x, teacher, a.beta);
+      const double weight = P::kPointwise ? 1 : c.soft;
+      c.student = weight / x.student_sum;
+      c.teacher = weight / teacher.sum;
+      c.psi_sum = sums.psi;
+      // for q as it is rounded: its sum is not quite 1, and the gradient's is to be 0
+      if constexpr (P::kPointwise) c.psi_sum /= (typename P::C)c.student * x.student_sum;
+    }
     c.log_student = -std::log2(x.student_sum);
     c.log_teacher = -teacher.log_sum;
-    c.psi_sum = sums.psi;
-    // for q as it is rounded: its sum is not quite 1, and the gradient's is to be 0
-    if constexpr (P::kPointwise) c.psi_sum /= (typename P::C)c.student * x.student_sum;
+    terms.soft = (a.t_squared ? t * t : 1) * sums.divergence;
   }
-  if (a.labels && a.hard_weight) {
-    loss += a.hard_weight * hard_loss<P>(x, scale, label_logit);
-    c.hard = a.hard_weight / x.hard_sum;
-    c.label = a.hard_weight;
+  if (a.alpha != 0 && a.n_teachers) loss = a.alpha * terms.soft;
+  if (a.labelled()) terms.hard = hard_loss<P>(a, x, scale, log_hard, label.student, label.logits / n);
+  if (a.labels && a.hard_weight != 0) {
+    loss += a.hard_weight * terms.hard;
+    c.hard = a.hard_weight;
+    c.label = a.hard_weight * (1 - a.label_smoothing);
+    c.uniform = a.hard_weight * a.label_smoothing / n;
+  }
+  if (a.z_loss != 0) {
+    double z = kLn2 * (log_hard - hard_exponent<P>(x, scale, 0));
+    if (z == -kInfinity) z = kNaN;
+    loss += a.z_loss * z * z;
+    c.hard += 2 * a.z_loss * z;
+  }
+  if (decoupled && c.hard != 0) {
+    c.label_hard = c.hard * std::exp2(hard_exponent<P>(x, scale, label.student) - log_hard);
+    c.hard *= std::exp2(-log_hard);
+  } else if (c.hard != 0) {
+    c.hard /= x.hard_sum;
   }
   const double w = at_row(a.weight, 1, row);
   const double factor = w * a.scale * at_row(a.row_scale, 1, row);
@@ -116,6 +215,9 @@ KD_NOINLINE double finish(const LossArgs& a, int64_t row, const RowStats& x, con
   }
   c.hard *= factor;
   c.label *= factor;
+  c.uniform *= factor;
+  c.label_soft *= factor;
+  c.label_hard *= factor;
   return w * loss;
 }
 
@@ -143,7 +245,9 @@ struct Gradient {
   using C = typename P::C;
   using V = typename P::V;
   Exponents<P> exponents;
-  V student, teacher, log_student, log_teacher, psi_sum, soft, hard, beta;
+  V student, teacher, log_student, log_teacher, psi_sum, soft, hard, uniform, beta;
+  V mean, tilt;
+  bool tilted = false;
 
   Gradient() = default;
   KD_INLINE Gradient(const RowScale& scale, const Coefficients& c, double so, double to)
@@ -155,7 +259,11 @@ struct Gradient {
         psi_sum(splat<C>(P::kPointwise ? c.psi_sum : c.student * c.psi_sum)),
         soft(splat<C>(c.soft)),
         hard(splat<C>(c.hard)),
-        beta(splat<C>(scale.beta)) {}
+        uniform(splat<C>(c.uniform)),
+        beta(splat<C>(scale.beta)),
+        mean(splat<C>(c.mean)),
+        tilt(splat<C>(c.tilt)),
+        tilted(c.tilt != 0) {}
 
   KD_INLINE V combine(V s, V t, Scratch<C> kept, int i) const {
     Lanes<P> x = exponents(s, t);
@@ -164,7 +272,7 @@ struct Gradient {
       x.e1 = P::kOwn ? load(kept.hard + i) : exponents.power_of(x.es);
       if constexpr (P::kSoft || P::kMSE) x.et = load(kept.teacher + i);
     }
-    V g = x.e1 * hard;
+    V g = x.e1 * hard - uniform;
     if constexpr (P::kMSE) {
       g += (x.et + log_teacher) * teacher;
     } else if constexpr (P::kPointwise) {
@@ -173,7 +281,34 @@ struct Gradient {
       const V log_q = (x.ys + log_student) * (C)kLn2, log_p = (x.yt + log_teacher) * (C)kLn2;
       g += P::D::psi(x.et * teacher, x.es * student, log_p, log_q, beta) - x.es * psi_sum;
     }
+    if (opaque(tilted)) g += tilt * (s - mean);
     return g;
+  }
+
+  // sum g * (s - mean) over a block
+  KD_NOINLINE double dot(const S* s, const T* t, Scratch<C> kept, int n) const {
+    V part[2] = {}, total{};
+    for (int i = 0; i < n; i += P::kStep) {
+      const int m = n - i < P::kStep ? n - i : P::kStep;
+      const auto si = load_student<P>(s + i, m);
+      const auto ti = load_teacher<P>(t + i, m);
+      V more[2] = {combine(si.a, ti.a, kept, i) * (si.a - mean),
+                   combine(si.b, ti.b, kept, i + P::kLanes) * (si.b - mean)};
+      if (m < P::kStep) {
+        for (int j = 0; j < P::kLanes; ++j) {
+          const bool halves = std::is_same_v<S, bf16>;  // even and odd places
+          if ((halves ? 2 * j : j) >= m) more[0][j] = 0;
+          if ((halves ? 2 * j + 1 : j + P::kLanes) >= m) more[1][j] = 0;
+        }
+      }
+      part[0] += more[0];
+      part[1] += more[1];
+      if (i / P::kStep % 8 == 7) {
+        total += part[0] + part[1];
+        part[0] = part[1] = V{};
+      }
+    }
+    return sum(total + (part[0] + part[1]));
   }
 
   KD_NOINLINE void write(const S* s, const T* t, Scratch<C> kept, int n, S* out) const {
@@ -236,7 +371,7 @@ DivergenceSums pointwise_sums(const LossArgs& a, const Row<P>& r, int64_t n, con
   DivergenceSums sums{};
   if constexpr (P::kPointwise) {
     using C = typename P::C;
-    const Teacher teacher = teacher_of<P>(a, stats);
+    const Teacher teacher = teacher_of<P::kProbs>(a, stats);
     Coefficients c{};
     c.student = 1 / stats.student_sum;
     c.teacher = 1 / teacher.sum;

@@ -50,6 +50,12 @@ struct RowStats {
 };
 constexpr int kStats = 7;
 
+// What return_metrics reports, in this order.
+struct RowMetrics {
+  double soft, hard, kl, student_entropy, teacher_entropy, agreement, accuracy;
+};
+constexpr int kMetrics = 7;
+
 struct LossArgs {
   int64_t rows, vocab;
   int64_t width;  // of the student with its padding: the gradient beyond vocab is 0
@@ -68,9 +74,14 @@ struct LossArgs {
   const double *temperatures, *teacher_temperatures;  // (rows) or null
   double alpha, hard_weight;
   bool t_squared;
+  double label_smoothing, z_loss;
+  double softcap, teacher_softcap;  // 0: none
+  bool standardize;
+  double dkd_target, dkd_others;  // weights
 
-  double* losses;   // (rows)
-  RowStats* stats;  // (rows * segments): out of `stats`, into `grad`; or null
+  double* losses;       // (rows)
+  RowMetrics* metrics;  // (rows) or null
+  RowStats* stats;      // (rows * segments): out of `stats`, into `grad`; or null
   // the gradient of row r is scale * (row_scale ? row_scale[r] : 1) * dl_r/ds
   double scale;
   const double* row_scale;
@@ -79,6 +90,14 @@ struct LossArgs {
 
   __attribute__((always_inline)) bool kept(int64_t row) const {
     return !(labels && labels[row] == ignore_index) && !(weight && weight[row] == 0);
+  }
+  // Whether the student's exps at temperature 1 are summed, and whether the label's is looked at.
+  __attribute__((always_inline)) bool labelled() const { return labels && (hard_weight != 0 || metrics); }
+  __attribute__((always_inline)) bool hard() const { return labelled() || z_loss != 0; }
+  // Whether something is asked for that takes a row as a whole, from its logits on.
+  __attribute__((always_inline)) bool whole() const {
+    return softcap != 0 || teacher_softcap != 0 || standardize || metrics || label_smoothing != 0 ||
+           divergence == Divergence::kDKD;
   }
 };
 

@@ -134,16 +134,45 @@ double first_offset(const X* x, int n, double slope) {
   return offset == -kInfinity ? offset_at_max<P>(x, n, slope) : offset;
 }
 
+// Their sum less n times `about`, in which its digits are kept.
+template <class S>
+KD_NOINLINE double block_sum(const S* s, int n, Compute<S> about) {
+  using V = typename Types<Compute<S>>::V;
+  constexpr int kLanes = Types<Compute<S>>::kLanes;
+  V part[4] = {};
+  int i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (int k = 0; k < 4; ++k) part[k] += load(s + i + k * kLanes) - about;
+  }
+  for (; i < n; i += kLanes) {
+    part[0] += (n - i < kLanes ? load_part(s + i, n - i, about) : load(s + i)) - about;
+  }
+  return sum((part[0] + part[1]) + (part[2] + part[3]));
+}
+
+// The first of n classes that is `value`, which is one of them.
+template <class S>
+KD_NOINLINE int first_at(const S* s, int n, Compute<S> value) {
+  constexpr int kLanes = Types<Compute<S>>::kLanes;
+  int i = 0;
+  while (i + kLanes <= n && !any(load(s + i) == splat(value))) i += kLanes;
+  while (i < n - 1 && load_one(s + i) != value) ++i;
+  return i;
+}
+
 template <class P>
-KD_NOINLINE double mean_difference(const typename P::S* s, const typename P::T* t, int n) {
+KD_NOINLINE double mean_difference(const typename P::S* s, const typename P::T* t, int n,
+                                   const RowScale& scale) {
+  using C = typename P::C;
+  const C a = scale.student_unit, b = scale.teacher_unit;
   double total = 0;
   for (int i = 0; i < n; i += P::kStep) {
     const int m = n - i < P::kStep ? n - i : P::kStep;
     const auto si = load_student<P>(s + i, m);
     const auto ti = load_teacher<P>(t + i, m);
-    total += sum(si.a - ti.a) + sum(si.b - ti.b);
+    total += sum(si.a * a - ti.a * b) + sum(si.b * a - ti.b * b);
   }
-  return (typename P::C)(total / n);
+  return (C)(total / n);
 }
 
 // fp32 sums are exact enough, and leave room for later blocks' terms, below this. False for NaN.
@@ -156,6 +185,9 @@ KD_INLINE double scaled(double a, double y) {
   if (a != a) return a;
   return y == -kInfinity ? 0 : std::isinf(a) ? a : a * std::exp2(y);
 }
+
+// An offset as it is subtracted: 0 where every class is masked.
+KD_INLINE double finite(double offset) { return offset == -kInfinity ? 0 : offset; }
 
 // The same sums relative to other offsets (logit_mse: the same moments about another shift).
 template <class P>
@@ -207,26 +239,156 @@ void add(RowStats& total, double n_total, RowStats more, double n_more, const Ro
   total.student_running += more.student_running;
 }
 
+// What the metrics sum, over exps at T relative to these offsets.
+struct Measures {
+  double student_offset, teacher_offset, student_sum, teacher_sum;
+  double divergence, teacher_log, student_log;  // sums of P (yt - ys), P yt and Q ys
+  double student_max, teacher_max;              // of the logits, and the blocks that hold the first of them
+  int64_t student_block, teacher_block;
+};
+
+// Of a block whose exps are in the scratch; its sums are pass A's.
+template <class S, class T, bool kTeacher, bool kProbs>
+KD_NOINLINE Measures block_measures(const S* s, const T* t, int n, const RowScale& scale, const RowStats& x,
+                                    Scratch<Compute<S>> kept) {
+  using C = Compute<S>;
+  using V = typename Types<C>::V;
+  constexpr int kLanes = Types<C>::kLanes, kStep = 2 * kLanes;
+  constexpr C kMasked = -std::numeric_limits<C>::infinity();
+  // a probability of 0 adds 0, and NaN stays
+  const V slope = splat((C)scale.student), teacher_slope = splat((C)scale.teacher), least = splat((C)-1e30);
+  const V so = splat((C)finite(x.student_offset)), to = splat((C)finite(x.teacher_offset));
+  V divergence{}, teacher_log{}, student_log{}, student_max = splat(kMasked), teacher_max = splat(kMasked);
+  V divergence_part{}, teacher_part{}, student_part{};
+  auto add = [&](V si, V ti, int at) __attribute__((always_inline)) {
+    const V ys = multiply_subtract(si, slope, so), q = load(kept.student + at);
+    student_part += q * max(least, ys);
+    student_max = max(si, student_max);
+    if constexpr (kTeacher) {
+      const V yt = kProbs ? log2(ti) : multiply_subtract(ti, teacher_slope, to), p = load(kept.teacher + at);
+      const V above = max(least, yt);
+      teacher_part += p * above;
+      divergence_part += p == 0 ? V{} : p * (above - ys);
+      teacher_max = max(ti, teacher_max);
+    }
+  };
+  for (int i = 0; i < n; i += kStep) {
+    const int m = n - i < kStep ? n - i : kStep;
+    const auto si = m == kStep ? load2(s + i) : load2_part(s + i, m, filler<S>(false));
+    Two<V> ti{};
+    if constexpr (kTeacher) ti = m == kStep ? load2(t + i) : load2_part(t + i, m, filler<T>(kProbs));
+    add(si.a, ti.a, i);
+    add(si.b, ti.b, i + kLanes);
+    if (i / kStep % 8 == 7 || m < kStep) {
+      divergence += divergence_part;
+      teacher_log += teacher_part;
+      student_log += student_part;
+      divergence_part = teacher_part = student_part = V{};
+    }
+  }
+  return {x.student_offset,
+          x.teacher_offset,
+          x.student_sum,
+          x.teacher_sum,
+          sum(divergence + divergence_part),
+          sum(teacher_log + teacher_part),
+          sum(student_log + student_part),
+          max_lane(student_max),
+          max_lane(teacher_max)};
+}
+
+void shift(Measures& x, double student_offset, double teacher_offset) {
+  const double ds = x.student_offset == student_offset ? 0 : x.student_offset - student_offset;
+  const double dt = x.teacher_offset == teacher_offset ? 0 : x.teacher_offset - teacher_offset;
+  x.divergence = x.teacher_sum == 0 ? 0 : scaled(x.divergence + x.teacher_sum * (dt - ds), dt);
+  x.teacher_log = x.teacher_sum == 0 ? 0 : scaled(x.teacher_log + x.teacher_sum * dt, dt);
+  x.student_log = x.student_sum == 0 ? 0 : scaled(x.student_log + x.student_sum * ds, ds);
+  x.teacher_sum = scaled(x.teacher_sum, dt);
+  x.student_sum = scaled(x.student_sum, ds);
+  x.student_offset = student_offset;
+  x.teacher_offset = teacher_offset;
+}
+
+void add(Measures& total, Measures more) {
+  const double so = more.student_offset < total.student_offset ? total.student_offset : more.student_offset;
+  const double to = more.teacher_offset < total.teacher_offset ? total.teacher_offset : more.teacher_offset;
+  shift(total, so, to);
+  shift(more, so, to);
+  total.student_sum += more.student_sum;
+  total.teacher_sum += more.teacher_sum;
+  total.divergence += more.divergence;
+  total.teacher_log += more.teacher_log;
+  total.student_log += more.student_log;
+  if (more.student_max > total.student_max) {
+    total.student_max = more.student_max;
+    total.student_block = more.student_block;
+  }
+  if (more.teacher_max > total.teacher_max) {
+    total.teacher_max = more.teacher_max;
+    total.teacher_block = more.teacher_block;
+  }
+}
+
+struct Wanted {                  // of pass A, beside the sums
+  int64_t without = -1;          // a class that is left out
+  double* logits = nullptr;      // the sum of the logits
+  Measures* measures = nullptr;  // the exps are kept
+};
+
+// A copy of a block without one of its classes.
+template <class X>
+KD_NOINLINE const X* leave_out(const X* x, int n, int without, bool probs) {
+  static thread_local X copies[2][kBlock];
+  static thread_local int next = 0;  // student and teacher may be of one type
+  X* copy = copies[next ^= 1];
+  std::memcpy((void*)copy, x, n * sizeof(X));
+  copy[without] = filler<X>(probs);
+  return copy;
+}
+
 // Pass A over n classes of a row; blocks[i] gets the i-th block's offsets.
 template <class P, bool kKeep>
-KD_NOINLINE RowStats row_sums(const typename P::S* s, const typename P::T* t, int64_t n,
-                              const RowScale& scale, Scratch<typename P::C> keep, Block<P>* blocks) {
+KD_NOINLINE RowStats row_sums(const typename P::S* row_s, const typename P::T* row_t, int64_t n,
+                              const RowScale& scale, Scratch<typename P::C> keep, Block<P>* blocks,
+                              const Wanted& wanted = {}) {
   const bool near = sizeof(typename P::S) == 2 || n > kFitsL2;
+  typename P::C about = wanted.logits ? load_one(row_s) : 0;
+  if (!std::isfinite(about)) about = 0;
   RowStats total{};
   double so = -kInfinity, to = P::kProbs ? 0 : -kInfinity;
   for (int64_t at = 0; at < n; at += kBlock) {
     const int m = n - at < kBlock ? n - at : kBlock;
-    if (so == -kInfinity) so = first_offset<P>(s + at, m, scale.student);
-    if constexpr (P::kMSE) {
-      if (at == 0) to = mean_difference<P>(s, t, m);
-    } else if constexpr (P::kSoft && !P::kProbs) {
-      if (to == -kInfinity) to = first_offset<P>(t + at, m, scale.teacher);
+    const typename P::S* s = row_s + at;
+    const typename P::T* t = row_t + at;
+    if (wanted.logits) *wanted.logits += block_sum(s, m, about) + m * (double)about;
+    if constexpr (std::is_same_v<typename P::D, ForwardKL>) {  // which decoupled KD is
+      if (at <= wanted.without && wanted.without < at + m) {
+        s = leave_out(s, m, wanted.without - at, false);
+        t = leave_out(t, m, wanted.without - at, P::kProbs);
+      }
     }
-    RowStats more = block_sums<P, kKeep>(s + at, t + at, m, scale, so, to, keep, near);
+    if (so == -kInfinity) so = first_offset<P>(s, m, scale.student);
+    if constexpr (P::kMSE) {
+      if (at == 0) to = mean_difference<P>(s, t, m, scale);
+    } else if constexpr (P::kSoft && !P::kProbs) {
+      if (to == -kInfinity) to = first_offset<P>(t, m, scale.teacher);
+    }
+    RowStats more = block_sums<P, kKeep>(s, t, m, scale, so, to, keep, near);
     if (!in_range(more, P::kSoft && !P::kProbs)) {
-      so = offset_at_max<P>(s + at, m, scale.student);
-      if constexpr (P::kSoft && !P::kProbs) to = offset_at_max<P>(t + at, m, scale.teacher);
-      more = block_sums<P, kKeep>(s + at, t + at, m, scale, so, to, keep, near);
+      so = offset_at_max<P>(s, m, scale.student);
+      if constexpr (P::kSoft && !P::kProbs) to = offset_at_max<P>(t, m, scale.teacher);
+      more = block_sums<P, kKeep>(s, t, m, scale, so, to, keep, near);
+    }
+    if constexpr (kKeep && !P::kMSE) {
+      if (wanted.measures) {
+        Measures part =
+            block_measures<typename P::S, typename P::T, P::kSoft, P::kProbs>(s, t, m, scale, more, keep);
+        part.student_block = part.teacher_block = at;
+        if (at == 0)
+          *wanted.measures = part;
+        else
+          add(*wanted.measures, part);
+      }
     }
     add<P>(total, at, more, m, scale);
     if constexpr (kKeep) {

@@ -50,7 +50,7 @@ struct ShortRows {
       g.teacher[r] = scale.teacher;
       g.weight[r] = kept ? at_row(a.weight, 1, row) : 0;
       g.factor[r] = kept ? g.weight[r] * a.scale * at_row(a.row_scale, 1, row) : 0;
-      g.label[r] = kept && a.labels && a.hard_weight != 0 ? a.labels[row] : -1;
+      g.label[r] = kept && a.labelled() ? a.labels[row] : -1;
       if (kept) {
         transpose((const S*)row_of(a.student, row), a.vocab, g.s + r);
         if constexpr (P::kSoft || P::kMSE) transpose((const T*)row_of(a.teachers[0], row), a.vocab, g.t + r);
@@ -73,9 +73,11 @@ struct ShortRows {
     Exponents<P> exponents;
     const V temperature = at(g.temperature);
     exponents.power = (int)a.temperature;
+    exponents.student_unit = exponents.teacher_unit = V{} + 1;
     exponents.student = at(g.student);
     exponents.teacher = at(g.teacher);
-    exponents.student_offset = exponents.student * maximum(g.s, n);
+    const V high = maximum(g.s, n);
+    exponents.student_offset = exponents.student * high;
     exponents.hard_offset = exponents.student_offset * (P::kOwn ? temperature : splat((C)exponents.power));
     V teacher_offset{};
     if constexpr (P::kMSE) {
@@ -87,7 +89,7 @@ struct ShortRows {
     }
     exponents.teacher_offset = teacher_offset;
 
-    V student_sum{}, teacher_sum{}, hard_sum{}, teacher_running{}, student_running{}, label_logit{};
+    V student_sum{}, teacher_sum{}, hard_sum{}, teacher_running{}, student_running{}, label_logit{}, logits{};
     const V beta = splat((C)a.beta);
     for (int64_t i = 0; i < n; ++i) {
       const Lanes<P> x = exponents(at(g.s + i * kLanes), at(g.t + i * kLanes));
@@ -97,6 +99,7 @@ struct ShortRows {
       student_sum += x.es;
       teacher_sum += x.et;
       hard_sum += x.e1;
+      logits += at(g.s + i * kLanes) - high;
       if constexpr (P::kMSE) teacher_running += x.et * x.et;
       if constexpr (P::D::kTeacher) teacher_running += P::D::over_teacher(x.et, x.yt, x.ys, beta);
       if constexpr (P::D::kStudent) student_running += P::D::over_student(x.es, x.yt, x.ys, beta);
@@ -153,14 +156,29 @@ struct ShortRows {
       gradient.psi_sum = P::kPointwise ? psi_sum : gradient.student * psi_sum;
     }
     V label_weight{};
-    gradient.hard = V{};
-    if (a.labels && a.hard_weight != 0) {
-      const V y = P::kOwn ? label_logit * (C)kLog2E - exponents.hard_offset
-                          : (label_logit * exponents.student - exponents.student_offset) * (C)exponents.power;
-      loss += (log2(hard_sum) - y) * (C)(a.hard_weight * kLn2);
-      label_weight = factor * (C)a.hard_weight;
-      gradient.hard = label_weight / hard_sum;
+    gradient.hard = gradient.uniform = V{};
+    auto hard_exponent = [&](V logit) {
+      return P::kOwn ? logit * (C)kLog2E - exponents.hard_offset
+                     : (logit * exponents.student - exponents.student_offset) * (C)exponents.power;
+    };
+    if (a.labelled()) {
+      const C e = a.label_smoothing;
+      V hard = (log2(hard_sum) - hard_exponent(label_logit)) * (C)kLn2;
+      if (e != 0) {
+        hard = hard * (1 - e) + e * ((log2(hard_sum) - hard_exponent(high)) * (C)kLn2 - logits / (C)n);
+      }
+      loss += hard * (C)a.hard_weight;
+      gradient.hard = V{} + (C)a.hard_weight;
+      gradient.uniform = factor * (C)(a.hard_weight * a.label_smoothing / n);
+      label_weight = factor * (C)(a.hard_weight * (1 - a.label_smoothing));
     }
+    if (a.z_loss != 0) {
+      V z = (log2(hard_sum) - hard_exponent(V{})) * (C)kLn2;
+      z = z == -std::numeric_limits<C>::infinity() ? z - z : z;
+      loss += z * z * (C)a.z_loss;
+      gradient.hard += z * (C)(2 * a.z_loss);
+    }
+    if (a.hard()) gradient.hard *= factor / hard_sum;
     loss = at(g.weight) == 0 ? V{} : loss * at(g.weight);
     for (int r = 0; r < rows; ++r) a.losses[begin + r] = loss[r];
     if (!write) return;
@@ -192,16 +210,21 @@ struct ShortRows {
 // The teacher is read as it lies: one tensor, of the student's dtype.
 template <class P>
 bool takes_short_rows(const LossArgs& a) {
+  if (std::is_same_v<typename P::S, double>) return false;
   if (a.vocab > kShort || bytes_of(a.student.dtype) != sizeof(typename P::S)) return false;
+  if (a.softcap != 0 || a.teacher_softcap != 0 || a.standardize || a.metrics) return false;
+  if (a.divergence == Divergence::kDKD) return false;
   return a.n_teachers == 0 || (a.n_teachers == 1 && a.teachers[0].dtype == a.student.dtype);
 }
 
 template <class P>
 KD_NOINLINE void short_rows(const LossArgs& a, int64_t begin, int64_t end, bool write) {
-  using Group = typename ShortRows<P>::Group;
-  Group& group = *(Group*)thread_buffer(sizeof(Group));
-  for (int64_t row = begin; row < end; row += P::kLanes) {
-    ShortRows<P>::run(a, row, end - row < P::kLanes ? end - row : P::kLanes, write, group);
+  if constexpr (!std::is_same_v<typename P::S, double>) {
+    using Group = typename ShortRows<P>::Group;
+    Group& group = *(Group*)thread_buffer(sizeof(Group));
+    for (int64_t row = begin; row < end; row += P::kLanes) {
+      ShortRows<P>::run(a, row, end - row < P::kLanes ? end - row : P::kLanes, write, group);
+    }
   }
 }
 

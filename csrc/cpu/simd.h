@@ -101,6 +101,28 @@ KD_INLINE DoubleV min(DoubleV a, DoubleV b) { return a < b ? a : b; }
 KD_INLINE FloatV masked(FloatV p, FloatV x) { return p * (p == 0 ? FloatV{} : x); }
 KD_INLINE DoubleV masked(DoubleV p, DoubleV x) { return p * (p == 0 ? DoubleV{} : x); }
 
+// A condition that does not change in a loop, of which the compiler is not to make two loops.
+KD_INLINE bool opaque(bool condition) {
+  asm("" : "+r"(condition));
+  return condition;
+}
+
+// Whether any lane of a comparison holds.
+template <class I>
+KD_INLINE bool any(I mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi8_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
+#elif defined(__x86_64__)
+  return _mm_movemask_epi8((__m128i)mask) != 0;
+#else
+  auto found = mask[0];
+  for (unsigned i = 1; i < sizeof(I) / sizeof(mask[0]); ++i) found |= mask[i];
+  return found != 0;
+#endif
+}
+
 template <class V>
 KD_INLINE double sum(V v) {  // lane by lane in a fixed order
 #if defined(__AVX512F__)
