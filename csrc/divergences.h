@@ -13,9 +13,10 @@
 //
 // The others get a pass over p and q, once the sums are known. Where phi has a term of first order in q - p,
 // which sums to beta's multiple of 1 - sum p, it is left out, lest it drown the rest where p is near q;
-// `constant` brings it back. log_ratio(a, b, a - b) is log(a / b), exact to first order where a is near b,
-// and finite where b underflows. Comparisons see p and q rounded: where the compiler makes one operation of a
-// product and a difference, q - p need not be 0 though p == q.
+// `constant` brings it back. ratio(a, b) is 0 where both are, and log_ratio(a, b, a - b) is log(a / b), exact
+// to first order where a is near b, and finite where a is 0, which it is to be multiplied with. Comparisons
+// see p and q rounded: where the compiler makes one operation of a product and a difference, q - p need not
+// be 0 though p == q.
 #pragma once
 
 #ifdef __CUDACC__
@@ -124,12 +125,11 @@ struct JSD : Pointwise {  // beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (
   template <class V>
   KDFAST_HD static V phi(V p, V q, V beta) {
     const V m = beta * p + (1 - beta) * q, d = q - p;
-    return beta * masked(p, log_ratio(p, m, (beta - 1) * d)) +
-           (1 - beta) * masked(q, log_ratio(q, m, beta * d));
+    return beta * p * log_ratio(p, m, (beta - 1) * d) + (1 - beta) * q * log_ratio(q, m, beta * d);
   }
   template <class V>
   KDFAST_HD static V psi(V p, V q, V beta) {
-    return (1 - beta) * masked(q, log_ratio(q, beta * p + (1 - beta) * q, beta * (q - p)));
+    return (1 - beta) * q * log_ratio(q, beta * p + (1 - beta) * q, beta * (q - p));
   }
 };
 
@@ -137,12 +137,12 @@ struct SkewForwardKL : Pointwise {  // KL(p, m), m = beta p + (1 - beta) q
   template <class V>
   KDFAST_HD static V phi(V p, V q, V beta) {
     const V d = (1 - beta) * (q - p);
-    return masked(p, log_ratio(p, p + d, -d)) + d;
+    return p * log_ratio(p, p + d, -d) + d;
   }
   template <class V>
   KDFAST_HD static V psi(V p, V q, V beta) {
     const V m = p + (1 - beta) * (q - p);
-    return (beta - 1) * (p == q ? q : m == 0 ? m : q * (p / m));
+    return (beta - 1) * (p == q ? q : q * ratio(p, m));
   }
   template <class V>
   KDFAST_HD static V constant(V mass, V beta) {
@@ -154,12 +154,12 @@ struct SkewReverseKL : Pointwise {  // KL(q, m), m = beta q + (1 - beta) p
   template <class V>
   KDFAST_HD static V phi(V p, V q, V beta) {
     const V d = (1 - beta) * (p - q);
-    return masked(q, log_ratio(q, q + d, -d)) + d;
+    return q * log_ratio(q, q + d, -d) + d;
   }
   template <class V>
   KDFAST_HD static V psi(V p, V q, V beta) {
     const V d = (1 - beta) * (p - q), m = q + d;
-    return m == 0 ? m : masked(q, log_ratio(q, m, -d) + beta * d / m);
+    return q * (log_ratio(q, m, -d) + beta * ratio(d, m));
   }
   template <class V>
   KDFAST_HD static V constant(V mass, V beta) {

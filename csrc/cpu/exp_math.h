@@ -82,21 +82,29 @@ KD_INLINE DoubleV log2(DoubleV x) {  // rare: only fp64 probabilities come here
   return x;
 }
 
+// a / b of numbers >= 0; 0 where both are.
+KD_INLINE FloatV ratio(FloatV a, FloatV b) {
+  return a * (1 / max(splat(std::numeric_limits<float>::min()), b));
+}
+KD_INLINE DoubleV ratio(DoubleV a, DoubleV b) {
+  return a / max(splat(std::numeric_limits<double>::min()), b);
+}
+
 // log(a / b) of numbers >= 0 whose difference a - b is given: near equality its digits are those of the
-// difference. For terms that it is multiplied with a for: 0 where b, and with it a, is next to nothing.
+// difference. It is for products with a: where a is 0, or b next to nothing, it is some number, and need not
+// be NaN.
 KD_INLINE FloatV log_ratio(FloatV a, FloatV b, FloatV difference) {
   using I = Types<float>::I;
-  const FloatV per_b = 1 / b, x = a * per_b;
+  const FloatV x = ratio(a, b);
   const I e = (bits<I>(x) - 0x3f3504f3) >> 23;
-  const FloatV f = e == 0 ? difference * per_b : bits<FloatV>(bits<I>(x) - (e << 23)) - 1;
-  const FloatV y = __builtin_convertvector(e, FloatV) * 0x1.62e43p-1f + (f + log_rest(f));
-  return b < std::numeric_limits<float>::min() ? FloatV{} : x == x ? y : x;
+  const FloatV f = e == 0 ? ratio(difference, b) : bits<FloatV>(bits<I>(x) - (e << 23)) - 1;
+  return __builtin_convertvector(e, FloatV) * 0x1.62e43p-1f + (f + log_rest(f));
 }
 
 KD_INLINE DoubleV log_ratio(DoubleV a, DoubleV b, DoubleV difference) {
   DoubleV y{};
   for (int i = 0; i < Types<double>::kLanes; ++i) {
-    if (b[i] < std::numeric_limits<double>::min()) continue;
+    if (a[i] == 0 || b[i] < std::numeric_limits<double>::min()) continue;
     const double f = difference[i] / b[i];
     y[i] = std::abs(f) < 0.5 ? std::log1p(f) : std::log(a[i] / b[i]);
   }
