@@ -5,11 +5,14 @@
 // V is a number or a vector of them; masked(p, x) is p * x, and 0 where p is 0, whatever x is there; psi may
 // lack a multiple of q, which cancels in the gradient. There are two kinds.
 //
-// Linear ones: phi is linear in (log p, log q), and each of its terms carries p or q. It is given as these
-// two parts, over_teacher and over_student, whose sums run along with those of the unnormalised exps P and Q:
+// Linear ones: phi is linear in log q and above = log(q / p), and each of its terms carries p or q. It is
+// given as these two parts, over_teacher and over_student, and their shares of D. The sums run along with
+// those of the unnormalised exps P and Q:
 //
-//   sum over_teacher(p, log p, log q) = sum over_teacher(P, log P, log Q) / P_sum
-//                                       + over_teacher(sum p, -log P_sum, -log Q_sum)
+//   sum over_teacher(p, log q, above) = sum over_teacher(P, log Q, log(Q / P)) / P_sum
+//                                       + over_teacher(sum p, -log Q_sum, log(P_sum / Q_sum))
+//
+// and but for a multiple of q psi is -p from the first and q * above from the second, with their shares.
 //
 // The others get a pass over p and q, once the sums are known. Where phi has a term of first order in q - p,
 // which sums to beta's multiple of 1 - sum p, it is left out, lest it drown the rest where p is near q;
@@ -40,35 +43,35 @@ struct NoSums {
 struct Linear {
   static constexpr bool kPointwise = false, kTeacher = true, kStudent = true;  // which parts there are
   template <class V>
-  KDFAST_HD static V over_teacher(V p, V log_p, V log_q, V beta) {
+  KDFAST_HD static V over_teacher(V p, V log_q, V above) {
     return V{};
   }
   template <class V>
-  KDFAST_HD static V over_student(V q, V log_p, V log_q, V beta) {
+  KDFAST_HD static V over_student(V q, V above) {
     return V{};
+  }
+  template <class V>
+  KDFAST_HD static V teacher_share(V beta) {
+    return beta * 0 + 1;
+  }
+  template <class V>
+  KDFAST_HD static V student_share(V beta) {
+    return beta * 0 + 1;
   }
 };
 
 struct CrossEntropy : Linear {  // -sum p log q
   static constexpr bool kStudent = false;
   template <class V>
-  KDFAST_HD static V over_teacher(V p, V log_p, V log_q, V beta) {
+  KDFAST_HD static V over_teacher(V p, V log_q, V above) {
     return -masked(p, log_q);
-  }
-  template <class V>
-  KDFAST_HD static V psi(V p, V q, V log_p, V log_q, V beta) {
-    return -p;
-  }
-  template <class V>  // sum psi, from the two parts of D and sum p
-  KDFAST_HD static V psi_sum(V teacher, V student, V mass, V beta) {
-    return -mass;
   }
 };
 
 struct ForwardKL : CrossEntropy {  // sum p log(p / q); the gradient is cross_entropy's
   template <class V>
-  KDFAST_HD static V over_teacher(V p, V log_p, V log_q, V beta) {
-    return masked(p, log_p - log_q);
+  KDFAST_HD static V over_teacher(V p, V log_q, V above) {
+    return -masked(p, above);
   }
 };
 
@@ -79,35 +82,27 @@ struct DKD : ForwardKL {};
 struct ReverseKL : Linear {  // sum q log(q / p)
   static constexpr bool kTeacher = false;
   template <class V>
-  KDFAST_HD static V over_student(V q, V log_p, V log_q, V beta) {
-    return masked(q, log_q - log_p);
-  }
-  template <class V>
-  KDFAST_HD static V psi(V p, V q, V log_p, V log_q, V beta) {
-    return masked(q, log_q - log_p + 1);
-  }
-  template <class V>
-  KDFAST_HD static V psi_sum(V teacher, V student, V mass, V beta) {
-    return student + 1;
+  KDFAST_HD static V over_student(V q, V above) {
+    return masked(q, above);
   }
 };
 
 struct SymmetricKL : Linear {  // beta * forward_kl + (1 - beta) * reverse_kl
   template <class V>
-  KDFAST_HD static V over_teacher(V p, V log_p, V log_q, V beta) {
-    return beta * masked(p, log_p - log_q);
+  KDFAST_HD static V over_teacher(V p, V log_q, V above) {
+    return -masked(p, above);
   }
   template <class V>
-  KDFAST_HD static V over_student(V q, V log_p, V log_q, V beta) {
-    return (1 - beta) * masked(q, log_q - log_p);
+  KDFAST_HD static V over_student(V q, V above) {
+    return masked(q, above);
   }
   template <class V>
-  KDFAST_HD static V psi(V p, V q, V log_p, V log_q, V beta) {
-    return (1 - beta) * masked(q, log_q - log_p + 1) - beta * p;
+  KDFAST_HD static V teacher_share(V beta) {
+    return beta;
   }
   template <class V>
-  KDFAST_HD static V psi_sum(V teacher, V student, V mass, V beta) {
-    return student + (1 - beta) - beta * mass;
+  KDFAST_HD static V student_share(V beta) {
+    return 1 - beta;
   }
 };
 

@@ -75,24 +75,33 @@ KD_INLINE void for_vectors(C* row, int64_t n, F f) {
   for (int64_t i = 0; i < n; i += Types<C>::kLanes) store(row + i, f(load(row + i), i));
 }
 
-// cap * tanh(z / cap) of a row in place; a masked class stays masked.
+// cap * tanh(z / cap) of a row, as C; a masked class stays masked.
 template <class C>
-KD_NOINLINE void softcap_row(C* z, int64_t n, double cap) {
-  using V = typename Types<C>::V;
-  const V c = splat((C)cap), inverse = splat((C)(1 / cap));
-  const V masked = splat(-std::numeric_limits<C>::infinity());
-  for_vectors(z, n, [&](V v, int64_t) { return v == masked ? masked : c * tanh(v * inverse); });
+KD_NOINLINE void softcap_row(const void* from, DType dtype, int64_t n, double cap, C* to) {
+  constexpr int kLanes = Types<C>::kLanes;
+  const auto c = splat((C)cap), inverse = splat((C)(1 / cap));
+  const auto masked = splat(-std::numeric_limits<C>::infinity());
+  if (dtype != (std::is_same_v<C, double> ? DType::kDouble : DType::kFloat)) {
+    widen(from, dtype, n, to);
+    from = to;
+  }
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const C* z = (const C*)from + i;
+    const auto v = n - i < kLanes ? load_part(z, n - i, 0) : load(z);
+    store(to + i, v == masked ? masked : c * tanh(v * inverse));
+  }
 }
 
-// The same for a gradient in the capped logits, which becomes one in the logits.
+// A gradient in the capped logits as one in the logits, rounded.
 template <class C>
-KD_NOINLINE void softcap_gradient(C* g, const C* capped, int64_t n, double cap) {
+KD_NOINLINE void softcap_gradient(C* g, const C* capped, int64_t n, double cap, void* to, DType dtype) {
   using V = typename Types<C>::V;
   const V inverse = splat((C)(1 / cap)), masked = splat(-std::numeric_limits<C>::infinity());
   for_vectors(g, n, [&](V v, int64_t i) {
     const V z = load(capped + i), x = z * inverse;
     return z == masked ? V{} : v * ((1 - x) * (1 + x));
   });
+  narrow(g, n, to, dtype);
 }
 
 struct Moments {  // of a row's logits
@@ -112,16 +121,26 @@ KD_NOINLINE Moments moments(const X* x, int64_t n) {
   const C middle = pivot / first;
   const V about = splat(middle);
   double total = 0, squares = 0;
-  for (int64_t at = 0; at < n; at += 256 * kLanes) {
-    V part[2] = {}, part_squares[2] = {};
-    const int64_t end = n - at < 256 * kLanes ? n : at + 256 * kLanes;
-    for (int64_t i = at; i < end; i += kLanes) {
-      const V v = (n - i < kLanes ? load_part(x + i, n - i, middle) : load(x + i)) - about;
-      part[i / kLanes % 2] += v;
-      part_squares[i / kLanes % 2] += v * v;
+  constexpr int64_t kUnrolled = 4 * kLanes, kPart = 32 * kUnrolled;  // two levels of sums
+  for (int64_t at = 0; at < n; at += kPart) {
+    V part[4] = {}, part_squares[4] = {};
+    const int64_t end = n - at < kPart ? n : at + kPart;
+    int64_t i = at;
+    for (; i + kUnrolled <= end; i += kUnrolled) {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        const V v = load(x + i + k * kLanes) - about;
+        part[k] += v;
+        part_squares[k] += v * v;
+      }
     }
-    total += sum(part[0]) + sum(part[1]);
-    squares += sum(part_squares[0]) + sum(part_squares[1]);
+    for (; i < end; i += kLanes) {
+      const V v = (end - i < kLanes ? load_part(x + i, end - i, middle) : load(x + i)) - about;
+      part[0] += v;
+      part_squares[0] += v * v;
+    }
+    total += sum((part[0] + part[1]) + (part[2] + part[3]));
+    squares += sum((part_squares[0] + part_squares[1]) + (part_squares[2] + part_squares[3]));
   }
   const double variance = n > 1 ? (squares - total * total / n) / (n - 1) : 0 * squares;
   return {middle + total / n, variance < 0 ? 0 : std::sqrt(variance)};  // NaN stays
@@ -160,8 +179,12 @@ KD_NOINLINE const C* mix_teachers(const LossArgs& a, int64_t row, int64_t begin,
   for (int k = 0; k < a.n_teachers; ++k) {
     const Matrix& m = a.teachers[k];
     C* z = k == 0 ? out : other;
-    widen(row_of(m, row) + begin * bytes_of(m.dtype), m.dtype, n, z);
-    if (a.teacher_softcap) softcap_row(z, n, a.teacher_softcap);
+    const char* from = row_of(m, row) + begin * bytes_of(m.dtype);
+    if (a.teacher_softcap != 0) {
+      softcap_row(from, m.dtype, n, a.teacher_softcap, z);
+    } else {
+      widen(from, m.dtype, n, z);
+    }
     if (a.n_teachers == 1) return out;
     const double unit = a.standardize ? moments(z, n).per_unit() : 1;
     if (!a.geometric && a.target == Target::kLogits) softmax_row(z, n, slope * unit);

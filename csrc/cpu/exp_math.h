@@ -22,15 +22,16 @@ KD_INLINE FloatV exp2(FloatV y) {
 #else
   using I = Types<float>::I;
   y = max(splat(-127.f), min(splat(128.f), y));  // in this order NaN stays NaN
-  const FloatV shifted = y + 0x1.8p23f;          // rounds to an integer, which stands in the low bits
-  const FloatV f = y - (shifted - 0x1.8p23f);
+  const FloatV shifted =
+      y + (0x1.8p23f + 127);  // rounds to an integer; it and the bias stand in the low bits
+  const FloatV f = y - (shifted - (0x1.8p23f + 127));
   FloatV p = splat(0x1.5bba14p-10f);
   p = p * f + 0x1.3cea88p-7f;
   p = p * f + 0x1.c6b752p-5f;
   p = p * f + 0x1.ebf9bcp-3f;
   p = p * f + 0x1.62e42ap-1f;
   p = p * f + 1;
-  return p * bits<FloatV>((bits<I>(shifted) + 127) << 23);  // 2^-127 is 0 here, 2^128 infinity
+  return p * bits<FloatV>(bits<I>(shifted) << 23);  // 2^-127 is 0 here, 2^128 infinity
 #endif
 }
 
@@ -95,10 +96,18 @@ KD_INLINE DoubleV ratio(DoubleV a, DoubleV b) {
 // be NaN.
 KD_INLINE FloatV log_ratio(FloatV a, FloatV b, FloatV difference) {
   using I = Types<float>::I;
-  const FloatV x = ratio(a, b);
-  const I e = (bits<I>(x) - 0x3f3504f3) >> 23;
-  const FloatV f = e == 0 ? ratio(difference, b) : bits<FloatV>(bits<I>(x) - (e << 23)) - 1;
-  return __builtin_convertvector(e, FloatV) * 0x1.62e43p-1f + (f + log_rest(f));
+  const FloatV least = splat(std::numeric_limits<float>::min());
+  a = max(least, a);
+  b = max(least, b);
+  const I e = (bits<I>(a) - bits<I>(b) + 0x4afb0d) >> 23;  // a / b is 2^e times a number in [2/3, 3/2]
+  const FloatV scaled = bits<FloatV>(bits<I>(b) + (e << 23));
+  const FloatV s = (e == 0 ? difference : a - scaled) / (a + scaled), z = s * s;
+  FloatV p = splat(0x1.39e6c4p-2f);  // of log = 2 atanh(s), minimax, 5e-9
+  p = p * z + 0x1.990476p-2f;
+  p = p * z + 0x1.5555e8p-1f;
+  const FloatV twice = s + s;
+  const FloatV rest = difference * 0 + (twice + s * (p * z));  // NaN stays
+  return __builtin_convertvector(e, FloatV) * 0x1.62e43p-1f + rest;
 }
 
 KD_INLINE DoubleV log_ratio(DoubleV a, DoubleV b, DoubleV difference) {
@@ -111,18 +120,22 @@ KD_INLINE DoubleV log_ratio(DoubleV a, DoubleV b, DoubleV difference) {
   return y;
 }
 
-// The coefficients of tanh below 0.625 are Cephes'.
+// -(e^-2|x| - 1) / (e^-2|x| + 1): the numerator keeps the digits of small x. Minimax of (2^f - 1) / f, 2e-8.
 KD_INLINE FloatV tanh(FloatV x) {
   using I = Types<float>::I;
   const I sign = bits<I>(x) & (int)0x80000000;
-  const FloatV a = bits<FloatV>(bits<I>(x) ^ sign), z = x * x;
-  FloatV p = splat(-5.70498872745e-3f);
-  p = p * z + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z - 3.33332819422e-1f;
-  const FloatV far = 1 - 2 / (exp2(a * 0x1.715476p+1f) + 1);
-  return a < 0.625f ? x + x * z * p : bits<FloatV>(bits<I>(far) | sign);
+  FloatV y = bits<FloatV>(bits<I>(x * -0x1.715476p+1f) | (int)0x80000000);
+  y = max(splat(-64.f), y);  // in this order NaN stays NaN
+  const FloatV shifted = y + (0x1.8p23f + 127), f = y - (shifted - (0x1.8p23f + 127));
+  const FloatV power = bits<FloatV>(bits<I>(shifted) << 23);
+  FloatV p = splat(0x1.4308fap-13f);
+  p = p * f + 0x1.5f07b4p-10f;
+  p = p * f + 0x1.3b2bap-7f;
+  p = p * f + 0x1.c6af6ep-5f;
+  p = p * f + 0x1.ebfbdep-3f;
+  p = p * f + 0x1.62e43p-1f;
+  const FloatV less = (p * f) * power + (power - 1);
+  return bits<FloatV>(bits<I>(-less / (2 + less)) | sign);
 }
 KD_INLINE DoubleV tanh(DoubleV x) {
   for (int i = 0; i < Types<double>::kLanes; ++i) x[i] = std::tanh(x[i]);

@@ -24,6 +24,7 @@ struct Row {
 struct Coefficients {
   double student, teacher;          // to q and p; where the divergence is linear, with the soft term's weight
   double log_student, log_teacher;  // log q = ln2 * (y + log_student)
+  double shift;                     // logit_mse: less the mean difference
   double psi_sum;
   double soft;                    // that weight, where it is not in the first two
   double hard;                    // to q1 of the hard term and of z_loss
@@ -84,16 +85,21 @@ struct DivergenceSums {
 template <class P>
 DivergenceSums linear_sums(const RowStats& x, const Teacher& teacher, double beta) {
   const double log_student = std::log2(x.student_sum);
-  double over_teacher = 0, over_student = 0;
+  const double above = teacher.log_sum - log_student;
+  DivergenceSums sums{};
   if constexpr (P::D::kTeacher) {
-    const double rest = P::D::over_teacher(teacher.mass, -teacher.log_sum, -log_student, beta);
-    over_teacher = kLn2 * (x.teacher_running / teacher.sum + rest);
+    const double rest = P::D::over_teacher(teacher.mass, -log_student, above),
+                 share = P::D::teacher_share(beta);
+    sums.divergence += kLn2 * share * (x.teacher_running / teacher.sum + rest);
+    sums.psi -= share * teacher.mass;
   }
   if constexpr (P::D::kStudent) {
-    const double rest = P::D::over_student(1., -teacher.log_sum, -log_student, beta);
-    over_student = kLn2 * (x.student_running / x.student_sum + rest);
+    const double part = kLn2 * P::D::student_share(beta) *
+                        (x.student_running / x.student_sum + P::D::over_student(1., above));
+    sums.divergence += part;
+    sums.psi += part;
   }
-  return {over_teacher + over_student, P::D::psi_sum(over_teacher, over_student, teacher.mass, beta)};
+  return sums;
 }
 
 // log2(1 + 2^x)
@@ -160,7 +166,7 @@ KD_NOINLINE double finish(const LossArgs& a, int64_t row, const RowStats& x, con
     terms.soft = (x.teacher_running - x.teacher_sum * mean) / (2 * n);
     c.soft = a.alpha / n * scale.student_unit;
     c.teacher = c.soft;
-    c.log_teacher = terms.soft == terms.soft ? -mean : terms.soft;  // one infinity makes all of a row NaN
+    c.shift = terms.soft == terms.soft ? -mean : terms.soft;  // one infinity makes all of a row NaN
   } else if constexpr (P::kSoft) {
     const Teacher teacher = teacher_of<P::kProbs>(a, x);
     c.soft = a.alpha * (a.t_squared ? t : 1 / t) * scale.student_unit;
@@ -245,7 +251,7 @@ struct Gradient {
   using C = typename P::C;
   using V = typename P::V;
   Exponents<P> exponents;
-  V student, teacher, log_student, log_teacher, psi_sum, soft, hard, uniform, beta;
+  V student, teacher, psi_sum, soft, hard, uniform, shift;
   V mean, tilt;
   bool tilted = false;
 
@@ -254,16 +260,28 @@ struct Gradient {
       : exponents(scale, so, to),
         student(splat<C>(c.student)),
         teacher(splat<C>(c.teacher)),
-        log_student(splat<C>(c.log_student)),
-        log_teacher(splat<C>(c.log_teacher)),
-        psi_sum(splat<C>(P::kPointwise ? c.psi_sum : c.student * c.psi_sum)),
+        psi_sum(splat<C>(c.psi_sum)),
         soft(splat<C>(c.soft)),
         hard(splat<C>(c.hard)),
         uniform(splat<C>(c.uniform)),
-        beta(splat<C>(scale.beta)),
+        shift(splat<C>(c.shift)),
         mean(splat<C>(c.mean)),
         tilt(splat<C>(c.tilt)),
-        tilted(c.tilt != 0) {}
+        tilted(c.tilt != 0) {
+    if constexpr (P::kSoft && !P::kPointwise) linear(scale.beta, c);
+  }
+
+  // psi less q * psi_sum is es * (student * log2(es / et) + psi_sum) - et * teacher
+  KD_INLINE void linear(double beta, const Coefficients& c) {
+    double level = -c.student * c.psi_sum;
+    if constexpr (P::D::kStudent) {
+      const double share = c.student * P::D::student_share(beta);
+      if (share != 0) level += share * kLn2 * (c.log_student - c.log_teacher);  // else there are no exps
+      student = splat<C>(share * kLn2);
+    }
+    if constexpr (P::D::kTeacher) teacher = splat<C>(c.teacher * P::D::teacher_share(beta));
+    psi_sum = splat<C>(level);
+  }
 
   KD_INLINE V combine(V s, V t, Scratch<C> kept, int i) const {
     Lanes<P> x = exponents(s, t);
@@ -274,12 +292,14 @@ struct Gradient {
     }
     V g = x.e1 * hard - uniform;
     if constexpr (P::kMSE) {
-      g += (x.et + log_teacher) * teacher;
+      g += (x.et + shift) * teacher;
     } else if constexpr (P::kPointwise) {
       g += (x.et - (x.es * student) * psi_sum) * soft;  // psi is in P's place
     } else if constexpr (P::kSoft) {
-      const V log_q = (x.ys + log_student) * (C)kLn2, log_p = (x.yt + log_teacher) * (C)kLn2;
-      g += P::D::psi(x.et * teacher, x.es * student, log_p, log_q, beta) - x.es * psi_sum;
+      V per_exp = psi_sum;
+      if constexpr (P::D::kStudent) per_exp += student * (x.es == 0 ? V{} : x.ys - x.yt);
+      g += x.es * per_exp;
+      if constexpr (P::D::kTeacher) g -= x.et * teacher;
     }
     if (opaque(tilted)) g += tilt * (s - mean);
     return g;

@@ -56,7 +56,6 @@ KD_NOINLINE RowStats block_sums(const typename P::S* s, const typename P::T* t, 
                                 bool near) {
   using V = typename P::V;
   const Exponents<P> exponents(scale, student_offset, teacher_offset);
-  const V beta = splat((typename P::C)scale.beta);
   // Two levels of sums: short chains of additions, so that rounding does not add up over equal terms.
   struct Sums {
     V student, teacher, hard, teacher_running, student_running;
@@ -71,8 +70,8 @@ KD_NOINLINE RowStats block_sums(const typename P::S* s, const typename P::T* t, 
   };
   auto add_up = [&](const Lanes<P>& x, int at) __attribute__((always_inline)) {
     if constexpr (P::kMSE) part.teacher_running += x.et * x.et;
-    if constexpr (P::D::kTeacher) part.teacher_running += P::D::over_teacher(x.et, x.yt, x.ys, beta);
-    if constexpr (P::D::kStudent) part.student_running += P::D::over_student(x.es, x.yt, x.ys, beta);
+    if constexpr (P::D::kTeacher) part.teacher_running += P::D::over_teacher(x.et, x.ys, x.ys - x.yt);
+    if constexpr (P::D::kStudent) part.student_running += P::D::over_student(x.es, x.ys - x.yt);
     part.student += x.es;
     part.teacher += x.et;
     part.hard += x.e1;
@@ -142,6 +141,7 @@ KD_NOINLINE double block_sum(const S* s, int n, Compute<S> about) {
   V part[4] = {};
   int i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+#pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) part[k] += load(s + i + k * kLanes) - about;
   }
   for (; i < n; i += kLanes) {
@@ -200,11 +200,11 @@ KD_NOINLINE void shift(RowStats& x, const RowScale& scale, double student_offset
     x.teacher_sum += n * dt;
   } else if constexpr (P::kSoft) {
     if constexpr (P::D::kTeacher) {
-      const double moved = P::D::over_teacher(x.teacher_sum, dt, ds, scale.beta);
+      const double moved = P::D::over_teacher(x.teacher_sum, ds, ds - dt);
       x.teacher_running = scaled(x.teacher_running + moved, dt);
     }
     if constexpr (P::D::kStudent) {
-      const double moved = P::D::over_student(x.student_sum, dt, ds, scale.beta);
+      const double moved = P::D::over_student(x.student_sum, ds - dt);
       x.student_running = scaled(x.student_running + moved, ds);
     }
     x.teacher_sum = scaled(x.teacher_sum, dt);
@@ -360,7 +360,6 @@ KD_NOINLINE RowStats row_sums(const typename P::S* row_s, const typename P::T* r
     const int m = n - at < kBlock ? n - at : kBlock;
     const typename P::S* s = row_s + at;
     const typename P::T* t = row_t + at;
-    if (wanted.logits) *wanted.logits += block_sum(s, m, about) + m * (double)about;
     if constexpr (std::is_same_v<typename P::D, ForwardKL>) {  // which decoupled KD is
       if (at <= wanted.without && wanted.without < at + m) {
         s = leave_out(s, m, wanted.without - at, false);
@@ -379,6 +378,7 @@ KD_NOINLINE RowStats row_sums(const typename P::S* row_s, const typename P::T* r
       if constexpr (P::kSoft && !P::kProbs) to = offset_at_max<P>(t, m, scale.teacher);
       more = block_sums<P, kKeep>(s, t, m, scale, so, to, keep, near);
     }
+    if (wanted.logits) *wanted.logits += block_sum(row_s + at, m, about) + m * (double)about;
     if constexpr (kKeep && !P::kMSE) {
       if (wanted.measures) {
         Measures part =

@@ -101,8 +101,8 @@ struct ShortRows {
       hard_sum += x.e1;
       logits += at(g.s + i * kLanes) - high;
       if constexpr (P::kMSE) teacher_running += x.et * x.et;
-      if constexpr (P::D::kTeacher) teacher_running += P::D::over_teacher(x.et, x.yt, x.ys, beta);
-      if constexpr (P::D::kStudent) student_running += P::D::over_student(x.es, x.yt, x.ys, beta);
+      if constexpr (P::D::kTeacher) teacher_running += P::D::over_teacher(x.et, x.ys, x.ys - x.yt);
+      if constexpr (P::D::kStudent) student_running += P::D::over_student(x.es, x.ys - x.yt);
     }
     for (int r = 0; r < kLanes; ++r) label_logit[r] = g.label[r] < 0 ? 0 : g.s[g.label[r] * kLanes + r];
 
@@ -114,7 +114,7 @@ struct ShortRows {
       const V mean = teacher_sum / (C)n;
       loss = (teacher_running - teacher_sum * mean) * (C)(a.alpha / (2 * n));
       gradient.teacher = factor * (C)(a.alpha / n);
-      gradient.log_teacher = loss == loss ? -mean : loss;
+      gradient.shift = loss == loss ? -mean : loss;
     } else if constexpr (P::kSoft) {
       const bool softmaxed = teacher_is_softmaxed(a);
       const V given = exp2(-teacher_offset);
@@ -131,29 +131,34 @@ struct ShortRows {
           divergence += D::constant(mass, beta);
         });
       } else {
-        V over_teacher{}, over_student{};
+        const V above = log_teacher - log_student;
         if constexpr (P::D::kTeacher) {
-          over_teacher =
-              (teacher_running / divided + P::D::over_teacher(mass, -log_teacher, -log_student, beta)) *
-              (C)kLn2;
+          const C share = P::D::teacher_share(a.beta);
+          divergence =
+              (teacher_running / divided + P::D::over_teacher(mass, -log_student, above)) * (share * (C)kLn2);
+          psi_sum -= mass * share;
         }
         if constexpr (P::D::kStudent) {
-          over_student = (student_running / student_sum +
-                          P::D::over_student(V{} + 1, -log_teacher, -log_student, beta)) *
-                         (C)kLn2;
+          const V part = (student_running / student_sum + P::D::over_student(V{} + 1, above)) *
+                         (C)(kLn2 * P::D::student_share(a.beta));
+          divergence += part;
+          psi_sum += part;
         }
-        divergence = over_teacher + over_student;
-        psi_sum = P::D::psi_sum(over_teacher, over_student, mass, beta);
       }
       loss = divergence * (C)a.alpha * (a.t_squared ? temperature * temperature : V{} + 1);
       const V weight = factor * (C)a.alpha * (a.t_squared ? temperature : 1 / temperature);
-      gradient.beta = beta;
       gradient.soft = weight;
       gradient.student = (P::kPointwise ? V{} + 1 : weight) / student_sum;
       gradient.teacher = weight / divided;
-      gradient.log_student = -log_student;
-      gradient.log_teacher = -log_teacher;
-      gradient.psi_sum = P::kPointwise ? psi_sum : gradient.student * psi_sum;
+      gradient.psi_sum = psi_sum;
+      if constexpr (!P::kPointwise) {  // as Gradient::linear has it
+        gradient.psi_sum *= -gradient.student;
+        if constexpr (P::D::kStudent) {
+          gradient.student *= (C)(kLn2 * P::D::student_share(a.beta));
+          gradient.psi_sum += gradient.student * (log_teacher - log_student);
+        }
+        if constexpr (P::D::kTeacher) gradient.teacher *= (C)P::D::teacher_share(a.beta);
+      }
     }
     V label_weight{};
     gradient.hard = gradient.uniform = V{};
