@@ -34,7 +34,7 @@ import kdfast
 from benchmarks import floor
 from benchmarks.cases import Workload
 from benchmarks.timing import Candidate
-from kdfast.divergences import NAMES
+from kdfast.divergences import names
 
 ALPHA = 0.9
 LIGER_CHUNK = 1024  # rows, Liger's default
@@ -208,7 +208,7 @@ def candidate(name: str, data: Data) -> Candidate:
         "torch.compile": lambda: _trained(data, _compiled(recipe)),
         "liger": lambda: Candidate(lambda: None, lambda _: liger(student, teacher, labels, temperature)),
     }
-    for divergence in NAMES:
+    for divergence in names():
         makers[f"{divergence} inplace"] = lambda d=divergence: _inplace(data, divergence=d)
         makers[f"eager {divergence}"] = lambda d=divergence: _trained(data, family_recipe(d))
     return makers[name]()

@@ -11,34 +11,29 @@ Three parts, after Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural
    labels for those thirty and soft targets for all.
 3. What a step of the loss costs at a vocabulary's size, beside plain PyTorch and torch.compile of it.
 
-Of the 1,797 real images of 8 x 8 pixels 600 are for testing, the same ones always. Of the other 1,197 each seed
-draws 300 to train on: few, so that there is something to gain. (A first setting, 897 of them and a student of 16
-units, gained nothing on the test images.) Sizes, temperature, alpha, learning rates, weight decay and numbers of steps
-were chosen without the 600, on what the training leaves of the 1,197 (--validation shows accuracies on these), one
-choice for all students. The spread is the standard deviation over seeds.
+With --compare, instead, the student distilled from the one teacher by each of kdfast's divergences. digits.py says how
+the images are split and how the settings were chosen.
 
     python examples/distill_digits.py --seeds 5 --out distill_digits.png
+    python examples/distill_digits.py --compare
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 
 import matplotlib
 
 matplotlib.use("Agg")  # needs no display
 
+import compare
 import loss_step
 import matplotlib.pyplot as plt
 import torch
-import torch.nn.functional as F
-from common import fit, mlp, predict
+from common import predict
+from digits import Digits, Loss, judged_on, mean_and_spread, measured_with, over_seeds, progress_bars
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
+from torch import Tensor
 
 import kdfast
 
@@ -49,52 +44,17 @@ STEPS = 1000  # of each network, --quick: 50
 LOSS_SIZE = (512, 32000)  # a micro-batch of tokens over the vocabulary of Llama 2; --quick: (32, 1000)
 
 
-def load(seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Images (n, 64) in [0, 1] and labels (n,) of the three splits."""
-    images, labels = load_digits(return_X_y=True)
-    rest, test = train_test_split(range(len(labels)), test_size=600, stratify=labels, random_state=0)
-    train, validation = train_test_split(rest, train_size=300, stratify=labels[rest], random_state=seed)
-    images, labels = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
-    splits = {"train": train, "validation": validation, "test": test}
-    return {name: (images[rows], labels[rows]) for name, rows in splits.items()}
-
-
-def shift(images: Tensor) -> Tensor:
-    """Each image moved by up to half a pixel in both directions, interpolated."""
-    move = torch.eye(2, 3).repeat(len(images), 1, 1)
-    move[:, :, 2] = torch.empty(len(images), 2).uniform_(-0.5, 0.5) * 2 / 8  # affine_grid's images are 2 wide
-    grid = F.affine_grid(move, [len(images), 1, 8, 8], align_corners=False)
-    return F.grid_sample(images.view(-1, 1, 8, 8), grid, align_corners=False).flatten(1)
-
-
 def train_all(seed: int, args: argparse.Namespace, on_step: Callable[[], object]) -> dict[str, float]:
     """Trains everything with one seed; accuracies in per cent by the names in TEACHERS, STUDENTS and FEW."""
-    data = load(seed)
-    (images, labels), (unseen, truth) = data["train"], data["validation" if args.validation else "test"]
-    training = {"steps": args.steps, "batch": 50, "on_step": on_step}
-    accuracies = {}
-
-    def judge(name: str, *nets: nn.Module) -> None:
-        probabilities = sum(predict(net, unseen).softmax(-1) for net in nets)
-        accuracies[name] = 100 * (probabilities.argmax(-1) == truth).double().mean().item()
-
-    def hard(logits: Tensor, rows: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels[rows])
-
-    teachers = []
-    for member in range(3):
-        torch.manual_seed(3 * seed + member)
-        net = mlp(64, 256, 256, 10, dropout=0.5)
-        teachers.append(fit(net, images, hard, lr=2e-3, augment=shift, **training))
-    judge(TEACHERS[0], teachers[0])
-    judge(TEACHERS[1], *teachers)
-    targets = [predict(teacher, images) for teacher in teachers]  # three times (300, 10) logits
+    digits = Digits(seed, args, on_step)
+    labels, hard = digits.labels, digits.hard
+    teachers = [digits.teacher(member) for member in range(3)]
+    accuracies = {TEACHERS[0]: digits.accuracy(teachers[0]), TEACHERS[1]: digits.accuracy(*teachers)}
+    targets = [predict(teacher, digits.images) for teacher in teachers]  # three times (300, 10) logits
     target = targets[0]
 
-    def student(name: str, loss: Callable[[Tensor, Tensor], Tensor], images: Tensor = images) -> None:
-        torch.manual_seed(1000 + seed)  # the same initial weights for all
-        net = mlp(64, 64, 10)
-        judge(name, fit(net, images, loss, lr=1e-2, weight_decay=0.1, **training))
+    def student(name: str, loss: Loss, images: Tensor | None = None) -> None:
+        accuracies[name] = digits.accuracy(digits.student(loss, images))
 
     distill = kdfast.KDLoss(temperature=args.temperature, alpha=args.alpha)
     student(STUDENTS[0], hard)
@@ -109,33 +69,18 @@ def train_all(seed: int, args: argparse.Namespace, on_step: Callable[[], object]
     # For a part of the images the hard term is a call of its own: one call leaves an ignored row out of both terms.
     all_soft = kdfast.KDLoss(temperature=args.temperature, alpha=args.alpha, hard_weight=0.0)
     some_hard = kdfast.KDLoss(alpha=0.0, hard_weight=1 - args.alpha)  # reads no teacher
-    student(FEW[0], lambda logits, rows: hard(logits, few[rows]), images[few])
-    student(FEW[1], lambda logits, rows: soft(logits, target[few[rows]]), images[few])
+    student(FEW[0], lambda logits, rows: hard(logits, few[rows]), digits.images[few])
+    student(FEW[1], lambda logits, rows: soft(logits, target[few[rows]]), digits.images[few])
     student(FEW[2], lambda logits, rows: all_soft(logits, target[rows]) + some_hard(logits, None, some[rows]))
     return accuracies
 
 
-def mean_and_spread(name: str, runs: list[dict[str, float]]) -> tuple[float, float]:
-    values = [run[name] for run in runs]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def judged_on(runs: list[dict[str, float]], args: argparse.Namespace) -> str:
-    images = "897 validation images" if args.validation else "600 test images"
-    return f"accuracy on {images}, mean ± std of {len(runs)} seed{'s' * (len(runs) != 1)}"
-
-
-def measured_with(rows: int, vocab: int) -> str:
-    threads, isa = torch.get_num_threads(), kdfast.backends()["cpu"]["isa"]
-    return f"({rows}, {vocab}) fp32, {threads} thread{'s' * (threads != 1)}, kdfast: {isa or 'not compiled'}"
-
-
 def show(runs: list[dict[str, float]], costs: dict[str, loss_step.Cost], args: argparse.Namespace) -> None:
     console = Console()
-    table = Table("", "per cent", title=f"Digits: {judged_on(runs, args)}", min_width=60)
+    table = Table("", "per cent", title=f"Digits: {judged_on(len(runs), args)}", min_width=60)
     for names in (TEACHERS, STUDENTS, FEW):
         for name in names:
-            mean, spread = mean_and_spread(name, runs)
+            mean, spread = mean_and_spread(run[name] for run in runs)
             table.add_row(name, f"{mean:.2f} ± {spread:.2f}", end_section=name == names[-1])
     console.print(table)
     gains = [f"{run[STUDENTS[1]] - run[STUDENTS[0]]:+.1f}" for run in runs]
@@ -163,7 +108,7 @@ def draw(runs: list[dict[str, float]], costs: dict[str, loss_step.Cost], args: a
     )
     for ax, heading, names in panels:
         for row, name in enumerate(names):
-            mean, spread = mean_and_spread(name, runs)
+            mean, spread = mean_and_spread(run[name] for run in runs)
             colour = "0.5" if name in TEACHERS else "tab:orange" if "hard labels" in name else "tab:blue"
             ax.errorbar(mean, row, xerr=spread, fmt="o", capsize=4, color=colour)
             ax.annotate(f"{mean:.1f}", (mean, row), (0, 6), textcoords="offset points", ha="center")
@@ -185,34 +130,30 @@ def draw(runs: list[dict[str, float]], costs: dict[str, loss_step.Cost], args: a
         ax.margins(x=0.12)
         ax.spines[["top", "right"]].set_visible(False)
     about_loss = f"below: loss and gradient, {measured_with(*args.loss_size)}"
-    figure.suptitle(f"above: {judged_on(runs, args)}; {about_loss}", fontsize="medium")
+    figure.suptitle(f"above: {judged_on(len(runs), args)}; {about_loss}", fontsize="medium")
     figure.savefig(args.out, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compare", action="store_true", help="the divergences, instead of the three parts")
     parser.add_argument("--seeds", type=int, default=5, help="how many (5)")
-    parser.add_argument("--out", default="distill_digits.png", help="the picture (distill_digits.png)")
-    parser.add_argument("--temperature", type=float, default=4.0, help="of parts 1 and 2 (4)")
-    parser.add_argument("--alpha", type=float, default=0.9, help="of parts 1 and 2 (0.9)")
+    parser.add_argument("--out", help="the picture (distill_digits.png, with --compare distill_digits_compare.png)")
+    parser.add_argument("--temperature", type=float, default=4.0, help="of the soft targets (4)")
+    parser.add_argument("--alpha", type=float, default=0.9, help="their weight (0.9)")
     parser.add_argument("--validation", action="store_true", help="judge on the validation images, not the test images")
     parser.add_argument("--quick", action="store_true", help="a run of seconds whose accuracies mean nothing")
     args = parser.parse_args()
-    args.steps, args.loss_size, repeats, without = STEPS, LOSS_SIZE, 15, ()
+    args.out = args.out or ("distill_digits_compare.png" if args.compare else "distill_digits.png")
+    args.steps, args.loss_size, args.repeats, without = STEPS, LOSS_SIZE, 15, ()
     if args.quick:
-        args.steps, args.loss_size, repeats, without = 50, (32, 1000), 3, ("torch.compile",)
-
-    threads = torch.get_num_threads()
-    columns = [TextColumn("{task.description:<24}"), BarColumn(), TextColumn("{task.percentage:3.0f}%")]
-    with Progress(*columns, TimeElapsedColumn()) as progress:
-        torch.set_num_threads(1)  # these networks are too small to share out
-        runs = []
-        for seed in range(args.seeds):
-            task = progress.add_task(f"seed {seed}: nine networks", total=9 * args.steps)
-            runs.append(train_all(seed, args, lambda task=task: progress.advance(task)))
-        torch.set_num_threads(threads)
-        task = progress.add_task("time and memory", total=repeats + 2 * len(loss_step.LOSSES))
-        costs = loss_step.costs(*args.loss_size, repeats, without, lambda: progress.advance(task))
+        args.steps, args.loss_size, args.repeats, without = 50, (32, 1000), 3, ("torch.compile",)
+    if args.compare:
+        return compare.run(args)
+    with progress_bars() as progress:
+        runs = over_seeds(train_all, 9, args, progress)
+        task = progress.add_task("time and memory", total=args.repeats + 2 * len(loss_step.LOSSES))
+        costs = loss_step.costs(*args.loss_size, args.repeats, without, lambda: progress.advance(task))
     show(runs, costs, args)
     draw(runs, costs, args)
     print(f"picture: {args.out}")

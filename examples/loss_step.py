@@ -31,7 +31,9 @@ def recipe(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return ALPHA * TEMPERATURE**2 * soft + (1 - ALPHA) * hard
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+LOSSES: dict[str, Loss] = {
     "PyTorch": recipe,
     "torch.compile": torch.compile(recipe),
     "kdfast": kdfast.KDLoss(temperature=TEMPERATURE, alpha=ALPHA),
@@ -51,23 +53,32 @@ class Network(torch.autograd.Function):
         return None, None
 
 
-class Step:
-    """Loss and gradient, as one step of training needs them."""
+class Batch:
+    """Logits and labels on which steps run."""
 
-    def __init__(self, name: str, rows: int, vocab: int):
+    def __init__(self, rows: int, vocab: int):
         torch.manual_seed(0)
-        self.loss = LOSSES[name]
         self.original, self.teacher = 3 * torch.randn(rows, vocab), 3 * torch.randn(rows, vocab)
         self.student, self.labels = self.original.clone(), torch.randint(vocab, (rows,))
         self.weight = torch.zeros((), requires_grad=True)
-        self.run()  # compiles, loads, warms up
 
-    def run(self) -> float:
-        """Seconds."""
+    def step(self, loss: Loss) -> float:
+        """Loss and gradient, as one step of training needs them; seconds."""
         self.student.copy_(self.original)  # inplace=True has left its gradient there
         start = time.perf_counter()
-        self.loss(Network.apply(self.weight, self.student), self.teacher, self.labels).backward()
+        loss(Network.apply(self.weight, self.student), self.teacher, self.labels).backward()
         return time.perf_counter() - start
+
+    def medians(
+        self, losses: dict[str, Loss], repeats: int, on_step: Callable[[], object] = lambda: None
+    ) -> dict[str, float]:
+        """Seconds of a step of each loss, which has run before. on_step is called once per repeat."""
+        seconds: dict[str, list[float]] = {name: [] for name in losses}
+        for _ in range(repeats):
+            for name, loss in losses.items():
+                seconds[name].append(self.step(loss))
+            on_step()
+        return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 class Cost(NamedTuple):
@@ -80,27 +91,24 @@ def costs(
     rows: int, vocab: int, repeats: int, without: tuple[str, ...] = (), on_step: Callable[[], object] = lambda: None
 ) -> dict[str, Cost]:
     """For each of LOSSES. on_step is called repeats + 2 * len(LOSSES) times."""
-    steps, found = {}, {}
-    for name in LOSSES:
+    batch, able, found = Batch(rows, vocab), {}, {}
+    for name, loss in LOSSES.items():
         try:
             if name in without:
                 raise RuntimeError("left out")
-            steps[name] = Step(name, rows, vocab)
+            batch.step(loss)  # compiles, loads, warms up
+            able[name] = loss
         except Exception as error:  # torch.compile needs a C++ compiler, and has several ways to say that there is none
             found[name] = Cost(None, None, _brief(str(error).strip().splitlines()[0]))
         on_step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            seconds[name].append(step.run())
-        on_step()
+    seconds = batch.medians(able, repeats, on_step)
     for name in LOSSES:
-        if name in steps:
+        if name in able:
             command = [sys.executable, __file__, name, str(rows), str(vocab)]
             child = subprocess.run(command, capture_output=True, text=True)
             memory = int(child.stdout) / 1e6 if child.returncode == 0 else None
             note = "" if child.returncode == 0 else _brief(child.stderr.strip().splitlines()[-1])
-            found[name] = Cost(statistics.median(seconds[name]), memory, note)
+            found[name] = Cost(seconds[name], memory, note)
         on_step()
     return {name: found[name] for name in LOSSES}
 
@@ -116,12 +124,13 @@ def _print_peak_memory(name: str, rows: int, vocab: int) -> None:
         with open("/proc/self/status") as status:
             return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
 
-    step = Step(name, rows, vocab)
-    step.student.copy_(step.original)
+    batch = Batch(rows, vocab)
+    batch.step(LOSSES[name])
+    batch.student.copy_(batch.original)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # from here on the peak is counted anew
     before = resident("VmRSS")
-    step.run()
+    batch.step(LOSSES[name])
     print(resident("VmHWM") - before)
 
 

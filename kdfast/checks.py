@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.divergences import DIVERGENCES, NAMES, settled
+from kdfast.divergences import DIVERGENCES, names, settled
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 CHOICES = {
-    "divergence": NAMES,
     "target": ("logits", "probs", "log_probs"),
     "reduction": ("mean", "sum", "batchmean", "none"),
     "ensemble": ("arithmetic", "geometric"),
@@ -20,7 +19,7 @@ CHOICES = {
 
 
 def check_choice(name: str, value: Any) -> None:
-    choices = CHOICES[name]
+    choices = names() if name == "divergence" else CHOICES[name]
     if not isinstance(value, (str, type(None))) or value not in choices:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, choices))}")
 

@@ -40,8 +40,8 @@ def _mixture(p: Tensor, q: Tensor, beta: float) -> Tensor:
 
 
 def _share(p: Tensor, m: Tensor) -> Tensor:
-    """p / m; 0 where both are 0."""
-    return p / torch.where(m == 0, 1, m)
+    """p / m; 0 where both are 0, or so small that the derivative of p / m is no number."""
+    return p / torch.where(m < torch.finfo(m.dtype).tiny, 1, m)
 
 
 def _sign(x: Tensor) -> Tensor:
@@ -112,7 +112,12 @@ DIVERGENCES = {
         psi=lambda p, q, log_p, log_q, beta: -0.5 * ((log_p + log_q) / 2).exp(),
     ),
 }
-NAMES = (*DIVERGENCES, "logit_mse", "dkd")  # the last two are no sums of phi over probabilities
+OTHERS = ("logit_mse", "dkd")  # no sums of phi over probabilities
+
+
+def names() -> tuple[str, ...]:
+    """All of them, with those that a program has added to the table."""
+    return (*DIVERGENCES, *OTHERS)
 
 
 def settled(name: str, beta: float | None) -> tuple[str, float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import kdfast
+from kdfast.divergences import names
 
 ROOT = Path(__file__).parent.parent
 MISSING = [name for name in ("sklearn", "matplotlib", "rich") if importlib.util.find_spec(name) is None]
@@ -42,6 +43,13 @@ def test_distill_digits_ends_with_a_table_and_a_picture(tmp_path):
     printed = run(tmp_path, str(ROOT / "examples" / "distill_digits.py"), "--quick")
     assert "teacher" in printed.lower()
     assert_png(tmp_path / "distill_digits.png")
+
+
+def test_distill_digits_compares_every_divergence(tmp_path):
+    printed = run(tmp_path, str(ROOT / "examples" / "distill_digits.py"), "--compare", "--quick", "--seeds", "2")
+    for name in names():
+        assert name in printed
+    assert_png(tmp_path / "distill_digits_compare.png")
 
 
 def test_distill_mnist_sets_its_figures_beside_the_papers(tmp_path):

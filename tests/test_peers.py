@@ -1,6 +1,9 @@
-"""What other libraries' losses are in kd_loss: their plain formulas, loss and gradient, in fp64."""
+"""What other libraries' losses are in kd_loss, by README's table: their plain formulas, loss and gradient, in fp64."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,247 +13,250 @@ from torch import Tensor
 
 from kdfast import kd_loss
 
-V, N, TAU = 11, 6, 3.0
+README = Path(__file__).parents[1] / "README.md"
+
+V, N = 11, 6
 S, T, Y = batch(N, V, F64)
 Y[2] = -100  # a masked token
 KEPT = Y != -100
-HARD = Y.clamp_min(0)
-P = torch.softmax(T, -1)
-DECAY = torch.tensor([1.0, 0.8, 0.0, 0.64, 0.5, 0.4], dtype=F64)
+HARD = Y.clamp_min(0)  # for those who mask none
+# The numbers of the table, by their names there; one value for all rows, no two alike.
+TAU, A, B, H, R, E, C, Z, LAM, COUNT = 3.0, 0.6, 0.8, 0.75, 0.3, 0.1, 2.5, 1e-2, 0.2, 40
+MASK = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0], dtype=F64)
+DECAY = torch.tensor([1.0, 0.8, 0.7, 0.64, 0.5, 0.4], dtype=F64)
+P = torch.softmax(T / TAU, -1)
+NAMES = {"T": TAU, "a": A, "b": B, "h": H, "r": R, "e": E, "c": C, "z": Z, "lam": LAM, "n": COUNT}
+NAMES |= {"t": T, "p": P, "mask": MASK, "decay": DECAY, "kd_loss": kd_loss}
+
+
+@functools.cache
+def table() -> dict[str, tuple[str, str]]:
+    """README's rows: what is there, our arguments after the student's logits, and the note beside them."""
+    section = README.read_text().split("## From other libraries")[1].split("\n## ")[0]
+    lines = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    return {there.strip(): (here.strip(" `"), note.strip()) for there, here, note in lines[1:]}
 
 
 def _kl_div(s: Tensor, t: Tensor, tau: float, reduction: str) -> Tensor:
     return F.kl_div(F.log_softmax(s / tau, -1), F.softmax(t / tau, -1), reduction=reduction)
 
 
+def _kept(x: Tensor) -> Tensor:
+    """Of terms (rows, V): their sum over the kept rows by the number of these."""
+    return (x.sum(-1) * KEPT).sum() / KEPT.sum()
+
+
+def _generalized_jsd(s: Tensor, t: Tensor = T) -> Tensor:
+    """TRL's and Liger's terms: the mixture by logsumexp of weighted logs."""
+    q, p = F.log_softmax(s / TAU, -1), F.log_softmax(t / TAU, -1)
+    beta = torch.tensor(B, dtype=F64)
+    m = torch.logsumexp(torch.stack([q + torch.log1p(-beta), p + torch.log(beta)]), 0)
+    to_teacher = F.kl_div(m, p, reduction="none", log_target=True)
+    to_student = F.kl_div(m, q, reduction="none", log_target=True)
+    return beta * to_teacher + (1 - beta) * to_student
+
+
+def _capped(z: Tensor) -> Tensor:
+    return C * torch.tanh(z / C)
+
+
+def _liger_cross_entropy(s: Tensor) -> Tensor:
+    """lse_square_scale is of the smoothed loss's own logsumexp, and in the mean over the kept rows."""
+    z = _capped(s)
+    lse = torch.logsumexp(z, -1)
+    target = z.gather(-1, HARD.unsqueeze(-1)).squeeze(-1)
+    smooth = (-E / V * z).sum(-1) + E * lse
+    return (((lse - target) * (1 - E) + smooth + Z * lse * lse) * KEPT).sum() / KEPT.sum()
+
+
+def _tvd(s: Tensor, tau: float = 1.0) -> Tensor:
+    return 0.5 * (F.softmax(s / tau, -1) - F.softmax(T / tau, -1)).abs()
+
+
 def _torchtune_forward(s: Tensor) -> Tensor:
-    """ForwardKLLoss: the teacher's entropy is left out, the mean is over the kept tokens."""
-    x = (F.softmax(T, -1) * F.log_softmax(s, -1)).sum(-1)
-    return -(x * KEPT).sum() / KEPT.sum()
+    """ForwardKLLoss, and DistiLLM's and MiniLLM's: the teacher's entropy is left out."""
+    return -_kept(F.softmax(T, -1) * F.log_softmax(s, -1))
 
 
 def _torchtune_reverse(s: Tensor) -> Tensor:
-    x = (F.softmax(s, -1) * (F.log_softmax(T, -1) - F.log_softmax(s, -1))).sum(-1)
-    return -(x * KEPT).sum() / KEPT.sum()
+    return -_kept(F.softmax(s, -1) * (F.log_softmax(T, -1) - F.log_softmax(s, -1)))
 
 
-def _gkd(s: Tensor, reverse: bool) -> Tensor:
-    """TRL's generalized_jsd_loss at its ends, batchmean over the kept tokens."""
-    a, b = F.log_softmax(s / TAU, -1), F.log_softmax(T / TAU, -1)
-    x = (
-        F.kl_div(b, a, reduction="none", log_target=True)
-        if reverse
-        else F.kl_div(a, b, reduction="none", log_target=True)
-    )
-    return x[KEPT].sum() / KEPT.sum()
+def _standardized(z: Tensor) -> Tensor:
+    return (z - z.mean(-1, keepdim=True)) / (1e-7 + z.std(-1, keepdim=True))
+
+
+def _dkd(s: Tensor) -> Tensor:
+    """mdistiller's dkd_loss: label against rest, then softmaxes without the label, which -1000 takes out."""
+    label = F.one_hot(HARD, V).bool()
+
+    def two(z: Tensor) -> Tensor:
+        p = F.softmax(z / TAU, -1)
+        return torch.stack([(p * label).sum(-1), (p * ~label).sum(-1)], -1)
+
+    def rest(z: Tensor) -> Tensor:
+        return z / TAU - 1000.0 * label
+
+    target = F.kl_div(two(s).log(), two(T), reduction="sum") * TAU**2 / N
+    others = F.kl_div(F.log_softmax(rest(s), -1), F.softmax(rest(T), -1), reduction="sum") * TAU**2 / N
+    return A * target + B * others
+
+
+def _js_distance(s: Tensor) -> Tensor:
+    """DistiLLM's, whose lam is the student's weight."""
+    q, p = F.softmax(s, -1), F.softmax(T, -1)
+    m = (LAM * q + (1 - LAM) * p).log()
+    return _kept(LAM * q * (q.log() - m) + (1 - LAM) * p * (p.log() - m))
+
+
+def _skewed_forward(s: Tensor) -> Tensor:
+    """DistiLLM's, without the teacher's entropy."""
+    p = F.softmax(T, -1)
+    return -_kept(p * (LAM * p + (1 - LAM) * F.softmax(s, -1)).log())
+
+
+def _skewed_reverse(s: Tensor) -> Tensor:
+    q = F.softmax(s, -1)
+    return -_kept(q * ((1 - LAM) * F.softmax(T, -1) + LAM * q).log() - q * q.log())
+
+
+def _distillkit_jsd(s: Tensor) -> Tensor:
+    q, p = F.softmax(s / TAU, -1), F.softmax(T / TAU, -1)
+    m = ((p + q) / 2).log()
+    return TAU**2 * 0.5 * (F.kl_div(m, p, reduction="batchmean") + F.kl_div(m, q, reduction="batchmean"))
+
+
+def _automodel(s: Tensor) -> Tensor:
+    soft = TAU**2 * _kl_div(s[KEPT], T[KEPT], TAU, "sum") / COUNT
+    return R * soft + (1 - R) * F.cross_entropy(s, Y, reduction="sum") / COUNT
 
 
 def _fast_llm(s: Tensor) -> Tensor:
     """The teacher alone is divided by the temperature; the mask does not change the divisor."""
     x = F.kl_div(F.log_softmax(s, -1), F.log_softmax(T / TAU, -1), reduction="none", log_target=True).sum(-1)
-    return (x * (DECAY > 0)).sum() / N
+    return (x * MASK).sum() / N
 
 
-def _gkd_inside(s: Tensor, beta: float) -> Tensor:
-    """TRL's generalized_jsd_loss and Liger's JSD inside (0, 1): the mixture by logsumexp of weighted logs."""
-    a, b = F.log_softmax(s / TAU, -1), F.log_softmax(T / TAU, -1)
-    weights = torch.tensor(beta, dtype=F64)
-    m = torch.logsumexp(torch.stack([a + torch.log1p(-weights), b + torch.log(weights)]), 0)
-    to_teacher = F.kl_div(m, b, reduction="none", log_target=True)
-    to_student = F.kl_div(m, a, reduction="none", log_target=True)
-    return (beta * to_teacher + (1 - beta) * to_student)[KEPT].sum() / KEPT.sum()
+class Peer(NamedTuple):
+    formula: Callable[[Tensor], Tensor]
+    y: Tensor = HARD
 
 
-def _mean_of_kept(x: Tensor) -> Tensor:
-    """DistiLLM's: of sums over classes, (rows, V), the mean over the tokens of mask 1."""
-    return (x.sum(-1) * KEPT).sum() / KEPT.sum()
-
-
-def _distillm_js(s: Tensor, lam: float) -> Tensor:
-    """js_distance, whose lam is the student's weight."""
-    q = F.softmax(s, -1)
-    m = (lam * q + (1 - lam) * P).log()
-    return _mean_of_kept(lam * q * (q.log() - m) + (1 - lam) * P * (P.log() - m))
-
-
-def _distillm_skew(s: Tensor, lam: float) -> Tensor:
-    """skewed_forward_kl, without the teacher's entropy."""
-    return -_mean_of_kept(P * (lam * P + (1 - lam) * F.softmax(s, -1)).log())
-
-
-def _distillm_skew_reverse(s: Tensor, lam: float) -> Tensor:
-    q = F.softmax(s, -1)
-    return -_mean_of_kept(q * ((1 - lam) * P + lam * q).log() - q * q.log())
-
-
-# Their values lack the teacher's entropy: the gradient is the same.
-ANOTHER_VALUE = ("torchtune, symmetric", "DistiLLM, skewed forward")
-
-# name: (their formula, our arguments after the student's logits)
-PEERS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
-    "F.kl_div batchmean * T**2": (
-        lambda s: _kl_div(s, T, TAU, "batchmean") * TAU**2,
-        (T,),
-        {"divergence": "forward_kl", "temperature": TAU, "reduction": "batchmean"},
+# By the first column of README's table.
+PEERS = {
+    '`F.kl_div(q.log(), p, reduction="batchmean") * T**2`': Peer(lambda s: _kl_div(s, T, TAU, "batchmean") * TAU**2),
+    '`F.kl_div(q.log(), p, reduction="sum")`': Peer(lambda s: _kl_div(s, T, TAU, "sum")),
+    '`F.kl_div(q.log(), p, reduction="mean")`': Peer(lambda s: _kl_div(s, T, TAU, "mean")),
+    "the textbook, Hugging Face's image guide, PyTorch's tutorial: `a * T**2 * kl_div + (1 - a) * cross_entropy`": Peer(
+        lambda s: A * TAU**2 * _kl_div(s, T, TAU, "batchmean") + (1 - A) * F.cross_entropy(s, HARD)
     ),
-    "F.kl_div mean": (
-        lambda s: _kl_div(s, T, TAU, "mean"),
-        (T,),
-        {"divergence": "forward_kl", "temperature": TAU, "normalizer": S.numel(), "t_squared": False},
+    "`F.cross_entropy(s, p)`": Peer(lambda s: F.cross_entropy(s, P)),
+    "`F.cross_entropy(s, y, label_smoothing=e)`": Peer(lambda s: F.cross_entropy(s, Y, label_smoothing=E), Y),
+    "`F.mse_loss` of centred logits, halved": Peer(
+        lambda s: F.mse_loss(s - s.mean(-1, True), T - T.mean(-1, True)) / 2
     ),
-    "F.kl_div sum": (
-        lambda s: _kl_div(s, T, 1, "sum"),
-        (T,),
-        {"divergence": "forward_kl", "reduction": "sum"},
+    "timm `LogitDistillationTask(task_loss_weight=a, distill_loss_weight=b)`": Peer(
+        lambda s: A * F.cross_entropy(s, HARD) + B * TAU**2 * _kl_div(s, T, TAU, "batchmean")
     ),
-    "Hugging Face's image recipe": (
-        lambda s: 0.6 * TAU**2 * _kl_div(s, T, TAU, "batchmean") + 0.4 * F.cross_entropy(s, HARD),
-        (T, HARD),
-        {"divergence": "forward_kl", "temperature": TAU, "alpha": 0.6},
-    ),
-    "PyTorch's tutorial": (
-        lambda s: 0.25 * (P2 * (P2.log() - F.log_softmax(s / 2, -1))).sum() / N * 4 + 0.75 * F.cross_entropy(s, HARD),
-        (T, HARD),
-        {"divergence": "forward_kl", "temperature": 2, "alpha": 0.25},
-    ),
-    "F.cross_entropy with probabilities": (lambda s: F.cross_entropy(s, P), (P,), {"target": "probs"}),
-    "F.cross_entropy with labels": (
-        lambda s: F.cross_entropy(s, Y),
-        (None, Y),
-        {"alpha": 0},
-    ),
-    "F.cross_entropy by row": (
-        lambda s: F.cross_entropy(s, Y, reduction="none"),
-        (None, Y),
-        {"alpha": 0, "reduction": "none"},
-    ),
-    "F.mse_loss of centred logits": (
-        lambda s: F.mse_loss(s - s.mean(-1, True), T - T.mean(-1, True)) / 2,
-        (T,),
-        {"divergence": "logit_mse"},
-    ),
-    "timm": (
-        lambda s: 0.7 * F.cross_entropy(s, HARD) + 0.9 * TAU**2 * _kl_div(s, T, TAU, "batchmean"),
-        (T, HARD),
-        {"divergence": "forward_kl", "temperature": TAU, "alpha": 0.9, "hard_weight": 0.7},
-    ),
-    "DeiT, soft": (
+    'DeiT `DistillationLoss("soft", alpha=a, tau=T)`': Peer(
         lambda s: (
-            0.5 * F.cross_entropy(s, HARD)
-            + 0.5
+            (1 - A) * F.cross_entropy(s, HARD)
+            + A
             * F.kl_div(F.log_softmax(s / TAU, 1), F.log_softmax(T / TAU, 1), reduction="sum", log_target=True)
             * (TAU * TAU)
             / s.numel()
-        ),
-        (T, HARD),
-        {"divergence": "forward_kl", "temperature": TAU, "alpha": 0.5 / V, "hard_weight": 0.5},
+        )
     ),
-    "torchdistill": (  # its alpha is the hard term's
-        lambda s: 0.3 * F.cross_entropy(s, HARD) + 0.8 * TAU**2 * _kl_div(s, T, TAU, "batchmean"),
-        (T, HARD),
-        {"divergence": "forward_kl", "temperature": TAU, "alpha": 0.8, "hard_weight": 0.3},
+    "TRL `GKDTrainer(beta=b)`, `generalized_jsd_loss`; Liger `LigerJSD(beta=b)`": Peer(
+        lambda s: _kept(_generalized_jsd(s)), Y
     ),
-    "mdistiller": (
+    "TRL `generalized_jsd_loss` without labels": Peer(lambda s: _generalized_jsd(s).sum() / len(s)),
+    "TRL `generalized_jsd_loss(num_items_in_batch=n)`": Peer(lambda s: _generalized_jsd(s)[KEPT].sum() / COUNT, Y),
+    "TRL, models with `final_logit_softcapping=c`: Gemma": Peer(
+        lambda s: _kept(_generalized_jsd(_capped(s), _capped(T))), Y
+    ),
+    'Liger `LigerKLDIVLoss(reduction="batchmean")`': Peer(lambda s: _kl_div(s, T, 1, "batchmean")),
+    "Liger `LigerTVDLoss`": Peer(lambda s: _kept(_tvd(s)), Y),
+    "Liger `LigerFusedCETVDLoss`, as `h * ce + a * tvd`": Peer(
+        lambda s: H * F.cross_entropy(s, Y, reduction="none") + A * _tvd(s).sum(-1) * KEPT, Y
+    ),
+    "Liger `LigerCrossEntropyLoss(lse_square_scale=z, label_smoothing=e, softcap=c)`": Peer(_liger_cross_entropy, Y),
+    "torchtune `ForwardKLLoss`": Peer(_torchtune_forward, Y),
+    "torchtune `ReverseKLLoss`": Peer(_torchtune_reverse, Y),
+    "torchtune `SymmetricKLLoss(sym_kd_ratio=r)`": Peer(
+        lambda s: R * _torchtune_forward(s) + (1 - R) * _torchtune_reverse(s), Y
+    ),
+    "torchtune, `kd_ratio=r`": Peer(lambda s: R * _torchtune_forward(s) + (1 - R) * F.cross_entropy(s, Y), Y),
+    "torchdistill `KDLoss(temperature=T, alpha=a, beta=b)`": Peer(
+        lambda s: A * F.cross_entropy(s, HARD) + B * TAU**2 * _kl_div(s, T, TAU, "batchmean")
+    ),
+    "torchdistill `LogitStdKDLoss(temperature=T, alpha=a, beta=b)`, logit-standardization-KD": Peer(
+        lambda s: (
+            A * F.cross_entropy(s, HARD) + B * TAU**2 * _kl_div(_standardized(s), _standardized(T), TAU, "batchmean")
+        )
+    ),
+    "mdistiller `KD`: CE 0.1, KD 0.9, T = 4": Peer(
         lambda s: (
             0.1 * F.cross_entropy(s, HARD)
             + 0.9 * F.kl_div(F.log_softmax(s / 4, 1), F.softmax(T / 4, 1), reduction="none").sum(1).mean() * 16
-        ),
-        (T, HARD),
-        {"divergence": "forward_kl", "temperature": 4, "alpha": 0.9},
+        )
     ),
-    "TRL's GKD at beta 0": (
-        lambda s: _gkd(s, False),
-        (T, Y),
-        {"divergence": "forward_kl", "temperature": TAU, "alpha": 1.0, "t_squared": False},
+    "mdistiller `dkd_loss(s, t, y, a, b, T)`": Peer(_dkd),
+    "mdistiller `DKD`: CE 1.0 and the same": Peer(lambda s: F.cross_entropy(s, HARD) + _dkd(s)),
+    "DistiLLM, MiniLLM `forward_kl`, `get_distil_loss`, `kd_ratio=r`": Peer(
+        lambda s: (1 - R) * F.cross_entropy(s, Y) + R * _torchtune_forward(s), Y
     ),
-    "TRL's GKD at beta 1": (
-        lambda s: _gkd(s, True),
-        (T, Y),
-        {"divergence": "reverse_kl", "temperature": TAU, "alpha": 1.0, "t_squared": False},
-    ),
-    "TRL's GKD, Liger's JSD at beta 0.3": (
-        lambda s: _gkd_inside(s, 0.3),
-        (T, Y),
-        {"divergence": "jsd", "beta": 0.3, "temperature": TAU, "alpha": 1.0, "t_squared": False},
-    ),
-    "torchtune, symmetric": (
-        lambda s: 0.3 * _torchtune_forward(s) + 0.7 * _torchtune_reverse(s),
-        (T, Y),
-        {"alpha": 1.0, "divergence": "symmetric_kl", "beta": 0.3},
-    ),
-    "DistiLLM, JS": (lambda s: _distillm_js(s, 0.9), (T, Y), {"alpha": 1.0, "divergence": "jsd", "beta": 0.1}),
-    "DistiLLM, skewed forward": (
-        lambda s: _distillm_skew(s, 0.2),
-        (T, Y),
-        {"alpha": 1.0, "divergence": "skew_forward_kl", "beta": 0.2},
-    ),
-    "DistiLLM, skewed reverse": (
-        lambda s: _distillm_skew_reverse(s, 0.2),
-        (T, Y),
-        {"alpha": 1.0, "divergence": "skew_reverse_kl", "beta": 0.2},
-    ),
-    "DistiLLM, total variation": (
-        lambda s: 0.5 * _mean_of_kept((P - F.softmax(s, -1)).abs()),
-        (T, Y),
-        {"alpha": 1.0, "divergence": "tvd"},
-    ),
-    "DistillKit's TVD": (  # with T^2
-        lambda s: 0.5 * TAU**2 * (F.softmax(s / TAU, -1) - F.softmax(T / TAU, -1)).abs().sum(-1).mean(),
-        (T,),
-        {"divergence": "tvd", "temperature": TAU},
-    ),
-    "torchtune, forward": (_torchtune_forward, (T, Y), {"alpha": 1.0}),
-    "torchtune, reverse": (_torchtune_reverse, (T, Y), {"alpha": 1.0, "divergence": "reverse_kl"}),
-    "torchtune's recipe": (
-        lambda s: 0.5 * _torchtune_forward(s) + 0.5 * F.cross_entropy(s, Y),
-        (T, Y),
-        {"alpha": 0.5},
-    ),
-    "speculators, with decay and mask": (
+    "DistiLLM `js_distance(lam)`": Peer(_js_distance, Y),
+    "DistiLLM `skewed_forward_kl(lam)`": Peer(_skewed_forward, Y),
+    "DistiLLM `skewed_reverse_kl(lam)`": Peer(_skewed_reverse, Y),
+    "DistiLLM `tv_distance`": Peer(lambda s: _kept(_tvd(s)), Y),
+    "DistillKit `KLDLoss(T)`": Peer(lambda s: TAU**2 * _kl_div(s, T, TAU, "batchmean")),
+    "DistillKit `JSDLoss(T)`": Peer(_distillkit_jsd),
+    "DistillKit `TVDLoss(T)`": Peer(lambda s: TAU**2 * _tvd(s, TAU).sum(-1).mean()),
+    "speculators `kl_div`, decay and mask": Peer(
         lambda s: (
-            (F.kl_div(F.log_softmax(s, -1), F.softmax(T, -1), reduction="none").sum(-1) * DECAY).sum() / (5 + 1e-5)
-        ),
-        (T,),
-        {"divergence": "forward_kl", "weight": DECAY, "normalizer": 5 + 1e-5},
+            (F.kl_div(F.log_softmax(s, -1), F.softmax(T, -1), reduction="none").sum(-1) * MASK * DECAY).sum()
+            / (MASK.sum() + 1e-5)
+        )
     ),
-    "ModelOpt": (
-        lambda s: TAU**2 * _kl_div(s, T, TAU, "mean"),
-        (T,),
-        {"divergence": "forward_kl", "temperature": TAU, "normalizer": S.numel()},
+    "speculators `ce`": Peer(lambda s: F.cross_entropy(s, T.argmax(-1))),
+    'Model-Optimizer `LogitsDistillationLoss(T, reduction="mean")`': Peer(
+        lambda s: TAU**2 * _kl_div(s, T, TAU, "mean")
     ),
-    "NeMo Automodel": (
-        lambda s: (
-            0.4 * TAU**2 * _kl_div(s[KEPT], T[KEPT], TAU, "sum") / 40
-            + 0.6 * F.cross_entropy(s, Y, reduction="sum") / 40
-        ),
-        (T, Y),
-        {"divergence": "forward_kl", "temperature": TAU, "alpha": 0.4, "normalizer": 40},
+    "Model-Optimizer `MFTLoss(T)`": Peer(
+        lambda s: TAU**2 * F.kl_div(F.log_softmax(s / TAU, -1), P, reduction="batchmean")
     ),
-    "Fast-LLM": (
-        _fast_llm,
-        (T,),
-        {"divergence": "forward_kl", "teacher_temperature": TAU, "weight": DECAY > 0, "normalizer": N},
-    ),
+    "Model-Optimizer, Megatron `LogitsKLLoss(T)`": Peer(lambda s: _kl_div(s, T, TAU, "none").sum(-1)),
+    "Model-Optimizer, Megatron `LogitsKLLoss(T, reverse=True)`": Peer(lambda s: _kl_div(T, s, TAU, "none").sum(-1)),
+    "NeMo Automodel `KDLoss(T)`, `num_batch_labels=n`, `kd_ratio=r`": Peer(_automodel, Y),
+    "Fast-LLM `forward_kl`, loss mask": Peer(_fast_llm),
 }
-P2 = torch.softmax(T / 2, -1)
+
+readme = pytest.mark.skipif(not README.exists(), reason="there is no checkout around the tests")
 
 
+@readme
+def test_the_tables_rows_and_the_peers_are_the_same() -> None:
+    assert list(table()) == list(PEERS)
+
+
+@readme
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")  # F.kl_div's own, about its "mean"
 @pytest.mark.parametrize("peer", PEERS)
 def test_a_peers_loss_is_ours(peer: str) -> None:
-    theirs, arguments, settings = PEERS[peer]
-    want, got = S.clone().requires_grad_(), S.clone().requires_grad_()
-    a = theirs(want)
-    b = kd_loss(got, *arguments, backend="reference", **settings)
+    here, note = table()[peer]
+    theirs, ours = S.clone().requires_grad_(), S.clone().requires_grad_()
+    a = PEERS[peer].formula(theirs)
+    b = eval(f"kd_loss(s, {here}, backend='reference')", NAMES | {"s": ours, "y": PEERS[peer].y})
     ones = torch.ones_like(a)
     a.backward(ones)
     b.backward(ones)
     # fp64, a few dozen operations on numbers of size 10
-    if peer in ANOTHER_VALUE:
+    if note.startswith("another value"):
         assert (a - b).abs() > 0.01
     else:
         torch.testing.assert_close(b.detach(), a.detach(), rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(got.grad, want.grad, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-13, atol=1e-14)
 
 
 def test_the_meanings_of_mean() -> None:
