@@ -92,8 +92,8 @@ KD_INLINE DoubleV ratio(DoubleV a, DoubleV b) {
 }
 
 // log(a / b) of numbers >= 0 whose difference a - b is given: near equality its digits are those of the
-// difference. It is for products with a: where a is 0, or b next to nothing, it is some number, and need not
-// be NaN.
+// difference. It is for products with a: where a is 0, or b next to nothing, or either NaN, it is some
+// number.
 KD_INLINE FloatV log_ratio(FloatV a, FloatV b, FloatV difference) {
   using I = Types<float>::I;
   const FloatV least = splat(std::numeric_limits<float>::min());
@@ -106,8 +106,7 @@ KD_INLINE FloatV log_ratio(FloatV a, FloatV b, FloatV difference) {
   p = p * z + 0x1.990476p-2f;
   p = p * z + 0x1.5555e8p-1f;
   const FloatV twice = s + s;
-  const FloatV rest = difference * 0 + (twice + s * (p * z));  // NaN stays
-  return __builtin_convertvector(e, FloatV) * 0x1.62e43p-1f + rest;
+  return __builtin_convertvector(e, FloatV) * 0x1.62e43p-1f + (twice + s * (p * z));
 }
 
 KD_INLINE DoubleV log_ratio(DoubleV a, DoubleV b, DoubleV difference) {
