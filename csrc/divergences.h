@@ -124,8 +124,7 @@ struct JSD : Pointwise {  // beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (
   }
   template <class V>
   KDFAST_HD static V psi(V p, V q, V beta) {
-    const V d = q - p;  // which makes a NaN of p one
-    return (1 - beta) * q * log_ratio(q, beta * p + (1 - beta) * q, beta * d) + d * 0;
+    return (1 - beta) * q * log_ratio(q, beta * p + (1 - beta) * q, beta * (q - p));
   }
 };
 

@@ -405,7 +405,7 @@ DivergenceSums pointwise_sums(const LossArgs& a, const Row<P>& r, int64_t n, con
         add_pointwise<C, D>(block.student, block.teacher, vectors, splat<C>(here.student),
                             splat<C>(here.teacher), splat<C>(a.beta), phi, psi);
       }
-      sums = {sum(phi) + D::constant(teacher.mass, a.beta), sum(psi)};
+      sums = {sum(phi) + D::constant(teacher.mass, a.beta), sum(psi) + 0 * sum(phi)};  // NaN where D is
     });
   }
   return sums;

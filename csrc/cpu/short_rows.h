@@ -127,7 +127,7 @@ struct ShortRows {
           using D = decltype(d);
           const V to_q = 1 / student_sum;
           add_pointwise<C, D>(g.es, g.et, n, to_q, 1 / divided, beta, divergence, psi_sum);
-          psi_sum -= psi_sum * multiply_subtract(to_q, student_sum, V{} + 1);  // see finish()
+          psi_sum -= psi_sum * multiply_subtract(to_q, student_sum, V{} + 1) - 0 * divergence;  // see finish()
           divergence += D::constant(mass, beta);
         });
       } else {
