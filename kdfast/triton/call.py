@@ -75,9 +75,7 @@ class Call:
         joint = teacher != "softmaxed" or not several or settings.ensemble == "geometric"
         standardize = settings.standardize and (bool(self.teachers) or settings.metrics)
         linear = divergence is None or (
-            divergence.phi is None
-            and (joint or not (divergence.log_p or settings.metrics))
-            and not standardize
+            divergence.phi is None and (joint or not (divergence.log_p or settings.metrics)) and not standardize
         )
         t = settings.temperature
         power = int(t) if inputs.temperatures is None and t in (1, 2, 3, 4) and not standardize else 0

@@ -1,8 +1,8 @@
 """Logits as the terms see them: soft-capped, then standardized. A class that is masked, or not there, stays at -inf.
 
-    softcap        s' = c tanh(s / c)                   ds'/ds = 1 - (s' / c)^2
-    standardize    z = (s' - mean) / d, d = 1e-7 + sd   sd^2 = sum (s' - mean)^2 / (V - 1)
-    its gradient   dl/ds'_i = g_i / d - z_i G / ((V - 1) sd), with g = dl/dz, whose sum is 0, and G = sum g_j z_j
+softcap        s' = c tanh(s / c)                   ds'/ds = 1 - (s' / c)^2
+standardize    z = (s' - mean) / d, d = 1e-7 + sd   sd^2 = sum (s' - mean)^2 / (V - 1)
+its gradient   dl/ds'_i = g_i / d - z_i G / ((V - 1) sd), with g = dl/dz, whose sum is 0, and G = sum g_j z_j
 """
 
 from typing import Any, NamedTuple

@@ -184,7 +184,9 @@ def stats(
             sums = divergence_of(s, ts, end, statistics, scales, row, LANES, VEC, SPEC)
             if not SPEC.linear:
                 psi_sum = sums[0][1]
-            found = finish(statistics, sums, at_label, row, term_factors(numbers, one, SPEC), vocab.to(SPEC.dtype), SPEC)
+            found = finish(
+                statistics, sums, at_label, row, term_factors(numbers, one, SPEC), vocab.to(SPEC.dtype), SPEC
+            )
             store_row(per_row, index, rows, found[0], found[2], kept, label, weight, vocab, SPEC)
         line = table_row(statistics, psi_sum, tl.zeros((LANES,), SPEC.dtype), SPEC)
         lane = tl.arange(0, LANES)

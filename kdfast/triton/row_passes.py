@@ -242,9 +242,7 @@ def finish(statistics, sums, at_label, row, factors, vocab, SPEC: tl.constexpr):
     """A row's loss without its weight, the gradient's coefficients, and its metrics."""
     student = statistics.student
     nothing = student.total * 0
-    term, soft, psi_sum, psi_scale, label_soft, kl = soft_term(
-        statistics, sums, at_label, row, factors, vocab, SPEC
-    )
+    term, soft, psi_sum, psi_scale, label_soft, kl = soft_term(statistics, sums, at_label, row, factors, vocab, SPEC)
     loss = factors.alpha * term if SPEC.soft else nothing
     hard_loss, hard, label_hard, label, everywhere, spread = nothing, nothing, nothing, nothing, nothing, nothing
     if SPEC.hard:

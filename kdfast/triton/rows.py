@@ -232,9 +232,7 @@ def standardizing(moments, row):
 
 
 @triton.jit
-def standardized_row(
-    student, teachers, n, row, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr
-):
+def standardized_row(student, teachers, n, row, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr):
     """A pass of its own where rows are standardized, the last classes first."""
     if not SPEC.standardize:
         return row

@@ -66,7 +66,8 @@ def exponent(x, slope, offset):
 
 @triton.jit
 def scaled(total, d):
-    """total * 2^d for a sum that may be infinite already, also where 2^d underflows."""
+    """total * 2^d for a sum that may be infinite already, also where 2^d underflows. Nor is it fused with a sum that
+    follows, which happens or not as threads divide the numbers."""
     return tl.where(tl.abs(total) == INF, total, total * tl.exp2(d))
 
 
@@ -83,17 +84,12 @@ def hard_offset(offset, row, SPEC: tl.constexpr):
 
 
 @triton.jit
-def hard_scaled(total, old, new, row, SPEC: tl.constexpr):
-    """The sum of exps at temperature 1, from one offset to another."""
-    POWER: tl.constexpr = SPEC.power
-    if POWER == 0:
-        factor = tl.exp2(hard_offset(old, row, SPEC) - hard_offset(new, row, SPEC))
+def hard_shift(old, new, row, SPEC: tl.constexpr):
+    """How far the old offset of exps at temperature 1 is above the new one."""
+    if SPEC.power > 0:
+        return (old - new) * SPEC.power
     else:
-        factor = tl.exp2(old - new)
-        once = factor
-        for _ in tl.static_range(1, POWER):
-            factor = factor * once
-    return total * factor
+        return hard_offset(old, row, SPEC) - hard_offset(new, row, SPEC)
 
 
 @triton.jit
@@ -196,11 +192,10 @@ def accumulate(statistics, s, tiles, classes, there, row, SPEC: tl.constexpr):
     total = student.total * tl.exp2(ds) + tl.sum(e, 1)
     hard, smooth = student.hard, student.smooth
     if SPEC.hard:
-        hard = hard_scaled(hard, old, new, row, SPEC)
-        hard += tl.sum(hard_exps(s, y, e, new[:, None], row, SPEC), 1)
+        hard = hard * tl.exp2(hard_shift(old, new, row, SPEC)) + tl.sum(hard_exps(s, y, e, new[:, None], row, SPEC), 1)
     if SPEC.smoothed:
         real = there & (classes != row.label) if SPEC.dkd else there
-        moved_by = hard_offset(old, row, SPEC) - hard_offset(new, row, SPEC)
+        moved_by = hard_shift(old, new, row, SPEC)
         y_hard = tl.where(real, hard_exponent(s, y, new[:, None], row, SPEC), 0)
         smooth = (
             smooth[0] + smooth[1] * moved_by + tl.sum(y_hard, 1),
@@ -291,7 +286,7 @@ def merge(statistics, row, SPEC: tl.constexpr):
     ds = old - new
     hard = student.hard
     if SPEC.hard:
-        hard = hard_scaled(hard, old, new, row, SPEC)
+        hard = scaled(hard, hard_shift(old, new, row, SPEC))
     out = ()
     dt = ds
     for k in tl.static_range(len(teachers)):
@@ -300,17 +295,17 @@ def merge(statistics, row, SPEC: tl.constexpr):
             teacher_highest = first_highest if k == 0 else tl.max(teacher.offset, 0)
             base = finite(teacher_highest)
             dt = before(teacher.offset, base) - base
-            mass = teacher.mass * tl.exp2(dt)
+            mass = scaled(teacher.mass, dt)
         else:
             teacher_highest, dt, mass = tl.max(teacher.offset, 0), teacher.offset, teacher.mass
         parts = moved(teacher.parts, SPEC.parts.over_teacher, teacher.mass, dt, dt, ds, row.beta)
         sums = sums_of((mass,) + parts)
         out = out + (Teacher(teacher_highest, sums[0], sums[1:]),)
     parts = moved(student.parts, SPEC.parts.over_student, student.total, ds, dt, ds, row.beta)
-    sums = sums_of((student.total * tl.exp2(ds), hard) + parts)
+    sums = sums_of((scaled(student.total, ds), hard) + parts)
     smooth = student.smooth
     if SPEC.smoothed:
-        moved_by = hard_offset(old, row, SPEC) - hard_offset(new, row, SPEC)
+        moved_by = hard_shift(old, new, row, SPEC)
         smooth = sums_of((smooth[0] + smooth[1] * moved_by, smooth[1]))
     if SPEC.difference:
         differences = (tl.max(differences[0], 0),) + sums_of(differences[1:])
