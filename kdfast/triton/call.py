@@ -39,7 +39,7 @@ class Call:
         self.columns = len(reference.STATS) + 3 * max(0, self.members - 1)
         self.room = launch.room_for(self.spec, self.read)
         self.plan = launch.plan(self.vocab, self.read, self.facts.warp, self.room)
-        self.sweep = launch.sweep(self.vocab, self.read, self.facts.warp)
+        self.sweep = launch.sweep(self.vocab, self.read, self.facts.warp, self.room)
         self.segments, self.segment = (1, self.vocab)
         spec = self.spec
         if spec.linear and not (self.plan.tiles or spec.dkd or spec.standardize or spec.metrics or spec.smoothed):

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from kdfast.triton.spec import INF
 from kdfast.triton.teachers import teacher_logits, teacher_probabilities
 
 NO_CLASS = tl.constexpr(2**31 - 1)

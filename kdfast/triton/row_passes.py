@@ -1,6 +1,6 @@
 """What follows pass A: a divergence's own sums (B), a row's loss, and the gradient (C); csrc/cpu/row_gradient.h in C++.
 
-Notation and statistics are those of statistics.py; `row` is spec.Row. Scalars may be a row's, or vectors of one per row.
+Notation and statistics are those of statistics.py; `row` is spec.Row. Scalars are a row's, or vectors of one per row.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""What a kernel is compiled for beside dtypes and sizes, the constants of its arithmetic, and its bundles of numbers."""
+"""What a kernel is compiled for beside dtypes and sizes, constants of its arithmetic, and its bundles of numbers."""
 
 from typing import Any, NamedTuple
 

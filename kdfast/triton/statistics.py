@@ -247,7 +247,7 @@ def _log2(n):
 
 @triton.jit
 def _pair_sums(a, b):
-    """Over the first axis; of segments of several rows by halves, or the number of rows would decide about the order."""
+    """Over the first axis; of segments of several rows by halves, or the number of rows would decide on the order."""
     if len(a.shape) > 1:
         SEGMENTS: tl.constexpr = a.shape[0]
         ROWS: tl.constexpr = a.shape[1]
