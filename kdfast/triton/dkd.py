@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kdfast.triton.divergences import masked
-from kdfast.triton.spec import LN2
+from kdfast.triton.spec import INF, LN2
 from kdfast.triton.statistics import exponent, finite
 from kdfast.triton.teachers import teacher_logits, teacher_probabilities
 
@@ -35,7 +35,7 @@ def parted(total, y):
 
 @triton.jit
 def teacher_shares(statistics, t_labels, row, SPEC: tl.constexpr):
-    """(m, p_y, log2 m, log2 p_y, sum over the rest of p as the passes have it)."""
+    """(m, p_y, log2 m, log2 p_y, sum over the rest of p as the passes have it: 0 where it has nothing)."""
     teachers = statistics.teachers
     if SPEC.teacher == "given":
         p_y, log_p_y = teacher_probabilities(t_labels, row.weights, SPEC)
@@ -46,7 +46,7 @@ def teacher_shares(statistics, t_labels, row, SPEC: tl.constexpr):
         if len(teachers) == 1:
             y = exponent(logits[0], row.teacher_slope, finite(teachers[0].offset))
             m, p_y, log_m, log_p_y = parted(teachers[0].mass, y)
-            return m, p_y, log_m, log_p_y, m * 0 + 1
+            return m, p_y, log_m, log_p_y, tl.where(teachers[0].mass == 0, 0, m * 0 + 1)
         else:
             m, p_y = teachers[0].mass * 0, teachers[0].mass * 0
             for k in tl.static_range(len(teachers)):
@@ -67,13 +67,14 @@ def divergence_of(statistics, sums, at_label, row, factors, SPEC: tl.constexpr):
     rest, q_y, log_rest, log_q_y = parted(student.total, y)
     of_label = masked(p_y, log_p_y - log_q_y) * LN2
     target = of_label + masked(m, log_m - log_rest) * LN2
-    others = tl.where(m == 0, 0, sums[0] / mass - tl.log2(mass) * LN2)
+    others = tl.where(student.total == 0, INF, sums[0] / mass - tl.log2(mass) * LN2)
+    others = tl.where(mass == 0, 0, others)
     divergence = masked(factors.target, target) + masked(factors.others, others)
     kl = of_label + masked(m, others + (log_m - log_rest) * LN2)
-    w_others = tl.where(m == 0, 0, factors.others)
-    whole = p_y + tl.where(rest == 0, 0, m)
-    at_y = factors.target * (q_y * whole - p_y)
-    return divergence, at_y - w_others, tl.where(m == 0, 0, factors.others / mass), at_y, kl
+    nothing = (mass == 0) | (student.total == 0)
+    psi_scale = tl.where(nothing, 0, factors.others / mass)
+    at_y = factors.target * (q_y * (p_y + tl.where(student.total == 0, 0, m)) - p_y)
+    return divergence, at_y - tl.where(nothing, 0, factors.others), psi_scale, at_y, kl
 
 
 @triton.jit

@@ -106,7 +106,8 @@ def room_for(spec: Spec, tensors: list[Tensor]) -> Room:
     carries_p = spec.divergence is None or (spec.linear and spec.divergence.over_student is None)
     if not (plain and carries_p) or spec.metrics:
         return ROOM_BESIDE_ARITHMETIC
-    return ROOM_BESIDE_OPTIONS if spec.smoothed or spec.dkd or spec.softcap or spec.teacher_softcap else MOST_ROOM
+    terms = sum((spec.smoothed, spec.dkd, spec.softcap or spec.teacher_softcap))
+    return (MOST_ROOM, ROOM_BESIDE_OPTIONS, ROOM_BESIDE_ARITHMETIC, ROOM_BESIDE_ARITHMETIC)[terms]
 
 
 def vector(tensors: list[Tensor]) -> int:

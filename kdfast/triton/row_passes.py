@@ -44,7 +44,7 @@ def sum_over_teacher(statistics, k: tl.constexpr, row, SPEC: tl.constexpr):
     """Of the k-th part over p, from its running sum; in bits."""
     student, teachers = statistics.student, statistics.teachers
     log_total = -tl.log2(student.total)
-    total = student.total * 0
+    total = tl.zeros_like(student.total)
     for i in tl.static_range(len(teachers)):
         offset, mass, parts = teachers[i]
         if SPEC.teacher == "softmaxed":

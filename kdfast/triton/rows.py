@@ -88,7 +88,12 @@ def kept_row(per_row, row, ignore_index, vocab, LANES: tl.constexpr, SPEC: tl.co
 @triton.jit
 def number(bits, dtype: tl.constexpr):
     """A number that came as matrices.bits, and is rounded here, once."""
-    value = ((bits.to(tl.int64) >> 1) & 0x7FFFFFFFFFFFFFFF).to(tl.float64, bitcast=True).to(dtype)
+    return ((bits.to(tl.int64) >> 1) & 0x7FFFFFFFFFFFFFFF).to(tl.float64, bitcast=True).to(dtype)
+
+
+@triton.jit
+def number_or_0(bits, dtype: tl.constexpr):
+    value = number(bits, dtype)
     return tl.where(value < 1e-299, 0, value)
 
 
@@ -105,7 +110,7 @@ def term_factors(numbers, factor, SPEC: tl.constexpr):
     dtype: tl.constexpr = SPEC.dtype
     return Factors(
         number(numbers[2], dtype), number(numbers[3], dtype), number(numbers[6], dtype), number(numbers[7], dtype),
-        number(numbers[10], dtype), number(numbers[11], dtype), factor,
+        number_or_0(numbers[10], dtype), number_or_0(numbers[11], dtype), factor,
     )  # fmt: skip
 
 
