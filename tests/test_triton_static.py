@@ -152,3 +152,21 @@ def test_every_kernel_compiles_for_amd_without_spills(
         spills = re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", code)
         assert spills, "the assembly says how many"
         assert set(spills) == {"0"}, f"{kernel.name}, {kernel.src.signature}"
+
+
+# Each at the longest row that stays in registers beside it; together as they need most, in registers and in sweeps.
+OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dkd": (16384, {"divergence": "dkd"}),
+    "terms": (8192, {"divergence": "dkd", "label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 30.0}),
+    "metrics": (8192, {"return_metrics": True}),
+    "standardize": (4096, {"standardize": True}),
+    "together": (40000, {"divergence": "jsd", "label_smoothing": 0.1, "return_metrics": True, "standardize": True}),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_nor_do_options(compiled: Any, option: str) -> None:
+    vocab, settings = OPTIONS[option]
+    student, teacher, labels = batch(1, vocab, BF16)
+    kdfast.kd_loss(student.requires_grad_(), teacher, labels, temperature=3.7, **SETTINGS | settings)
+    assert_nothing_spills(compiled())

@@ -172,3 +172,11 @@ def test_in_place_nothing_of_the_logits_size_is_allocated(
     with gpu.kernels(capability):
         kdfast.kd_loss(student, teacher, labels, **SETTINGS)
     assert max(sizes) == ROWS * vocab, "the watch sees the gradient where one is made"
+
+
+@pytest.mark.parametrize("vocab", (8192, 50257))  # the longest that stays in registers with metrics; one in two sweeps
+def test_metrics_add_bytes_per_row_alone(capability: int, vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "SPLIT_ROWS", 0)  # rows of which metrics are wanted stay whole
+    without, measured = traffic(capability, vocab), traffic(capability, vocab, return_metrics=True)
+    added = sum(map(asked, measured)) - sum(map(asked, without))
+    assert 0 < added <= 1024 * ROWS

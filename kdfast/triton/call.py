@@ -1,5 +1,6 @@
 """One loss on the Triton kernels: its arguments in the kernels' order, and which kernels it takes."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,9 +8,10 @@ import triton
 from torch import Tensor
 
 from kdfast import reference
-from kdfast.arguments import Inputs, Settings
+from kdfast.arguments import Inputs, KDMetrics, Settings
+from kdfast.ops import new_metrics
 from kdfast.triton import autotune, launch, reductions, row_kernels
-from kdfast.triton.divergences import DIVERGENCES
+from kdfast.triton.divergences import DIVERGENCES, parts
 from kdfast.triton.matrices import aligned, arithmetic, bits, by_row, launching_on, matrix, readable, rows_of
 from kdfast.triton.spec import Spec
 
@@ -22,7 +24,7 @@ class Call:
         self.student, self.settings = readable(student), settings
         self.shape, self.rows, self.width = student.shape[:-1], rows_of(student), student.shape[-1]
         self.vocab = self.width if settings.vocab_size < 0 else settings.vocab_size
-        self.teachers = [readable(t) for t in inputs.teachers] if settings.alpha else []
+        self.teachers = [readable(t) for t in inputs.teachers] if settings.reads_teacher else []
         if len(self.teachers) > MOST_TEACHERS:
             raise ValueError(
                 f"teacher: {len(self.teachers)} teachers, but the Triton kernels take at most {MOST_TEACHERS}"
@@ -32,55 +34,64 @@ class Call:
         self.facts = launch.facts(student.device)
         self.read = [self.student, *self.teachers]
         self.spec = self._spec(inputs)
-        self.joined = 1 if self.spec.joint and self.teachers else len(self.teachers)
-        self.columns = len(reference.STATS) + 3 * max(0, self.joined - 1)
+        joined = 1 if self.spec.joint and self.teachers else len(self.teachers)
+        self.members = 0 if self.spec.teacher == "none" else joined
+        self.columns = len(reference.STATS) + 3 * max(0, self.members - 1)
         self.room = launch.room_for(self.spec, self.read)
         self.plan = launch.plan(self.vocab, self.read, self.facts.warp, self.room)
-        self.sweep = launch.sweep(self.vocab, self.read, self.facts.warp)
+        self.sweep = launch.sweep(self.vocab, self.read, self.facts.warp, self.room)
         self.segments, self.segment = (1, self.vocab)
-        if self.spec.linear and not self.plan.tiles:
+        spec = self.spec
+        if spec.linear and not (self.plan.tiles or spec.dkd or spec.standardize or spec.metrics or spec.smoothed):
             tile = self.sweep.lanes * self.sweep.vec
             self.segments, self.segment = launch.segments(self.rows, self.vocab, tile, self.facts)
 
         labels = None if inputs.labels is None else inputs.labels.reshape(-1).contiguous()
         columns = (inputs.weight, inputs.temperatures, inputs.teacher_temperatures)
         weight, temperatures, at = (None if c is None else by_row(c) for c in columns)
-        if self.spec.teacher in ("none", "difference"):
-            temperatures = None
-        self.per_row = [labels, weight, temperatures, at]
+        tempered = self.spec.divergence is not None or self.spec.metrics
+        self.per_row = [labels, weight, temperatures if tempered else None, at]
         scale, self.divisor, self.counted = self._divisor(inputs)
-        temperature = 1.0 if self.spec.divergence is None else settings.temperature
+        self.measured = self.losses.new_empty(len(KDMetrics._fields), self.rows) if settings.metrics else None
         numbers = (
-            temperature,
-            settings.teacher_temperature,
-            settings.alpha,
-            settings.hard_weight,
-            scale,
-            settings.beta,
-        )
+            settings.temperature if tempered else 1.0, settings.teacher_temperature, settings.alpha,
+            settings.hard_weight, scale, settings.beta, settings.label_smoothing, settings.z_loss,
+            settings.softcap or 1.0, settings.teacher_softcap or 1.0, *settings.dkd_weights,
+        )  # fmt: skip
         self.numbers = tuple(map(bits, (*numbers, *(settings.teacher_weights if self.teachers else ()))))
 
     def _spec(self, inputs: Inputs) -> Spec:
-        settings = self.settings
+        settings, labelled = self.settings, inputs.labels is not None
         several = len(self.teachers) > 1
-        divergence = None
-        if not self.teachers:
-            teacher = "none"
-        elif settings.divergence == "logit_mse":
-            teacher = "difference"
-        else:
+        difference = bool(self.teachers) and settings.divergence == "logit_mse"
+        divergence, teacher = None, "none"
+        if difference and settings.metrics:
+            teacher = "softmaxed"
+        elif self.teachers and not difference:
             divergence = DIVERGENCES[settings.divergence]
             mixed = several and settings.ensemble == "arithmetic"
             given = settings.target != "logits" and (mixed or not several)
             teacher = "given" if given else "softmaxed"
         joint = teacher != "softmaxed" or not several or settings.ensemble == "geometric"
-        linear = divergence is None or (divergence.phi is None and (joint or not divergence.log_p))
+        standardize = settings.standardize and (bool(self.teachers) or settings.metrics)
+        linear = divergence is None or (
+            divergence.phi is None and (joint or not (divergence.log_p or settings.metrics)) and not standardize
+        )
         t = settings.temperature
-        whole = inputs.temperatures is None and t in (1, 2, 3, 4)
-        power = 1 if divergence is None else int(t) if whole else 0
+        power = int(t) if inputs.temperatures is None and t in (1, 2, 3, 4) and not standardize else 0
+        if not (divergence or settings.metrics or standardize):
+            power = 1
         return Spec(
             arithmetic(self.student), teacher, divergence, linear, settings.target, joint,
-            inputs.labels is not None and settings.hard_weight != 0, power, settings.t_squared,
+            hard=(labelled and (settings.hard_weight != 0 or settings.metrics)) or settings.z_loss != 0,
+            power=power, t_squared=settings.t_squared,
+            parts=parts(divergence if linear else None, settings.metrics, joint and teacher != "none"),
+            soft=settings.alpha != 0, labelled=labelled and settings.hard_weight != 0, difference=difference,
+            dkd=bool(self.teachers) and settings.divergence == "dkd",
+            smoothed=labelled and settings.label_smoothing != 0 and (settings.hard_weight != 0 or settings.metrics),
+            z_loss=settings.z_loss != 0, softcap=settings.softcap != 0,
+            teacher_softcap=bool(self.teachers) and settings.teacher_softcap != 0,
+            standardize=standardize, metrics=settings.metrics,
         )  # fmt: skip
 
     def _divisor(self, inputs: Inputs) -> tuple[float, Tensor | None, bool]:
@@ -101,26 +112,27 @@ class Call:
 
     # ---- the operators ----
 
-    def loss_grad(self, output: Tensor) -> Tensor:
-        """The reduced loss; its gradient goes to `output`."""
+    def loss_grad(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The reduced loss and the metrics; the loss's gradient goes to `output`."""
         if not self.rows:
-            return self.losses.new_zeros(())
+            return self.losses.new_zeros(()), self._metrics()
         with launching_on(output):
             if self.segments > 1:
                 table = self.losses.new_empty(self.rows, self.columns)
                 loss = self._split_statistics(table, reduced=True)
                 self._grad(table, None, output)
-                return loss
+                return loss, self._metrics()
             self._count()
             self._rows(output, None, self.losses)
-            return self._reduced()
+            return self._reduced(), self._metrics()
 
-    def stats(self) -> tuple[Tensor, Tensor]:
-        """The loss under the reduction, and the row statistics, as far as the operator's table has room for them."""
+    def stats(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss under the reduction, the row statistics as far as the operator's table has room, the metrics."""
         table = self.losses.new_empty(self.rows, self.columns)
         scalar = self.settings.reduction != "none"
         if not self.rows:
-            return self.losses.new_zeros(() if scalar else self.shape), table[:, : len(reference.STATS)]
+            loss = self.losses.new_zeros(() if scalar else self.shape)
+            return loss, table[:, : len(reference.STATS)], self._metrics()
         with launching_on(self.losses):
             if self.segments > 1:
                 loss = self._split_statistics(table, scalar)
@@ -129,8 +141,9 @@ class Call:
                 if scalar:
                     self._count()
                     loss = self._reduced()
+            metrics = self._metrics()
         table = table[:, : len(reference.STATS)].contiguous()
-        return (loss if scalar else self.losses.view(self.shape)), table
+        return (loss if scalar else self.losses.view(self.shape)), table, metrics
 
     def grad(self, stats: Tensor, grad_loss: Tensor, output: Tensor) -> None:
         """The gradient from the statistics; from the logits alone where that reads no more, or the table lacks some."""
@@ -140,10 +153,26 @@ class Call:
         with launching_on(output):
             if self.settings.reduction == "mean":
                 self._count()
-            if self.plan.tiles or self.joined > 1:
+            if self.plan.tiles or self.members > 1 or self.spec.dkd or self.spec.standardize:
                 self._rows(output, grad_loss, None)
             else:
                 self._grad(stats, grad_loss, output)
+
+    def _metrics(self) -> Tensor:
+        """KDMetrics, of the rows or reduced over them; empty where they are not wanted."""
+        if self.measured is None:
+            return self.losses.new_empty(0)
+        if self.settings.reduction == "none":
+            return self.measured.view(-1, *self.shape)
+        metrics = new_metrics(self.student, self.settings)
+        if not self.rows:
+            return metrics.fill_(math.nan)
+        labels, weight = self.per_row[:2]
+        reductions.average[(1,)](
+            self.measured, labels, weight, metrics, self.rows, self.settings.ignore_index,
+            LANES=128, COUNT=len(metrics), dtype=self.spec.dtype, num_warps=128 // self.facts.warp,
+        )  # fmt: skip
+        return metrics
 
     def copy_back(self, student: Tensor) -> None:
         if self.student is not student:
@@ -152,12 +181,12 @@ class Call:
     # ---- the launches ----
 
     def _pointers(self, grad_loss: Tensor | None, losses: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (losses, *self.per_row, grad_loss, self.divisor)
+        return (losses, *self.per_row, grad_loss, self.divisor, self.measured)
 
     def _constants(self, plan: launch.Plan, output: Tensor | None) -> dict[str, Any]:
         places = aligned(self.student, [self.student if output is None else output, *self.teachers], plan.vec)
         return {
-            "members": self.joined, "LANES": plan.lanes, "VEC": plan.vec,
+            "members": self.members, "LANES": plan.lanes, "VEC": plan.vec,
             "SPEC": self.spec._replace(aligned=places), **plan.options(),
         }  # fmt: skip
 
@@ -221,7 +250,7 @@ class Call:
         reductions.join[(1,)](
             matrix(self.student), parts, table, loss if reduced else None, new_divisor,
             self._pointers(None, self.losses), self.numbers, self.rows, self.vocab,
-            self.settings.ignore_index, self.segments, members=self.joined, COLUMNS=self.columns,
+            self.settings.ignore_index, self.segments, members=self.members, COLUMNS=self.columns,
             WIDTH=triton.next_power_of_2(self.columns), ROWS=triton.next_power_of_2(self.rows),
             SEGMENTS=triton.next_power_of_2(self.segments), SPEC=self.spec,
             num_warps=128 // self.facts.warp,

@@ -31,6 +31,30 @@ def divergence(psi: Any, **others: Any) -> Divergence:
     return Divergence(psi, source="".join(getattr(f, "cache_key", "") for f in functions), **others)
 
 
+class Parts(NamedTuple):
+    """Functions of (p or q, log p, log q, beta) whose sums run along with pass A; metrics' come last."""
+
+    over_teacher: tuple[Any, ...] = ()
+    over_student: tuple[Any, ...] = ()
+    source: str = ""
+
+
+NO_PARTS = Parts()
+
+
+def parts(divergence: Divergence | None, metrics: bool, joint: bool) -> Parts:
+    """divergence: a linear one; joint: there is one p, and it is known beforehand."""
+    over_teacher, over_student = [], []
+    if divergence is not None:
+        over_teacher = [f for f in (divergence.over_teacher,) if f is not None]
+        over_student = [f for f in (divergence.over_student,) if f is not None]
+    if metrics:
+        over_teacher += [forward_kl, teacher_log] if joint else []
+        over_student += [student_log]
+    source = "".join(getattr(f, "cache_key", "") for f in (*over_teacher, *over_student))
+    return Parts(tuple(over_teacher), tuple(over_student), source)
+
+
 @triton.jit
 def masked(p, x):
     """p * x, but 0 where p is 0, whatever x is there."""
@@ -47,7 +71,8 @@ def log_ratio(a, b, difference):
         series = w * w * (series + 1.0 / (2 * (TERMS - k) + 1))
     far = tl.log2(a / b) * 0.6931471805599453
     ratio = tl.where(tl.abs(w) < 0.125, 2 * (w + w * series), far)  # 2 atanh(w)
-    return tl.where(b < 1e-37, 0, ratio)
+    NOTHING: tl.constexpr = 1e-300 if a.dtype == tl.float64 else 1e-37
+    return tl.where(b < NOTHING, 0, ratio)
 
 
 # ---- linear ones ----
@@ -106,6 +131,16 @@ def symmetric_psi(p, q, log_p, log_q, beta):
 @triton.jit
 def symmetric_psi_sum(teacher, student, mass, beta):
     return student + (1 - beta) - beta * mass
+
+
+@triton.jit
+def teacher_log(p, log_p, log_q, beta):
+    return masked(p, log_p)
+
+
+@triton.jit
+def student_log(q, log_p, log_q, beta):
+    return masked(q, log_q)
 
 
 # ---- those with a pass of their own ----
@@ -196,5 +231,6 @@ DIVERGENCES = {
     "skew_forward_kl": divergence(skew_forward_psi, phi=skew_forward_kl, constant=skew_forward_constant),
     "skew_reverse_kl": divergence(skew_reverse_psi, phi=skew_reverse_kl, constant=skew_reverse_constant),
     "tvd": divergence(tvd_psi, phi=tvd),
+    "dkd": divergence(forward_psi, over_teacher=forward_kl, psi_sum=forward_psi_sum),  # of the others; see dkd.py
     "hellinger": divergence(hellinger_psi, phi=hellinger, constant=hellinger_constant),
 }

@@ -45,10 +45,14 @@ class Room(NamedTuple):
     lanes: int
     bytes: int  # in each
     registers: int  # of each
+    sweeping: int = LONG_LANES  # threads for rows of which nothing is kept
 
 
 MOST_ROOM = Room(512, 256, 128)
 ROOM_BESIDE_ARITHMETIC = Room(256, 128, 255)
+ROOM_BESIDE_OPTIONS = Room(512, 128, 128)
+ROOM_BESIDE_MOMENTS = Room(256, 64, 255)
+LEAST_ROOM = Room(256, 64, 255, 128)
 NO_ROOM = Room(0, 0, 0)
 
 
@@ -89,19 +93,30 @@ def _facts(device: torch.device, number: int, warp: int, driver: Any) -> Facts:
 
 def room_for(spec: Spec, tensors: list[Tensor]) -> Room:
     """What the arithmetic leaves."""
+    much = (spec.metrics, spec.standardize)
+    more = (spec.softcap, spec.teacher_softcap, spec.dkd, not (spec.linear or spec.standardize), len(tensors) > 2)
+    least = any(much) and sum((*much, *more)) > 1
     if spec.dtype == tl.float64:
-        return NO_ROOM
+        return NO_ROOM._replace(sweeping=128) if any(much) or spec.softcap else NO_ROOM
+    if least:
+        return LEAST_ROOM
+    if spec.standardize:
+        return ROOM_BESIDE_MOMENTS
     plain = spec.teacher != "given" and len(tensors) <= 2 and tensors[0].dtype == tensors[-1].dtype
     carries_p = spec.divergence is None or (spec.linear and spec.divergence.over_student is None)
-    return MOST_ROOM if plain and carries_p else ROOM_BESIDE_ARITHMETIC
+    if not (plain and carries_p) or spec.metrics:
+        return ROOM_BESIDE_ARITHMETIC
+    terms = sum((spec.smoothed, spec.dkd, spec.softcap or spec.teacher_softcap))
+    return (MOST_ROOM, ROOM_BESIDE_OPTIONS, ROOM_BESIDE_ARITHMETIC, ROOM_BESIDE_ARITHMETIC)[terms]
 
 
 def vector(tensors: list[Tensor]) -> int:
     return 16 // min(t.element_size() for t in tensors)
 
 
-def _long_lanes(tensors: list[Tensor]) -> int:
-    return LONG_LANES if len(tensors) <= 4 else LONG_LANES // 2  # more registers for each, and more of them to load
+def _long_lanes(tensors: list[Tensor], room: Room) -> int:
+    few = len(tensors) <= 4  # else more registers for each, and more of them to load
+    return min(room.sweeping, LONG_LANES if few else LONG_LANES // 2)
 
 
 def plan(vocab: int, tensors: list[Tensor], warp: int, room: Room) -> Plan:
@@ -111,7 +126,7 @@ def plan(vocab: int, tensors: list[Tensor], warp: int, room: Room) -> Plan:
     most = room.bytes // (vec * sum(t.element_size() for t in tensors))
     most = 1 << most.bit_length() >> 1  # a power of 2, as threads are
     if vectors > room.lanes * most:
-        return _sweeping(_long_lanes(tensors), vec, warp)
+        return _sweeping(_long_lanes(tensors, room), vec, warp)
     lanes = min(room.lanes, max(warp, vectors // min(4, most)))
     return Plan(lanes, vec, triton.cdiv(vectors, lanes), lanes // warp, room.registers)
 
@@ -120,10 +135,10 @@ def _sweeping(lanes: int, vec: int, warp: int) -> Plan:
     return Plan(lanes, vec, 0, lanes // warp, min(255, 65536 // (2 * lanes)))  # for two programs a multiprocessor
 
 
-def sweep(vocab: int, tensors: list[Tensor], warp: int) -> Plan:
+def sweep(vocab: int, tensors: list[Tensor], warp: int, room: Room) -> Plan:
     """For rows, or segments, of which nothing is kept."""
     vec = vector(tensors)
-    lanes = min(_long_lanes(tensors), max(warp, triton.next_power_of_2(triton.cdiv(vocab, vec)) // 4))
+    lanes = min(_long_lanes(tensors, room), max(warp, triton.next_power_of_2(triton.cdiv(vocab, vec)) // 4))
     return _sweeping(lanes, vec, warp)
 
 

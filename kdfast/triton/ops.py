@@ -13,32 +13,33 @@ from kdfast.triton.matrices import aligned, arithmetic, bits, by_row, launching_
 from kdfast.triton.spec import Spec
 
 
-def loss_grad(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+def loss_grad(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(student, inputs, settings)
     grad = student.new_empty(student.shape)
-    return call.loss_grad(grad), grad
+    loss, metrics = call.loss_grad(grad)
+    return loss, grad, metrics
 
 
-def loss_grad_(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+def loss_grad_(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     call = Call(student, inputs, settings)
-    loss = call.loss_grad(call.student)
+    results = call.loss_grad(call.student)
     call.copy_back(student)
-    return loss
+    return results
 
 
-def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     return Call(student, inputs, settings).stats()
 
 
 def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    call = Call(student, inputs, settings)
+    call = Call(student, inputs, settings._replace(metrics=False))
     grad = student.new_empty(student.shape)
     call.grad(stats, grad_loss, grad)
     return grad
 
 
 def grad_(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> None:
-    call = Call(student, inputs, settings)
+    call = Call(student, inputs, settings._replace(metrics=False))
     call.grad(stats, grad_loss, call.student)
     call.copy_back(student)
 

@@ -7,9 +7,8 @@ import triton
 import triton.language as tl
 
 from kdfast.triton.row_passes import finish, linear_divergence
-from kdfast.triton.rows import number, term_factors, weights_of
+from kdfast.triton.rows import number, prepared, row_of, term_factors
 from kdfast.triton.statistics import merge, statistics_in, table_row
-from kdfast.triton.teachers import base2, teacher_slope
 from kdfast.triton.tiles import end_classes, head_of, load_body, row_start, row_value, store_body, widened
 
 RUN_TIME = ["student", "per_row", "numbers", "grad", "scale", "rows", "vocab", "width", "ignore_index", "segments"]
@@ -46,6 +45,25 @@ def reduce(losses, divisor, scale, loss, rows: tl.int32, LANES: tl.constexpr, dt
     tl.store(loss, _mean(tl.sum(total, 0), divisor, scale, dtype))
 
 
+@triton.jit(do_not_specialize=RUN_TIME)
+def average(
+    by_row, labels, weight, metrics, rows: tl.int32, ignore_index: tl.int64, LANES: tl.constexpr, COUNT: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
+    """KDMetrics from those of the rows, (COUNT, rows): weighted means over the rows kept; NaN where there are none."""
+    column = tl.arange(0, 8)[:, None]
+    total, sums = tl.zeros((LANES,), dtype), tl.zeros((8, LANES), dtype)
+    for first in range(0, rows, LANES):
+        at = first + tl.arange(0, LANES)
+        w = _weights(labels, weight, at, at < rows, ignore_index, dtype)
+        cells = (rows + tl.zeros((), tl.int64)) * column + at[None, :]
+        values = tl.load(by_row + cells, mask=(column < COUNT) & (at < rows)[None, :], other=0)
+        total += w
+        sums += tl.where((w != 0)[None, :], values * w[None, :], 0)
+    means = tl.sum(sums, 1) / tl.sum(total, 0)
+    tl.store(metrics + tl.arange(0, 8), means, mask=tl.arange(0, 8) < COUNT)
+
+
 @triton.jit
 def _mean(total, divisor, scale, dtype: tl.constexpr):
     by = number(scale, dtype)
@@ -75,21 +93,15 @@ def join(
     row = tl.minimum(at, rows - 1)
     t = _by_row(per_row[3], row, there, numbers[0], SPEC.dtype)
     t_teacher = _by_row(per_row[4], row, there, numbers[1], SPEC.dtype)
-    scalars = (
-        base2(t),
-        teacher_slope(t_teacher, SPEC),
-        t,
-        weights_of(numbers, SPEC.dtype),
-        number(numbers[5], SPEC.dtype),
-    )
+    scalars = row_of(t, t_teacher, numbers, None, SPEC)
 
     part = tl.arange(0, SEGMENTS)[:, None, None]
     column = tl.arange(0, WIDTH)
     cells = (row[None, :, None] * segments + part).to(tl.int64) * COLUMNS + column[None, None, :]
     nothing = tl.where(column <= 1, float("-inf"), 0)[None, None, :]
     lines = tl.load(parts + cells, mask=(part < segments) & (column < COLUMNS)[None, None, :], other=nothing)
-    statistics = merge(statistics_in(lines, members), scalars, SPEC)
-    line = table_row(statistics, statistics[0][1], tl.zeros((ROWS, WIDTH), SPEC.dtype), SPEC)
+    statistics = merge(statistics_in(lines, members, SPEC), scalars, SPEC)
+    line = table_row(statistics, statistics.student.total, tl.zeros((ROWS, WIDTH), SPEC.dtype), SPEC)
     tl.store(table + at[:, None] * COLUMNS + column[None, :], line, mask=there[:, None] & (column < COLUMNS)[None, :])
 
     label = tl.zeros((ROWS,), tl.int32)
@@ -100,11 +112,12 @@ def join(
         label = tl.where((wide >= 0) & (wide < vocab), wide, -1).to(tl.int32)
     if SPEC.hard:
         logit = tl.load(row_start(student, row) + label, mask=there & (label >= 0), other=0).to(SPEC.dtype)
-    sums = (logit, logit)
-    if SPEC.teacher == "softmaxed" or SPEC.teacher == "given":
-        sums = linear_divergence(statistics, scalars, SPEC)
+    sums = ((), ())
+    if SPEC.divergence is not None:
+        sums = (linear_divergence(statistics, scalars, SPEC), ())
     factors = term_factors(numbers, logit, SPEC)
-    each, unused = finish(statistics, sums, logit, scalars, factors, vocab.to(SPEC.dtype), SPEC)
+    at_label = prepared(logit, (), scalars, SPEC)
+    each, coefficients, none = finish(statistics, sums, at_label, scalars, factors, vocab.to(SPEC.dtype), SPEC)
     each = tl.where(kept != 0, tl.where(label >= 0, each, float("nan")) * kept, 0)
     tl.store(per_row[0] + at, each, mask=there)
     if loss is not None:

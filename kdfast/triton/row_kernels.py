@@ -12,8 +12,8 @@ flight fit into the L2, so launch.py bounds how many programs there are, each of
 
 Arguments of all of them: student, output and each of teachers is a matrix as tiles.py has it; per_row holds pointers,
 or None, to (losses, labels, weight, temperature, teacher_temperature, gradient of the losses) by row, and to the
-divisor; numbers are temperature, teacher_temperature, alpha, hard_weight, scale, beta and the teachers'
-weights, as rows.number says.
+divisor and the metrics, (7, rows); numbers are temperature, teacher_temperature, alpha, hard_weight, scale, beta,
+label_smoothing, z_loss, the two softcaps, the two of dkd and the teachers' weights, as rows.number says.
 
 A branch with a reduction in it makes the compiler provide for threads that part ways (at V = 32768 it spilled 96 bytes
 for that on sm_90). So a row that drops out is a row of no classes, and only arithmetic stands in branches.
@@ -22,18 +22,26 @@ for that on sm_90). So a row that drops out is a row of no classes, and only ari
 import triton
 import triton.language as tl
 
-from kdfast.triton.row_passes import add_divergence, finish, gradient, linear_divergence, scales_of
+from kdfast.triton import metrics
+from kdfast.triton.row_passes import add_divergence, finish, gradient, linear_divergence, no_sums, scales_of
 from kdfast.triton.rows import (
+    add_tiles,
     divergence_of,
     first_difference,
     gradient_factor,
     kept_row,
     label_and_divisor,
+    label_logits,
     load_ends,
     load_tiles,
+    no_moments,
+    prepared,
     row_scales,
     segment_of,
+    standardized_row,
+    standardizing,
     statistics_of,
+    sums_of_row,
     term_factors,
     widened_tiles,
     write_gradient,
@@ -47,8 +55,14 @@ SIZES = ["rows", "vocab", "width", "ignore_index", "segments", "segment"]
 
 
 @triton.jit
-def _add(a, b, c, d):
-    return a + c, b + d
+def store_row(per_row, index, rows, loss, values, kept, label, weight, vocab, SPEC: tl.constexpr):
+    """A row's loss and metrics."""
+    if per_row[0] is not None:
+        if per_row[1] is not None:
+            loss = tl.where(label >= 0, loss, float("nan"))
+        tl.store(per_row[0] + index, tl.where(kept, weight * loss, 0))
+    if SPEC.metrics:
+        metrics.write(per_row, index, rows, values, kept, label, vocab, SPEC)
 
 
 @triton.jit(do_not_specialize=MATRICES + SIZES)
@@ -60,22 +74,21 @@ def loss_grad_long(
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
         kept, label, weight = kept_row(per_row, index, ignore_index, vocab, 32, SPEC)
         n = tl.where(kept, vocab, 0)
-        row = row_scales(per_row, index, numbers, SPEC)
+        row = row_scales(per_row, index, numbers, label, SPEC)
         s, ts = row_start(student, index), row_starts(teachers, index, 0)
         logit, divisor = label_and_divisor(s, label, per_row[6], LANES, SPEC)
-        shift = first_difference(s, ts, row[3], SPEC)
+        row = standardized_row(s, ts, n, row, LANES, VEC, SPEC)
+        at_label = label_logits(logit, ts, row, SPEC)
+        shift = first_difference(s, ts, row, SPEC)
         statistics = statistics_of(s, ts, shift, n, row, members, LANES, VEC, SPEC)
-        scales = scales_of(statistics, row, SPEC)
+        scales = scales_of(statistics, at_label, row, SPEC)
         sums = divergence_of(s, ts, n, statistics, scales, row, LANES, VEC, SPEC)
         factor = gradient_factor(per_row, index, label, weight, numbers[4], divisor, SPEC)
         factors = term_factors(numbers, factor, SPEC)
-        loss, coefficients = finish(statistics, sums, logit, row, factors, vocab.to(SPEC.dtype), SPEC)
-        if per_row[0] is not None:
-            if per_row[1] is not None:
-                loss = tl.where(label >= 0, loss, float("nan"))
-            tl.store(per_row[0] + index, tl.where(kept, weight * loss, 0))
+        found = finish(statistics, sums, at_label, row, factors, vocab.to(SPEC.dtype), SPEC)
+        store_row(per_row, index, rows, found[0], found[2], kept, label, weight, vocab, SPEC)
         out = row_start(output, index)
-        write_gradient(s, ts, out, label, n, scales, coefficients, row, LANES, VEC, SPEC)
+        write_gradient(s, ts, out, n, scales, found[1], row, LANES, VEC, SPEC)
         zero(out + n, width - n, LANES, VEC)
 
 
@@ -88,7 +101,7 @@ def loss_grad_short(
     index = tl.program_id(0)
     kept, label, weight = kept_row(per_row, index, ignore_index, vocab, 32, SPEC)
     n = tl.where(kept, vocab, 0)
-    row = row_scales(per_row, index, numbers, SPEC)
+    row = row_scales(per_row, index, numbers, label, SPEC)
     s, ts = row_start(student, index), row_starts(teachers, index, 0)
     head = head_of(s, n, VEC)
     held = ()
@@ -97,43 +110,50 @@ def loss_grad_short(
     ends, there = end_classes(head, n, LANES, VEC)
     s_ends, t_ends = load_ends(s, ts, ends, there, SPEC)
     logit, divisor = label_and_divisor(s, label, per_row[6], LANES, SPEC)
-    statistics = no_statistics(members, first_difference(s, ts, row[3], SPEC), LANES, SPEC)
+    opaque = (rows < 0).to(tl.int32)
     classes = body_classes(LANES, VEC)
+    body = (n - head) // VEC * VEC
+    if SPEC.standardize:
+        s_raw, t_raw = prepared(s_ends, t_ends, row, SPEC)
+        moments = add_tiles(no_moments(ts, LANES, SPEC), s_raw, t_raw, there)
+        for i in tl.static_range(TILES):
+            s_tile, t_tiles = widened_tiles(s, ts, held[i], opaque, row, SPEC)
+            moments = add_tiles(moments, s_tile, t_tiles, i * (LANES * VEC) + classes < body)
+        row = standardizing(moments, row)
+    s_ends, t_ends = prepared(s_ends, t_ends, row, SPEC)
+    at_label = label_logits(logit, ts, row, SPEC)
+    statistics = no_statistics(members, first_difference(s, ts, row, SPEC), LANES, SPEC)
     if kept:
         for i in tl.static_range(TILES):
-            s_tile, t_tiles = widened_tiles(s, ts, held[i], 0, SPEC)
-            inside = i * (LANES * VEC) + classes < (n - head) // VEC * VEC
-            statistics = accumulate(statistics, s_tile, t_tiles, inside, row, SPEC)
-        statistics = accumulate(statistics, s_ends, t_ends, there, row, SPEC)
+            s_tile, t_tiles = widened_tiles(s, ts, held[i], 0, row, SPEC)
+            at = i * (LANES * VEC)
+            statistics = accumulate(statistics, s_tile, t_tiles, head + at + classes, at + classes < body, row, SPEC)
+        statistics = accumulate(statistics, s_ends, t_ends, ends, there, row, SPEC)
     statistics = merge(statistics, row, SPEC)
-    scales = scales_of(statistics, row, SPEC)
-    opaque = (rows < 0).to(tl.int32)
-    if SPEC.teacher == "none" or SPEC.teacher == "difference":
-        sums = (logit * 0, logit * 0)
+    scales = scales_of(statistics, at_label, row, SPEC)
+    if SPEC.divergence is None:
+        sums = ((), ())
     elif SPEC.linear:
-        sums = linear_divergence(statistics, row, SPEC)
+        sums = (linear_divergence(statistics, row, SPEC), ())
     else:
-        nothing = tl.zeros((LANES,), SPEC.dtype)
-        sums = add_divergence((nothing, nothing), s_ends, t_ends, scales, row, SPEC)
+        sums = add_divergence(no_sums(LANES, SPEC), s_ends, t_ends, ends, there, scales, row, SPEC)
         for i in tl.static_range(TILES):
-            s_tile, t_tiles = widened_tiles(s, ts, held[i], opaque, SPEC)
-            sums = add_divergence(sums, s_tile, t_tiles, scales, row, SPEC)
-        sums = tl.reduce(sums, 0, _add)
+            s_tile, t_tiles = widened_tiles(s, ts, held[i], opaque, row, SPEC)
+            at = i * (LANES * VEC)
+            sums = add_divergence(sums, s_tile, t_tiles, head + at + classes, at + classes < body, scales, row, SPEC)
+        sums = sums_of_row(sums, SPEC)
     factor = gradient_factor(per_row, index, label, weight, numbers[4], divisor, SPEC)
     factors = term_factors(numbers, factor, SPEC)
-    loss, coefficients = finish(statistics, sums, logit, row, factors, vocab.to(SPEC.dtype), SPEC)
-    if per_row[0] is not None:
-        if per_row[1] is not None:
-            loss = tl.where(label >= 0, loss, float("nan"))
-        tl.store(per_row[0] + index, tl.where(kept, weight * loss, 0))
+    found = finish(statistics, sums, at_label, row, factors, vocab.to(SPEC.dtype), SPEC)
+    store_row(per_row, index, rows, found[0], found[2], kept, label, weight, vocab, SPEC)
     out = row_start(output, index)
     if kept:
         for i in tl.static_range(TILES):
-            s_tile, t_tiles = widened_tiles(s, ts, held[i], opaque, SPEC)
+            s_tile, t_tiles = widened_tiles(s, ts, held[i], opaque, row, SPEC)
             at = i * (LANES * VEC)
-            g = gradient(s_tile, t_tiles, head + at + classes, label, scales, coefficients, row, SPEC)
+            g = gradient(s_tile, t_tiles, head + at + classes, scales, found[1], row, SPEC)
             store_body(out, head, at, n, g, SPEC.aligned[0])
-        g_ends = gradient(s_ends, t_ends, ends, label, scales, coefficients, row, SPEC)
+        g_ends = gradient(s_ends, t_ends, ends, scales, found[1], row, SPEC)
         tl.store(out + ends, g_ends.to(out.dtype.element_ty), mask=there)
     zero(out + n, width - n, LANES, VEC)
 
@@ -149,23 +169,25 @@ def stats(
     for unit in range(tl.program_id(0), rows * segments, tl.num_programs(0)):
         index = unit // segments
         kept, label, weight = kept_row(per_row, index, ignore_index, vocab, LANES, SPEC)
-        row = row_scales(per_row, index, numbers, SPEC)
+        row = row_scales(per_row, index, numbers, label, SPEC)
         s, ts = row_start(student, index), row_starts(teachers, index, 0)
         begin, end = segment_of(s, unit, segments, segment, vocab, kept, VEC)
-        shift = first_difference(s, ts, row[3], SPEC)
+        row = standardized_row(s, ts, end, row, LANES, VEC, SPEC)
+        shift = first_difference(s, ts, row, SPEC)
         parts = row_starts(teachers, index, begin)
         statistics = statistics_of(s + begin, parts, shift, end - begin, row, members, LANES, VEC, SPEC)
         psi_sum = tl.zeros((), SPEC.dtype)
         if not SPLIT:
             logit, one = label_and_divisor(s, label, None, LANES, SPEC)
-            scales = scales_of(statistics, row, SPEC)
+            at_label = label_logits(logit, ts, row, SPEC)
+            scales = scales_of(statistics, at_label, row, SPEC)
             sums = divergence_of(s, ts, end, statistics, scales, row, LANES, VEC, SPEC)
-            psi_sum = sums[1]
-            factors = term_factors(numbers, one, SPEC)
-            loss, unused = finish(statistics, sums, logit, row, factors, vocab.to(SPEC.dtype), SPEC)
-            if per_row[1] is not None:
-                loss = tl.where(label >= 0, loss, float("nan"))
-            tl.store(per_row[0] + index, tl.where(kept, weight * loss, 0))
+            if not SPEC.linear:
+                psi_sum = sums[0][1]
+            found = finish(
+                statistics, sums, at_label, row, term_factors(numbers, one, SPEC), vocab.to(SPEC.dtype), SPEC
+            )
+            store_row(per_row, index, rows, found[0], found[2], kept, label, weight, vocab, SPEC)
         line = table_row(statistics, psi_sum, tl.zeros((LANES,), SPEC.dtype), SPEC)
         lane = tl.arange(0, LANES)
         tl.store(table + (unit + tl.zeros((), tl.int64)) * COLUMNS + lane, line, mask=lane < COLUMNS)
@@ -181,27 +203,26 @@ def grad(
     unit = tl.program_id(0)
     index = unit // segments
     kept, label, weight = kept_row(per_row, index, ignore_index, vocab, LANES, SPEC)
-    row = row_scales(per_row, index, numbers, SPEC)
     s = row_start(student, index)
     begin, end = segment_of(s, unit, segments, segment, vocab, kept, VEC)
+    row = row_scales(per_row, index, numbers, label - begin, SPEC)
     lane = tl.arange(0, LANES)
     line = tl.load(table + (index + tl.zeros((), tl.int64)) * COLUMNS + lane, mask=lane < COLUMNS, other=0)
-    statistics = statistics_in(line, members)
-    scales = scales_of(statistics, row, SPEC)
-    if SPEC.teacher == "none" or SPEC.teacher == "difference":
-        sums = (statistics[0][1], statistics[0][1])
-    elif SPEC.linear:
-        sums = linear_divergence(statistics, row, SPEC)
-    else:
-        sums = (statistics[0][3], statistics[0][3])
+    statistics = statistics_in(line, members, SPEC)
     unused, divisor = label_and_divisor(s, tl.full((), -1, tl.int32), per_row[6], LANES, SPEC)
+    at_label = (unused, ())
+    scales = scales_of(statistics, at_label, row, SPEC)
+    if SPEC.divergence is None:
+        sums = ((), ())
+    elif SPEC.linear:
+        sums = (linear_divergence(statistics, row, SPEC), ())
+    else:
+        sums = ((statistics.student.parts[0], statistics.student.parts[0]), ())
     factor = gradient_factor(per_row, index, label, weight, numbers[4], divisor, SPEC)
-    factors = term_factors(numbers, factor, SPEC)
-    loss, coefficients = finish(statistics, sums, factor, row, factors, vocab.to(SPEC.dtype), SPEC)
+    found = finish(statistics, sums, at_label, row, term_factors(numbers, factor, SPEC), vocab.to(SPEC.dtype), SPEC)
     out = row_start(output, index)
     parts = row_starts(teachers, index, begin)
-    n = end - begin
-    write_gradient(s + begin, parts, out + begin, label - begin, n, scales, coefficients, row, LANES, VEC, SPEC)
+    write_gradient(s + begin, parts, out + begin, end - begin, scales, found[1], row, LANES, VEC, SPEC)
     # padding is the last segment's, and of a row that drops out all is the first one's
     writes_rest = unit % segments == tl.where(kept, segments - 1, 0)
     zero(out + end, tl.where(writes_rest, width - end, 0), LANES, VEC)

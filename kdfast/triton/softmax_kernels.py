@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from kdfast.triton.rows import by_row
-from kdfast.triton.spec import LN2, LOG2E
+from kdfast.triton.spec import LN2, LOG2E, Row
 from kdfast.triton.statistics import accumulate, exponent, finite, merge, no_statistics
 from kdfast.triton.teachers import base2
 from kdfast.triton.tiles import end_classes, head_of, load_body, row_start, row_starts, store_body, widened
@@ -53,7 +53,7 @@ def _nothing(LANES: tl.constexpr, BACKWARD: tl.constexpr, SPEC: tl.constexpr):
 def _add(sums, tiles, row, LOG: tl.constexpr, SPEC: tl.constexpr):
     """Forward: the logits' statistics; backward: the row's sum."""
     if len(tiles) == 1:
-        return accumulate(sums, tiles[0], (), None, row, SPEC)
+        return accumulate(sums, tiles[0], (), None, None, row, SPEC)
     elif LOG:
         return sums + tl.sum(tiles[1], 1)
     else:
@@ -70,24 +70,22 @@ def _join(sums, row, BACKWARD: tl.constexpr, SPEC: tl.constexpr):
 
 @triton.jit
 def _value(sums, tiles, row, LOG: tl.constexpr, SPEC: tl.constexpr):
-    slope, unused, temperature, none = row
     if len(tiles) == 1:
-        offset, total, hard = sums[0]
-        y = exponent(tiles[0], slope, finite(offset))
+        y = exponent(tiles[0], row.slope, finite(sums.student.offset))
         if LOG:
-            return (y - tl.log2(total)) * LN2
+            return (y - tl.log2(sums.student.total)) * LN2
         else:
-            return tl.exp2(y) * (1 / total)
+            return tl.exp2(y) * (1 / sums.student.total)
     elif LOG:
-        return (tiles[1] - tl.exp2(tiles[0] * LOG2E) * sums) * (1 / temperature)
+        return (tiles[1] - tl.exp2(tiles[0] * LOG2E) * sums) * (1 / row.temperature)
     else:
-        return tiles[0] * (tiles[1] - sums) * (1 / temperature)
+        return tiles[0] * (tiles[1] - sums) * (1 / row.temperature)
 
 
 @triton.jit
 def _row(temperatures, index, temperature, SPEC: tl.constexpr):
     t = by_row(temperatures, index, temperature, SPEC.dtype)
-    return base2(t), t, t, ()
+    return Row(base2(t), t, t, (), t, None, (), (), ())
 
 
 @triton.jit(do_not_specialize=RUN_TIME)

@@ -1,10 +1,10 @@
-"""What a kernel is compiled for beside dtypes and sizes, and the constants of its arithmetic."""
+"""What a kernel is compiled for beside dtypes and sizes, constants of its arithmetic, and its bundles of numbers."""
 
 from typing import Any, NamedTuple
 
 import triton.language as tl
 
-from kdfast.triton.divergences import Divergence
+from kdfast.triton.divergences import NO_PARTS, Divergence, Parts
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -12,14 +12,66 @@ INF = tl.constexpr(float("inf"))
 
 
 class Spec(NamedTuple):
+    """Whatever costs something is compiled in where it is used, and nowhere else."""
+
     dtype: Any  # of the arithmetic
-    # "none"; "softmaxed": one distribution or more; "given": probabilities as they are; "difference": logit_mse
-    teacher: str = "none"
+    teacher: str = "none"  # "none"; "softmaxed": one distribution or more; "given": probabilities as they are
     divergence: Divergence | None = None
     linear: bool = True  # the divergence's sums are taken along with the statistics, and not in a pass of their own
     target: str = "logits"  # what the teachers' tensors hold
     joint: bool = True  # "softmaxed": the weighted mean of the teachers is one distribution; else each has its own
-    hard: bool = False
+    hard: bool = False  # exps at temperature 1 are wanted
     power: int = 1  # exps at temperature 1 are this power of those at T; 0: they are taken by themselves
     t_squared: bool = True
+    parts: Parts = NO_PARTS  # the running sums
+    soft: bool = True  # the soft term is in the loss, and not in the metrics alone
+    labelled: bool = False  # the label's term is in the loss
+    difference: bool = False  # logit_mse
+    dkd: bool = False
+    smoothed: bool = False
+    z_loss: bool = False
+    softcap: bool = False
+    teacher_softcap: bool = False
+    standardize: bool = False
+    metrics: bool = False
     aligned: tuple[bool, ...] = ()  # of the output, then of the teachers: their vectors lie as the student's do
+
+
+class Row(NamedTuple):
+    """What a row's passes know beforehand."""
+
+    slope: Any  # log2(e) / T
+    teacher_slope: Any
+    temperature: Any
+    weights: Any  # the teachers'
+    beta: Any
+    label: Any
+    caps: Any  # (cap, 1 / cap) of the student, of the teachers
+    scaling: Any  # logits.Scaling of the student, () while it is not known
+    teacher_scalings: Any
+
+
+class Factors(NamedTuple):
+    """What a row's terms are multiplied by."""
+
+    alpha: Any
+    hard_weight: Any
+    smoothing: Any
+    z_loss: Any
+    target: Any  # dkd's two
+    others: Any
+    gradient: Any
+
+
+class Coefficients(NamedTuple):
+    """What the gradient's terms are multiplied by."""
+
+    soft: Any
+    psi_sum: Any
+    psi_scale: Any  # dkd's; and the soft and the hard term at its label
+    label_soft: Any
+    label_hard: Any
+    hard: Any
+    label: Any
+    everywhere: Any  # of label smoothing
+    spread: Any  # standardized: of what comes through the deviation

@@ -6,22 +6,44 @@ masked, and counted as 0 then):
     y_i = slope * s_i - o        Q_i = 2^y_i        q_i = Q_i / sum Q        the teacher's likewise
     hard term: exps at temperature 1 are Q_i^T for small whole T (SPEC.power), else taken by themselves
 
-The statistics of the student are (offset, sum Q, sum of exps at temperature 1, over_student), of each teacher that is
-softmaxed (offset, sum P, over_teacher), the last of each being a linear divergence's running sums. Each lane keeps
-those of its own classes and its own offset, which grows as larger logits come by. Lanes, tiles and segments of a row
-are joined by one rule: to bring sums from an old to a new offset, d = old - new,
+Each lane keeps the statistics of its own classes and its own offset, which grows as larger logits come by. Lanes, tiles
+and segments of a row are joined by one rule: to bring sums from an old to a new offset, d = old - new,
 
-    sum' = sum * 2^d            over_teacher' = (over_teacher + phi's part(sum P, d_teacher, d_student)) * 2^d_teacher
+    sum' = sum * 2^d            part' = (part + phi's part(sum P, d_teacher, d_student)) * 2^d_teacher
 
-`logit_mse` has other sums: of d_i = s_i - t_i - k and of d_i^2, with k the first class's difference: (k, sum, sum).
-A teacher's probabilities given as such have the offset 0.
+A teacher's probabilities given as such have the offset 0. dkd's exps are those of the classes that are not the label,
+which dkd.py adds. `logit_mse` has sums of d_i = s_i - t_i - k and of d_i^2, with k the first class's difference.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+from kdfast.triton import metrics
 from kdfast.triton.spec import INF, LOG2E
 from kdfast.triton.teachers import teacher_logits, teacher_probabilities
+
+
+class Student(NamedTuple):
+    offset: Any
+    total: Any  # sum Q
+    hard: Any  # of exps at temperature 1
+    parts: Any  # the running sums of SPEC.parts.over_student
+    smooth: Any  # for label smoothing: sum of log2 of exps at temperature 1, and of how many
+
+
+class Teacher(NamedTuple):
+    offset: Any
+    mass: Any  # sum P
+    parts: Any
+
+
+class Statistics(NamedTuple):
+    student: Any
+    teachers: Any  # one of each distribution
+    differences: Any  # logit_mse: k, sum d, sum d^2, standardized also sum d z
+    best: Any  # metrics: the student's metrics.Best, the teacher's
 
 
 @triton.jit
@@ -44,41 +66,50 @@ def exponent(x, slope, offset):
 
 @triton.jit
 def scaled(total, d):
-    """total * 2^d for a sum that may be infinite already, also where 2^d underflows."""
+    """total * 2^d for a sum that may be infinite already, also where 2^d underflows. Nor is it fused with a sum that
+    follows, which happens or not as threads divide the numbers."""
     return tl.where(tl.abs(total) == INF, total, total * tl.exp2(d))
 
 
 @triton.jit
-def hard_offset(offset, temperature):
-    return offset * temperature
-
-
-@triton.jit
-def hard_scaled(total, old, new, temperature, SPEC: tl.constexpr):
-    """The sum of exps at temperature 1, from one offset to another."""
-    POWER: tl.constexpr = SPEC.power
-    if POWER == 0:
-        factor = tl.exp2(hard_offset(old, temperature) - hard_offset(new, temperature))
+def hard_offset(offset, row, SPEC: tl.constexpr):
+    """The offset of exps at temperature 1: whole, for a product that the compiler fused with what it is subtracted
+    from would not be the rounded one that other exps had subtracted."""
+    if SPEC.power > 0:
+        return offset * SPEC.power
+    elif SPEC.standardize:
+        return tl.floor(offset * (row.temperature * row.scaling.d))
     else:
-        factor = tl.exp2(old - new)
-        once = factor
-        for _ in tl.static_range(1, POWER):
-            factor = factor * once
-    return total * factor
+        return tl.floor(offset * row.temperature)
 
 
 @triton.jit
-def hard_exponent(s, offset, temperature, SPEC: tl.constexpr):
-    """Where exps at temperature 1 are taken by themselves: log2 of one."""
-    return exponent(s, tl.full((), LOG2E, SPEC.dtype), hard_offset(offset, temperature))
+def hard_shift(old, new, row, SPEC: tl.constexpr):
+    """How far the old offset of exps at temperature 1 is above the new one."""
+    if SPEC.power > 0:
+        return (old - new) * SPEC.power
+    else:
+        return hard_offset(old, row, SPEC) - hard_offset(new, row, SPEC)
 
 
 @triton.jit
-def hard_exps(s, y, e, offset, temperature, SPEC: tl.constexpr):
+def hard_exponent(s, y, offset, row, SPEC: tl.constexpr):
+    """log2 of an exp at temperature 1, from the logit or from the exponent at T."""
+    if SPEC.power > 0:
+        return y * SPEC.power
+    else:
+        slope = tl.full((), LOG2E, SPEC.dtype)
+        if SPEC.standardize:
+            slope = slope * row.scaling.d
+        return exponent(s, slope, hard_offset(offset, row, SPEC))
+
+
+@triton.jit
+def hard_exps(s, y, e, offset, row, SPEC: tl.constexpr):
     """Exps at temperature 1, from the logits or from the exps at T."""
     POWER: tl.constexpr = SPEC.power
     if POWER == 0:
-        return tl.exp2(hard_exponent(s, offset, temperature, SPEC))
+        return tl.exp2(hard_exponent(s, y, offset, row, SPEC))
     else:
         power = e
         for _ in tl.static_range(1, POWER):
@@ -87,85 +118,116 @@ def hard_exps(s, y, e, offset, temperature, SPEC: tl.constexpr):
 
 
 @triton.jit
+def zeros_like(parts, nothing):
+    out = ()
+    for _ in tl.static_range(len(parts)):
+        out = out + (nothing,)
+    return out
+
+
+@triton.jit
 def no_statistics(members: tl.constexpr, shift, LANES: tl.constexpr, SPEC: tl.constexpr):
     """The statistics of no class at all."""
     nothing = tl.zeros((LANES,), SPEC.dtype)
-    offset = nothing if SPEC.teacher == "given" else nothing + shift if SPEC.teacher == "difference" else nothing - INF
     teachers = ()
     for _ in tl.static_range(members):
-        teachers = teachers + ((offset, nothing, nothing),)
-    return (nothing - INF, nothing, nothing, nothing), teachers
-
-
-@triton.constexpr_function
-def has_over_student(spec):
-    """Whether there is a running sum over the student's exps."""
-    return spec.teacher in ("softmaxed", "given") and spec.linear and spec.divergence.over_student is not None
-
-
-@triton.jit
-def moved_running(over_teacher, over_student, mass, total, dt, ds, beta, SPEC: tl.constexpr):
-    """The running sums, from one pair of offsets to another."""
-    if SPEC.linear:
-        if SPEC.divergence.over_teacher is not None:
-            over_teacher = scaled(over_teacher + SPEC.divergence.over_teacher(mass, dt, ds, beta), dt)
-        if SPEC.divergence.over_student is not None:
-            over_student = scaled(over_student + SPEC.divergence.over_student(total, dt, ds, beta), ds)
-    return over_teacher, over_student
+        offset = nothing if SPEC.teacher == "given" else nothing - INF
+        teachers = teachers + (Teacher(offset, nothing, zeros_like(SPEC.parts.over_teacher, nothing)),)
+    smooth, differences, best = (), (), ()
+    if SPEC.smoothed:
+        smooth = (nothing, nothing)
+    if SPEC.difference:
+        differences = (nothing + shift, nothing, nothing)
+        if SPEC.standardize:
+            differences = differences + (nothing,)
+    if SPEC.metrics:
+        best = (metrics.no_best(LANES, SPEC), metrics.no_best(LANES, SPEC))
+    student = Student(nothing - INF, nothing, nothing, zeros_like(SPEC.parts.over_student, nothing), smooth)
+    return Statistics(student, teachers, differences, best)
 
 
 @triton.jit
-def add_running(over_teacher, over_student, p, e, teacher_y, y, beta, SPEC: tl.constexpr):
-    if SPEC.linear:
-        if SPEC.divergence.over_teacher is not None:
-            over_teacher += tl.sum(SPEC.divergence.over_teacher(p, teacher_y, y, beta), 1)
-        if SPEC.divergence.over_student is not None:
-            over_student += tl.sum(SPEC.divergence.over_student(e, teacher_y, y, beta), 1)
-    return over_teacher, over_student
-
-
-@triton.jit
-def accumulate(statistics, s, tiles, there, row, SPEC: tl.constexpr):
-    """The statistics of each lane, (lanes,), with a tile, (lanes, n), added."""
-    slope, teacher_slope, temperature, weights, beta = row
-    student, teachers = statistics
-    offset, total, hard, over_student = student
-    higher = tl.maximum(offset, tl.max(s, 1) * slope)
-    new = finite(higher)
-    old = before(offset, new)
-    ds = old - new
-    y = exponent(s, slope, new[:, None])
-    e = tl.exp2(y)
-    moved = total * tl.exp2(ds) + tl.sum(e, 1)
-    if SPEC.hard:
-        hard = hard_scaled(hard, old, new, temperature, SPEC)
-        hard += tl.sum(hard_exps(s, y, e, new[:, None], temperature, SPEC), 1)
+def moved(parts, functions: tl.constexpr, total, d, dt, ds, beta):
+    """Running sums, from one offset, d above the new one, to another."""
     out = ()
+    for k in tl.static_range(len(parts)):
+        out = out + (scaled(parts[k] + functions[k](total, dt, ds, beta), d),)
+    return out
+
+
+@triton.jit
+def added(parts, functions: tl.constexpr, p, log_p, log_q, beta):
+    out = ()
+    for k in tl.static_range(len(parts)):
+        out = out + (parts[k] + tl.sum(functions[k](p, log_p, log_q, beta), 1),)
+    return out
+
+
+@triton.jit
+def without_label(x, nothing, classes, row, SPEC: tl.constexpr):
+    return tl.where(classes == row.label, nothing, x) if SPEC.dkd else x
+
+
+@triton.jit
+def accumulate(statistics, s, tiles, classes, there, row, SPEC: tl.constexpr):
+    """The statistics of each lane, (lanes,), with a tile, (lanes, n), added."""
+    student, teachers, differences, best = statistics
+    if SPEC.metrics:
+        best = metrics.add_best(best, s, tiles, classes, there, row, SPEC)
+    if SPEC.difference:
+        difference = s - teacher_logits(tiles, row.weights, SPEC)[0]
+        d = tl.where(there, difference - differences[0][:, None], 0)
+        sums = (differences[0], differences[1] + tl.sum(d, 1), differences[2] + tl.sum(d * d, 1))
+        if SPEC.standardize:
+            sums = sums + (differences[3] + tl.sum(tl.where(there, d * s, 0), 1),)
+        differences = sums
+
+    s = without_label(s, float("-inf"), classes, row, SPEC)
+    higher = tl.maximum(student.offset, tl.max(s, 1) * row.slope)
+    new = finite(higher)
+    old = before(student.offset, new)
+    ds = old - new
+    y = exponent(s, row.slope, new[:, None])
+    e = tl.exp2(y)
+    total = student.total * tl.exp2(ds) + tl.sum(e, 1)
+    hard, smooth = student.hard, student.smooth
+    if SPEC.hard:
+        hard = hard * tl.exp2(hard_shift(old, new, row, SPEC)) + tl.sum(hard_exps(s, y, e, new[:, None], row, SPEC), 1)
+    if SPEC.smoothed:
+        real = there & (classes != row.label) if SPEC.dkd else there
+        moved_by = hard_shift(old, new, row, SPEC)
+        y_hard = tl.where(real, hard_exponent(s, y, new[:, None], row, SPEC), 0)
+        smooth = (
+            smooth[0] + smooth[1] * moved_by + tl.sum(y_hard, 1),
+            smooth[1] + tl.sum(real.to(SPEC.dtype), 1),
+        )
+
+    out = ()
+    dt, log_p = ds, y
     if SPEC.teacher == "given":
-        p, log_p = teacher_probabilities(tiles, weights, SPEC)
-        zero, mass, over_teacher = teachers[0]
-        over_teacher, over_student = moved_running(over_teacher, over_student, mass, total, zero, ds, beta, SPEC)
-        over_teacher, over_student = add_running(over_teacher, over_student, p, e, log_p, y, beta, SPEC)
-        out = ((zero, mass + tl.sum(p, 1), over_teacher),)
-    elif SPEC.teacher == "difference":
-        shift, first, second = teachers[0]
-        logits = teacher_logits(tiles, weights, SPEC)
-        d = tl.where(there, s - logits[0] - shift[:, None], 0)
-        out = ((shift, first + tl.sum(d, 1), second + tl.sum(d * d, 1)),)
+        p, log_p = teacher_probabilities(tiles, row.weights, SPEC)
+        p = without_label(p, 0, classes, row, SPEC)
+        teacher = teachers[0]
+        dt = teacher.offset
+        parts = moved(teacher.parts, SPEC.parts.over_teacher, teacher.mass, dt, dt, ds, row.beta)
+        parts = added(parts, SPEC.parts.over_teacher, p, log_p, y, row.beta)
+        out = (Teacher(teacher.offset, teacher.mass + tl.sum(p, 1), parts),)
     elif SPEC.teacher == "softmaxed":
-        logits = teacher_logits(tiles, weights, SPEC)
+        logits = teacher_logits(tiles, row.weights, SPEC)
         for k in tl.static_range(len(logits)):
-            t = logits[k]
-            teacher_offset, mass, over_teacher = teachers[k]
-            teacher_higher = tl.maximum(teacher_offset, tl.max(t, 1) * teacher_slope)
+            t = without_label(logits[k], float("-inf"), classes, row, SPEC)
+            teacher = teachers[k]
+            teacher_higher = tl.maximum(teacher.offset, tl.max(t, 1) * row.teacher_slope)
             base = finite(teacher_higher)
-            dt = before(teacher_offset, base) - base
-            teacher_y = exponent(t, teacher_slope, base[:, None])
-            p = tl.exp2(teacher_y)
-            over_teacher, over_student = moved_running(over_teacher, over_student, mass, total, dt, ds, beta, SPEC)
-            over_teacher, over_student = add_running(over_teacher, over_student, p, e, teacher_y, y, beta, SPEC)
-            out = out + ((teacher_higher, mass * tl.exp2(dt) + tl.sum(p, 1), over_teacher),)
-    return (higher, moved, hard, over_student), out
+            dt = before(teacher.offset, base) - base
+            log_p = exponent(t, row.teacher_slope, base[:, None])
+            p = tl.exp2(log_p)
+            parts = moved(teacher.parts, SPEC.parts.over_teacher, teacher.mass, dt, dt, ds, row.beta)
+            parts = added(parts, SPEC.parts.over_teacher, p, log_p, y, row.beta)
+            out = out + (Teacher(teacher_higher, teacher.mass * tl.exp2(dt) + tl.sum(p, 1), parts),)
+    parts = moved(student.parts, SPEC.parts.over_student, student.total, ds, dt, ds, row.beta)
+    parts = added(parts, SPEC.parts.over_student, e, log_p, y, row.beta)
+    return Statistics(Student(higher, total, hard, parts, smooth), out, differences, best)
 
 
 @triton.jit
@@ -178,41 +240,78 @@ def _pair(a, b, c, d):
     return a + c, b + d
 
 
+@triton.constexpr_function
+def _log2(n):
+    return int(n).bit_length() - 1
+
+
+@triton.jit
+def _pair_sums(a, b):
+    """Over the first axis; of segments of several rows by halves, or the number of rows would decide on the order."""
+    if len(a.shape) > 1:
+        SEGMENTS: tl.constexpr = a.shape[0]
+        ROWS: tl.constexpr = a.shape[1]
+        HALVINGS: tl.constexpr = _log2(SEGMENTS)
+        for k in tl.static_range(HALVINGS):
+            a = tl.reshape(a, 2, SEGMENTS >> (k + 1), ROWS)
+            b = tl.reshape(b, 2, SEGMENTS >> (k + 1), ROWS)
+            a, b = tl.reduce((a, b), 0, _pair)
+        return tl.reshape(a, ROWS), tl.reshape(b, ROWS)
+    else:
+        return tl.reduce((a, b), 0, _pair)
+
+
+@triton.jit
+def sums_of(values):
+    """Sums over the first axis, two at a time."""
+    out = ()
+    for k in tl.static_range(0, len(values), 2):
+        if k + 1 < len(values):
+            out = out + _pair_sums(values[k], values[k + 1])
+        else:
+            out = out + (_pair_sums(values[k], values[k])[0],)
+    return out
+
+
 @triton.jit
 def merge(statistics, row, SPEC: tl.constexpr):
     """Statistics of lanes, or of segments, (n,), joined to those of the row."""
-    slope, teacher_slope, temperature, weights, beta = row
-    student, teachers = statistics
-    offset, total, hard, over_student = student
-    out = ()
+    student, teachers, differences, best = statistics
     if SPEC.teacher == "softmaxed":
-        highest, first_highest = tl.reduce((offset, teachers[0][0]), 0, _largest)
+        highest, first_highest = tl.reduce((student.offset, teachers[0].offset), 0, _largest)
     else:
-        highest = tl.max(offset, 0)
+        highest = tl.max(student.offset, 0)
     new = finite(highest)
-    old = before(offset, new)
+    old = before(student.offset, new)
     ds = old - new
+    hard = student.hard
     if SPEC.hard:
-        hard = hard_scaled(hard, old, new, temperature, SPEC)
-    total_sum, hard_sum = tl.reduce((total * tl.exp2(ds), hard), 0, _pair)
+        hard = scaled(hard, hard_shift(old, new, row, SPEC))
+    out = ()
+    dt = ds
     for k in tl.static_range(len(teachers)):
-        teacher_offset, mass, over_teacher = teachers[k]
+        teacher = teachers[k]
         if SPEC.teacher == "softmaxed":
-            teacher_highest = first_highest if k == 0 else tl.max(teacher_offset, 0)
+            teacher_highest = first_highest if k == 0 else tl.max(teacher.offset, 0)
             base = finite(teacher_highest)
-            dt = before(teacher_offset, base) - base
-            over_teacher, over_student = moved_running(over_teacher, over_student, mass, total, dt, ds, beta, SPEC)
-            mass = mass * tl.exp2(dt)
+            dt = before(teacher.offset, base) - base
+            mass = scaled(teacher.mass, dt)
         else:
-            teacher_highest = tl.max(teacher_offset, 0)
-            if SPEC.teacher == "given":
-                over_teacher, over_student = moved_running(
-                    over_teacher, over_student, mass, total, teacher_offset, ds, beta, SPEC
-                )
-        mass_sum, running_sum = tl.reduce((mass, over_teacher), 0, _pair)
-        out = out + ((teacher_highest, mass_sum, running_sum),)
-    over_student = tl.sum(over_student, 0) if has_over_student(SPEC) else total_sum * 0
-    return (highest, total_sum, hard_sum, over_student), out
+            teacher_highest, dt, mass = tl.max(teacher.offset, 0), teacher.offset, teacher.mass
+        parts = moved(teacher.parts, SPEC.parts.over_teacher, teacher.mass, dt, dt, ds, row.beta)
+        sums = sums_of((mass,) + parts)
+        out = out + (Teacher(teacher_highest, sums[0], sums[1:]),)
+    parts = moved(student.parts, SPEC.parts.over_student, student.total, ds, dt, ds, row.beta)
+    sums = sums_of((scaled(student.total, ds), hard) + parts)
+    smooth = student.smooth
+    if SPEC.smoothed:
+        moved_by = hard_shift(old, new, row, SPEC)
+        smooth = sums_of((smooth[0] + smooth[1] * moved_by, smooth[1]))
+    if SPEC.difference:
+        differences = (tl.max(differences[0], 0),) + sums_of(differences[1:])
+    if SPEC.metrics:
+        best = (metrics.best_of(best[0]), metrics.best_of(best[1]))
+    return Statistics(Student(highest, sums[0], sums[1], sums[2:], smooth), out, differences, best)
 
 
 # ---- statistics in memory: a row of a table, in the order of reference.STATS, then the further teachers' ----
@@ -226,13 +325,21 @@ def _column(row, at: tl.constexpr):
 
 
 @triton.jit
-def statistics_in(row, members: tl.constexpr):
-    teachers = ()
+def statistics_in(row, members: tl.constexpr, SPEC: tl.constexpr):
+    teachers, differences, smooth = (), (), ()
     for k in tl.static_range(members):
         offset = _column(row, 1 if k == 0 else 4 + 3 * k)
         mass = _column(row, 3 if k == 0 else 5 + 3 * k)
-        teachers = teachers + ((offset, mass, _column(row, 5 if k == 0 else 6 + 3 * k)),)
-    return (_column(row, 0), _column(row, 2), _column(row, 4), _column(row, 6)), teachers
+        parts = (_column(row, 5 if k == 0 else 6 + 3 * k),)
+        teachers = teachers + (Teacher(offset, mass, parts[: len(SPEC.parts.over_teacher)]),)
+    if SPEC.difference:
+        differences = (_column(row, 1), _column(row, 3), _column(row, 5))
+    last = _column(row, 6)
+    if SPEC.smoothed:
+        smooth = (last * 0, last * 0)  # which a gradient has no need of
+    parts = (last,) if len(SPEC.parts.over_student) > 0 or not SPEC.linear else ()
+    student = Student(_column(row, 0), _column(row, 2), _column(row, 4), parts, smooth)
+    return Statistics(student, teachers, differences, ())
 
 
 @triton.jit
@@ -246,14 +353,21 @@ def _with_column(row, at: tl.constexpr, value):
 @triton.jit
 def table_row(statistics, psi_sum, row, SPEC: tl.constexpr):
     """The statistics laid into zeros, (..., COLUMNS). psi_sum stands where the divergence has no running sums."""
-    student, teachers = statistics
-    row = _with_column(row, 0, student[0])
-    row = _with_column(row, 2, student[1])
-    row = _with_column(row, 4, student[2])
-    row = _with_column(row, 6, student[3] if SPEC.linear else psi_sum)
+    student, teachers, differences, best = statistics
+    row = _with_column(row, 0, student.offset)
+    row = _with_column(row, 2, student.total)
+    row = _with_column(row, 4, student.hard)
+    if not SPEC.linear:
+        row = _with_column(row, 6, psi_sum)
+    elif len(student.parts) > 0:
+        row = _with_column(row, 6, student.parts[0])
     for k in tl.static_range(len(teachers)):
-        offset, mass, over_teacher = teachers[k]
-        row = _with_column(row, 1 if k == 0 else 4 + 3 * k, offset)
-        row = _with_column(row, 3 if k == 0 else 5 + 3 * k, mass)
-        row = _with_column(row, 5 if k == 0 else 6 + 3 * k, over_teacher)
+        row = _with_column(row, 1 if k == 0 else 4 + 3 * k, teachers[k].offset)
+        row = _with_column(row, 3 if k == 0 else 5 + 3 * k, teachers[k].mass)
+        if len(SPEC.parts.over_teacher) > 0:
+            row = _with_column(row, 5 if k == 0 else 6 + 3 * k, teachers[k].parts[0])
+    if SPEC.difference:
+        row = _with_column(row, 1, differences[0])
+        row = _with_column(row, 3, differences[1])
+        row = _with_column(row, 5, differences[2])
     return row

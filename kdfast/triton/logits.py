@@ -1,0 +1,103 @@
+"""Logits as the terms see them: soft-capped, then standardized. A class that is masked, or not there, stays at -inf.
+
+softcap        s' = c tanh(s / c)                   ds'/ds = 1 - (s' / c)^2
+standardize    z = (s' - mean) / d, d = 1e-7 + sd   sd^2 = sum (s' - mean)^2 / (V - 1)
+its gradient   dl/ds'_i = g_i / d - z_i G / ((V - 1) sd), with g = dl/dz, whose sum is 0, and G = sum g_j z_j
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from kdfast.triton.spec import INF, LOG2E
+
+
+class Scaling(NamedTuple):
+    mean: Any
+    inverse: Any  # 1 / d
+    d: Any
+    spread: Any  # 1 / ((V - 1) sd); 0 where all logits are equal
+
+
+@triton.jit
+def tanh(x):
+    """To within 2 ulp: polynomials near 0 (Moshier's Cephes), where the other form cancels."""
+    z = x * x
+    far = 1 - 2 / (tl.exp2(tl.abs(x) * (2 * LOG2E)) + 1)
+    if x.dtype == tl.float64:
+        top = (z * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * z - 1.61468768441708447952e3
+        bottom = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3
+        series = top / bottom
+    else:
+        series = ((z * -5.70498872745e-3 + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
+        series = series * z - 3.33332819422e-1
+    return tl.where(tl.abs(x) < 0.625, x + x * z * series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def capped(x, cap):
+    return tl.where(x == -INF, x, cap[0] * tanh(x * cap[1]))
+
+
+@triton.jit
+def capped_slope(s, row, SPEC: tl.constexpr):
+    """ds'/ds from what student_logits gave."""
+    if SPEC.standardize:
+        s = s * row.scaling.d + row.scaling.mean
+    x = s * row.caps[0][1]
+    return tl.where(x == -INF, 0, (1 - x) * (1 + x))
+
+
+@triton.jit
+def scaled_by(x, scaling):
+    return (x - scaling.mean) * scaling.inverse
+
+
+@triton.jit
+def student_logits(s, row, SPEC: tl.constexpr):
+    if SPEC.softcap:
+        s = capped(s, row.caps[0])
+    if SPEC.standardize and len(row.scaling) > 0:
+        s = scaled_by(s, row.scaling)
+    return s
+
+
+@triton.jit
+def teacher_tile(t, k: tl.constexpr, row, SPEC: tl.constexpr):
+    if SPEC.teacher_softcap:
+        t = capped(t, row.caps[1])
+    if SPEC.standardize and len(row.teacher_scalings) > 0:
+        t = scaled_by(t, row.teacher_scalings[k])
+    return t
+
+
+# ---- moments: (count, mean, sum of squares about it) of each lane, joined as Chan et al. (1979) do: sums about one
+# number for all would lose digits where that is far off, and equal logits must have a deviation of exactly 0 ----
+
+
+@triton.jit
+def joined(count_a, mean_a, squares_a, count_b, mean_b, squares_b):
+    count = count_a + count_b
+    d = mean_b - mean_a
+    share = count_b / tl.maximum(count, 1)
+    return count, mean_a + d * share, squares_a + squares_b + d * d * (count_a * share)
+
+
+@triton.jit
+def add_moments(moments, x, there):
+    """x, there: (lanes, n)."""
+    count, mean, squares = moments
+    n = tl.sum(there.to(x.dtype), 1)
+    mean_x = tl.sum(tl.where(there, x, 0), 1) / tl.maximum(n, 1)
+    d = tl.where(there, x - mean_x[:, None], 0)
+    return joined(count, mean, squares, n, mean_x, tl.sum(d * d, 1))
+
+
+@triton.jit
+def scaling_of(moments):
+    count, mean, squares = tl.reduce(moments, 0, joined)
+    freedom = tl.maximum(count - 1, 1)
+    deviation = tl.sqrt(squares / freedom)
+    d = deviation + 1e-7
+    return Scaling(mean, 1 / d, d, tl.where(deviation == 0, 0, 1 / (freedom * deviation)))
