@@ -63,6 +63,7 @@ def judge(
             return
         with torch.no_grad():
             loss = kdfast.kd_loss(student, teacher, labels, backend=backend, **settings | {"inplace": False})
+            loss = loss[0] if settings.get("return_metrics") else loss
         truth.judge_sum("loss alone", loss, scale)
     # coefficients of both signs, exact in every dtype
     factor = (1.5 - torch.arange(truth.loss.numel(), device="cpu") % 4).reshape(truth.loss.shape).to(truth.kind)

