@@ -20,8 +20,9 @@ F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float6
 # What a backend is asked for by name; one that is not usable here is skipped with its own reason.
 BACKENDS = ("reference", "cpu", "triton")
 
-DIVERGENCES = (*divergences.DIVERGENCES, "logit_mse")
+DIVERGENCES = (*divergences.DIVERGENCES, "dkd", "logit_mse")
 # One of each way that kernels take sums: along with the teacher's exps, with both sides', in their own pass, no exps.
+# dkd's, along with both sides' but for the label's, have rows and limits of their own in test_options and test_limits.
 KINDS = ("cross_entropy", "symmetric_kl", "jsd", "logit_mse")
 TARGETS = ("logits", "probs", "log_probs")
 ENSEMBLES = ("arithmetic", "geometric")
@@ -113,6 +114,11 @@ def batch(
     student = scale * (0.7 * noise[0] + 0.7 * noise[1]) + offset
     labels = torch.randint(vocab, (rows,), generator=generator, device="cpu")
     return Batch(*here((student.to(dtype), teacher.to(teacher_dtype or dtype), labels)))
+
+
+def labels_for(divergence: str, labels: Tensor, wanted: bool = False) -> Tensor | None:
+    """The labels where they are wanted; elsewhere none, but for the divergence that cannot do without."""
+    return labels if wanted or divergence == "dkd" else None
 
 
 def moved(value: Any, device: torch.device | str) -> Any:

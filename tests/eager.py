@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast.divergences import settled
+
 DEFAULTS: dict[str, Any] = {
     "temperature": 1.0,
     "teacher_temperature": None,
@@ -17,6 +19,12 @@ DEFAULTS: dict[str, Any] = {
     "t_squared": True,
     "teacher_weights": None,
     "ensemble": "arithmetic",
+    "label_smoothing": 0.0,
+    "z_loss": 0.0,
+    "softcap": None,
+    "teacher_softcap": None,
+    "standardize": False,
+    "dkd_weights": (1.0, 8.0),
 }
 
 
@@ -25,52 +33,170 @@ def eager(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses (...), unweighted; A (...) and A_i (..., V) of judge.py for arithmetic in `kind`, in its eps."""
     o = options | {"smallest": torch.finfo(kind).tiny / torch.finfo(kind).eps, "kind": kind}
+    o["divergence"], o["beta"] = settled(o["divergence"], o["beta"])
     alpha = (1.0 if labels is None else 0.9) if o["alpha"] is None else o["alpha"]
     hard = (1.0 - alpha) if o["hard_weight"] is None else o["hard_weight"]
-    parts = []
-    if alpha and o["divergence"] == "logit_mse":
-        parts.append([alpha * x for x in _logit_mse(s, weighted_mean(teachers, o["teacher_weights"]))])
-    elif alpha:
-        parts.append([alpha * x for x in _soft(s, teachers, o)])
-    if labels is not None and hard:
-        parts.append([hard * x for x in _hard(s, labels, o)])
-    parts = parts or [[0 * s[..., 0], 0 * s[..., 0], 0 * s]]
+    # of ignored rows any label: their weight is 0
+    index = None if labels is None else labels.clamp(0, s.shape[-1] - 1).unsqueeze(-1)
+    capped = softcapped(s, o["softcap"])
+    parts = [[0 * s[..., 0], 0 * s[..., 0], torch.zeros_like(s)]]
+    if alpha:
+        student, z = capped, [softcapped(t, o["teacher_softcap"]) for t in teachers]
+        if o["standardize"]:
+            student, z = standardized(capped), [standardized(t) for t in z]
+        if o["divergence"] == "logit_mse":
+            loss, loss_off, grad_off = _logit_mse(student, weighted_logits(z, o["teacher_weights"]))
+        else:
+            loss, loss_off, grad_off = _soft(student, z, index, o)
+        if o["standardize"]:
+            grad_off = _through_standardization(grad_off, capped)
+        parts.append([alpha * x for x in (loss, loss_off, grad_off)])
+    if index is not None and hard:
+        parts.append([hard * x for x in _hard(capped, index, o)])
+    if o["z_loss"]:
+        parts.append([o["z_loss"] * x for x in _z_loss(capped, o)])
     loss, loss_off, grad_off = (sum(x) for x in zip(*parts, strict=True))
+    if o["softcap"]:
+        grad_off = _through_softcap(grad_off, s, o["softcap"])
     return loss, loss_off.detach(), grad_off.detach()
 
 
-def _soft(s: Tensor, teachers: list[Tensor], o: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    T, at = temperatures(s, o)
-    p, log_p = mixture(teachers, at, o)
-    log_q = F.log_softmax(s / T, -1)
-    q = log_q.exp()
-    p_off, q_off = _off(p, log_p, o), _off(q, log_q, o)
-    phi, phi_off, psi_size, psi_off = _DIVERGENCES[o["divergence"]](Pair(p, q, log_p, log_q, p_off, q_off, o))
-    loss, loss_off = phi.sum(-1, True), phi_off.sum(-1, True)
-    grad_off = psi_off + q_off * psi_size.sum(-1, True)
+def entropies(
+    s: Tensor, teachers: list[Tensor], options: dict[str, Any], kind: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of q and of p, (...), each with what it may be off by: without a teacher q's alone, twice."""
+    o = options | {"smallest": torch.finfo(kind).tiny / torch.finfo(kind).eps, "kind": kind}
+    student = softcapped(s, o["softcap"])
+    logits = [softcapped(t, o["teacher_softcap"]) for t in teachers] or [student]
+    if o["standardize"]:
+        student, logits = standardized(student), [standardized(t) for t in logits]
+    x, _ = pair(student, logits, o if teachers else o | {"target": "logits"})
+    found = []
+    for each in (x.swapped, x):
+        off = _sized(each.p_off, 1 + each.log_p.abs()) + _sized(each.p, each.p_more)
+        found += [-_sized(each.p, each.log_p).sum(-1), off.sum(-1)]
+    return tuple(found)  # type: ignore[return-value]
+
+
+class Logits(NamedTuple):
+    """Logits (..., V) and what they are off by, in eps, beyond a rounding of their own: 0 where they are as given."""
+
+    z: Tensor
+    off: Tensor | float
+
+
+def softcapped(z: Tensor, cap: float | None) -> Logits:
+    """cap * tanh(z / cap), of which tanh may be off by 3 eps, and by a half from each of the two roundings."""
+    if not cap:
+        return Logits(z, 0.0)
+    capped = cap * torch.tanh(z / cap)
+    return Logits(capped.masked_fill(z == -torch.inf, -torch.inf), 4 * capped.detach().abs())
+
+
+def _through_softcap(grad_off: Tensor, s: Tensor, cap: float) -> Tensor:
+    """A_i times 1 - tanh^2; and that factor is off by an eps and by 2 tanh times tanh's 4, times a term: A_i / 8."""
+    squared = torch.tanh(s.detach() / cap).square()
+    return grad_off * (1 - squared + (1 + 8 * squared) / 8)
+
+
+def _deviation(x: Logits) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z - mean and what it is off by; 1e-7 + deviation, and what that is off by relatively."""
+    z = x.z.detach()
+    mean, size = z.mean(-1, True), z.abs()
+    deviation = 1e-7 + z.std(-1, correction=min(1, z.shape[-1] - 1), keepdim=True)
+    off = x.off + size + 4 * size.mean(-1, True)  # z itself, and the mean as a sum
+    off = off + (x.off.mean(-1, True) if isinstance(x.off, Tensor) else 0)
+    return z - mean, off, deviation, 4 + off.square().mean(-1, True).sqrt() / deviation
+
+
+def standardized(x: Logits) -> Logits:
+    std = x.z.std(-1, correction=min(1, x.z.shape[-1] - 1), keepdim=True)
+    z = (x.z - x.z.mean(-1, keepdim=True)) / (1e-7 + std)
+    _, off, deviation, deviation_off = _deviation(x)
+    return Logits(z, off / deviation + z.detach().abs() * deviation_off)
+
+
+def _through_standardization(grad_off: Tensor, x: Logits) -> Tensor:
+    """A_i of g, for (g_i - mean g - z_i sum_j g_j z_j / (V - 1)) / deviation, whose terms are A_i / 8."""
+    centred, _, deviation, deviation_off = _deviation(x)
+    z, off = (centred / deviation).abs(), standardized(x).off
+    mean, degrees = grad_off.mean(-1, True), max(1, z.shape[-1] - 1)
+    along = (grad_off * z).sum(-1, True) / degrees
+    along_off = 2 * along + (grad_off * off).sum(-1, True) / degrees / 8
+    size = grad_off + mean + z * along
+    return (grad_off + mean + z * along_off + off * along / 8 + deviation_off * size / 8) / deviation
+
+
+def _soft(
+    student: Logits, teachers: list[Logits], index: Tensor | None, o: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, T = pair(student, teachers, o)
+    if o["divergence"] == "dkd":
+        t = x.log_p
+        if o["target"] == "logits" and (len(teachers) == 1 or o["ensemble"] == "geometric"):
+            t = weighted_logits(teachers, o["teacher_weights"]).z / temperatures(student.z, o)[1]
+        loss, loss_off, grad_off = _dkd(x, student.z / T, t, index)  # type: ignore[arg-type]
+    else:
+        phi, phi_off, psi_size, psi_off = _DIVERGENCES[o["divergence"]](x)
+        loss, loss_off = phi.sum(-1, True), phi_off.sum(-1, True)
+        grad_off = psi_off + x.q_off * psi_size.sum(-1, True)
     factor = T * T if o["t_squared"] else torch.ones_like(T)
     return (factor * loss).squeeze(-1), (factor * loss_off).squeeze(-1), factor / T * grad_off
 
 
+def pair(student: Logits, teachers: list[Logits], o: dict[str, Any]) -> tuple["Pair", Tensor]:
+    """What a divergence is over, and T."""
+    T, at = temperatures(student.z, o)
+    p, log_p, p_shift = mixture(teachers, at, o)
+    log_q = F.log_softmax(student.z / T, -1)
+    return Pair(p, log_q.exp(), log_p, log_q, p_shift, student.off / T, o), T
+
+
 class Pair(NamedTuple):
-    """What a divergence is over, each (..., V), and what p and q may be off by, in eps."""
+    """What a divergence is over, each (..., V), and what the logits of p and q are off by, in eps, by their making."""
 
     p: Tensor
     q: Tensor
     log_p: Tensor
     log_q: Tensor
-    p_off: Tensor
-    q_off: Tensor
+    p_shift: Tensor
+    q_shift: Tensor
     options: dict[str, Any]
 
     @property
+    def p_more(self) -> Tensor:
+        """What log p is off by for it."""
+        return self.p_shift + _sized(self.p, self.p_shift).sum(-1, True)
+
+    @property
+    def q_more(self) -> Tensor:
+        return self.q_shift + _sized(self.q, self.q_shift).sum(-1, True)
+
+    @property
+    def p_off(self) -> Tensor:
+        return _off(self.p, self.log_p, self.options, self.p_more)
+
+    @property
+    def q_off(self) -> Tensor:
+        return _off(self.q, self.log_q, self.options, self.q_more)
+
+    @property
+    def logs(self) -> Tensor:
+        """The size of a term with both logarithms."""
+        return 1 + self.log_q.abs() + self.log_p.abs()
+
+    @property
+    def logs_off(self) -> Tensor:
+        """What their difference is off by."""
+        return self.logs + self.p_more + self.q_more
+
+    @property
     def beta(self) -> float:
-        default = 0.1 if self.options["divergence"].startswith("skew") else 0.5
-        return default if self.options["beta"] is None else self.options["beta"]
+        return self.options["beta"]
 
     @property
     def swapped(self) -> "Pair":
-        return Pair(self.q, self.p, self.log_q, self.log_p, self.q_off, self.p_off, self.options)
+        return Pair(self.q, self.p, self.log_q, self.log_p, self.q_shift, self.p_shift, self.options)
 
 
 Terms = tuple[
@@ -79,19 +205,19 @@ Terms = tuple[
 
 
 def _cross_entropy(x: Pair) -> Terms:
-    return -(x.p * x.log_q), _sized(x.p_off, 1 + x.log_q.abs()), x.p, x.p_off
+    off = _sized(x.p_off, 1 + x.log_q.abs()) + _sized(x.p, x.q_more)
+    return -(x.p * x.log_q), off, x.p, x.p_off
 
 
 def _kl(x: Pair) -> Terms:
-    off = _sized(x.p_off, 1 + (x.log_p - x.log_q).abs()) + _sized(x.p, 1 + x.log_q.abs() + x.log_p.abs())
+    off = _sized(x.p_off, 1 + (x.log_p - x.log_q).abs()) + _sized(x.p, x.logs_off)
     return F.kl_div(x.log_q, x.p, reduction="none"), off, x.p, x.p_off
 
 
 def _reverse_kl(x: Pair) -> Terms:
     loss = F.kl_div(x.log_p, x.log_q, reduction="none", log_target=True)
-    logs = 1 + x.log_q.abs() + x.log_p.abs()
-    off = _sized(x.q_off, 1 + (x.log_q - x.log_p).abs()) + _sized(x.q, logs)
-    return loss, off, _sized(x.q, logs), _sized(x.q_off, logs)
+    off = _sized(x.q_off, 1 + (x.log_q - x.log_p).abs()) + _sized(x.q, x.logs_off)
+    return loss, off, _sized(x.q, x.logs), _sized(x.q_off, x.logs) + _sized(x.q, x.p_more)
 
 
 def _symmetric_kl(x: Pair) -> Terms:
@@ -103,8 +229,9 @@ def _to_mixture(x: Pair, share: float) -> Terms:
     m = share * x.p + (1 - share) * x.q
     log_m = torch.where(m == 0, 1, m).log()
     ratio, logs = torch.where(x.p == 0, 0, x.log_p - log_m), 1 + x.log_p.abs() + log_m.abs()
-    off = _sized(x.p_off, 1 + ratio.abs()) + _sized(x.p, logs)
-    return x.p * ratio, off, _sized(x.p, logs), _sized(x.p_off, logs)
+    more = x.p_more + torch.maximum(x.p_more, x.q_more)  # log p's, and log m's
+    off = _sized(x.p_off, 1 + ratio.abs()) + _sized(x.p, logs + more)
+    return x.p * ratio, off, _sized(x.p, logs), _sized(x.p_off, logs) + _sized(x.p, more)
 
 
 def _jsd(x: Pair) -> Terms:
@@ -135,7 +262,7 @@ def _tvd(x: Pair) -> Terms:
 def _hellinger(x: Pair) -> Terms:
     root = ((x.log_p + x.log_q) / 2).exp()
     info = torch.finfo(x.options["kind"])
-    off = _sized(root, 8 + x.log_p.abs() + x.log_q.abs()) / 2
+    off = _sized(root, 8 + x.log_p.abs() + x.log_q.abs() + x.p_more + x.q_more) / 2
     off = off + info.tiny**0.5 / info.eps * (x.p.sqrt() + x.q.sqrt())  # where p or q is of the smallest
     return x.q.detach() - root, off + x.q_off, off / 8, off
 
@@ -153,25 +280,67 @@ _DIVERGENCES = {
 }
 
 
-def _hard(s: Tensor, labels: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    index = labels.clamp(0, s.shape[-1] - 1).unsqueeze(-1)  # of ignored rows any: their weight is 0
-    log_q = F.log_softmax(s, -1)
-    loss = -log_q.gather(-1, index).squeeze(-1)
-    return loss, 8 + loss, _off(log_q.exp(), log_q, o).scatter_add(-1, index, torch.full_like(loss, 8).unsqueeze(-1))
+def _dkd(x: Pair, s: Tensor, t: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As mdistiller writes it, but masked by -inf, not by -1000: loss and A, (..., 1), and A_i for gradients in s."""
+    is_label = torch.zeros_like(x.p, dtype=torch.bool).scatter(-1, index, True)
+    p, q = (torch.cat([y.gather(-1, index), y.masked_fill(is_label, 0).sum(-1, True)], -1) for y in (x.p, x.q))
+    logs = [F.log_softmax(y.masked_fill(is_label, -torch.inf), -1) for y in (t, s)]
+    among = Pair(logs[0].exp(), logs[1].exp(), *logs, x.p_shift, x.q_shift, x.options)
+    p_shift, q_shift = (
+        torch.cat([a.expand(b.shape).gather(-1, index), _sized(b, a).sum(-1, True)], -1)
+        for a, b in ((x.p_shift, among.p), (x.q_shift, among.q))
+    )
+    binary = Pair(p, q, p.log(), q.log(), p_shift, q_shift, x.options)
+    w, v = x.options["dkd_weights"]
+    others = F.kl_div(among.log_q.masked_fill(is_label, 0), among.p, reduction="none").sum(-1, True)
+    loss = w * F.kl_div(binary.log_q, p, reduction="none").sum(-1, True) + v * others
+    off = w * _kl(binary)[1].sum(-1, True) + v * _kl(among)[1].sum(-1, True)
+    # w (q_y - p_y) at y; at the others v (q_i - p_i) - w (q_y - p_y) q_i, with p_i and q_i those among them, where
+    # q_y - p_y may be that of the rest
+    gap_off = binary.p_off + binary.q_off
+    others_off = w * (gap_off.sum(-1, True) * among.q + 2 * among.q_off)
+    others_off = others_off + v * (among.p_off + among.q_off)
+    return loss, off, torch.where(is_label, w * gap_off[..., :1], others_off)
 
 
-def _logit_mse(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    difference = (s - s.mean(-1, True)) - (t - t.mean(-1, True))
-    size = 8 * (s.abs() + t.abs() + (s.abs() + t.abs()).mean(-1, True))
-    return difference.square().mean(-1) / 2, (size * difference.abs()).mean(-1), size / s.shape[-1]
+def _hard(s: Logits, index: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    e = o["label_smoothing"]
+    log_q = F.log_softmax(s.z, -1)
+    q = log_q.detach().exp()
+    loss = -log_q.gather(-1, index)
+    if e:
+        loss = (1 - e) * loss - e * log_q.mean(-1, True)
+    target = torch.zeros_like(q).scatter(-1, index, 1 - e) + e / q.shape[-1]
+    more = s.off + _sized(q, s.off).sum(-1, True)
+    loss_off = 8 + loss + (target * more).sum(-1, True)
+    return loss.squeeze(-1), loss_off.squeeze(-1), _off(q, log_q, o, more) + 8 * target
 
 
-def _off(p: Tensor, log_p: Tensor, o: dict[str, Any]) -> Tensor:
+def _z_loss(s: Logits, o: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """logsumexp(s)^2, whose gradient is 2 logsumexp(s) q1."""
+    log_q = F.log_softmax(s.z, -1)
+    q, z = log_q.detach().exp(), torch.logsumexp(s.z, -1, True)
+    more = s.off + _sized(q, s.off).sum(-1, True)
+    z_off = 8 + z.abs() + s.z.amax(-1, True).abs() + _sized(q, s.off).sum(-1, True)  # log of a sum, and the maximum
+    loss_off = z_off * 2 * z.abs() + z.square()
+    grad_off = 2 * (z_off * q + z.abs() * _off(q, log_q, o, more))
+    return z.square().squeeze(-1), loss_off.squeeze(-1), grad_off
+
+
+def _logit_mse(s: Logits, t: Logits) -> tuple[Tensor, Tensor, Tensor]:
+    difference = (s.z - s.z.mean(-1, True)) - (t.z - t.z.mean(-1, True))
+    size = 8 * (s.z.abs() + t.z.abs() + (s.z.abs() + t.z.abs()).mean(-1, True))
+    off = s.off + t.off
+    size = size + off + (off.mean(-1, True) if isinstance(off, Tensor) else 0)
+    return difference.square().mean(-1) / 2, (size * difference.abs()).mean(-1), size / s.z.shape[-1]
+
+
+def _off(p: Tensor, log_p: Tensor, o: dict[str, Any], more: Tensor | float) -> Tensor:
     """What a probability may be off by; one below the smallest normal number may be 0."""
-    return _sized(p, 8 + log_p.abs()) + o["smallest"]
+    return _sized(p, 8 + log_p.abs() + more) + o["smallest"]
 
 
-def _sized(p: Tensor, log: Tensor) -> Tensor:
+def _sized(p: Tensor, log: Tensor | float) -> Tensor:
     """p * log, and 0 where p is 0."""
     return (p * log).nan_to_num(0, 0)
 
@@ -189,26 +358,38 @@ def weighted_mean(tensors: list[Tensor], weights: list[float] | None) -> Tensor:
     return sum((w / sum(weights) * x for w, x in zip(weights, tensors, strict=True)), torch.zeros_like(tensors[0]))
 
 
-def mixture(teachers: list[Tensor], at: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """p and log p, (..., V), of one teacher or several."""
+def weighted_logits(teachers: list[Logits], weights: list[float] | None) -> Logits:
+    return Logits(weighted_mean([t.z for t in teachers], weights), _worst(teachers))
+
+
+def _worst(logits: list[Logits]) -> Tensor | float:
+    offs = [x.off for x in logits]
+    return torch.stack(offs).amax(0) if isinstance(offs[0], Tensor) else 0.0
+
+
+def mixture(teachers: list[Logits], at: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """p and log p, (..., V), of one teacher or several, and what the worst one's logits are off by."""
     if o["target"] == "logits":
-        logs = [F.log_softmax(t / at, -1) for t in teachers]
+        logs = [F.log_softmax(t.z / at, -1) for t in teachers]
     else:
-        logs = [t.log() if o["target"] == "probs" else t for t in teachers]
+        logs = [t.z.log() if o["target"] == "probs" else t.z for t in teachers]
+    shift = _worst(teachers) / at
     if len(teachers) == 1:
-        return (teachers[0] if o["target"] == "probs" else logs[0].exp()), logs[0]
+        return (teachers[0].z if o["target"] == "probs" else logs[0].exp()), logs[0], shift
     if o["ensemble"] == "geometric":
         log_p = F.log_softmax(weighted_mean(logs, o["teacher_weights"]), -1)
-        return log_p.exp(), log_p
+        return log_p.exp(), log_p, shift
     p = weighted_mean([x.exp() for x in logs], o["teacher_weights"])
-    return p, p.log()
+    return p, p.log(), shift
 
 
 def largest_z(s: Tensor, teachers: list[Tensor], o: dict[str, Any]) -> Tensor:
     """The largest |z| of each row, (..., 1), of student and teachers, where the probability is not 0; at least 1."""
+    T, at = temperatures(s.double(), o)
+    capped = [softcapped(s.double(), o["softcap"]), *(softcapped(t.double(), o["teacher_softcap"]) for t in teachers)]
+    student, *logits = [standardized(x) for x in capped] if o["standardize"] else capped
     if o["divergence"] == "logit_mse":
         return torch.ones_like(s[..., :1])
-    T, at = temperatures(s.double(), o)
-    zs = [s.double(), s.double() / T]
-    zs += [t.double() / at for t in teachers] if o["target"] == "logits" else []
+    zs = [capped[0].z, student.z / T]
+    zs += [t.z / at for t in logits] if o["target"] == "logits" else []
     return torch.stack([torch.where(F.softmax(z, -1) > 0, z.abs(), 1).amax(-1, True) for z in zs]).amax(0)

@@ -15,6 +15,9 @@ where R is the largest |eager_i - truth_i| / A_i of the row, eager being the usu
 numbers, upcast where they are of 16 bits, and the half ulp is that of a 16-bit student: the gradient is fp32's, rounded
 once. For fp64, where the truth has no more digits than what it judges, the truth's own rounding of z stands for eager's
 error: R is the largest |z| among the classes with a probability, and the loss gets as much.
+
+Where z comes from softcapped or standardised logits, eager.py adds to |log q_i| what these are off by, and to A_i what
+their derivatives are. The other terms of a loss, each of its own size, are in A like those of the divergence.
 """
 
 from collections.abc import Iterator
@@ -37,6 +40,7 @@ def run(
     """kd_loss and its gradient in the student's logits, which keep their strides."""
     leaf = student.detach().requires_grad_()
     loss = kdfast.kd_loss(leaf.clone() if settings.get("inplace") else leaf, teacher, labels, **settings)
+    loss = loss[0] if settings.get("return_metrics") else loss
     loss.backward(grad_loss)
     assert leaf.grad is not None
     return loss.detach(), leaf.grad
@@ -59,6 +63,7 @@ def judge(
             return
         with torch.no_grad():
             loss = kdfast.kd_loss(student, teacher, labels, backend=backend, **settings | {"inplace": False})
+            loss = loss[0] if settings.get("return_metrics") else loss
         truth.judge_sum("loss alone", loss, scale)
     # coefficients of both signs, exact in every dtype
     factor = (1.5 - torch.arange(truth.loss.numel(), device="cpu") % 4).reshape(truth.loss.shape).to(truth.kind)

@@ -39,6 +39,9 @@ def storage(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
+EVERY_OPTION = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 20.0, "teacher_softcap": 30.0, "standardize": True}
+
+
 def data(dtype: torch.dtype = F32) -> tuple[Tensor, Tensor, Tensor]:
     s, t, y = batch(ROWS, VOCAB, dtype)
     y[1] = -100
@@ -84,6 +87,22 @@ def test_inplace_makes_no_tensor_of_the_logits_size_and_hands_on_their_own_stora
     assert allocations.shapes == [], allocations.made
     assert seen == [storage(logits)] == [storage(s.grad)]
     torch.testing.assert_close(s.grad, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_options_and_metrics_make_no_tensor_of_the_logits_size(reduction, backend):
+    s, t, y = data()
+    settings = EVERY_OPTION | {"reduction": reduction, "backend": backend, "return_metrics": True}
+    with Allocations() as allocations:
+        loss, _ = kd_loss(s, t, y, **settings)
+        loss.sum().backward()
+    assert allocations.shapes == [s.shape], allocations.made
+    with Allocations() as allocations:
+        kd_loss(s.clone(), t, y, inplace=True, **settings)[0].sum().backward()
+    assert [made for made in allocations.made if "clone" not in made[0]] == []
+    with Allocations() as allocations, torch.no_grad():
+        kd_loss(s, t, y, **settings)
+    assert allocations.shapes == [], allocations.made
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

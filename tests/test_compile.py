@@ -13,6 +13,15 @@ from kdfast.ops import SCHEMAS, Inputs, Settings, namespace
 
 pytestmark = pytest.mark.filterwarnings("ignore:kdfast")
 
+EVERY_OPTION = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 20.0, "teacher_softcap": 30.0, "standardize": True}
+
+
+def loss_and_metrics(*args: object, **settings: object) -> Tensor:
+    """Their sum, so that each counts; the gradient is the loss's."""
+    loss, metrics = kdfast.kd_loss(*args, return_metrics=True, **settings)
+    return loss + torch.stack(metrics).nan_to_num(0).sum(0)  # NaN: those of dropped rows
+
+
 # Every kind of call: loss, gradient in forward or in backward, each optional tensor, each kind of teacher.
 # A call gets student and teacher (rows, vocab), labels and row values (rows,), and the backend.
 CALLS: dict[str, Callable[..., Tensor]] = {
@@ -40,6 +49,11 @@ CALLS: dict[str, Callable[..., Tensor]] = {
     "log_probs": lambda s, t, y, w, b: kdfast.kd_loss(s, t.log_softmax(-1), y, target="log_probs", backend=b),
     "logit_mse": lambda s, t, y, w, b: kdfast.kd_loss(s, t, y, divergence="logit_mse", backend=b),
     "vocab_size": lambda s, t, y, w, b: kdfast.kd_loss(s, t[:, :-1], y, vocab_size=8, t_squared=False, backend=b),
+    "dkd": lambda s, t, y, w, b: kdfast.kd_loss(s, t, y, divergence="dkd", dkd_weights=(1.0, 2.0), backend=b),
+    "every option": lambda s, t, y, w, b: kdfast.kd_loss(s, t, y, backend=b, **EVERY_OPTION),
+    "metrics": lambda s, t, y, w, b: loss_and_metrics(s, t, y, weight=w, backend=b),
+    "metrics none": lambda s, t, y, w, b: loss_and_metrics(s, t, y, reduction="none", backend=b) * w,
+    "metrics inplace": lambda s, t, y, w, b: loss_and_metrics(s * 1, t, y, inplace=True, backend=b) * 3,
     "KDLoss": lambda s, t, y, w, b: kdfast.KDLoss(temperature=3.0, alpha=0.5, backend=b)(s, t, y, weight=w),
 }
 SOFTMAX_CALLS: dict[str, Callable[..., Tensor]] = {
@@ -107,7 +121,7 @@ def test_compiled_under_no_grad_makes_no_gradient(name, backend):
         loss = torch.compile(CALLS[name], fullgraph=True, backend=recorder)(s, t, y, w, backend)
     torch.testing.assert_close(loss, expected)
     (graph,) = recorder.graphs
-    called = [str(node.target) for node in graph.graph.nodes if "kdfast" in str(node.target)]
+    called = [str(node.target) for node in graph.graph.nodes if str(node.target).startswith("kdfast")]
     assert [name.split(".")[1] for name in called] == ["stats"], called
 
 
@@ -186,7 +200,27 @@ def test_an_exported_loss_gives_the_loss():
 
 def plain(**changes: object) -> Settings:
     defaults = Settings(
-        2.0, 2.0, 0.9, 0.1, True, "cross_entropy", 0.0, "logits", "arithmetic", [1.0], -1, -100, "mean", 0.0
+        temperature=2.0,
+        teacher_temperature=2.0,
+        alpha=0.9,
+        hard_weight=0.1,
+        t_squared=True,
+        divergence="cross_entropy",
+        beta=0.0,
+        target="logits",
+        ensemble="arithmetic",
+        teacher_weights=[1.0],
+        vocab_size=-1,
+        ignore_index=-100,
+        reduction="mean",
+        divisor=0.0,
+        label_smoothing=0.0,
+        z_loss=0.0,
+        softcap=0.0,
+        teacher_softcap=0.0,
+        standardize=False,
+        dkd_weights=[1.0, 8.0],
+        metrics=False,
     )
     return defaults._replace(**changes)
 
@@ -198,6 +232,8 @@ def op_arguments(kind: str) -> tuple[Tensor, Inputs, Settings]:
     if kind == "rows, with all there is":
         inputs = Inputs([t, t.half()], y, w, None, 1 + w, 2 + w)
         return s, inputs, plain(teacher_weights=[0.5, 0.5], ensemble="geometric", reduction="none")
+    if kind == "every option and metrics":
+        return s, Inputs([t], y, w, None, None, None), plain(divergence="dkd", metrics=True, **EVERY_OPTION)
     if kind == "padded bfloat16":
         inputs = Inputs([t[:, :9]], y, None, torch.tensor(7), None, None)
         return s.bfloat16(), inputs, plain(divergence="reverse_kl", vocab_size=9)
@@ -208,7 +244,15 @@ def op_arguments(kind: str) -> tuple[Tensor, Inputs, Settings]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["mean", "rows, with all there is", "padded bfloat16", "transposed float64", "no rows"]
+    "kind",
+    [
+        "mean",
+        "rows, with all there is",
+        "every option and metrics",
+        "padded bfloat16",
+        "transposed float64",
+        "no rows",
+    ],
 )
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_opcheck_finds_nothing_in_any_operator(name, backend, kind):
@@ -216,7 +260,7 @@ def test_opcheck_finds_nothing_in_any_operator(name, backend, kind):
     ops = namespace(backend, s)
     if name.startswith("loss_grad") and settings.reduction == "none":
         settings = settings._replace(reduction="sum")  # these two are for scalar losses
-    loss, stats = ops.stats(s, *inputs, *settings)
+    loss, stats, _ = ops.stats(s, *inputs, *settings)
     arguments = {
         "scale_": (s, torch.tensor(0.5)),
         "tempered_softmax": (s, inputs.temperatures, 2.0, inputs.weight is None, torch.float32),

@@ -5,7 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BF16, F16, F32, F64, REDUCTIONS, as_target, batch, combined, divergences_for, name, thinned_to
+from cases import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    REDUCTIONS,
+    as_target,
+    batch,
+    combined,
+    divergences_for,
+    labels_for,
+    name,
+    thinned_to,
+)
 from judge import judge, run
 
 NAN = math.nan
@@ -32,7 +45,7 @@ def test_dropped_rows_may_hold_anything(backend: str, dtype: torch.dtype, reduct
         s[[1, 3]] = t[[1, 3]] = value
         if ignoring:
             labels[[1, 3]] = -100
-        y = None if ignoring is None else labels
+        y = labels_for(divergence, labels, ignoring is not None)
         options: dict[str, Any] = {"weight": w, "temperature": temperature, "divergence": divergence}
         options |= {"backend": backend, "reduction": reduction}
         want = run(student, teacher, y, ones(reduction, dtype, 5), **options)

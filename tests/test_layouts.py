@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import BF16, DIVERGENCES, DTYPES, F16, F32, F64, KINDS, batch, combined, name, thinned_to
+from cases import BF16, DIVERGENCES, DTYPES, F16, F32, F64, KINDS, batch, combined, labels_for, name, thinned_to
 from judge import judge, run
 from torch import Tensor
 
@@ -127,9 +127,10 @@ def test_any_number_of_dimensions(backend: str, shape: tuple[int, ...], reductio
 def test_no_rows_are_no_loss(backend: str, shape: tuple[int, ...]) -> None:
     for dtype in DTYPES:
         empty = torch.empty(*shape, 33, dtype=dtype)
-        for labels in (None, torch.empty(shape, dtype=torch.int64)):
+        for labelled in (False, True):
             for reduction in ("mean", "sum", "batchmean", "none"):
                 for divergence in DIVERGENCES:
+                    labels = labels_for(divergence, torch.empty(shape, dtype=torch.int64), labelled)
                     rows = torch.ones(shape, dtype=F64 if dtype == F64 else F32) if reduction == "none" else None
                     settings = {"divergence": divergence, "reduction": reduction, "backend": backend}
                     loss, grad = run(empty, empty, labels, rows, **settings)

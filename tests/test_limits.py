@@ -14,7 +14,7 @@ ROWS = 4
 DTYPES = (F32, BF16, F16, F64)
 WITH_INFINITY = DIVERGENCES[:-1]  # logit_mse has no limit at -inf: NaN
 OVER_P = ("reverse_kl", "symmetric_kl")  # those that divide by p
-OVER_Q = ("cross_entropy", "forward_kl", "symmetric_kl")
+OVER_Q = ("cross_entropy", "forward_kl", "symmetric_kl", "dkd")
 VOCABS = (7, 5000)  # all in a tail; a row of more than one block, of which the rest is clean
 pytestmark = [
     pytest.mark.parametrize("dtype", DTYPES, ids=name),
@@ -112,9 +112,10 @@ def test_a_class_that_the_student_masks(backend: str, dtype: torch.dtype, vocab:
         assert loss[1] == INF
         # alpha * T * (q - p), as judge.py has it: a rounding of the dtype, and of the arithmetic (8 + log V) eps
         p = torch.softmax(teacher[1].double() / 2, -1)
+        p = p / (1 - p[0]) if divergence == "dkd" else p  # among those that are not the label's
         fine = 20 * torch.finfo(F64 if dtype == F64 else F32).eps
         close = {"rtol": torch.finfo(dtype).eps + fine, "atol": 6e-8 if dtype == F16 else 0}  # fp16's smallest number
-        share = 0.5 if divergence == "symmetric_kl" else 1  # forward_kl's
+        share = {"symmetric_kl": 0.5, "dkd": 8}.get(divergence, 1)  # forward_kl's
         torch.testing.assert_close(grad[1, 2].double(), -0.9 * 2 * share * p[2], **close)
         _, want = by_row(student.double(), teacher.double(), labels, **settings | {"backend": "reference"})
         torch.testing.assert_close(grad[1].double(), want[1], **close | {"atol": fine + close["atol"]})
@@ -138,6 +139,175 @@ def test_a_label_that_the_student_masks(backend: str, dtype: torch.dtype) -> Non
         loss, grad = both_ways(student, teacher, labels, backend=backend, alpha=1)
         assert loss.isfinite().all()
         assert grad.isfinite().all()
+
+
+def test_dkd_of_a_label_that_is_masked(backend: str, dtype: torch.dtype) -> None:
+    for vocab in VOCABS:
+        student, teacher, labels = batch(ROWS, vocab, dtype)
+        label = int(labels[1])
+        settings = {"backend": backend, "divergence": "dkd", "temperature": 2, "alpha": 1}
+        masked = spoiled(student, 1, label, -INF), spoiled(teacher, 1, label, -INF)
+        # in both it is no class: the others are all there is
+        loss, grad = both_ways(*masked, labels, **settings)
+        judge(*masked, labels, **settings)
+        assert loss.isfinite().all()
+        assert grad[1, label] == 0
+        # by the teacher: p_y = 0 adds nothing
+        loss, grad = both_ways(student, masked[1], labels, **settings)
+        judge(student, masked[1], labels, **settings)
+        assert loss.isfinite().all()
+        # by the student: q_y = 0 < p_y
+        loss, grad = both_ways(masked[0], teacher, labels, **settings)
+        assert loss[1] == INF
+        assert grad.isfinite().all()
+        assert grad[1, label] < 0
+        # of the target class alone T * (q_y - p_y), of the others nothing
+        _, grad = both_ways(masked[0], teacher, labels, dkd_weights=(1.0, 0.0), **settings)
+        p = torch.softmax(teacher[1].double() / 2, -1)[label]
+        coarse = {"rtol": torch.finfo(dtype).eps, "atol": 20 * torch.finfo(F64 if dtype == F64 else F32).eps}
+        torch.testing.assert_close(grad[1, label].double(), -2 * p, **coarse)
+        loss, grad = both_ways(masked[0], teacher, labels, dkd_weights=(0.0, 1.0), **settings)
+        assert loss.isfinite().all()  # a weight of 0 meets no infinity
+        assert grad[1, label] == 0
+
+
+def test_dkd_where_no_class_is_left_beside_the_label(backend: str, dtype: torch.dtype) -> None:
+    for vocab in VOCABS:
+        student, teacher, labels = batch(ROWS, vocab, dtype)
+        settings = {"backend": backend, "divergence": "dkd", "temperature": 2, "alpha": 1}
+        alone = [torch.full_like(x, -INF) for x in (student, teacher)]
+        for x, y in zip(alone, (student, teacher), strict=True):
+            x.scatter_(-1, labels.unsqueeze(-1), y.gather(-1, labels.unsqueeze(-1)))
+        loss, grad = both_ways(*alone, labels, **settings)
+        assert loss.eq(0).all()
+        assert grad.eq(0).all()
+        # the teacher's alone: log(1 / q_y), and no others to divide among; p_y is 1, so gradients are T * (q - p)
+        loss, grad = both_ways(student, alone[1], labels, **settings)
+        want, want_grad = by_row(student.double(), alone[1].double(), labels, **settings | {"divergence": "forward_kl"})
+        coarse = torch.finfo(dtype).eps
+        fine = 200 * torch.finfo(F64 if dtype == F64 else F32).eps
+        torch.testing.assert_close(loss.double(), want, rtol=fine, atol=fine)
+        torch.testing.assert_close(grad.double(), want_grad, rtol=coarse, atol=fine + (6e-8 if dtype == F16 else 0))
+        # the student's: q of the others is 0 < p
+        loss, grad = both_ways(alone[0], teacher, labels, **settings)
+        assert loss.eq(INF).all()
+        assert grad.isfinite().all()
+    student, teacher, labels = batch(ROWS, 1, dtype)
+    loss, grad = both_ways(student, teacher, labels, backend=backend, divergence="dkd")
+    assert loss.eq(0).all()
+    assert grad.eq(0).all()
+
+
+def test_dkds_others_do_not_underflow_with_their_label(backend: str, dtype: torch.dtype) -> None:
+    """Where the label's logit is far above all others their share is 0 in fp32, and their distribution is none the less
+    what it is."""
+    for vocab in VOCABS:
+        student, teacher, labels = batch(ROWS, vocab, dtype)
+        index = labels.unsqueeze(-1)
+        settings = {"backend": backend, "divergence": "dkd", "dkd_weights": (0.0, 1.0), "alpha": 1}
+        for s, t in ((500, 500), (-500, 500), (500, -500), (0, 500), (-500, 0)):  # of the label, to both sides
+            s = student.scatter(-1, index, s)
+            t = teacher.scatter(-1, index, t)
+            judge(s, t, labels, **settings)
+            if vocab == 7:
+                _, grad = by_row(s, t, labels, **settings)
+                assert grad.abs().amax(-1).min() > 0.01
+
+
+def test_a_softcap_keeps_a_mask(backend: str, dtype: torch.dtype) -> None:
+    for vocab, divergence in combined(backend, VOCABS, ("cross_entropy", "jsd", "dkd")):
+        student, teacher, labels = batch(ROWS, vocab, dtype)
+        labels = labels % 2  # not of the masked
+        left = [i for i in range(vocab) if i not in (2, vocab - 1)]
+        s, t = student.clone(), teacher.clone()
+        s[:, [2, vocab - 1]] = t[:, [2, vocab - 1]] = -INF
+        settings = {"backend": backend, "divergence": divergence, "softcap": 8.0, "teacher_softcap": 5.0, "z_loss": 0.1}
+        loss, grad = both_ways(s, t, labels, **settings)
+        assert grad[:, [2, vocab - 1]].eq(0).all()
+        judge(s, t, labels, **settings)
+        rest = student[:, left].double(), teacher[:, left].double()
+        want, want_grad = by_row(*rest, labels, **settings | {"backend": "reference"})
+        fine = 200 * torch.finfo(F64 if dtype == F64 else F32).eps
+        torch.testing.assert_close(loss.double(), want, rtol=fine, atol=fine)
+        coarse = {"rtol": torch.finfo(dtype).eps, "atol": fine + (6e-8 if dtype == F16 else 0)}
+        torch.testing.assert_close(grad[:, left].double(), want_grad, **coarse)
+
+
+def test_smoothing_gives_a_masked_class_its_share(backend: str, dtype: torch.dtype) -> None:
+    for vocab in VOCABS:
+        student, _, labels = batch(ROWS, vocab, dtype)
+        labels[1] = 0
+        s = spoiled(student, 1, 2, -INF)
+        settings = {"backend": backend, "alpha": 0, "label_smoothing": 0.1}
+        loss, grad = both_ways(s, None, labels, **settings)
+        want = torch.nn.functional.cross_entropy(s.double(), labels, label_smoothing=0.1, reduction="none")
+        assert loss[1] == want[1] == INF
+        assert loss[[0, 2, 3]].isfinite().all()
+        # q1 = 0, and the class's share of the label
+        fine = {"rtol": torch.finfo(dtype).eps, "atol": 6e-8 if dtype == F16 else 1e-12}
+        torch.testing.assert_close(grad[1, 2].double(), torch.tensor(-0.1 / vocab, dtype=F64), **fine)
+        assert grad.isfinite().all()
+
+
+def test_z_loss_of_nothing_is_nan_in_its_row(backend: str, dtype: torch.dtype) -> None:
+    for vocab in VOCABS:
+        student, _, _ = batch(ROWS, vocab, dtype)
+        s = spoiled(spoiled(student, 1, slice(None), -INF), 2, 3, -INF)
+        settings = {"backend": backend, "alpha": 0, "hard_weight": 0, "z_loss": 1.0}
+        loss, grad = both_ways(s, None, **settings)
+        assert loss.isnan().tolist() == [False, True, False, False]
+        assert grad[1].isnan().all()
+        assert grad[[0, 2, 3]].isfinite().all()
+        assert grad[2, 3] == 0  # one masked class is none
+
+
+OPTIONS = {
+    "label_smoothing": {"label_smoothing": 0.1},
+    "z_loss": {"z_loss": 0.1},
+    "softcap": {"softcap": 10.0, "teacher_softcap": 10.0},
+    "standardize": {"standardize": True},
+    "all": {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 10.0, "teacher_softcap": 10.0, "standardize": True},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("spoiler", ("student NaN", "student all -inf", "teacher NaN", "both +inf"))
+def test_a_bad_row_spoils_itself_alone_under_every_option(
+    backend: str, dtype: torch.dtype, spoiler: str, option: str
+) -> None:
+    of_student, of_teacher, where = SPOILERS[spoiler]
+    if backend == "triton" and (option != "all" or dtype not in (F32, BF16)):
+        pytest.skip("is compiled for all of them at once")
+    for vocab, divergence in combined(backend, VOCABS, ("cross_entropy", "jsd", "dkd", "logit_mse")):
+        if backend == "triton" and divergence in ("jsd", "logit_mse"):
+            continue
+        student, teacher, labels = batch(ROWS, vocab, dtype)
+        settings = {"backend": backend, "divergence": divergence, "temperature": 2} | OPTIONS[option]
+        clean = by_row(student, teacher, labels, **settings)
+        s = student if of_student is None else spoiled(student, 1, where, of_student)
+        t = teacher if of_teacher is None else spoiled(teacher, 1, where, of_teacher)
+        if "softcap" in OPTIONS[option] and spoiler == "both +inf":
+            continue  # capped, it is the cap
+        found = both_ways(s, t, labels, **settings)
+        others = [0, 2, 3]
+        assert found[0][1].isnan()
+        # a cap gives a masked class a gradient of 0, and here all are
+        capped = "softcap" in settings and of_student == -INF
+        assert (found[1][1].isnan() | (found[1][1].eq(0) if capped else False)).all()
+        for got, want in zip(found, clean, strict=True):
+            assert torch.equal(got[others], want[others])
+
+
+def test_standardised_rows_have_no_limit(backend: str, dtype: torch.dtype) -> None:
+    for vocab in VOCABS:
+        student, teacher, labels = batch(ROWS, vocab, dtype)
+        labels[1] = 0
+        settings = {"backend": backend, "standardize": True}
+        for s, t in ((spoiled(student, 1, 2, -INF), teacher), (student, spoiled(teacher, 1, 2, -INF))):
+            loss, grad = both_ways(s, t, labels, **settings)
+            assert loss.isnan().tolist() == [False, True, False, False]
+            assert grad[1].isnan().all()
+            assert grad[[0, 2, 3]].isfinite().all()
 
 
 SPOILERS = {

@@ -21,6 +21,11 @@ CASES = {
     "default, loss * 3": 1,
     "inplace": 0,
     "an ensemble under no_grad": 0,
+    "no_grad, options, metrics": 0,
+    "none, forward, options, metrics": 0,
+    "default, options, metrics": 1,
+    "inplace, options, metrics": 0,
+    "inplace, dkd, metrics": 0,
 }
 SLACK = 0.15  # of such a tensor: scratch of the threads, the allocator's rounding
 
@@ -37,9 +42,17 @@ def peak():
 def run(case, student, teacher, labels):
     reduction = "none" if case.startswith("none") else "mean"
     teacher = [teacher, teacher] if "ensemble" in case else teacher
+    options = {}
+    if "options" in case:
+        options = dict(label_smoothing=0.1, z_loss=1e-4, softcap=30.0, teacher_softcap=30.0, standardize=True)
+    if "dkd" in case:
+        options["divergence"] = "dkd"
     with torch.set_grad_enabled("no_grad" not in case):
         loss = kd_loss(student, teacher, labels, temperature=2.0, reduction=reduction, inplace="inplace" in case,
-                       backend=sys.argv[1])
+                       backend=sys.argv[1], return_metrics="metrics" in case, **options)
+    if "metrics" in case:
+        loss, metrics = loss
+        kept.append(metrics)
     if "no_grad" in case or "forward" in case:
         return loss
     return torch.autograd.grad(loss.sum() * (3 if "3" in case else 1), student)

@@ -27,7 +27,15 @@ def saved_and_loaded(module: nn.Module) -> nn.Module:
     [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x)), saved_and_loaded],
     ids=["deepcopy", "copy", "pickle", "torch.save"],
 )
-@pytest.mark.parametrize("more", [{}, {"temperature": torch.full((5,), 3.0)}], ids=["number", "tensor"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"temperature": torch.full((5,), 3.0)},
+        {"divergence": "dkd", "dkd_weights": (2.0, 1.0), "softcap": 9.0, "standardize": True, "z_loss": 0.1},
+    ],
+    ids=["number", "tensor", "options"],
+)
 def test_a_copy_gives_the_same_loss(copied: Callable[[nn.Module], nn.Module], more, backend):
     s, t, y = batch(5, 100)
     loss = KDLoss(**SETTINGS | here(more), backend=backend)
@@ -39,6 +47,10 @@ def test_the_module_is_kd_loss_with_its_settings(backend):
     weight = torch.rand(5)
     ours = KDLoss(**SETTINGS, backend=backend)(s, t, y, weight=weight)
     assert torch.equal(ours, kd_loss(s, t, y, weight=weight, **SETTINGS, backend=backend))
+    loss, metrics = KDLoss(**SETTINGS, return_metrics=True, label_smoothing=0.1, backend=backend)(s, t, y)
+    same, others = kd_loss(s, t, y, return_metrics=True, label_smoothing=0.1, **SETTINGS, backend=backend)
+    assert torch.equal(loss, same)
+    assert all(map(torch.equal, metrics, others))
     ours = KDLoss(backend=backend)(s, t, y, normalizer=3)
     assert torch.equal(ours, kd_loss(s, t, y, normalizer=3, backend=backend))
 
@@ -77,6 +89,8 @@ def test_the_repr_shows_the_settings():
     for name, value in SETTINGS.items():
         assert f"{name}={value!r}" in shown
     assert "inplace" not in shown, "defaults that nobody asked for are left out"
+    assert "dkd_weights" not in shown
+    assert repr(KDLoss(dkd_weights=(1.0, 2.0))).endswith(", divergence='cross_entropy', dkd_weights=(1.0, 2.0))")
     assert repr(KDLoss()) == "KDLoss(temperature=1.0, alpha=None, divergence='cross_entropy')"
     assert eval(repr(KDLoss(**SETTINGS))).temperature == 3.0
     assert "KDLoss(temperature=3.0" in repr(nn.ModuleDict({"loss": KDLoss(**SETTINGS)}))

@@ -46,8 +46,8 @@ def calls(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     temperatures = st.sampled_from([1.0, 2.0, 3.0, 4.0, 0.5, 20.0]) | st.floats(0.3, 30)
     options: dict[str, Any] = {"divergence": draw(st.sampled_from(DIVERGENCES))}
-    mse = options["divergence"] == "logit_mse"
-    if not mse and divergences.DIVERGENCES[options["divergence"]].beta is not None and draw(st.booleans()):
+    mse, entry = options["divergence"] == "logit_mse", divergences.DIVERGENCES.get(options["divergence"])
+    if entry is not None and entry.beta is not None and draw(st.booleans()):
         options["beta"] = draw(st.sampled_from([0.0, 0.5, 1.0]) | st.floats(0.01, 0.99))
     options["temperature"] = per_row(temperatures) if draw(st.booleans()) else draw(temperatures)
     options["target"] = "logits" if mse else draw(st.sampled_from(TARGETS))
@@ -57,19 +57,39 @@ def calls(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     options["ensemble"] = "geometric" if mse and count > 1 else draw(st.sampled_from(ENSEMBLES))
     kinds = [draw(st.sampled_from(DTYPES)) for _ in range(count)]
     teachers = [batch(rows, vocab, kind, scale=scale, seed=seed + i).teacher for i, kind in enumerate(kinds)]
-    teachers = [padded(as_target(t, options["target"], 2), teacher_padding) for t in teachers]
+    teachers = [as_target(t, options["target"], 2) for t in teachers]
+    if options["target"] == "probs":  # none rounded to 0, where a KL is infinite: see test_limits.py
+        teachers = [t.clamp_min(torch.finfo(t.dtype).tiny) for t in teachers]
+    teachers = [padded(t, teacher_padding) for t in teachers]
     teacher: Any = teachers[0] if count == 1 and draw(st.booleans()) else teachers
     if isinstance(teacher, list) and draw(st.booleans()):
         options["teacher_weights"] = [draw(st.floats(0.1, 3)) for _ in teachers]
 
     given_labels = None
-    if draw(st.booleans()):
+    if options["divergence"] == "dkd" or draw(st.booleans()):
         ignored = torch.tensor(draw(st.lists(st.booleans(), min_size=rows, max_size=rows)))
         options["ignore_index"] = draw(st.sampled_from([-100, 0, -1]))
         given_labels = torch.where(ignored, options["ignore_index"], labels).view(shape)
         options["alpha"] = draw(st.none() | st.sampled_from([0.0, 1.0]) | st.floats(0.01, 1))
         if draw(st.booleans()):
             options["hard_weight"] = draw(st.sampled_from([0.0, 1.0]) | st.floats(0.01, 10))
+        if draw(st.booleans()):
+            options["label_smoothing"] = draw(st.sampled_from([0.0, 0.1, 1.0]) | st.floats(0.01, 1))
+    if options["divergence"] == "dkd" and draw(st.booleans()):
+        weights = st.sampled_from([0.0, 1.0, 8.0]) | st.floats(0.01, 10)
+        options["dkd_weights"] = (draw(weights), draw(weights))
+    caps = st.sampled_from([30.0, 0.5, 1e4]) | st.floats(1, 100)
+    if draw(st.booleans()):
+        options["z_loss"] = draw(st.sampled_from([0.0, 1e-4]) | st.floats(0.01, 1))
+    if draw(st.booleans()):
+        options["softcap"] = draw(caps)
+    if options["target"] == "logits":
+        if draw(st.booleans()):
+            options["teacher_softcap"] = draw(caps)
+        # logits that a format makes equal are 1e-7 apart from having no deviation, and have no digits
+        options["standardize"] = offset == 0 and vocab > 2 and draw(st.booleans())
+    if draw(st.booleans()):
+        options["return_metrics"] = True
     if draw(st.booleans()):
         options["weight"] = per_row(st.sampled_from([0.0, 1.0]) | st.floats(0.01, 10))
     options["t_squared"], options["reduction"] = draw(st.booleans()), draw(st.sampled_from(REDUCTIONS))
@@ -113,12 +133,12 @@ def _pools(
         return x
 
     teachers = [logits(*shape, vocab + rng.choice([0, 0, 0, 2])).to(rng.choice(dtypes)) for _ in range(3)]
-    rows = torch.rand(shape)
+    rows, labels, wrong = torch.rand(shape), torch.randint(vocab, shape), rng.choice([-1, vocab])
     student = logits(*shape, vocab).to(dtype)
     return {
         "student_logits": [*[student] * 8, student.requires_grad_() if student.is_floating_point() else student, None],
         "teacher": [*[teachers[0]] * 6, teachers, teachers[:1], [], None, "t", torch.randn(*shape, vocab, 2)],
-        "labels": [None, *[torch.randint(vocab, shape)] * 3, torch.randint(-2, vocab + 1, shape), rows, [0]],
+        "labels": [None, *[labels] * 14, torch.where(labels == labels.flatten()[:1], wrong, labels), rows, [0]],
         "temperature": [1.0, 2, 3.7, 1e-30, 1e30, rows + 0.5, rows, 0, -1.0, torch.nan, "2", None, torch.ones(7)],
         "teacher_temperature": [*[None] * 8, 2.0, rows + 0.5, 0.0, "2"],
         "alpha": [*[None] * 5, 0, 0.5, 1, 7.0, -1, torch.nan, "a"],
@@ -135,6 +155,13 @@ def _pools(
         "teacher_weights": [*[None] * 8, [1], [1, 2, 3], [0, 0, 1], [0, 0, 0], [-1, 1, 1], 3, "abc"],
         "ensemble": [*ENSEMBLES * 4, "sum"],
         "inplace": [*[False] * 5, True],
+        "label_smoothing": [*[0.0] * 6, *[0, 0.1, 1.0] * 2, 1.1, None],
+        "z_loss": [*[0.0] * 6, *[1e-4, 1, 1e30] * 2, -1, "z"],
+        "softcap": [*[None] * 6, *[30.0, 0.5, 1, 1e30] * 2, 0, "c"],
+        "teacher_softcap": [*[None] * 6, *[30.0, 1e-30] * 3, torch.inf, True],
+        "standardize": [*[False] * 6, *[True] * 6, 1],
+        "return_metrics": [*[False] * 6, *[True] * 6, "kl"],
+        "dkd_weights": [*[(1.0, 8.0)] * 10, [1, 8], (2, 1), (0, 0), (1,), (1, -1)],
     }
 
 
@@ -150,10 +177,11 @@ def many_calls(backend: str, seed: int) -> None:
         vocab = rng.choice([1, 2, 7, 17, 33, 100])
         pools = _pools(rng, shape, vocab, dtypes)
         chosen = {argument: pool[0] for argument, pool in pools.items()}
-        for argument in rng.sample(list(pools), rng.choice([0, 1, 2, 3, 5, 8])):
+        for argument in ("labels", *rng.sample(list(pools), rng.choice([0, 1, 2, 3, 5, 8]))):
             chosen[argument] = rng.choice(pools[argument])
         try:
             loss = kdfast.kd_loss(chosen.pop("student_logits"), backend=backend, **chosen)
+            loss = loss[0] if isinstance(loss, tuple) else loss
             if loss.requires_grad:
                 loss.backward(torch.ones_like(loss))
             counts["fine"] += 1

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DIVERGENCES, ENSEMBLES, F64, TARGETS, as_target, batch
+from cases import DIVERGENCES, ENSEMBLES, F64, TARGETS, as_target, batch, labels_for
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -15,7 +15,8 @@ TEMPERATURE = 3.0
 
 
 def loss_of(s: Tensor, *args, **settings) -> Tensor:
-    return kd_loss(s, *args, backend="reference", **settings)
+    loss = kd_loss(s, *args, backend="reference", **settings)
+    return loss[0] if settings.get("return_metrics") else loss
 
 
 def grad_of(s: Tensor, *args, **settings) -> Tensor:
@@ -24,9 +25,9 @@ def grad_of(s: Tensor, *args, **settings) -> Tensor:
     return leaf.grad
 
 
-def close(a: Tensor, b: Tensor) -> None:
+def close(a: Tensor, b: Tensor, digits: float = 64 * torch.finfo(F64).eps) -> None:
     """Equal but for fp64's rounding of a few dozen operations on a row, at the size of its largest number."""
-    torch.testing.assert_close(a, b, rtol=0, atol=64 * torch.finfo(F64).eps * max(1.0, b.abs().max().item()))
+    torch.testing.assert_close(a, b, rtol=0, atol=digits * max(1.0, b.abs().max().item()))
 
 
 # --- finite differences ------------------------------------------------------------------------------------------
@@ -59,14 +60,26 @@ OPTIONS = {
     "sum": {"reduction": "sum"},
     "batchmean": {"reduction": "batchmean"},
     "normalizer": {"normalizer": 17.0},
+    "label_smoothing": {"label_smoothing": 0.3},
+    "all smoothed away": {"label_smoothing": 1.0, "alpha": 0.5},
+    "z_loss": {"z_loss": 0.7},
+    "z_loss alone": {"z_loss": 0.7, "alpha": 0, "hard_weight": 0},
+    "softcap": {"softcap": 3.0},
+    "softcap, all terms": {"softcap": 3.0, "z_loss": 0.1, "label_smoothing": 0.1, "vocab_size": 4, "labels": Y % 4},
+    "teacher_softcap": {"teacher_softcap": 1.5},
+    "standardize": {"standardize": True},
+    "standardize, geometric": {"standardize": True, "teacher": [T, T.flip(-1)], "ensemble": "geometric"},
+    "standardize, capped": {"standardize": True, "softcap": 3.0, "teacher_softcap": 3.0, "z_loss": 0.1},
+    "return_metrics": {"return_metrics": True},
 }
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_gradients_are_finite_differences_under_every_option(divergence: str, option: str) -> None:
-    settings = {"labels": Y, "temperature": TEMPERATURE, "divergence": divergence} | OPTIONS[option]
-    assert gradcheck(lambda s: loss_of(s, T, **settings), S.clone().requires_grad_())
+    settings = {"teacher": T, "labels": Y, "temperature": TEMPERATURE, "divergence": divergence} | OPTIONS[option]
+    settings["labels"] = labels_for(divergence, Y) if settings["labels"] is None else settings["labels"]
+    assert gradcheck(lambda s: loss_of(s, **settings), S.clone().requires_grad_())
 
 
 # --- closed forms ------------------------------------------------------------------------------------------------
@@ -109,6 +122,104 @@ def test_logit_mse_in_closed_form() -> None:
     close(grad_of(S, T, divergence="logit_mse"), (s - t) / s.numel())
     # it has no temperature and no T^2
     close(loss_of(S, T, divergence="logit_mse", temperature=5, teacher_temperature=2), F.mse_loss(s, t) / 2)
+
+
+def mdistillers_dkd(s: Tensor, t: Tensor, y: Tensor, weights: tuple[float, float]) -> Tensor:
+    """The published code, row by row, without its T^2."""
+    label = F.one_hot(y, s.shape[-1]).bool()
+    binary = [torch.stack([(p * label).sum(-1), (p * ~label).sum(-1)], -1) for p in (s.softmax(-1), t.softmax(-1))]
+    target = F.kl_div(binary[0].log(), binary[1], reduction="none").sum(-1)
+    log_q, p = F.log_softmax(s - 1000.0 * label, -1), F.softmax(t - 1000.0 * label, -1)
+    return weights[0] * target + weights[1] * F.kl_div(log_q, p, reduction="none").sum(-1)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 8.0), (2.0, 0.5), (1.0, 0.0), (0.0, 1.0)])
+@pytest.mark.parametrize("temperature", [1, 4.0])
+def test_dkd_in_closed_form(weights: tuple[float, float], temperature: float) -> None:
+    settings = {"divergence": "dkd", "dkd_weights": weights, "temperature": temperature, "alpha": 1}
+    want = temperature**2 * mdistillers_dkd(S / temperature, T / temperature, Y, weights)
+    close(loss_of(S, T, Y, reduction="none", **settings), want)
+    p, q = torch.softmax(T / temperature, -1), torch.softmax(S / temperature, -1)
+    index = Y.unsqueeze(-1)
+    p_y, q_y = p.gather(-1, index), q.gather(-1, index)
+    p_among, q_among = p / (1 - p_y), q / (1 - q_y)
+    gradient = weights[1] * (q_among - p_among) - weights[0] * (q_y - p_y) * q_among
+    gradient = gradient.scatter(-1, index, weights[0] * (q_y - p_y))
+    close(grad_of(S, T, Y, reduction="sum", **settings), temperature * gradient)
+
+
+def test_dkd_with_the_weights_of_kl_is_kl() -> None:
+    """KL = KL of (y, not y) + (1 - p_y) * KL among the rest, which is how the paper comes to decouple them."""
+    settings = {"temperature": TEMPERATURE, "alpha": 1, "reduction": "none"}
+    target, among = (loss_of(S, T, Y, divergence="dkd", dkd_weights=w, **settings) for w in ((1, 0), (0, 1)))
+    p_y = torch.softmax(T / TEMPERATURE, -1).gather(-1, Y.unsqueeze(-1)).squeeze(-1)
+    close(target + (1 - p_y) * among, loss_of(S, T, divergence="forward_kl", **settings))
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.6, 1.0])
+def test_smoothing_in_closed_form(smoothing: float) -> None:
+    target = (1 - smoothing) * F.one_hot(Y, S.shape[-1]).double() + smoothing / S.shape[-1]
+    settings = {"alpha": 0, "label_smoothing": smoothing, "reduction": "sum"}
+    close(loss_of(S, None, Y, **settings), F.cross_entropy(S, target, reduction="sum"))
+    close(grad_of(S, None, Y, **settings), torch.softmax(S, -1) - target)
+
+
+def test_z_loss_in_closed_form() -> None:
+    z = torch.logsumexp(S, -1, keepdim=True)
+    settings = {"alpha": 0, "hard_weight": 0, "z_loss": 0.3}
+    close(loss_of(S, None, reduction="none", **settings), 0.3 * z.squeeze(-1).square())
+    close(grad_of(S, None, reduction="sum", **settings), 0.3 * 2 * z * torch.softmax(S, -1))
+    # which neither alpha nor a temperature weighs, but a row's weight does
+    weight = torch.tensor([1.0, 0.5, 2.0, 0.0], dtype=F64)
+    more = {"weight": weight, "temperature": TEMPERATURE, "alpha": 0.3, "reduction": "none"}
+    close(loss_of(S, T, Y, z_loss=0.3, **more) - loss_of(S, T, Y, **more), 0.3 * weight * z.squeeze(-1).square())
+
+
+def test_a_softcap_is_the_chain_rule() -> None:
+    settings = {"temperature": TEMPERATURE, "z_loss": 0.1, "label_smoothing": 0.1, "reduction": "sum"}
+    capped, teacher = 2 * torch.tanh(S / 2), 3 * torch.tanh(T / 3)
+    close(loss_of(S, T, Y, softcap=2, teacher_softcap=3, **settings), loss_of(capped, teacher, Y, **settings))
+    gradient = (1 - torch.tanh(S / 2).square()) * grad_of(capped, teacher, Y, **settings)
+    close(grad_of(S, T, Y, softcap=2, teacher_softcap=3, **settings), gradient)
+
+
+def standardised(z: Tensor) -> Tensor:
+    return (z - z.mean(-1, True)) / (1e-7 + z.std(-1, keepdim=True))  # as published
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_standardised_logits_are_the_chain_rule(divergence: str) -> None:
+    settings = {"divergence": divergence, "temperature": TEMPERATURE, "alpha": 1, "reduction": "sum"}
+    z, teacher = standardised(S), standardised(T)
+    close(loss_of(S, T, Y, standardize=True, **settings), loss_of(z, teacher, Y, **settings))
+    g = grad_of(z, teacher, Y, **settings)
+    chain = torch.autograd.functional.jacobian(standardised, S)  # (rows, V, rows, V)
+    gradient = torch.einsum("ri,risj->sj", g, chain)
+    close(grad_of(S, T, Y, standardize=True, **settings), gradient)
+    along = (g * z).sum(-1, True) / (S.shape[-1] - 1)
+    close(gradient, (g - g.mean(-1, True) - z * along) / S.std(-1, keepdim=True), digits=1e-6)  # but for the 1e-7
+    # the hard term and z_loss see the logits as they are
+    settings |= {"alpha": 0.4, "z_loss": 0.1}
+    both = 0.4 * gradient + grad_of(S, None, Y, alpha=0, hard_weight=0.6, z_loss=0.1, reduction="sum")
+    close(grad_of(S, T, Y, standardize=True, **settings), both)
+
+
+def test_metrics_in_closed_form() -> None:
+    p, q = torch.softmax(T / TEMPERATURE, -1), torch.softmax(S / TEMPERATURE, -1)
+    settings = {"temperature": TEMPERATURE, "label_smoothing": 0.2, "return_metrics": True, "backend": "reference"}
+    _, metrics = kd_loss(S, T, Y, reduction="none", alpha=0.3, **settings)
+    student_entropy, teacher_entropy = (-(x * x.log()).sum(-1) for x in (q, p))
+    kl = (p * (p / q).log()).sum(-1)
+    close(metrics.student_entropy, student_entropy)
+    close(metrics.teacher_entropy, teacher_entropy)
+    close(metrics.kl, kl)
+    close(metrics.soft, TEMPERATURE**2 * (kl + teacher_entropy))  # cross_entropy = KL + the teacher's entropy
+    close(metrics.hard, F.cross_entropy(S, Y, label_smoothing=0.2, reduction="none"))
+    close(metrics.accuracy, (S.argmax(-1) == Y).double())
+    close(metrics.agreement, (S.argmax(-1) == T.argmax(-1)).double())
+    loss, means = kd_loss(S, T, Y, alpha=0.3, **settings)
+    close(0.3 * means.soft + 0.7 * means.hard, loss)
+    close(torch.stack(means), torch.stack(metrics).mean(-1))
 
 
 # --- the table of divergences ------------------------------------------------------------------------------------
@@ -212,9 +323,10 @@ def test_a_rows_gradient_sums_to_0(divergence: str) -> None:
 
 @pytest.mark.parametrize("divergence", DIVERGENCES[1:])
 def test_a_divergence_is_0_where_the_student_is_its_teacher_and_positive_elsewhere(divergence: str) -> None:
-    close(loss_of(T, T, divergence=divergence, reduction="none"), torch.zeros(4, dtype=F64))
-    close(grad_of(T, T, divergence=divergence), torch.zeros_like(T))
-    assert loss_of(S, T, divergence=divergence, reduction="none").min() > 0
+    settings = {"labels": labels_for(divergence, Y), "alpha": 1, "divergence": divergence}
+    close(loss_of(T, T, reduction="none", **settings), torch.zeros(4, dtype=F64))
+    close(grad_of(T, T, **settings), torch.zeros_like(T))
+    assert loss_of(S, T, reduction="none", **settings).min() > 0
 
 
 def test_alpha_0_is_cross_entropy() -> None:

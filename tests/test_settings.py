@@ -19,6 +19,7 @@ from cases import (
     combined,
     divergences_for,
     here,
+    labels_for,
     name,
     thinned_to,
 )
@@ -113,7 +114,7 @@ def test_every_mix_of_soft_and_hard(backend: str, dtype: torch.dtype) -> None:
         # timm's and DKD's 1 + 1; the soft term alone, beside labels and without; the hard alone; a large one
         for alpha, hard in ((1, 1), (0.7, 0), (0, 2.5), (100, 0.5)):
             judge(student, teacher, labels, alpha=alpha, hard_weight=hard, **settings)
-        judge(student, teacher, alpha=0.3, hard_weight=0, **settings)
+        judge(student, teacher, labels_for(divergence, labels), alpha=0.3, hard_weight=0, **settings)
         judge(student, None, labels, alpha=0, **settings)
 
 

@@ -106,12 +106,12 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     # --- numbers
     *(
         (argument, value, {}, ValueError, re.escape(f"{value!r} must be finite and > 0"))
-        for argument in ("temperature", "teacher_temperature", "normalizer")
+        for argument in ("temperature", "teacher_temperature", "normalizer", "softcap", "teacher_softcap")
         for value in (0, -1, -0.5, NAN, INF, 0.0)
     ),
     *(
         (argument, value, {}, TypeError, "must be a number.*, not " + re.escape(repr(value)))
-        for argument in ("temperature", "alpha", "hard_weight", "normalizer")
+        for argument in ("temperature", "alpha", "hard_weight", "normalizer", "label_smoothing", "z_loss", "softcap")
         for value in ("2", True, [2.0], 1j)
     ),
     ("temperature", None, {}, TypeError, "must be a number.*, not None"),
@@ -137,10 +137,29 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("hard_weight", 0.5, {"labels": None}, ValueError, "0.5 without labels; give labels or hard_weight=0"),
     ("beta", 0.5, {"divergence": "forward_kl"}, ValueError, "with divergence='forward_kl', which has none; .*'jsd'"),
     ("beta", 0.5, {"divergence": "logit_mse"}, ValueError, "with divergence='logit_mse', which has none"),
+    ("beta", 0.5, {"divergence": "dkd"}, ValueError, "with divergence='dkd', which has none; it is for .*'jsd'"),
     ("beta", -0.1, {"divergence": "jsd"}, ValueError, r"-0.1 must lie in \[0, 1\]"),
     ("beta", NAN, {"divergence": "jsd"}, ValueError, r"nan must lie in \[0, 1\]"),
     ("beta", 1.5, {"divergence": "symmetric_kl"}, ValueError, r"1.5 must lie in \[0, 1\]"),
     ("beta", "half", {"divergence": "jsd"}, TypeError, "must be a number, not 'half'"),
+    *(
+        ("label_smoothing", value, {}, ValueError, re.escape(f"{value!r} must lie in [0, 1]"))
+        for value in (-0.1, 1.5, NAN, INF)
+    ),
+    ("label_smoothing", None, {}, TypeError, "must be a number, not None"),
+    ("label_smoothing", 0.1, {"labels": None}, ValueError, "0.1 without labels; it is for the hard term"),
+    *(("z_loss", value, {}, ValueError, f"{value!r} must be a finite number >= 0") for value in (-1e-4, NAN, INF)),
+    ("z_loss", None, {}, TypeError, "must be a number, not None"),
+    ("softcap", torch.tensor(30.0), {}, TypeError, "must be a number, not tensor"),
+    ("teacher_softcap", "30", {}, TypeError, "must be a number, not '30'"),
+    *(
+        ("dkd_weights", value, {"divergence": "dkd"}, TypeError, "must be two numbers, of the target and of the other")
+        for value in (1.0, None, (), (1.0,), (1.0, 8.0, 1.0), "18", (1.0, "8"), (1.0, None), torch.tensor([1.0, 8.0]))
+    ),
+    *(
+        ("dkd_weights", (1.0, value), {"divergence": "dkd"}, ValueError, f"{value!r} must be a finite number >= 0")
+        for value in (-1.0, NAN, INF)
+    ),
     ("vocab_size", 0, {}, ValueError, r"0 must lie in \[1, 5\], the classes of student_logits"),
     ("vocab_size", 6, {}, ValueError, r"6 must lie in \[1, 5\], the classes of student_logits"),
     ("vocab_size", 5, {"teacher": T[:, :4]}, ValueError, "5 is more than the 4 classes of teacher"),
@@ -158,7 +177,7 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
         "kl",
         {},
         ValueError,
-        "'kl' is not one of 'cross_entropy', .*'logit_mse'",
+        "'kl' is not one of 'cross_entropy', .*'logit_mse', 'dkd'",
     ),
     ("divergence", None, {}, ValueError, "None is not one of 'cross_entropy'"),
     ("target", "probabilities", {}, ValueError, "'probabilities' is not one of 'logits', 'probs', 'log_probs'"),
@@ -170,12 +189,23 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     # --- flags
     ("t_squared", "no", {}, TypeError, "must be a bool, not 'no'"),
     ("inplace", "no", {}, TypeError, "must be a bool, not 'no'"),
+    ("standardize", 1, {}, TypeError, "must be a bool, not 1"),
+    ("standardize", None, {}, TypeError, "must be a bool, not None"),
+    ("return_metrics", 1, {}, TypeError, "must be a bool, not 1"),
+    ("return_metrics", "kl", {}, TypeError, "must be a bool, not 'kl'"),
     # --- arguments that exclude each other
     ("teacher_temperature", 2.0, {"target": "probs"}, ValueError, "target='probs', which is tempered already"),
     ("teacher_temperature", 2.0, {"target": "log_probs"}, ValueError, "target='log_probs', which is tempered already"),
     ("teacher_weights", [1.0], {}, ValueError, "given with one tensor as the teacher; it is for a sequence"),
     ("divergence", "logit_mse", {"target": "probs"}, ValueError, "'logit_mse' needs target='logits', not 'probs'"),
     ("divergence", "logit_mse", {"teacher": [T, T]}, ValueError, "'logit_mse' with several .* ensemble='geometric'"),
+    ("divergence", "dkd", {"labels": None}, ValueError, "'dkd' needs labels, which say what its target class is"),
+    ("dkd_weights", (2.0, 1.0), {}, ValueError, "given with divergence='cross_entropy'; they are for 'dkd'"),
+    *(
+        (argument, value, {"target": target}, ValueError, f"needs target='logits', not '{target}'")
+        for argument, value in (("standardize", True), ("teacher_softcap", 30.0))
+        for target in ("probs", "log_probs")
+    ),
     ("normalizer", 3, {"reduction": "sum"}, ValueError, "given with reduction='sum'; it takes the place of the mean's"),
     ("normalizer", 3, {"reduction": "none"}, ValueError, "given with reduction='none'; it takes the place"),
     # --- ensembles
