@@ -68,6 +68,8 @@ class Call:
         if difference and settings.metrics:
             teacher = "softmaxed"
         elif self.teachers and not difference:
+            if settings.divergence not in DIVERGENCES:  # one that a program has added to the reference alone
+                raise ValueError(f"divergence: no Triton kernel for {settings.divergence!r}")
             divergence = DIVERGENCES[settings.divergence]
             mixed = several and settings.ensemble == "arithmetic"
             given = settings.target != "logits" and (mixed or not several)
