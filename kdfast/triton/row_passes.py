@@ -314,7 +314,6 @@ def measured(statistics, sums, at_label, row, term, hard_loss, kl, SPEC: tl.cons
 def gradient(s, tiles, classes, scales, coefficients, row, SPEC: tl.constexpr):
     """dl/ds of a tile."""
     offset, factor, log_factor = scales[0]
-    is_label = classes == row.label
     if SPEC.soft and SPEC.divergence is not None:
         p, q, log_p, log_q, y, e = distributions(s, tiles, scales, row, SPEC)
         psi = psi_of(p, q, log_p, log_q, row.beta, SPEC)
@@ -322,7 +321,7 @@ def gradient(s, tiles, classes, scales, coefficients, row, SPEC: tl.constexpr):
             psi = psi * coefficients.psi_scale
         g = coefficients.soft * (psi - q * coefficients.psi_sum)
         if SPEC.dkd:
-            g = tl.where(is_label, coefficients.label_soft, g)
+            g = tl.where(classes == row.label, coefficients.label_soft, g)
     else:
         y = exponent(s, row.slope, offset)
         e = tl.exp2(y)
@@ -335,10 +334,10 @@ def gradient(s, tiles, classes, scales, coefficients, row, SPEC: tl.constexpr):
     if SPEC.labelled or SPEC.z_loss:
         of_hard = coefficients.hard * hard_exps(s, y, e, offset, row, SPEC)
         if SPEC.dkd:
-            of_hard = tl.where(is_label, coefficients.label_hard, of_hard)
+            of_hard = tl.where(classes == row.label, coefficients.label_hard, of_hard)
         g += of_hard
     if SPEC.labelled:
-        g = tl.where(is_label, g - coefficients.label, g)
+        g = tl.where(classes == row.label, g - coefficients.label, g)
         if SPEC.smoothed:
             g -= coefficients.everywhere
     if SPEC.softcap:
