@@ -53,12 +53,18 @@ class Call:
         self.per_row = [labels, weight, temperatures if tempered else None, at]
         scale, self.divisor, self.counted = self._divisor(inputs)
         self.measured = self.losses.new_empty(len(KDMetrics._fields), self.rows) if settings.metrics else None
-        numbers = (
+        always = (
             settings.temperature if tempered else 1.0, settings.teacher_temperature, settings.alpha,
-            settings.hard_weight, scale, settings.beta, settings.label_smoothing, settings.z_loss,
-            settings.softcap or 1.0, settings.teacher_softcap or 1.0, *settings.dkd_weights,
+            settings.hard_weight, scale,
         )  # fmt: skip
-        self.numbers = tuple(map(bits, (*numbers, *(settings.teacher_weights if self.teachers else ()))))
+        optional = (
+            (settings.beta, settings.beta), (spec.smoothed, settings.label_smoothing), (spec.z_loss, settings.z_loss),
+            (spec.softcap, settings.softcap), (spec.teacher_softcap, settings.teacher_softcap),
+            *((spec.dkd, weight) for weight in settings.dkd_weights),
+        )  # fmt: skip
+        wanted = [value if on else None for on, value in optional]  # what is None is no argument of a kernel
+        numbers = (*always, *wanted, *(settings.teacher_weights if self.teachers else ()))
+        self.numbers = tuple(None if n is None else bits(n) for n in numbers)
 
     def _spec(self, inputs: Inputs) -> Spec:
         settings, labelled = self.settings, inputs.labels is not None

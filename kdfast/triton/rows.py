@@ -87,8 +87,12 @@ def kept_row(per_row, row, ignore_index, vocab, LANES: tl.constexpr, SPEC: tl.co
 
 @triton.jit
 def number(bits, dtype: tl.constexpr):
-    """A number that came as matrices.bits, and is rounded here, once."""
-    return ((bits.to(tl.int64) >> 1) & 0x7FFFFFFFFFFFFFFF).to(tl.float64, bitcast=True).to(dtype)
+    """A number that came as matrices.bits, and is rounded here, once; 1 in place of one that is not wanted."""
+    if bits is None:
+        value = tl.full((), 1, dtype)
+    else:
+        value = ((bits.to(tl.int64) >> 1) & 0x7FFFFFFFFFFFFFFF).to(tl.float64, bitcast=True).to(dtype)
+    return value
 
 
 @triton.jit
