@@ -7,6 +7,7 @@ kdfast
     kdfast forward  kd_loss under no_grad
     kdfast softmax  tempered_softmax under no_grad
     jsd inplace     with that divergence, as kdfast inplace; likewise the others
+    with metrics    as kdfast inplace, with that option; likewise the others of OPTIONS
 floors
     floor kept      reads both logits and writes a third array, always the same one
     floor fresh     writes one that is allocated anew in every call
@@ -38,6 +39,15 @@ from kdfast.divergences import names
 
 ALPHA = 0.9
 LIGER_CHUNK = 1024  # rows, Liger's default
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "metrics": {"return_metrics": True},
+    "smoothing": {"label_smoothing": 0.1},
+    "z_loss": {"z_loss": 1e-4},  # PaLM's
+    "softcap": {"softcap": 30.0},  # Gemma 2's
+    "both softcaps": {"softcap": 30.0, "teacher_softcap": 30.0},
+    "standardize": {"standardize": True},
+}
 
 
 class Data:
@@ -91,7 +101,7 @@ def recipe(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float)
     return ALPHA * soft + (1 - ALPHA) * hard
 
 
-def soft_terms(divergence: str, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def soft_terms(divergence: str, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """T^2 * D of each row, as one writes it down, at the default beta."""
     if divergence == "logit_mse":
         difference = (student - student.mean(-1, keepdim=True)) - (teacher - teacher.mean(-1, keepdim=True))
@@ -114,8 +124,21 @@ def soft_terms(divergence: str, student: Tensor, teacher: Tensor, temperature: f
         "skew_reverse_kl": lambda: kl(q, log_q, (beta * q + (1 - beta) * p).log()),
         "tvd": lambda: (p - q).abs().sum(-1) / 2,
         "hellinger": lambda: 1 - ((log_p + log_q) / 2).exp().sum(-1),
+        "dkd": lambda: _dkd(student / temperature, teacher / temperature, labels),
     }
     return temperature**2 * terms[divergence]()
+
+
+def _dkd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """Decoupled KD with its published weights, as its authors wrote it: the others' softmax with the label masked."""
+    label = F.one_hot(labels, student.shape[-1]).bool()
+    parts = []
+    for z in (student, teacher):
+        p = (F.softmax(z, dim=-1) * label).sum(-1)
+        parts.append((torch.stack([p, 1 - p], -1), F.log_softmax(z - 1000.0 * label, dim=-1)))
+    (binary_q, log_q), (binary_p, log_p) = parts
+    target = F.kl_div(binary_q.log(), binary_p, reduction="none").sum(-1)
+    return target + 8.0 * F.kl_div(log_q, log_p.exp(), reduction="none").sum(-1)
 
 
 def _jsd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, log_m: Tensor, beta: float) -> Tensor:
@@ -124,7 +147,7 @@ def _jsd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, log_m: Tensor, beta
 
 def family_recipe(divergence: str) -> Callable[..., Tensor]:
     def loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-        soft = soft_terms(divergence, student, teacher, temperature).mean()
+        soft = soft_terms(divergence, student, teacher, labels, temperature).mean()
         return ALPHA * soft + (1 - ALPHA) * F.cross_entropy(student, labels)
 
     return loss
@@ -170,10 +193,11 @@ def _trained(data: Data, loss: Callable[..., Tensor]) -> Candidate:
     return Candidate(data.leaf, lambda s: loss(s, data.teacher, data.labels, data.temperature).backward())
 
 
-def _inplace(data: Data, threads: int | None = None, divergence: str = "cross_entropy") -> Candidate:
+def _inplace(data: Data, threads: int | None = None, **options: Any) -> Candidate:
     def run(student: Tensor) -> None:
         arguments = student, data.teacher, data.labels, data.temperature
-        kd_loss(*arguments, inplace=True, divergence=divergence).backward()
+        loss = kd_loss(*arguments, inplace=True, **options)
+        (loss[0] if "return_metrics" in options else loss).backward()
 
     return Candidate(data.overwritable, run, threads)
 
@@ -211,6 +235,9 @@ def candidate(name: str, data: Data) -> Candidate:
     for divergence in names():
         makers[f"{divergence} inplace"] = lambda d=divergence: _inplace(data, divergence=d)
         makers[f"eager {divergence}"] = lambda d=divergence: _trained(data, family_recipe(d))
+    for option, settings in OPTIONS.items():
+        makers[f"with {option}"] = lambda settings=settings: _inplace(data, **settings)
+    makers["with weights"] = lambda: _inplace(data, weight=torch.rand(len(data.labels)) + 0.5)
     return makers[name]()
 
 

@@ -125,15 +125,36 @@ def _family() -> list[Case]:
     """Every divergence beside the default one and its own recipe."""
     running = (1.2, 1.05), (15, 30), "its sums run along with those of the exps"
     own_pass = (2.0, 1.4), (15, 30), "a pass of its own over p and q, with up to two logarithms a class"
+    as_forward = (1.2, 1.0), (15, 30), "forward_kl's sums without the label, and a copy of its block"
     no_exps = (1.2, 1.0), (12, 30), "no exps but the hard term's"
     kinds = {"forward_kl": running, "reverse_kl": running, "symmetric_kl": running, "jsd": own_pass}
     kinds |= {name: own_pass for name in ("skew_forward_kl", "skew_reverse_kl", "tvd", "hellinger")}
     cases = []
     for dtype in ("fp32", "bf16"):
         workload = Workload(*LLM, dtype)
-        for name, (of_default, faster, reason) in (kinds | {"logit_mse": no_exps}).items():
+        for name, (of_default, faster, reason) in (kinds | {"dkd": as_forward, "logit_mse": no_exps}).items():
             bounds = Bound("cross_entropy inplace", *of_default), Bound(f"eager {name}", *faster)
             cases.append(Case(f"{workload.name}-{name}", workload, f"{name} inplace", bounds, reason))
+    return cases
+
+
+def _options() -> list[Case]:
+    """Each option beside the call without it."""
+    bars = {
+        "metrics": (1.1, "three more sums, and two maxima"),
+        "smoothing": (1.05, "the sum of the logits"),
+        "z_loss": (1.05, "a number per row"),
+        "weights": (1.05, "a number per row"),
+        "softcap": (1.8, "a tanh a class"),
+        "both softcaps": (1.8, "two of them"),
+        "standardize": (1.3, "mean and deviation first, no exp(z/T)^T, a dot product for the gradient"),
+    }
+    cases = []
+    for dtype in ("fp32", "bf16"):
+        workload = Workload(*LLM, dtype)
+        for name, (bar, reason) in bars.items():
+            bound = Bound("cross_entropy inplace", bar)
+            cases.append(Case(f"{workload.name}-{name.replace(' ', '-')}", workload, f"with {name}", (bound,), reason))
     return cases
 
 
@@ -195,6 +216,7 @@ CASES = [
     ),
     *_variants(),
     *_family(),
+    *_options(),
     Case(
         "4096x1000-fp32",
         Workload(4096, 1000),
