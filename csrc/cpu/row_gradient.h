@@ -176,7 +176,8 @@ KD_NOINLINE double finish(const LossArgs& a, int64_t row, const RowStats& x, con
       if ((decoupled = a.divergence == Divergence::kDKD)) {
         sums.divergence = dkd_sums<P>(a, x, scale, teacher, label, c);
         const double y = hard_exponent<P>(x, scale, label.student);
-        log_hard = y + log_1_plus_exp2(log_hard - y);
+        const double high = y < log_hard ? log_hard : y, low = y < log_hard ? y : log_hard;
+        log_hard = high + log_1_plus_exp2(low - high);
       }
     }
     if (!decoupled) {
