@@ -42,23 +42,24 @@ def _weighted_sum(weights: list[float], tensors: list[Tensor]) -> Tensor:
     return torch.stack([w * x for w, x in zip(weights, tensors, strict=True)]).sum(0)
 
 
-def teacher_distribution(teachers: list[Tensor], temperature: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """p and log p, each (..., V), of one teacher or of an ensemble."""
+def teacher_distribution(
+    teachers: list[Tensor], temperature: Tensor, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p, log p, and log p as it was before a constant of the row, each (..., V), of one teacher or of an ensemble."""
     weights = settings.teacher_weights
     if settings.target == "logits":
         logs = [t / temperature for t in teachers]
-        if len(teachers) == 1 or settings.ensemble == "arithmetic":
-            logs = [torch.log_softmax(x, -1) for x in logs]
     else:
         logs = [t.log() if settings.target == "probs" else t for t in teachers]
-    if len(teachers) == 1:
-        return (teachers[0] if settings.target == "probs" else logs[0].exp()), logs[0]
-    if settings.ensemble == "geometric":
-        log_p = torch.log_softmax(_weighted_sum(weights, logs), -1)
-        return log_p.exp(), log_p
-    probs = teachers if settings.target == "probs" else [x.exp() for x in logs]
-    p = _weighted_sum(weights, probs)
-    return p, p.log()
+    if len(teachers) == 1 or settings.ensemble == "geometric":
+        z = logs[0] if len(teachers) == 1 else _weighted_sum(weights, logs)
+        as_given = len(teachers) == 1 and settings.target != "logits"
+        log_p = z if as_given else torch.log_softmax(z, -1)
+        return (teachers[0] if as_given and settings.target == "probs" else log_p.exp()), log_p, z
+    if settings.target == "logits":
+        logs = [torch.log_softmax(x, -1) for x in logs]
+    p = _weighted_sum(weights, teachers if settings.target == "probs" else [x.exp() for x in logs])
+    return p, p.log(), p.log()
 
 
 def softcapped(z: Tensor, cap: float) -> Tensor:
@@ -71,6 +72,7 @@ def softcapped(z: Tensor, cap: float) -> Tensor:
 
 def standardized(z: Tensor) -> Tensor:
     """(z - mean) / (1e-7 + deviation), the sample deviation: Logit Standardization, Sun et al., CVPR 2024."""
+    z = z - z[..., :1].detach()  # equal logits leave nothing for a rounded mean to differ from
     centred = z - z.mean(-1, keepdim=True)
     variance = centred.square().sum(-1, keepdim=True) / max(1, z.shape[-1] - 1)
     flat = variance == 0  # of one class, or of equal logits: the deviation and its gradient are 0
@@ -116,10 +118,9 @@ def row_losses(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
 
 def _hard_losses(rows: _Rows, settings: Settings) -> Tensor:
     """CE(y, q1), (...), for y smoothed as F.cross_entropy smooths it."""
-    log_q = torch.log_softmax(rows.s, -1)
-    loss = -log_q.gather(-1, rows.labels).squeeze(-1)  # type: ignore[arg-type]
+    loss = -torch.log_softmax(rows.s, -1).gather(-1, rows.labels).squeeze(-1)  # type: ignore[arg-type]
     e = settings.label_smoothing
-    return (1 - e) * loss - e * log_q.mean(-1) if e else loss
+    return (1 - e) * loss + e * (torch.logsumexp(rows.s, -1) - rows.s.mean(-1)) if e else loss
 
 
 def _soft_losses(rows: _Rows, inputs: Inputs, settings: Settings) -> Tensor:
@@ -129,51 +130,75 @@ def _soft_losses(rows: _Rows, inputs: Inputs, settings: Settings) -> Tensor:
         if settings.standardize:
             s, t = standardized(s), [standardized(x) for x in t]
         return logit_mse(s, _weighted_sum(settings.teacher_weights, t))
-    temperature, p, log_p, log_q = _distributions(rows, inputs, settings)
+    x = _distributions(rows, inputs, settings)
     if settings.divergence == "dkd":
-        divergence = dkd(p, log_p, log_q, rows.labels, settings.dkd_weights)  # type: ignore[arg-type]
+        divergence = dkd(x, rows.labels, settings.dkd_weights)  # type: ignore[arg-type]
     else:
-        divergence = DIVERGENCES[settings.divergence].phi(p, log_q.exp(), log_p, log_q, settings.beta).sum(-1)
-    return divergence * temperature.square().squeeze(-1) if settings.t_squared else divergence
+        phi = DIVERGENCES[settings.divergence].phi
+        divergence = phi(x.p, x.log_q.exp(), x.log_p, x.log_q, settings.beta).sum(-1)
+    return divergence * x.temperature.square().squeeze(-1) if settings.t_squared else divergence
 
 
-def _log_student(rows: _Rows, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
-    """T and log q."""
+class _Pair(NamedTuple):
+    """What a divergence is over, each (..., V); z are the logarithms before a constant of the row."""
+
+    temperature: Tensor  # (..., 1), or a number
+    p: Tensor
+    log_p: Tensor
+    p_z: Tensor
+    log_q: Tensor
+    q_z: Tensor
+
+
+def _student_z(rows: _Rows, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+    """T, and the student's logits / T."""
     temperature = _column(inputs.temperatures, settings.temperature, rows.s)
-    s = standardized(rows.s) if settings.standardize else rows.s
-    return temperature, torch.log_softmax(s / temperature, -1)
+    return temperature, (standardized(rows.s) if settings.standardize else rows.s) / temperature
 
 
-def _distributions(rows: _Rows, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """T, p, log p and log q."""
+def _distributions(rows: _Rows, inputs: Inputs, settings: Settings) -> _Pair:
     at = _column(inputs.teacher_temperatures, settings.teacher_temperature, rows.s)
     teachers = [standardized(t) for t in rows.teachers] if settings.standardize else rows.teachers
-    temperature, log_q = _log_student(rows, inputs, settings)
-    return temperature, *teacher_distribution(teachers, at, settings), log_q
+    temperature, z = _student_z(rows, inputs, settings)
+    return _Pair(temperature, *teacher_distribution(teachers, at, settings), torch.log_softmax(z, -1), z)
 
 
-def dkd(p: Tensor, log_p: Tensor, log_q: Tensor, labels: Tensor, weights: list[float]) -> Tensor:
+def dkd(x: _Pair, labels: Tensor, weights: list[float]) -> Tensor:
     """w_0 * KL of (y, not y) + w_1 * KL over the classes that are not y, (...): Decoupled KD, Zhao et al., CVPR 2022.
 
     What no class is left for adds 0: of one class, or where the teacher gives the others no probability.
     """
-    is_label = torch.zeros_like(p, dtype=torch.bool).scatter_(-1, labels, True)
-    log_p_rest, rest_p = _without(log_p, is_label)
-    log_q_rest, rest_q = _without(log_q, is_label)
-    of_label = p.gather(-1, labels).squeeze(-1)
-    log_ratio = (log_p - log_q).gather(-1, labels).squeeze(-1)
-    mass = torch.where(is_label, 0, p).sum(-1)
-    target = times(of_label, log_ratio) + times(mass, rest_p - rest_q)
-    others = times(log_p_rest.exp(), log_p_rest - log_q_rest).sum(-1)
-    return weights[0] * target + weights[1] * others
+    is_label = torch.zeros_like(x.p, dtype=torch.bool).scatter_(-1, labels, True)
+    divergence = torch.zeros_like(x.p[..., 0])
+    if weights[0]:
+        mass = torch.where(is_label, 0, x.p).sum(-1)
+        log_ratio = (x.log_p - x.log_q).gather(-1, labels).squeeze(-1)
+        rest_ratio = _log_sum(x.log_p, is_label) - _log_sum(x.log_q, is_label)
+        target = times(x.p.gather(-1, labels).squeeze(-1), log_ratio) + times(mass, rest_ratio.squeeze(-1))
+        divergence = divergence + weights[0] * target
+    if weights[1]:
+        p_rest, q_rest = _among_others(x.p_z, is_label), _among_others(x.q_z, is_label)
+        divergence = divergence + weights[1] * times(p_rest.exp(), p_rest - q_rest).sum(-1)
+    return divergence
 
 
-def _without(log_p: Tensor, is_label: Tensor) -> tuple[Tensor, Tensor]:
-    """log of the probabilities among the classes that are not y, (..., V), -inf at y, and log of their sum, (...)."""
-    rest = torch.where(is_label, -math.inf, log_p)
+def _without(z: Tensor, is_label: Tensor) -> tuple[Tensor, Tensor]:
+    """z with the label masked, but 0 in rows that have nothing else, and which those are, (..., 1)."""
+    rest = torch.where(is_label, -math.inf, z)
     nothing = (rest == -math.inf).all(-1, keepdim=True)
-    log_sum = torch.where(nothing, -math.inf, torch.logsumexp(torch.where(nothing, 0, rest), -1, keepdim=True))
-    return torch.where(nothing, -math.inf, rest - torch.where(nothing, 0, log_sum)), log_sum.squeeze(-1)
+    return torch.where(nothing, 0, rest), nothing
+
+
+def _log_sum(z: Tensor, is_label: Tensor) -> Tensor:
+    """log of the sum of exp z over the other classes, (..., 1)."""
+    rest, nothing = _without(z, is_label)
+    return torch.where(nothing, -math.inf, torch.logsumexp(rest, -1, keepdim=True))
+
+
+def _among_others(z: Tensor, is_label: Tensor) -> Tensor:
+    """log of the softmax over the other classes, (..., V); -inf at the label, and where there is no other."""
+    rest, nothing = _without(z, is_label)
+    return torch.where(nothing, -math.inf, torch.log_softmax(rest, -1))
 
 
 def row_metrics(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
@@ -185,15 +210,15 @@ def row_metrics(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     if rows.labels is not None:
         hard = _hard_losses(rows, settings)
         accuracy = (best == rows.labels.squeeze(-1)).to(nan.dtype)
-    _, log_q = _log_student(rows, inputs, settings)
+    log_q = torch.log_softmax(_student_z(rows, inputs, settings)[1], -1)
     student_entropy = -times(log_q.exp(), log_q).sum(-1)
     if rows.teachers:
         soft = _soft_losses(rows, inputs, settings)
-        _, p, log_p, _ = _distributions(rows, inputs, settings)
-        kl = times(p, log_p - log_q).sum(-1)
-        teacher_entropy = -times(p, log_p).sum(-1)
+        x = _distributions(rows, inputs, settings)
+        kl = times(x.p, x.log_p - log_q).sum(-1)
+        teacher_entropy = -times(x.p, x.log_p).sum(-1)
         one = len(rows.teachers) == 1  # whose logits differ where their probabilities may not
-        agreement = (best == (rows.teachers[0] if one else log_p).argmax(-1)).to(nan.dtype)
+        agreement = (best == (rows.teachers[0] if one else x.log_p).argmax(-1)).to(nan.dtype)
     metrics = KDMetrics(soft, hard, kl, student_entropy, teacher_entropy, agreement, accuracy)
     return torch.where(rows.keep, torch.stack(metrics), math.nan)
 

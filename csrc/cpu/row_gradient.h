@@ -140,7 +140,7 @@ KD_NOINLINE double dkd_sums(const LossArgs& a, const RowStats& x, const RowScale
   if (x.teacher_sum == 0) {  // there is no other class, or none that the teacher thinks of
     c.student = x.student_sum == 0 ? 0 : c.soft / x.student_sum;
     c.psi_sum = -w * pull;
-    return kLn2 * w * target;
+    return kLn2 * masked(w, target);
   }
   c.student = x.student_sum == 0 ? 0 : c.soft / x.student_sum;
   c.teacher = c.soft * a.dkd_others / x.teacher_sum;
@@ -148,7 +148,7 @@ KD_NOINLINE double dkd_sums(const LossArgs& a, const RowStats& x, const RowScale
   const double among = x.student_sum == 0 ? kInfinity
                                           : x.teacher_running / x.teacher_sum + std::log2(x.student_sum) -
                                                 std::log2(x.teacher_sum);
-  return kLn2 * (w * target + a.dkd_others * among);
+  return kLn2 * (masked(w, target) + masked(a.dkd_others, among));  // a weight of 0 meets no infinity
 }
 
 // The row's loss without its weight, and what pass C needs, from merged statistics over n classes.
