@@ -171,7 +171,7 @@ class Call:
         if self.measured is None:
             return self.losses.new_empty(0)
         if self.settings.reduction == "none":
-            return self.measured.view(-1, *self.shape)
+            return self.measured.view(self.measured.shape[0], *self.shape)
         metrics = new_metrics(self.student, self.settings)
         if not self.rows:
             return metrics.fill_(math.nan)
