@@ -62,7 +62,7 @@ def sum_over_student(statistics, k: tl.constexpr, row, SPEC: tl.constexpr):
     log_mass = student.total * 0
     if SPEC.teacher == "softmaxed":
         log_mass = -tl.log2(teachers[0].mass)
-    part = SPEC.parts.over_student[k](log_mass * 0 + 1, log_mass, -tl.log2(student.total), row.beta)
+    part = SPEC.parts.over_student[k](student.total * 0 + 1, log_mass, -tl.log2(student.total), row.beta)
     return student.parts[k] / student.total + part
 
 
