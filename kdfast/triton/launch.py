@@ -2,7 +2,9 @@
 
 Registers. A program that keeps a row and its teachers' in registers has up to 512 threads, and each of them up to 256
 bytes of rows, half of the 128 registers that are then its share; at V = 32768 in bf16 that is 8 tiles of 8 classes.
-Arithmetic that takes more than the other half gets 256 threads, each with twice the registers and half of those bytes.
+Arithmetic that takes more than the other half gets 256 threads, each with twice the registers and half of those bytes;
+an option that takes some of it half of the bytes, several of them or the metrics both, and standardized rows, which are
+gone over twice more, a quarter. fp64's rows are not kept, and 128 threads share what 256 have otherwise.
 Threads are counted, not warps, of which AMD's have 64. Fewer threads with 4 tiles each come first, so that short rows
 leave room for other programs beside them. Measured by ptxas (registers, no spills): tests/test_triton_static.py.
 
@@ -53,7 +55,7 @@ ROOM_BESIDE_ARITHMETIC = Room(256, 128, 255)
 ROOM_BESIDE_OPTIONS = Room(512, 128, 128)
 ROOM_BESIDE_MOMENTS = Room(256, 64, 255)
 LEAST_ROOM = Room(256, 64, 255, 128)
-NO_ROOM = Room(0, 0, 0)
+NO_ROOM = Room(0, 0, 0, 128)  # fp64: two registers for each number
 
 
 class Plan(NamedTuple):
@@ -97,7 +99,7 @@ def room_for(spec: Spec, tensors: list[Tensor]) -> Room:
     more = (spec.softcap, spec.teacher_softcap, spec.dkd, not (spec.linear or spec.standardize), len(tensors) > 2)
     least = any(much) and sum((*much, *more)) > 1
     if spec.dtype == tl.float64:
-        return NO_ROOM._replace(sweeping=128) if any(much) or spec.softcap else NO_ROOM
+        return NO_ROOM
     if least:
         return LEAST_ROOM
     if spec.standardize:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from kdfast.triton import dkd, logits, metrics
+from kdfast.triton.divergences import masked
 from kdfast.triton.spec import INF, LN2, Coefficients
 from kdfast.triton.statistics import exponent, finite, hard_exponent, hard_exps, hard_offset, without_label
 from kdfast.triton.teachers import teacher_logits, teacher_probabilities
@@ -154,11 +155,6 @@ def no_sums(LANES: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _times(p, x):
-    return tl.where(p == 0, 0, p * x)
-
-
-@triton.jit
 def add_divergence(sums, s, tiles, classes, there, scales, row, SPEC: tl.constexpr):
     """A tile added."""
     before, best = sums
@@ -174,10 +170,10 @@ def add_divergence(sums, s, tiles, classes, there, scales, row, SPEC: tl.constex
         before[1] + tl.sum(psi, 1),
     )
     if SPEC.standardize:
-        out = out + (before[2] + tl.sum(_times(psi, s), 1), before[3] + tl.sum(_times(q, s), 1))
+        out = out + (before[2] + tl.sum(masked(psi, s), 1), before[3] + tl.sum(masked(q, s), 1))
     if SPEC.metrics and not SPEC.joint:
-        of_kl = before[len(before) - 2] + tl.sum(_times(p, log_p - log_q), 1)
-        out = out + (of_kl, before[len(before) - 1] + tl.sum(_times(p, log_p), 1))
+        of_kl = before[len(before) - 2] + tl.sum(masked(p, log_p - log_q), 1)
+        out = out + (of_kl, before[len(before) - 1] + tl.sum(masked(p, log_p), 1))
     return out, best
 
 
