@@ -120,7 +120,10 @@ def _hard_losses(rows: _Rows, settings: Settings) -> Tensor:
     """CE(y, q1), (...), for y smoothed as F.cross_entropy smooths it."""
     loss = -torch.log_softmax(rows.s, -1).gather(-1, rows.labels).squeeze(-1)  # type: ignore[arg-type]
     e = settings.label_smoothing
-    return (1 - e) * loss + e * (torch.logsumexp(rows.s, -1) - rows.s.mean(-1)) if e else loss
+    if not e:
+        return loss
+    z = rows.s - rows.s.detach().amax(-1, keepdim=True)  # whose mean is off by less
+    return (1 - e) * loss + e * (torch.logsumexp(z, -1) - z.mean(-1))
 
 
 def _soft_losses(rows: _Rows, inputs: Inputs, settings: Settings) -> Tensor:

@@ -145,6 +145,22 @@ def test_an_offset_of_the_logits(backend: str, option: str) -> None:
             judge(student, teacher, labels, backend=backend, by_row=backend != "triton", **settings)
 
 
+@pytest.mark.parametrize("offset", (-50.0, 300.0))
+def test_smoothed_labels_alone_far_from_0(backend: str, offset: float) -> None:
+    for vocab, dtype in combined(backend, (1, 2, 2500), (F32, F64)):
+        student, _, labels = batch(4, vocab, dtype, scale=0.1, offset=offset)
+        judge(student, None, labels, backend=backend, alpha=0, label_smoothing=0.7)
+
+
+@pytest.mark.parametrize("option", ("standardize", "all"))
+def test_rows_at_any_address(backend: str, option: str) -> None:
+    """Of such rows Triton gives each thread one class at a time, and adds the threads' up: see `stats` in call.py."""
+    student, teacher, labels = batch(4, 51, F32)
+    student = torch.nn.functional.pad(student, (0, 2))
+    settings = OPTIONS[option] | {"divergence": "symmetric_kl", "beta": 0.3, "temperature": 2, "vocab_size": 51}
+    judge(student, teacher, labels, backend=backend, **settings)
+
+
 # of Triton's lengths, which a row's options do not know of, one for each way that rows are read
 @thinned_to(lambda vocab: vocab in (1, 2, 1000, 4097))
 @pytest.mark.parametrize("vocab", [v for v in VOCABS if v < 10_000])

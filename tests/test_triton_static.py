@@ -49,12 +49,16 @@ def compiled() -> Iterator[Any]:
 
 
 def everything(dtype: torch.dtype, vocab: int, teacher: Any, **settings: Any) -> None:
-    """All of a loss's kernels: gradients in forward and in backward, rows split and whole."""
+    """All of a loss's kernels: gradients in forward and in backward, rows split and whole.
+
+    Where rows are kept in registers the kernel that keeps them: the others have the fewer threads the shorter they are.
+    """
     student, _, labels = batch(1, vocab, dtype)
-    for split in (0, launch.SPLIT_ROWS):
+    long = vocab > launch.SPLIT_CLASSES
+    for split in (0, launch.SPLIT_ROWS) if long else (0,):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(launch, "SPLIT_ROWS", split)
-            for reduction in ("mean", "none"):
+            for reduction in ("mean", "none") if long else ("mean",):
                 leaf = student.clone().requires_grad_()
                 kdfast.kd_loss(leaf, teacher, labels, reduction=reduction, **SETTINGS | settings).sum().backward()
 

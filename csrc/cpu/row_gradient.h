@@ -57,9 +57,9 @@ double hard_exponent(const RowStats& x, const RowScale& scale, double logit) {
 template <class P>
 double hard_loss(const LossArgs& a, const RowStats& x, const RowScale& scale, double log_sum,
                  double label_logit, double mean_logit) {
-  const double e = a.label_smoothing, loss = kLn2 * (log_sum - hard_exponent<P>(x, scale, label_logit));
-  if (e == 0) return loss;
-  return (1 - e) * loss + e * (kLn2 * (log_sum - hard_exponent<P>(x, scale, 0)) - mean_logit);
+  const double e = a.label_smoothing;
+  auto loss = [&](double logit) { return kLn2 * (log_sum - hard_exponent<P>(x, scale, logit)); };
+  return e == 0 ? loss(label_logit) : (1 - e) * loss(label_logit) + e * loss(mean_logit);
 }
 
 // How a row's teacher becomes p.

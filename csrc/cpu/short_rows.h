@@ -89,8 +89,14 @@ struct ShortRows {
     }
     exponents.teacher_offset = teacher_offset;
 
-    V student_sum{}, teacher_sum{}, hard_sum{}, teacher_running{}, student_running{}, label_logit{}, logits{};
+    V student_sum{}, teacher_sum{}, hard_sum{}, teacher_running{}, student_running{}, label_logit{},
+        exponent_sum{};
     const V beta = splat((C)a.beta);
+    auto hard_exponent = [&](V logit) {
+      return P::kOwn
+                 ? multiply_subtract(logit, V{} + (C)kLog2E, exponents.hard_offset)
+                 : multiply_subtract(logit, exponents.student, exponents.student_offset) * (C)exponents.power;
+    };
     for (int64_t i = 0; i < n; ++i) {
       const Lanes<P> x = exponents(at(g.s + i * kLanes), at(g.t + i * kLanes));
       store(g.es + i * kLanes, x.es);
@@ -99,7 +105,7 @@ struct ShortRows {
       student_sum += x.es;
       teacher_sum += x.et;
       hard_sum += x.e1;
-      logits += at(g.s + i * kLanes) - high;
+      exponent_sum += hard_exponent(at(g.s + i * kLanes));
       if constexpr (P::kMSE) teacher_running += x.et * x.et;
       if constexpr (P::D::kTeacher) teacher_running += P::D::over_teacher(x.et, x.ys, x.ys - x.yt);
       if constexpr (P::D::kStudent) student_running += P::D::over_student(x.es, x.ys - x.yt);
@@ -127,7 +133,8 @@ struct ShortRows {
           using D = decltype(d);
           const V to_q = 1 / student_sum;
           add_pointwise<C, D>(g.es, g.et, n, to_q, 1 / divided, beta, divergence, psi_sum);
-          psi_sum -= psi_sum * multiply_subtract(to_q, student_sum, V{} + 1) - 0 * divergence;  // see finish()
+          psi_sum -=
+              psi_sum * multiply_subtract(to_q, student_sum, V{} + 1) - 0 * divergence;  // see finish()
           divergence += D::constant(mass, beta);
         });
       } else {
@@ -162,16 +169,10 @@ struct ShortRows {
     }
     V label_weight{};
     gradient.hard = gradient.uniform = V{};
-    auto hard_exponent = [&](V logit) {
-      return P::kOwn ? logit * (C)kLog2E - exponents.hard_offset
-                     : (logit * exponents.student - exponents.student_offset) * (C)exponents.power;
-    };
     if (a.labelled()) {
       const C e = a.label_smoothing;
       V hard = (log2(hard_sum) - hard_exponent(label_logit)) * (C)kLn2;
-      if (e != 0) {
-        hard = hard * (1 - e) + e * ((log2(hard_sum) - hard_exponent(high)) * (C)kLn2 - logits / (C)n);
-      }
+      if (e != 0) hard = hard * (1 - e) + (log2(hard_sum) - exponent_sum / (C)n) * (e * (C)kLn2);
       loss += hard * (C)a.hard_weight;
       gradient.hard = V{} + (C)a.hard_weight;
       gradient.uniform = factor * (C)(a.hard_weight * a.label_smoothing / n);

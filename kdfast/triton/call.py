@@ -240,6 +240,7 @@ class Call:
             *self._tensors(), table, self._pointers(None, losses), self.numbers,
             self.rows, self.vocab, self.settings.ignore_index, self.segments, self.segment,
             COLUMNS=self.columns, SPLIT=self.segments > 1, **self._constants(self.sweep, None),
+            enable_fp_fusion=False,  # or a product enters a sum unrounded in its own thread, rounded in the others
         )  # fmt: skip
 
     def _grad(self, table: Tensor, grad_loss: Tensor | None, output: Tensor) -> None:

@@ -58,7 +58,7 @@ def parts(divergence: Divergence | None, metrics: bool, joint: bool) -> Parts:
 @triton.jit
 def masked(p, x):
     """p * x, but 0 where p is 0, whatever x is there."""
-    return p * tl.where(p == 0, 0, x)
+    return tl.where(p == 0, p, p * x)
 
 
 @triton.jit
