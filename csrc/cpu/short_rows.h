@@ -112,7 +112,7 @@ struct ShortRows {
     }
     for (int r = 0; r < kLanes; ++r) label_logit[r] = g.label[r] < 0 ? 0 : g.s[g.label[r] * kLanes + r];
 
-    Gradient<P, true> gradient;
+    Gradient<P, true> gradient{};
     gradient.exponents = exponents;
     V loss{};
     const V factor = at(g.factor);
