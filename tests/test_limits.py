@@ -124,6 +124,7 @@ def test_a_class_that_the_student_masks(backend: str, dtype: torch.dtype, vocab:
         torch.testing.assert_close(grad[1].double(), want[1], **close | {"atol": fine + close["atol"]})
 
 
+@of_one_dtype
 def test_a_label_that_the_student_masks(backend: str, dtype: torch.dtype) -> None:
     for vocab, divergence in combined(backend, VOCABS, WITH_INFINITY):
         student, teacher, labels = batch(ROWS, vocab, dtype)

@@ -81,27 +81,30 @@ KD_NOINLINE void softcap_row(const void* from, DType dtype, int64_t n, double ca
   constexpr int kLanes = Types<C>::kLanes;
   const auto c = splat((C)cap), inverse = splat((C)(1 / cap));
   const auto masked = splat(-std::numeric_limits<C>::infinity());
-  if (dtype != (std::is_same_v<C, double> ? DType::kDouble : DType::kFloat)) {
-    widen(from, dtype, n, to);
-    from = to;
-  }
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const C* z = (const C*)from + i;
-    const auto v = n - i < kLanes ? load_part(z, n - i, 0) : load(z);
-    store(to + i, v == masked ? masked : c * tanh(v * inverse));
+  for (int64_t at = 0; at < n; at += kBlock) {
+    const int64_t m = n - at < kBlock ? n - at : kBlock;
+    const void* block = (const char*)from + at * bytes_of(dtype);
+    if (bytes_of(dtype) != (int64_t)sizeof(C)) {
+      widen(block, dtype, m, to + at);
+      block = to + at;
+    }
+    const C* z = (const C*)block;
+    auto capped = [&](auto v) { return v == masked ? masked : c * tanh(v * inverse); };
+    int64_t i = 0;
+    for (; i + kLanes <= m; i += kLanes) store(to + at + i, capped(load(z + i)));
+    if (i < m) store(to + at + i, capped(load_part(z + i, m - i, 0)));
   }
 }
 
-// A gradient in the capped logits as one in the logits, rounded.
+// A gradient in the capped logits as one in the logits, in its place.
 template <class C>
-KD_NOINLINE void softcap_gradient(C* g, const C* capped, int64_t n, double cap, void* to, DType dtype) {
+KD_NOINLINE void softcap_gradient(C* g, const C* capped, int64_t n, double cap) {
   using V = typename Types<C>::V;
   const V inverse = splat((C)(1 / cap)), masked = splat(-std::numeric_limits<C>::infinity());
   for_vectors(g, n, [&](V v, int64_t i) {
     const V z = load(capped + i), x = z * inverse;
     return z == masked ? V{} : v * ((1 - x) * (1 + x));
   });
-  narrow(g, n, to, dtype);
 }
 
 struct Moments {  // of a row's logits

@@ -10,7 +10,6 @@
 namespace kdfast {
 namespace {
 
-constexpr int kBlock = 2048;
 constexpr int64_t kFitsL2 = 65536;  // classes whose logits and exps a megabyte holds
 constexpr int kSample = 128;
 constexpr int kMaxPower = 4;

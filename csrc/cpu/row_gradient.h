@@ -14,8 +14,8 @@ struct Row {
   using C = typename P::C;
   const S* s;
   const T* t;
-  S* out;           // where pass C writes
-  void* final_out;  // where it ends: the same, unless the student was widened
+  S* out;           // where pass C writes a block
+  void* final_out;  // where the row ends: from `out` on, unless the student was widened or capped
   Scratch<C> scratch;
   Block<P>* blocks;
 };

@@ -112,6 +112,8 @@ struct SoftmaxArgs {
   DType out_dtype;
 };
 
+constexpr int kBlock = 2048;  // classes that the passes take at a time
+
 // Rows [begin, end) each. Where rows are few a row is split into segments of kSegment classes: `stats` and
 // `grad` take units of (row, segment) then, and `merge` joins a row's segments in their order.
 constexpr int64_t kSegment = 8192;
