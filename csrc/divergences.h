@@ -28,6 +28,11 @@
 #define KDFAST_HD
 #endif
 
+#if defined(__GNUC__)  // all have one signature, of which each uses its part
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"
+#endif
+
 namespace kdfast {
 namespace {  // compiled once per instruction set: nothing here may be shared between them
 
@@ -197,3 +202,7 @@ struct NoDivergence : NoSums {};
 
 }  // namespace
 }  // namespace kdfast
+
+#if defined(__GNUC__)
+#pragma GCC diagnostic pop
+#endif

@@ -105,11 +105,17 @@ struct Exponents {
     return e1;
   }
 
+  // The exponent at temperature 1.
+  KD_INLINE V hard(V s) const {
+    return P::kOwn ? multiply_subtract(s, splat<C>(kLog2E), hard_offset)
+                   : multiply_subtract(s, student, student_offset) * (C)power;
+  }
+
   KD_INLINE Lanes<P> operator()(V s, V t) const {
     Lanes<P> x{};
     x.ys = multiply_subtract(s, student, student_offset);
     x.es = exp2(x.ys);
-    x.e1 = P::kOwn ? exp2(multiply_subtract(s, splat<C>(kLog2E), hard_offset)) : power_of(x.es);
+    x.e1 = P::kOwn ? exp2(hard(s)) : power_of(x.es);
     if constexpr (P::kMSE) {
       x.et = (s * student_unit - t * teacher_unit) - teacher_offset;
     } else if constexpr (P::kProbs) {

@@ -92,11 +92,6 @@ struct ShortRows {
     V student_sum{}, teacher_sum{}, hard_sum{}, teacher_running{}, student_running{}, label_logit{},
         exponent_sum{};
     const V beta = splat((C)a.beta);
-    auto hard_exponent = [&](V logit) {
-      return P::kOwn
-                 ? multiply_subtract(logit, V{} + (C)kLog2E, exponents.hard_offset)
-                 : multiply_subtract(logit, exponents.student, exponents.student_offset) * (C)exponents.power;
-    };
     for (int64_t i = 0; i < n; ++i) {
       const Lanes<P> x = exponents(at(g.s + i * kLanes), at(g.t + i * kLanes));
       store(g.es + i * kLanes, x.es);
@@ -105,7 +100,7 @@ struct ShortRows {
       student_sum += x.es;
       teacher_sum += x.et;
       hard_sum += x.e1;
-      exponent_sum += hard_exponent(at(g.s + i * kLanes));
+      exponent_sum += exponents.hard(at(g.s + i * kLanes));
       if constexpr (P::kMSE) teacher_running += x.et * x.et;
       if constexpr (P::D::kTeacher) teacher_running += P::D::over_teacher(x.et, x.ys, x.ys - x.yt);
       if constexpr (P::D::kStudent) student_running += P::D::over_student(x.es, x.ys - x.yt);
@@ -171,7 +166,7 @@ struct ShortRows {
     gradient.hard = gradient.uniform = V{};
     if (a.labelled()) {
       const C e = a.label_smoothing;
-      V hard = (log2(hard_sum) - hard_exponent(label_logit)) * (C)kLn2;
+      V hard = (log2(hard_sum) - exponents.hard(label_logit)) * (C)kLn2;
       if (e != 0) hard = hard * (1 - e) + (log2(hard_sum) - exponent_sum / (C)n) * (e * (C)kLn2);
       loss += hard * (C)a.hard_weight;
       gradient.hard = V{} + (C)a.hard_weight;
@@ -179,7 +174,7 @@ struct ShortRows {
       label_weight = factor * (C)(a.hard_weight * (1 - a.label_smoothing));
     }
     if (a.z_loss != 0) {
-      V z = (log2(hard_sum) - hard_exponent(V{})) * (C)kLn2;
+      V z = (log2(hard_sum) - exponents.hard(V{})) * (C)kLn2;
       z = z == -std::numeric_limits<C>::infinity() ? z - z : z;
       loss += z * z * (C)a.z_loss;
       gradient.hard += z * (C)(2 * a.z_loss);
