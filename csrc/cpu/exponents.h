@@ -68,6 +68,15 @@ struct Block {  // where a block's exps stand, and what their exponents are rela
   }
 };
 
+// a * 2^y; 0 where 2^y is 2^-inf, and infinite where a is and 2^y only underflows. NaN stays.
+KD_INLINE double scaled(double a, double y) {
+  if (a != a) return a;
+  return y == -kInfinity ? 0 : std::isinf(a) ? a : a * std::exp2(y);
+}
+
+// An offset as it is subtracted: 0 where every class is masked.
+KD_INLINE double finite(double offset) { return offset == -kInfinity ? 0 : offset; }
+
 // y1 = T * y, whichever way it is taken
 template <class P>
 KD_INLINE double hard_offset(const RowScale& scale, double student_offset) {

@@ -1,4 +1,5 @@
-"""What follows pass A: a divergence's own sums (B), a row's loss, and the gradient (C); csrc/cpu/row_gradient.h in C++.
+"""What follows pass A: a divergence's own sums (B), a row's loss, and the gradient (C); csrc/cpu/row_loss.h and
+row_gradient.h in C++.
 
 Notation and statistics are those of statistics.py; `row` is spec.Row. Scalars are a row's, or vectors of one per row.
 """

@@ -1,0 +1,54 @@
+// Logit Standardization: what it changes before pass A and adds before pass C.
+#pragma once
+
+#include "row_gradient.h"
+
+namespace kdfast {
+namespace {
+
+// What standardised logits change: the slopes, whose softmax knows no mean. Several teachers were
+// standardised when they were mixed.
+template <class P>
+KD_NOINLINE void standardize(const LossArgs& a, const Row<P>& r, int64_t n, RowScale& scale,
+                             Moments& of_student) {
+  of_student = moments(r.s, n);
+  scale.student_unit = of_student.per_unit();
+  if constexpr (P::kSoft || P::kMSE) {
+    if (a.n_teachers == 1) scale.teacher_unit = moments(r.t, n).per_unit();
+  }
+  if constexpr (!P::kMSE) {
+    scale.student *= scale.student_unit;
+    scale.teacher *= scale.teacher_unit;
+    scale.hard /= scale.student_unit;
+  }
+}
+
+// The standard deviation's part of the gradient: with g the soft term's gradient at a fixed deviation d, it
+// is
+// -(s_i - mean) / (d (n - 1) deviation) * sum g_j (s_j - mean).
+template <class P>
+KD_NOINLINE void add_tilt(const LossArgs& a, const Row<P>& r, int64_t n, const RowScale& scale,
+                          const RowStats& stats, const Moments& of_student, const Label& label,
+                          Coefficients& c) {
+  c.mean = of_student.mean;
+  Coefficients soft = c;
+  soft.hard = soft.uniform = 0;
+  Block<P> current{stats.student_offset, stats.teacher_offset};
+  Gradient<P, true> gradient(scale, soft, current.student_offset, current.teacher_offset);
+  double total = 0;
+  for (int64_t at = 0; at < n; at += kBlock) {
+    const Block<P>& block = r.blocks[at / kBlock];
+    if (!(block == current)) {
+      current = block;
+      gradient = Gradient<P, true>(scale, at_offsets<P>(soft, stats, scale, current), current.student_offset,
+                                   current.teacher_offset);
+    }
+    total += gradient.dot(r.s + at, r.t + at, r.scratch.after(at), n - at < kBlock ? n - at : kBlock);
+  }
+  if (a.divergence == Divergence::kDKD) total += c.label_soft * (label.student - of_student.mean);
+  const double deviation = of_student.deviation;
+  if (deviation != 0) c.tilt = -total * of_student.per_unit() / ((n - 1) * deviation);
+}
+
+}  // namespace
+}  // namespace kdfast
