@@ -72,6 +72,15 @@ def teacher_tile(t, k: tl.constexpr, row, SPEC: tl.constexpr):
     return t
 
 
+@triton.jit
+def prepared(s, ts, row, SPEC: tl.constexpr):
+    """Logits as the terms see them."""
+    out = ()
+    for k in tl.static_range(len(ts)):
+        out = out + (teacher_tile(ts[k], k, row, SPEC),)
+    return student_logits(s, row, SPEC), out
+
+
 # ---- moments: (count, mean, sum of squares about it) of each lane, joined as Chan et al. (1979) do: sums about one
 # number for all would lose digits where that is far off, and equal logits must have a deviation of exactly 0 ----
 

@@ -6,9 +6,11 @@ Sums are of a fixed order, by one program: the same bits at every run.
 import triton
 import triton.language as tl
 
+from kdfast.triton.logits import prepared
+from kdfast.triton.per_row import number, row_of, term_factors
 from kdfast.triton.row_passes import finish, linear_divergence
-from kdfast.triton.rows import number, prepared, row_of, term_factors
-from kdfast.triton.statistics import merge, statistics_in, table_row
+from kdfast.triton.statistics import merge
+from kdfast.triton.tables import statistics_in, table_row
 from kdfast.triton.tiles import end_classes, head_of, load_body, row_start, row_value, store_body, widened
 
 RUN_TIME = ["student", "per_row", "numbers", "grad", "scale", "rows", "vocab", "width", "ignore_index", "segments"]

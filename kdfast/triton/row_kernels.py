@@ -1,4 +1,4 @@
-"""The row kernels. What a row's passes compute is in statistics.py and row_passes.py, how they read it in rows.py.
+"""The row kernels. What passes compute is in statistics.py and row_passes.py, how they read in rows.py and per_row.py.
 
     loss_grad_short   a row and its teachers' stay in the registers of one program: each logit is read once
     loss_grad_long    pass A over the row, then pass C over it once more; pass B in between where there is one
@@ -13,7 +13,7 @@ flight fit into the L2, so launch.py bounds how many programs there are, each of
 Arguments of all of them: student, output and each of teachers is a matrix as tiles.py has it; per_row holds pointers,
 or None, to (losses, labels, weight, temperature, teacher_temperature, gradient of the losses) by row, and to the
 divisor and the metrics, (7, rows); numbers are temperature, teacher_temperature, alpha, hard_weight, scale, beta,
-label_smoothing, z_loss, the two softcaps, the two of dkd and the teachers' weights, as rows.number says.
+label_smoothing, z_loss, the two softcaps, the two of dkd and the teachers' weights, as per_row.number says.
 
 A branch with a reduction in it makes the compiler provide for threads that part ways (at V = 32768 it spilled 96 bytes
 for that on sm_90). So a row that drops out is a row of no classes, and only arithmetic stands in branches.
@@ -23,30 +23,33 @@ import triton
 import triton.language as tl
 
 from kdfast.triton import metrics
-from kdfast.triton.row_passes import add_divergence, finish, gradient, linear_divergence, no_sums, scales_of
-from kdfast.triton.rows import (
-    add_tiles,
-    divergence_of,
+from kdfast.triton.logits import prepared
+from kdfast.triton.per_row import (
     first_difference,
     gradient_factor,
     kept_row,
     label_and_divisor,
     label_logits,
+    row_scales,
+    segment_of,
+    term_factors,
+)
+from kdfast.triton.row_passes import add_divergence, finish, gradient, linear_divergence, no_sums, scales_of
+from kdfast.triton.rows import (
+    add_tiles,
+    divergence_of,
     load_ends,
     load_tiles,
     no_moments,
-    prepared,
-    row_scales,
-    segment_of,
     standardized_row,
     standardizing,
     statistics_of,
     sums_of_row,
-    term_factors,
     widened_tiles,
     write_gradient,
 )
-from kdfast.triton.statistics import accumulate, merge, no_statistics, statistics_in, table_row
+from kdfast.triton.statistics import accumulate, merge, no_statistics
+from kdfast.triton.tables import statistics_in, table_row
 from kdfast.triton.tiles import body_classes, end_classes, head_of, row_start, row_starts, store_body, zero
 
 # Nothing is compiled for once more because it is 1 or a multiple of 16; what tuples hold, matrices.py keeps from it.

@@ -6,7 +6,7 @@ Forward: inputs are (logits,); backward: (output, its gradient). Short rows stay
 import triton
 import triton.language as tl
 
-from kdfast.triton.rows import by_row
+from kdfast.triton.per_row import by_row
 from kdfast.triton.spec import LN2, LOG2E, Row
 from kdfast.triton.statistics import accumulate, exponent, finite, merge, no_statistics
 from kdfast.triton.teachers import base2
