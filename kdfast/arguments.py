@@ -1,8 +1,25 @@
-"""What the operators of a loss take beside the student's logits; their schemas are made from these two."""
+"""What the operators of a loss take beside the student's logits; their schemas are made from these."""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+
+class Heads(NamedTuple):
+    """What the operators of linear.py take in place of the student's logits, in their order."""
+
+    student_hidden: Tensor  # (..., H)
+    student_weight: Tensor  # (V, H), of the same dtype, as is the bias
+    student_bias: Tensor | None  # (V,)
+    teacher_hidden: Tensor | None  # (..., H'); None: the teachers are given as kd_loss takes them, or not read
+    teacher_weight: Tensor | None  # (V', H')
+    teacher_bias: Tensor | None  # (V',)
+    chunk_rows: int  # at most so many rows at a time
+    accumulate_dtype: torch.dtype  # of the weight's gradient until all chunks are in it
+    grad_hidden: bool  # which gradients are wanted
+    grad_weight: bool
+    grad_bias: bool
 
 
 class Inputs(NamedTuple):

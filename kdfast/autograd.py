@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from kdfast import reference
-from kdfast.arguments import Inputs, Settings
+from kdfast.arguments import Heads, Inputs, Settings
 
 
 def row_loss(student: Tensor, inputs: Inputs, settings: Settings, ops: Any, inplace: bool) -> tuple[Tensor, Tensor]:
@@ -18,6 +18,15 @@ def row_loss(student: Tensor, inputs: Inputs, settings: Settings, ops: Any, inpl
     # fp16: a gradient made before the loss scaler's factor is known would round to 0, and no scaling brings it back
     late = settings.reduction == "none" or student.dtype == torch.float16
     return (GradInBackward if late else GradInForward).apply(student, inputs, settings, ops, inplace)
+
+
+def linear_loss(heads: Heads, inputs: Inputs, settings: Settings, ops: Any) -> tuple[Tensor, Tensor]:
+    """The same from hidden states and heads."""
+    if not (heads.grad_hidden or heads.grad_weight or heads.grad_bias):
+        loss, _, metrics = ops.linear_stats(*heads, *inputs, *settings)
+        return loss, metrics
+    function = LinearGradInBackward if settings.reduction == "none" else LinearGradInForward
+    return function.apply(*heads[:3], heads, inputs, settings, ops)
 
 
 class GradInForward(torch.autograd.Function):
@@ -65,10 +74,7 @@ class GradInBackward(torch.autograd.Function):
         ctx: Any, student: Tensor, inputs: Inputs, settings: Settings, ops: Any, inplace: bool
     ) -> tuple[Tensor, Tensor]:  # (...) or 0-dim, and the metrics
         loss, stats, metrics = ops.stats(student, *inputs, *settings)
-        tensors = (student, stats, *inputs[1:], *inputs.teachers)
-        # save_for_backward refuses what was made under inference_mode
-        ctx.unsaved = {} if torch.compiler.is_compiling() else _inference_tensors(tensors)
-        ctx.save_for_backward(*(None if i in ctx.unsaved else t for i, t in enumerate(tensors)))
+        _save(ctx, student, stats, *inputs[1:], *inputs.teachers)
         ctx.mark_non_differentiable(metrics)
         ctx.settings, ctx.ops, ctx.inplace = settings, ops, inplace
         return loss, metrics
@@ -76,16 +82,82 @@ class GradInBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
         _no_double_backward()
-        tensors = [ctx.unsaved.get(i, t) for i, t in enumerate(ctx.saved_tensors)]
-        student, stats, *rest = tensors
-        split = len(Inputs._fields) - 1
-        inputs = Inputs(rest[split:], *rest[:split])
+        student, stats, *rest = _saved(ctx)
+        inputs = _inputs(rest)
         if not ctx.inplace:
             return ctx.ops.grad(student, stats, grad_loss, *inputs, *ctx.settings), None, None, None, None
         student = student.detach()
         ctx.ops.grad_(student, stats, grad_loss, *inputs, *ctx.settings)
         _overwritten(student)  # a second backward finds the logits changed, and says so
         return student, None, None, None, None
+
+
+class LinearGradInForward(torch.autograd.Function):
+    """Scalar reductions of a linear loss: forward makes the loss and the finished gradients, backward scales them.
+
+    float16's are fp32 until then, so that a loss scaler's factor comes before they are rounded.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        heads: Heads,
+        inputs: Inputs,
+        settings: Settings,
+        ops: Any,
+    ) -> tuple[Tensor, Tensor]:  # 0-dim, and the metrics
+        loss, *grads, metrics = ops.linear_loss_grad(hidden, weight, bias, *heads[3:], *inputs, *settings)
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(metrics)
+        ctx.ops, ctx.wanted, ctx.dtype = ops, heads[-3:], hidden.dtype
+        return loss, metrics
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
+        _no_double_backward()
+        grads = [grad if want else None for grad, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
+        again = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+        for i, grad in enumerate(grads):
+            if grad is None:
+                continue
+            if again or ctx.dtype == torch.float16:
+                grads[i] = (grad * grad_loss).to(ctx.dtype)
+            else:
+                ctx.ops.scale_(grad, grad_loss)
+        return *grads, None, None, None, None
+
+
+class LinearGradInBackward(torch.autograd.Function):
+    """Reduction "none" of a linear loss, whose rows' coefficients are known in backward only: the logits once more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        heads: Heads,
+        inputs: Inputs,
+        settings: Settings,
+        ops: Any,
+    ) -> tuple[Tensor, Tensor]:  # (...), and the metrics
+        loss, stats, metrics = ops.linear_stats(hidden, weight, bias, *heads[3:], *inputs, *settings)
+        _save(ctx, hidden, weight, bias, stats, *heads[3:6], *inputs[1:], *inputs.teachers)
+        ctx.mark_non_differentiable(metrics)
+        ctx.numbers, ctx.settings, ctx.ops = heads[6:], settings, ops
+        return loss, metrics
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
+        _no_double_backward()
+        hidden, weight, bias, stats, *rest = _saved(ctx)
+        heads = (hidden, weight, bias, *rest[:3], *ctx.numbers)
+        grads = ctx.ops.linear_grad(*heads, stats, grad_loss, *_inputs(rest[3:]), *ctx.settings)
+        wanted = zip(grads, ctx.numbers[-3:], strict=True)
+        return *(grad.to(hidden.dtype) if want else None for grad, want in wanted), None, None, None, None
 
 
 class TemperedSoftmax(torch.autograd.Function):
@@ -109,8 +181,22 @@ class TemperedSoftmax(torch.autograd.Function):
         return torch.ops.kdfast.tempered_softmax_backward(grad, output, *args), None, None, None, None
 
 
-def _inference_tensors(tensors: tuple[Tensor | None, ...]) -> dict[int, Tensor]:
-    return {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """save_for_backward, which refuses what was made under inference_mode: that is kept beside it."""
+    ctx.unsaved = {}
+    if not torch.compiler.is_compiling():
+        ctx.unsaved = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.unsaved else t for i, t in enumerate(tensors)))
+
+
+def _saved(ctx: Any) -> list[Any]:
+    return [ctx.unsaved.get(i, t) for i, t in enumerate(ctx.saved_tensors)]
+
+
+def _inputs(saved: list[Any]) -> Inputs:
+    """Saved with the teachers, of which there may be any number, last."""
+    split = len(Inputs._fields) - 1
+    return Inputs(saved[split:], *saved[:split])
 
 
 def _overwritten(student: Tensor) -> None:

@@ -1,6 +1,7 @@
 """kd_loss and KDLoss: the public edge, where defaults are settled and arguments are checked, once."""
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +139,69 @@ def kd_loss(
         IndexError: a label outside [0, V) that is not ``ignore_index``. On a GPU nobody waits to see it: loss and
             gradient of its row become NaN, and no other row is touched.
     """
+    checks.check_choice("backend", backend)
+    inputs, settings = settled(
+        student_logits,
+        teacher,
+        labels,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        alpha=alpha,
+        hard_weight=hard_weight,
+        divergence=divergence,
+        beta=beta,
+        target=target,
+        vocab_size=vocab_size,
+        t_squared=t_squared,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        normalizer=normalizer,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        teacher_softcap=teacher_softcap,
+        standardize=standardize,
+        teacher_weights=teacher_weights,
+        ensemble=ensemble,
+        return_metrics=return_metrics,
+        dkd_weights=dkd_weights,
+    )
+    if checks.check_bool("inplace", inplace):
+        checks.check_inplace(student_logits)
+    loss, metrics = row_loss(student_logits, inputs, settings, ops.namespace(backend, student_logits), inplace)
+    return (loss, KDMetrics(*metrics.unbind())) if return_metrics else loss
+
+
+def settled(
+    student_logits: Tensor,
+    teacher: Any,
+    labels: Tensor | None,
+    *,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None,
+    alpha: float | None,
+    hard_weight: float | None,
+    divergence: str,
+    beta: float | None,
+    target: str,
+    vocab_size: int | None,
+    t_squared: bool,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    teacher_softcap: float | None,
+    standardize: bool,
+    teacher_weights: Sequence[float] | None,
+    ensemble: str,
+    return_metrics: bool,
+    dkd_weights: tuple[float, float],
+) -> tuple[Inputs, Settings]:
+    """The keywords of kd_loss, checked, as what the operators take. Of the logits only shape, dtype and device count."""
     student = student_logits
     if not isinstance(student, Tensor):
         raise TypeError(f"student_logits: must be a tensor, not {checks.kind(student)}")
@@ -149,7 +213,6 @@ def kd_loss(
     checks.check_choice("target", target)
     checks.check_choice("reduction", reduction)
     checks.check_choice("ensemble", ensemble)
-    checks.check_choice("backend", backend)
     checks.check_bool("t_squared", t_squared)
     alpha, hard_weight = checks.check_mix(alpha, hard_weight, labels is not None)
     vocab = checks.check_vocab(vocab_size, student)
@@ -184,14 +247,12 @@ def kd_loss(
         temperature, temperatures, at, ats, t_squared = 1.0, None, 1.0, None, False
     divergence, beta = checks.check_beta(divergence, beta)
     divisor, normalizer = checks.check_normalizer(normalizer, reduction, student)
-    if checks.check_bool("inplace", inplace):
-        checks.check_inplace(student)
     ignore_index = checks.as_integer("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: {ignore_index} must fit into 64 bits, as labels do")
 
     inputs = Inputs(teachers, labels, weight, normalizer, temperatures, ats)
-    settings = Settings(
+    return inputs, Settings(
         temperature=temperature,
         teacher_temperature=at,
         alpha=alpha,
@@ -214,8 +275,6 @@ def kd_loss(
         dkd_weights=weights_of_dkd,
         metrics=return_metrics,
     )
-    loss, metrics = row_loss(student, inputs, settings, ops.namespace(backend, student), inplace)
-    return (loss, KDMetrics(*metrics.unbind())) if return_metrics else loss
 
 
 class KDLoss(nn.Module):
@@ -224,6 +283,8 @@ class KDLoss(nn.Module):
     Takes every keyword of :func:`kd_loss` but ``weight`` and ``normalizer``, which belong to a call. Has no parameters
     and no buffers. The settings are plain attributes and can be changed between calls.
     """
+
+    defaults: ClassVar[dict[str, Any]]  # of the settings, by name
 
     def __init__(
         self,
@@ -252,13 +313,17 @@ class KDLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        for name in _SETTINGS:
+        for name in KDLoss.defaults:
             setattr(self, name, locals()[name])
 
+    def settings(self) -> dict[str, Any]:
+        """The keywords as they are now."""
+        return {name: getattr(self, name) for name in self.defaults}
+
     def extra_repr(self) -> str:
-        settings = {name: getattr(self, name) for name in _SETTINGS}
         # identity first: a tensor of temperatures is not equal to anything
-        changed = {k: v for k, v in settings.items() if v is not _SETTINGS[k] and (v == _SETTINGS[k]) is not True}
+        default = self.defaults
+        changed = {k: v for k, v in self.settings().items() if v is not default[k] and (v == default[k]) is not True}
         shown = {"temperature": self.temperature, "alpha": self.alpha, "divergence": self.divergence} | changed
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
@@ -271,8 +336,7 @@ class KDLoss(nn.Module):
         weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, KDMetrics]:
-        settings = {name: getattr(self, name) for name in _SETTINGS}
-        return kd_loss(student_logits, teacher, labels, weight=weight, normalizer=normalizer, **settings)
+        return kd_loss(student_logits, teacher, labels, weight=weight, normalizer=normalizer, **self.settings())
 
 
-_SETTINGS = dict(KDLoss.__init__.__kwdefaults__ or {})
+KDLoss.defaults = dict(KDLoss.__init__.__kwdefaults__ or {})

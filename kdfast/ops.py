@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import reference
-from kdfast.arguments import Inputs, KDMetrics, Settings
+from kdfast import chunks, reference
+from kdfast.arguments import Heads, Inputs, KDMetrics, Settings
 
 _TYPES = {
     list[Tensor]: "Tensor[]",
@@ -27,18 +27,31 @@ _TYPES = {
     str: "str",
     int: "SymInt",
     list[float]: "float[]",
+    Tensor: "Tensor",
+    torch.dtype: "ScalarType",
 }
-_FIELDS = Inputs.__annotations__ | Settings.__annotations__
-_ARGS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in _FIELDS.items())
 
-# What each operator computes stands beside its reference, in reference.py; a name with a trailing underscore writes
-# the gradient into the student's storage.
+
+def _arguments(kinds: dict[str, Any]) -> str:
+    return ", ".join(f"{_TYPES[kind]} {name}" for name, kind in kinds.items())
+
+
+_FIELDS = Inputs.__annotations__ | Settings.__annotations__
+_ARGS = _arguments(_FIELDS)
+_HEADS = _arguments(Heads.__annotations__)
+_HEAD_GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
+
+# What each operator computes stands beside its reference, in reference.py, and for those of the linear losses in
+# chunks.py; a name with a trailing underscore writes the gradient into the student's storage.
 SCHEMAS = {
     "loss_grad": f"(Tensor student, {_ARGS}) -> (Tensor loss, Tensor grad, Tensor metrics)",
     "loss_grad_": f"(Tensor(a!) student, {_ARGS}) -> (Tensor loss, Tensor metrics)",
     "stats": f"(Tensor student, {_ARGS}) -> (Tensor loss, Tensor stats, Tensor metrics)",
     "grad": f"(Tensor student, Tensor stats, Tensor grad_loss, {_ARGS}) -> Tensor",
     "grad_": f"(Tensor(a!) student, Tensor stats, Tensor grad_loss, {_ARGS}) -> ()",
+    "linear_loss_grad": f"({_HEADS}, {_ARGS}) -> (Tensor loss, {_HEAD_GRADIENTS}, Tensor metrics)",
+    "linear_stats": f"({_HEADS}, {_ARGS}) -> (Tensor loss, Tensor stats, Tensor metrics)",
+    "linear_grad": f"({_HEADS}, Tensor stats, Tensor grad_loss, {_ARGS}) -> ({_HEAD_GRADIENTS})",
     "scale_": "(Tensor(a!) grad, Tensor factor) -> ()",
     "tempered_softmax": "(Tensor logits, Tensor? temperatures, float temperature, bool log, ScalarType dtype) "
     "-> Tensor",
@@ -74,6 +87,15 @@ def _new_stats(student: Tensor) -> Tensor:
     return student.new_empty((rows, len(reference.STATS)), dtype=loss_dtype(student))
 
 
+def _new_head_gradients(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = heads.student_hidden, heads.student_weight
+    wanted = (heads.grad_hidden, hidden.shape), (heads.grad_weight, weight.shape), (heads.grad_bias, weight.shape[:1])
+    of_hidden, of_weight, of_bias = (
+        hidden.new_empty(shape if want else (0,), dtype=chunks.grad_dtype(hidden.dtype)) for want, shape in wanted
+    )
+    return of_hidden, of_weight, of_bias
+
+
 def _bundled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of (student, ..., inputs, settings) as one of the operator's flat arguments."""
 
@@ -83,6 +105,12 @@ def _bundled(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args[:split], Inputs(*flat[: len(Inputs._fields)]), Settings(*flat[len(Inputs._fields) :]))
 
     return call
+
+
+def _headed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of (heads, ..., inputs, settings) likewise."""
+    count = len(Heads._fields)
+    return _bundled(lambda *args: function(Heads(*args[:count]), *args[count:]))
 
 
 # Shapes and dtypes alone, for torch.compile.
@@ -106,6 +134,21 @@ _FAKES: dict[str, Callable[..., Any]] = {
     ),
     "grad": _bundled(lambda student, stats, grad_loss, inputs, settings: _new_grad(student)),
     "grad_": _bundled(lambda student, stats, grad_loss, inputs, settings: None),
+    "linear_loss_grad": _headed(
+        lambda heads, inputs, settings: (
+            _new_loss(heads.student_hidden, settings),
+            *_new_head_gradients(heads),
+            new_metrics(heads.student_hidden, settings),
+        )
+    ),
+    "linear_stats": _headed(
+        lambda heads, inputs, settings: (
+            _new_loss(heads.student_hidden, settings),
+            _new_stats(heads.student_hidden),
+            new_metrics(heads.student_hidden, settings),
+        )
+    ),
+    "linear_grad": _headed(lambda heads, stats, grad_loss, inputs, settings: _new_head_gradients(heads)),
     "scale_": lambda grad, factor: None,
     "tempered_softmax": lambda logits, temperatures, temperature, log, dtype: logits.new_empty(
         logits.shape, dtype=dtype
@@ -165,10 +208,20 @@ def _with_warning(name: str) -> Callable[..., Any]:
     return call
 
 
+def _linear(name: str, namespace: str) -> Callable[..., Any]:
+    """The fused linear losses: one implementation for all devices, over a namespace's row operators."""
+    function = getattr(chunks, name.removeprefix("linear_"))
+    return _headed(lambda *args: function(getattr(torch.ops, namespace), *args))
+
+
 for _name, _schema in SCHEMAS.items():
     for _namespace, _library in _defined.items():
         _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{_namespace}::{_name}", _FAKES[_name], lib=_library)
+        if _name.startswith("linear_"):
+            _library.impl(_name, _linear(_name, _namespace), "CompositeExplicitAutograd")
+    if _name.startswith("linear_"):
+        continue
     _defined["kdfast"].impl(_name, _with_warning(_name), "CompositeExplicitAutograd")
     _defined["kdfast"].impl(_name, _gpu(_name), "CUDA")  # ROCm's tensors too
     _defined["kdfast_reference"].impl(_name, _reference(_name), "CompositeExplicitAutograd")
