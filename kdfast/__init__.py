@@ -1,9 +1,10 @@
 """kdfast: fused knowledge-distillation losses for PyTorch."""
 
 from kdfast.arguments import KDMetrics
+from kdfast.linear import LinearKDLoss, linear_kd_loss
 from kdfast.losses import KDLoss, kd_loss
 from kdfast.ops import backends
 from kdfast.softmax import tempered_softmax
 
 __version__ = "0.1.0"
-__all__ = ["KDLoss", "KDMetrics", "backends", "kd_loss", "tempered_softmax"]
+__all__ = ["KDLoss", "KDMetrics", "LinearKDLoss", "backends", "kd_loss", "linear_kd_loss", "tempered_softmax"]

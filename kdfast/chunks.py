@@ -129,7 +129,7 @@ class _Chunks:
         if inputs.labels is None and inputs.weight is None:
             return
         kept = reference.kept_rows(hidden, inputs, settings).flatten()
-        if hidden.device.type != "cpu":
+        if not _may_look(hidden):
             self.kept = kept
         elif not kept.all():
             self.index = kept.nonzero().squeeze(-1)
@@ -233,10 +233,12 @@ class _Results:
         self.losses: list[Tensor] = []
         self.metrics_of_chunks: list[Tensor] = []
         self.weights: list[Tensor] = []
-        made = {"dtype": chunks.loss_dtype, "device": chunks.hidden.device}
         if self.by_row:
-            self.of_rows = torch.zeros(chunks.rows, **made)
-            self.metrics_of_rows = torch.full((len(KDMetrics._fields), chunks.rows), math.nan, **made)
+            of_rows = chunks.hidden.new_zeros(chunks.rows, dtype=chunks.loss_dtype)
+            self.of_rows, self.metrics_of_rows = (
+                of_rows,
+                of_rows.new_full((len(KDMetrics._fields), chunks.rows), math.nan),
+            )
 
     def add(self, chunk: _Chunk, loss: Tensor, metrics: Tensor) -> None:
         if self.by_row:
@@ -269,6 +271,11 @@ class _Results:
         if not self.weights:
             return like.new_full((len(KDMetrics._fields),), math.nan, dtype=self.chunks.loss_dtype)
         return torch.stack(self.metrics_of_chunks).sum(0) / torch.stack(self.weights).sum()  # 0 / 0 where none is kept
+
+
+def _may_look(x: Tensor) -> bool:
+    """Whether what it holds may decide what is done: on a GPU that would mean to wait for it."""
+    return x.device.type == "cpu"
 
 
 def _head(weight: Tensor, bias: Tensor | None, vocab: int) -> Head:

@@ -201,7 +201,7 @@ def settled(
     return_metrics: bool,
     dkd_weights: tuple[float, float],
 ) -> tuple[Inputs, Settings]:
-    """The keywords of kd_loss, checked, as what the operators take. Of the logits only shape, dtype and device count."""
+    """kd_loss's arguments, checked, as the operators take them. Of the logits shape, dtype and device alone count."""
     student = student_logits
     if not isinstance(student, Tensor):
         raise TypeError(f"student_logits: must be a tensor, not {checks.kind(student)}")

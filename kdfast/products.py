@@ -115,7 +115,11 @@ def head(weight: Tensor, bias: Tensor | None) -> Head:
         return Head(weight, bias)
     if weight.device.type == "cuda":
         return TensorCoreHead(weight, bias)
-    return Head(weight, bias) if weight.device.type != "cpu" or _instructions_for(weight.dtype) else WidenedHead(weight, bias)
+    return (
+        Head(weight, bias)
+        if weight.device.type != "cpu" or _instructions_for(weight.dtype)
+        else WidenedHead(weight, bias)
+    )
 
 
 def _instructions_for(dtype: torch.dtype) -> bool:
