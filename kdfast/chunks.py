@@ -267,7 +267,7 @@ class _Results:
         if not self.wanted:
             return like.new_empty(0, dtype=self.chunks.loss_dtype)
         if self.by_row:
-            return self.metrics_of_rows.view(-1, *self.chunks.shape)
+            return self.metrics_of_rows.view(len(KDMetrics._fields), *self.chunks.shape)
         if not self.weights:
             return like.new_full((len(KDMetrics._fields),), math.nan, dtype=self.chunks.loss_dtype)
         return torch.stack(self.metrics_of_chunks).sum(0) / torch.stack(self.weights).sum()  # 0 / 0 where none is kept

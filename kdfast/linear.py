@@ -1,0 +1,214 @@
+"""linear_kd_loss and LinearKDLoss: kd_loss from hidden states and heads, whose logits never exist all at once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast import checks, chunks, ops
+from kdfast.arguments import Heads, KDMetrics
+from kdfast.autograd import linear_loss
+from kdfast.losses import KDLoss, kd_loss, settled
+
+_KEYWORDS = dict(kd_loss.__kwdefaults__ or {})
+
+
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | Sequence[Tensor] | None,
+    teacher_weight: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    chunk_rows: int | None = None,
+    accumulate_dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> Tensor | tuple[Tensor, KDMetrics]:
+    r""":func:`kd_loss` of ``student_hidden @ student_weight.T`` without tensors of (rows, V).
+
+    Logits are made for a few rows at a time and become their gradient in place, so that memory grows with rows * H and
+    with chunk_rows * V. Each product is done once: two forward and two backward, one less without a teacher's head, and
+    one less each for frozen hidden states or a frozen weight.
+
+    Args:
+        student_hidden: (..., H), float32, bfloat16, float16 or float64: what the head would be applied to.
+        student_weight: (V, H) of the same dtype, as nn.Linear holds it. What does not require grad gets no gradient,
+            nor memory for one. A weight that is tied to an embedding gets the sum of both gradients.
+        teacher_hidden: (..., H'), the teacher's, which never gets a gradient; with ``teacher_weight=None`` a teacher as
+            :func:`kd_loss` takes it: (..., V) logits, probabilities or log-probabilities, an ensemble of them, or None
+            where ``alpha`` is 0.
+        teacher_weight: (V', H') of the dtype of teacher_hidden. V' may differ from V where ``vocab_size`` is given;
+            classes beyond that are not multiplied.
+        labels: (...) int64 class indices, already shifted. Ignored rows, and rows of weight 0, take part in no product;
+            on a GPU, where nobody waits to see how many they are, as zeros.
+        student_bias, teacher_bias: (V,), (V',), of their weights' dtypes.
+        chunk_rows: how many rows at a time. None: on a CPU 512, or as many as make 201 MB of logits if that is less,
+            but 256 at least; on a GPU 1024 to 4096. Chunks of student and teacher take 8 * chunk_rows * V bytes.
+        accumulate_dtype: what the weight's gradient is added up in, chunk by chunk, where that is wider than the
+            weight; it is rounded to the weight's dtype once, at the end. The weight's own dtype saves the wider tensor.
+        **settings: every other keyword of :func:`kd_loss`, with the same meaning, but ``inplace``.
+
+    Logits are float32 and are rounded nowhere before the softmax, but on CPUs that have instructions for matrices of a
+    16-bit dtype: PyTorch's product gives that dtype there. Under autocast hidden states, weights and biases are cast as
+    F.linear casts them. In messages ``student_logits`` and ``teacher`` are the heads' products.
+
+    Returns:
+        As kd_loss. A scalar loss computes its gradients in forward, and backward at most scales them; ``"none"``
+        computes the logits once more in backward. Not twice differentiable.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: as kd_loss, before any product.
+    """
+    _check_keywords(settings)
+    settings = _KEYWORDS | settings
+    checks.check_choice("backend", settings["backend"])
+    student = _check_head("student", student_hidden, student_weight, student_bias)
+    like: Any = teacher_hidden
+    teacher: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    if teacher_weight is not None:
+        teacher = hidden, weight, bias = _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+        if settings["target"] != "logits":
+            raise ValueError(f"target: {settings['target']!r} with a teacher_weight, whose product gives 'logits'")
+        like = _product_like(hidden, weight)
+    elif teacher_bias is not None:
+        raise ValueError("teacher_bias: given without teacher_weight")
+    logits = _product_like(*student[:2])
+    if checks.check_bool("inplace", settings.pop("inplace")):
+        raise ValueError("inplace: there are no logits to overwrite; a chunk's always are")
+    backend = settings.pop("backend")
+    inputs, fixed = settled(logits, like, labels, **settings)
+    if teacher_weight is not None:
+        teacher = (hidden.detach(), weight.detach(), bias) if inputs.teachers else (None, None, None)  # not read
+        inputs = inputs._replace(teachers=[])
+    vocab = logits.shape[-1] if fixed.vocab_size < 0 else fixed.vocab_size
+    heads = Heads(
+        *student,
+        *teacher,
+        chunk_rows=_check_chunk_rows(chunk_rows, vocab, logits.device.type),
+        accumulate_dtype=_check_accumulate_dtype(accumulate_dtype),
+        grad_hidden=_wants_grad(student[0]),
+        grad_weight=_wants_grad(student[1]),
+        grad_bias=_wants_grad(student[2]),
+    )
+    loss, metrics = linear_loss(heads, inputs, fixed, ops.namespace(backend, logits))
+    return (loss, KDMetrics(*metrics.unbind())) if fixed.metrics else loss
+
+
+class LinearKDLoss(KDLoss):
+    """:func:`linear_kd_loss` as a module: its settings are given once, here; ``forward`` takes the tensors.
+
+    Takes every keyword of :func:`linear_kd_loss` but biases, ``weight`` and ``normalizer``, which belong to a call. Has
+    no parameters: the heads stay where they are, in student and teacher.
+    """
+
+    def __init__(
+        self, *, chunk_rows: int | None = None, accumulate_dtype: torch.dtype = torch.float32, **settings: Any
+    ) -> None:
+        super().__init__(**settings)
+        self.chunk_rows, self.accumulate_dtype = chunk_rows, accumulate_dtype
+
+    def forward(  # type: ignore[override]
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor | Sequence[Tensor] | None,
+        teacher_weight: Tensor | None,
+        labels: Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, KDMetrics]:
+        return linear_kd_loss(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            labels,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            weight=weight,
+            normalizer=normalizer,
+            **self.settings(),
+        )
+
+
+LinearKDLoss.defaults = KDLoss.defaults | (LinearKDLoss.__init__.__kwdefaults__ or {})
+
+
+def _check_keywords(settings: dict[str, Any]) -> None:
+    for name in settings:
+        if name not in _KEYWORDS:
+            raise TypeError(f"linear_kd_loss() got an unexpected keyword argument {name!r}")
+
+
+def _check_head(side: str, hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One side's tensors, which autocast may have cast."""
+    tensors = {f"{side}_hidden": hidden, f"{side}_weight": weight}
+    tensors |= {} if bias is None else {f"{side}_bias": bias}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: must be a tensor, not {checks.kind(tensor)}")
+        checks.check_floating(name, tensor)
+        if _is_distributed(tensor):
+            raise TypeError(
+                f"{name}: is a DTensor, a part of it on each process; call the loss inside of the forward of the "
+                "module that was given to fully_shard, where its parameters are whole, or pass full_tensor()"
+            )
+        if tensor.device != hidden.device:
+            raise RuntimeError(f"{name}: is on {tensor.device}, but {side}_hidden is on {hidden.device}")
+    if hidden.dim() == 0:
+        raise ValueError(f"{side}_hidden: has shape (), but it must be (..., H)")
+    if weight.dim() != 2 or 0 in weight.shape or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{side}_weight: has shape {tuple(weight.shape)}, but with {side}_hidden of shape {tuple(hidden.shape)} it "
+            f"must be (V, {hidden.shape[-1]}) with V >= 1"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{side}_bias: has shape {tuple(bias.shape)}, but with {side}_weight of shape {tuple(weight.shape)} it "
+            f"must be ({weight.shape[0]},)"
+        )
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype for x in tensors.values()):
+        tensors = {name: x.to(torch.get_autocast_dtype(device)) for name, x in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor.dtype != tensors[f"{side}_hidden"].dtype:
+            raise RuntimeError(f"{name}: has dtype {tensor.dtype}, but {side}_hidden has {hidden.dtype}")
+    return tensors[f"{side}_hidden"], tensors[f"{side}_weight"], tensors.get(f"{side}_bias")
+
+
+def _is_distributed(tensor: Tensor) -> bool:
+    if type(tensor) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def _product_like(hidden: Tensor, weight: Tensor) -> Tensor:
+    """What has the shape, dtype and device of hidden @ weight.T, and one number."""
+    return hidden.new_empty(()).expand(*hidden.shape[:-1], weight.shape[0])
+
+
+def _wants_grad(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad and torch.is_grad_enabled()
+
+
+def _check_chunk_rows(chunk_rows: Any, vocab: int, device: str) -> int:
+    if chunk_rows is None:
+        return chunks.default_rows(vocab, device)
+    number = checks.as_integer("chunk_rows", chunk_rows)
+    if number < 1:
+        raise ValueError(f"chunk_rows: {chunk_rows!r} must be at least 1")
+    return number
+
+
+def _check_accumulate_dtype(dtype: Any) -> torch.dtype:
+    if dtype not in checks.FLOATS:
+        raise ValueError(f"accumulate_dtype: {dtype!r} is not one of {', '.join(map(str, checks.FLOATS))}")
+    return dtype
