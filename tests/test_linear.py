@@ -269,8 +269,8 @@ def test_a_teacher_that_is_a_view_of_a_longer_sequence_is_not_copied_whole(cpu: 
     labels = case.labels.view(3, 4)
     with torch.profiler.profile(profile_memory=True) as profile:
         got = fused(case, labels, sequence[:, :-1], chunk_rows=2)
-    largest = max(event.cpu_memory_usage for event in profile.events() if event.name == "[memory]")
-    assert 2 * VOCAB * 4 <= largest <= max(2 * VOCAB, VOCAB * HIDDEN) * 4, "a chunk, the weight's gradient"
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest == VOCAB * HIDDEN * 4 < 12 * VOCAB * 4, "the weight's gradient"
     torch.testing.assert_close(got, plain(case, labels, F32, sequence[:, :-1]))
 
 
@@ -313,7 +313,8 @@ def multiplied(function: Callable[[], Any], rows: int, vocab: int) -> float:
     done = 0
     for event in profile.key_averages(group_by_input_shape=True):
         if event.key in ("aten::mm", "aten::addmm", "aten::addmm_"):
-            (m, k), (_, n) = [shape for shape in event.input_shapes if len(shape) == 2][-2:]
+            first = event.key != "aten::mm"  # what is added comes before the factors
+            (m, k), (_, n) = event.input_shapes[first : first + 2]
             done += event.count * m * k * n
     return done / (rows * HIDDEN * vocab)
 
