@@ -269,7 +269,7 @@ def test_a_teacher_that_is_a_view_of_a_longer_sequence_is_not_copied_whole(cpu: 
     labels = case.labels.view(3, 4)
     with torch.profiler.profile(profile_memory=True) as profile:
         got = fused(case, labels, sequence[:, :-1], chunk_rows=2)
-    largest = max(event.cpu_memory_usage for event in profile.events())
+    largest = max(event.cpu_memory_usage for event in profile.events() if event.name.startswith("aten::empty"))
     assert largest == VOCAB * HIDDEN * 4 < 12 * VOCAB * 4, "the weight's gradient"
     torch.testing.assert_close(got, plain(case, labels, F32, sequence[:, :-1]))
 
@@ -596,13 +596,17 @@ def unfused_gradients(case: Case) -> list[Tensor]:
     return gradients(model)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"reduction": "none"}, {"return_metrics": True}], ids=["mean", "none", "metrics"]
+    ("compiler", "settings"),
+    [
+        ("aot_eager", {}),
+        ("aot_eager", {"reduction": "none"}),
+        ("aot_eager", {"return_metrics": True}),
+        ("inductor", {}),  # once: what else differs is inside of the operator
+    ],
+    ids=["mean", "none", "metrics", "inductor"],
 )
 def test_a_model_that_ends_in_the_loss_compiles_to_one_graph(settings: dict[str, Any], compiler: str) -> None:
-    if compiler == "inductor" and settings:
-        pytest.skip("inductor is asked once: what differs is inside of the operator")
     torch._dynamo.reset()
     case, model = Case(), Model(**settings)
 

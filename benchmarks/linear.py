@@ -1,0 +1,218 @@
+"""`python -m benchmarks.linear`: the loss from hidden states and heads, in time and memory.
+
+Rows 1024, H = 512 for the student and 1024 for the teacher, T = 2, alpha = 0.9 with labels; loss and all gradients.
+
+candidates
+    products      the four products that must be done, each whole, its result in fresh memory: two give logits, of one
+                  of which the other two make the gradients in hidden states and weight
+    fp32 products the same of fp32 factors: for 16-bit heads on a CPU without instructions for them
+    kdfast        linear_kd_loss and backward
+    eager         two heads, the recipe of candidates.py, backward
+    kdfast jsd    the generalised Jensen-Shannon divergence, beta = 0.5
+    chunked jsd   the same as Liger-Kernel's chunked loss does it, in plain PyTorch: for each chunk, of as many rows as
+                  kdfast's, heads, loss and gradients by autograd, which are added up
+memory
+    of one call in a process of its own, at its peak, after a small one; beyond what it is given, the gradients that it
+    returns, and the fp32 accumulator of a 16-bit head's gradient
+
+Examples:
+    python -m benchmarks.linear                                       fp32, V = 32000 and 128000
+    python -m benchmarks.linear --dtype bf16 --vocab 32000 --without eager
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import kdfast
+from benchmarks.candidates import ALPHA, recipe, soft_terms
+from benchmarks.timing import Candidate, interleave
+from kdfast import chunks
+
+STUDENT, TEACHER = 512, 1024  # hidden sizes
+TEMPERATURE = 2.0
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WARMUP = 8  # rows of the call before the one whose memory counts
+
+
+class Data:
+    """Hidden states (rows, H), heads (V, H) and labels (rows,), whose logits have a standard deviation of 2."""
+
+    def __init__(self, rows: int, vocab: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return torch.empty(shape).normal_(0, scale, generator=generator).to(dtype)
+
+        self.hidden, self.weight = normal(rows, STUDENT), normal(vocab, STUDENT, scale=2 * STUDENT**-0.5)
+        self.teacher = normal(rows, TEACHER), normal(vocab, TEACHER, scale=2 * TEACHER**-0.5)
+        self.labels = torch.randint(vocab, (rows,), generator=generator)
+        self._factors: dict[torch.dtype, list[Tensor]] = {}
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The four in a dtype, kept: a cast is none of the products."""
+        if dtype not in self._factors:
+            self._factors[dtype] = [x.to(dtype) for x in (self.hidden, self.weight, *self.teacher)]
+        return tuple(self._factors[dtype])
+
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_()
+
+    def first(self, rows: int) -> "Data":
+        few = object.__new__(Data)
+        few.hidden, few.weight = self.hidden[:rows], self.weight
+        few.teacher, few.labels = (self.teacher[0][:rows], self.teacher[1]), self.labels[:rows]
+        return few
+
+
+def four_products(data: Data, leaves: Any, dtype: torch.dtype | None = None) -> Any:
+    hidden, weight, t, w = data.factors(dtype or data.weight.dtype)
+    logits = hidden @ weight.T
+    return t @ w.T, logits @ weight, logits.T @ hidden
+
+
+def fused(data: Data, leaves: Any, **settings: Any) -> Any:
+    labels, settings = data.labels, {"temperature": TEMPERATURE, "alpha": ALPHA} | settings
+    loss = kdfast.linear_kd_loss(*leaves, *data.teacher, labels, **settings)
+    loss.backward()
+    return loss
+
+
+def eager(data: Data, leaves: Any) -> Any:
+    loss = recipe(leaves[0] @ leaves[1].T, data.teacher[0] @ data.teacher[1].T, data.labels, TEMPERATURE)
+    loss.backward()
+    return loss
+
+
+def chunked_jsd(data: Data, leaves: Any) -> Any:
+    rows, at_once = len(data.labels), chunks.default_rows(len(data.weight), "cpu")
+    at_once = -(-rows // -(-rows // at_once))  # as kdfast divides them
+    grad_weight, grads, total = torch.zeros_like(data.weight), [], torch.zeros(())
+    for part in zip(*(x.split(at_once) for x in (data.hidden, data.teacher[0], data.labels)), strict=True):
+        hidden, weight = part[0].detach().requires_grad_(), leaves[1]
+        student, teacher = (hidden @ weight.T).float(), (part[1] @ data.teacher[1].T).float()
+        soft = soft_terms("jsd", student, teacher, part[2], TEMPERATURE).sum()
+        hard = F.cross_entropy(student, part[2], reduction="sum")
+        loss = (ALPHA * soft + (1 - ALPHA) * hard) / rows
+        of_hidden, of_weight = torch.autograd.grad(loss, (hidden, weight))
+        grads.append(of_hidden)
+        grad_weight += of_weight
+        total += loss.detach()
+    return total, torch.cat(grads), grad_weight
+
+
+RUNS: dict[str, Callable[..., Any]] = {
+    "products": four_products,
+    "fp32 products": lambda data, leaves: four_products(data, leaves, torch.float32),
+    "kdfast": fused,
+    "eager": eager,
+    "kdfast jsd": lambda data, leaves: fused(data, leaves, divergence="jsd"),
+    "chunked jsd": chunked_jsd,
+}
+
+
+def times(data: Data, names: list[str], rounds: int) -> dict[str, float]:
+    """Median seconds of each, interleaved."""
+    candidates = {name: Candidate(data.leaves, lambda leaves, run=RUNS[name]: run(data, leaves)) for name in names}
+    samples = interleave(candidates, rounds, True, 1, lambda what: print(what, file=sys.stderr))
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def shares(data: Data) -> dict[str, float]:
+    """Of one call's time, by the profiler: what is not products or row kernel is the rest."""
+    fused(data, data.leaves())
+    with torch.profiler.profile() as profile:
+        start = time.perf_counter()
+        fused(data, data.leaves())
+        seconds = time.perf_counter() - start
+    spent = {event.key: event.self_cpu_time_total / 1e6 / seconds for event in profile.key_averages()}
+    found = {
+        "products": sum(spent.get(f"aten::{name}", 0) for name in ("mm", "addmm", "addmm_")),
+        "row kernel": spent["kdfast::loss_grad_"],
+    }
+    found["widening, rounding, copies"] = spent.get("aten::copy_", 0)
+    return found | {"rest": 1 - sum(found.values())}
+
+
+def peak(data: Data, name: str, dtype: torch.dtype) -> int:
+    """The bytes that one call adds to this process at its peak, beyond gradients and the accumulator."""
+
+    def resident(field: str) -> int:
+        with open("/proc/self/status") as status:
+            return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
+
+    few, leaves = data.first(WARMUP), data.leaves()
+    kept = RUNS[name](few, few.leaves())  # threads and libraries make what they keep
+    del kept
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # from here on the peak is counted anew
+    before = resident("VmRSS")
+    RUNS[name](data, leaves)
+    returned = sum(x.nbytes for x in leaves)
+    accumulator = 4 * data.weight.numel() if dtype.itemsize == 2 and name.startswith("kdfast") else 0
+    return resident("VmHWM") - before - returned - accumulator
+
+
+def peak_elsewhere(name: str, rows: int, vocab: int, dtype: str) -> float:
+    """MB, of a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.linear", "--peak", name, "--rows", str(rows)]
+    command += ["--vocab", str(vocab), "--dtype", dtype]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout) / 1e6
+
+
+def report(vocab: int, args: argparse.Namespace) -> None:
+    names = [name for name in RUNS if name not in args.without and (args.dtype != "fp32" or name != "fp32 products")]
+    data = Data(args.rows, vocab, DTYPES[args.dtype])
+    seconds = times(data, names, args.rounds)
+    table = Table("", title=f"({args.rows}, {vocab}) {args.dtype}, chunks of {chunks.default_rows(vocab, 'cpu')} rows")
+    columns = [name for name in ("products", "fp32 products", "eager", "chunked jsd") if name in names]
+    for column in ("seconds", *(f"x {name}" for name in columns), "MB"):
+        table.add_column(column, justify="right")
+    for name in names:
+        measured = name in ("kdfast", "eager", "kdfast jsd", "chunked jsd") and not args.no_memory
+        memory = f"{peak_elsewhere(name, args.rows, vocab, args.dtype):.0f}" if measured else ""
+        ratios = (f"{seconds[name] / seconds[each]:.3f}" for each in columns)
+        table.add_row(name, f"{seconds[name]:.3f}", *ratios, memory)
+    console = Console()
+    console.print(table)
+    parts = ", ".join(f"{what} {100 * share:.1f} %" for what, share in shares(data).items())
+    console.print(f"kdfast's time: {parts}\n", highlight=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.linear", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 128_000])
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--without", nargs="+", choices=RUNS, default=[], metavar="CANDIDATE", help="left out")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--growth", type=int, nargs="+", metavar="ROWS", help="memory at so many rows, and no more")
+    parser.add_argument("--peak", choices=RUNS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak:
+        dtype = DTYPES[args.dtype]
+        print(peak(Data(args.rows, args.vocab[0], dtype), args.peak, dtype))
+        return
+    for vocab in args.vocab:
+        if args.growth:
+            for rows in args.growth:
+                print(f"({rows}, {vocab}) {args.dtype}: {peak_elsewhere('kdfast', rows, vocab, args.dtype):.0f} MB")
+        else:
+            report(vocab, args)
+
+
+if __name__ == "__main__":
+    main()
