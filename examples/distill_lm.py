@@ -2,7 +2,7 @@
 
 The text is the source code of Python's own standard library, as it lies on the machine, cut into a vocabulary of 32768
 by a byte-pair encoding trained on the spot. Both models are causal transformers whose head is their embedding. The
-student learns from the teacher's distribution and from the next token (Hinton et al. 2015, T = 2, alpha = 0.9), twice,
+student learns from the teacher's distribution and from the next token (Hinton et al. 2015; T = 1, alpha = 0.9), twice,
 from the same weights on the same batches:
 
     fused      kdfast.LinearKDLoss, from the hidden states and both heads
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 import kdfast
 
 VOCAB = 32768
-TEMPERATURE, ALPHA = 2.0, 0.9
+TEMPERATURE, ALPHA = 1.0, 0.9
 LABELS_ALONE, FUSED, UNFUSED = "labels alone", "distilled, fused", "distilled, unfused"
 
 
@@ -53,7 +53,7 @@ class Size(NamedTuple):
     teacher: tuple[int, int] = (160, 3)  # width, layers
     student: tuple[int, int] = (64, 1)
     teacher_steps: int = 240
-    student_steps: int = 120
+    student_steps: int = 100
 
     @property
     def rows(self) -> int:

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 
 import kdfast
-from kdfast.ops import SCHEMAS, Inputs, Settings, namespace
+from kdfast.arguments import Heads, Inputs, Settings
+from kdfast.ops import SCHEMAS, namespace
 
 pytestmark = pytest.mark.filterwarnings("ignore:kdfast")
 
@@ -243,6 +244,15 @@ def op_arguments(kind: str) -> tuple[Tensor, Inputs, Settings]:
     return s[:0], Inputs([t[:0]], None, None, None, None, None), plain(hard_weight=0.0, reduction="sum")
 
 
+def heads_for(logits: Tensor, inputs: Inputs, of_teacher: bool) -> tuple[Heads, Inputs]:
+    """Heads whose products have the logits' shape and dtype."""
+    made = {"dtype": logits.dtype, "device": logits.device}
+    hidden, weight = torch.ones(*logits.shape[:-1], 3, **made), torch.ones(logits.shape[-1], 3, **made)
+    teacher = (hidden.clone(), weight.clone(), None) if of_teacher else (None, None, None)
+    heads = Heads(hidden, weight, weight[:, 0].clone(), *teacher, 2, torch.float32, True, not of_teacher, True)
+    return heads, inputs._replace(teachers=[]) if of_teacher else inputs
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -258,10 +268,16 @@ def op_arguments(kind: str) -> tuple[Tensor, Inputs, Settings]:
 def test_opcheck_finds_nothing_in_any_operator(name, backend, kind):
     s, inputs, settings = op_arguments(kind)
     ops = namespace(backend, s)
-    if name.startswith("loss_grad") and settings.reduction == "none":
-        settings = settings._replace(reduction="sum")  # these two are for scalar losses
+    if "loss_grad" in name and settings.reduction == "none":
+        settings = settings._replace(reduction="sum")  # these are for scalar losses
     loss, stats, _ = ops.stats(s, *inputs, *settings)
+    heads, their_inputs = heads_for(s, inputs, of_teacher=kind in ("mean", "every option and metrics"))
+    if name == "linear_grad":
+        settings = settings._replace(reduction="none")
     arguments = {
+        "linear_loss_grad": (*heads, *their_inputs, *settings),
+        "linear_stats": (*heads, *their_inputs, *settings),
+        "linear_grad": (*heads, stats, s[..., 0].to(loss.dtype), *their_inputs, *settings),
         "scale_": (s, torch.tensor(0.5)),
         "tempered_softmax": (s, inputs.temperatures, 2.0, inputs.weight is None, torch.float32),
         "tempered_softmax_backward": (s, s.float(), inputs.temperatures, 2.0, inputs.weight is None, s.dtype),

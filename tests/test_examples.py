@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import kdfast
 from kdfast.divergences import names
 
 ROOT = Path(__file__).parent.parent
-MISSING = [name for name in ("sklearn", "matplotlib", "rich") if importlib.util.find_spec(name) is None]
+MISSING = [name for name in ("sklearn", "matplotlib", "rich", "tokenizers") if importlib.util.find_spec(name) is None]
 SECONDS = 240  # within which each must be done, on a busy machine too
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: pip install 'kdfast[demo]'")
@@ -56,6 +57,22 @@ def test_distill_mnist_sets_its_figures_beside_the_papers(tmp_path):
     printed = run(tmp_path, str(ROOT / "examples" / "distill_mnist.py"), "--quick")
     for figure in ("67", "146", "74"):  # the paper's test errors of teacher, student alone, distilled student
         assert figure in printed
+
+
+def test_distill_lm_has_two_curves_that_lie_on_each_other(tmp_path):
+    printed = run(tmp_path, str(ROOT / "examples" / "distill_lm.py"), "--quick")
+    (apart,) = re.findall("at most (.*) of the loss apart", printed)
+    assert float(apart) < 1e-5
+    assert_png(tmp_path / "distill_lm.png")
+
+
+def test_the_linear_benchmark_says_time_memory_and_shares(tmp_path):
+    size = "--rows", "16", "--vocab", "300", "--rounds", "1"
+    for dtype in ("fp32", "bf16"):
+        printed = run(tmp_path, "-m", "benchmarks.linear", *size, "--dtype", dtype)
+        for word in ("kdfast jsd", "chunked jsd", "MB", "row kernel"):
+            assert word in printed
+    assert "(16, 300) fp32: " in run(tmp_path, "-m", "benchmarks.linear", "--vocab", "300", "--growth", "16", "32")
 
 
 def test_benchmarks_write_a_table_a_csv_and_a_plot(tmp_path):

@@ -87,3 +87,46 @@ def test_each_call_needs_no_more_memory_than_the_gradient_it_returns(cpu):
 def test_this_yardstick_sees_the_tensors_of_plain_pytorch():
     (seen,) = needs("reference", "no_grad").values()
     assert seen > 3
+
+
+LINEAR_SCRIPT = """
+import json, sys, torch
+from kdfast import linear_kd_loss
+
+def peak():
+    with open("/proc/self/status") as status:
+        (line,) = (line for line in status if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+case, rows = sys.argv[1], int(sys.argv[2])
+vocab, width, at_once = 32768, 64, 320  # a chunk is more than 32 MB, which malloc always gives back
+torch.manual_seed(0)
+hidden, weight = torch.randn(rows, width), torch.randn(vocab, width) / 8
+dtype = torch.bfloat16 if "bf16" in case else torch.float32
+hidden, weight, labels = hidden.to(dtype), weight.to(dtype), torch.randint(vocab, (rows,))
+teacher = hidden.flip(0), weight.flip(0)
+leaves = hidden.requires_grad_(), weight.requires_grad_("frozen" not in case)
+
+def run(n):
+    with torch.set_grad_enabled("no_grad" not in case):
+        loss = linear_kd_loss(leaves[0][:n], leaves[1], teacher[0][:n], teacher[1], labels[:n], chunk_rows=at_once,
+                              reduction="none" if "rows" in case else "mean")
+        return loss if "no_grad" in case else torch.autograd.grad(loss.sum(), [x for x in leaves if x.requires_grad])
+
+kept = [run(8), run(8)]  # libraries and threads make what they keep
+before = peak()
+kept.append(run(rows))
+print(json.dumps((peak() - before) / (4 * at_once * vocab)))
+"""
+
+# case: tensors of a chunk's logits, of which there are two; the weight's gradient is a fifth of one, and at 16 bits there
+# are 1.5 of it. The rest is hidden-sized.
+LINEAR_CASES = {"no_grad": 2, "frozen weight": 2, "gradients": 2.2, "gradients by rows": 2.2, "bf16": 2.3}
+
+
+@pytest.mark.parametrize("case", LINEAR_CASES)
+def test_a_linear_loss_needs_two_chunks_of_logits_and_its_gradients_however_many_rows(cpu, case):
+    for rows in (640, 2560):
+        command = [sys.executable, "-c", LINEAR_SCRIPT, case, str(rows)]
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=120).stdout
+        assert json.loads(out) < LINEAR_CASES[case] + SLACK, rows
