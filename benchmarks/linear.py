@@ -17,7 +17,8 @@ memory
 
 Examples:
     python -m benchmarks.linear                                       fp32, V = 32000 and 128000
-    python -m benchmarks.linear --dtype bf16 --vocab 32000 --without eager
+    python -m benchmarks.linear --dtype bf16 --vocab 32000 --without products eager
+    python -m benchmarks.linear --chunk-rows 64 128 256 512 1024      what the rule for chunk_rows rests on
 """
 
 import argparse
@@ -121,9 +122,9 @@ RUNS: dict[str, Callable[..., Any]] = {
 }
 
 
-def times(data: Data, names: list[str], rounds: int) -> dict[str, float]:
+def times(data: Data, runs: dict[str, Callable[..., Any]], rounds: int) -> dict[str, float]:
     """Median seconds of each, interleaved."""
-    candidates = {name: Candidate(data.leaves, lambda leaves, run=RUNS[name]: run(data, leaves)) for name in names}
+    candidates = {name: Candidate(data.leaves, lambda leaves, run=run: run(data, leaves)) for name, run in runs.items()}
     samples = interleave(candidates, rounds, True, 1, lambda what: print(what, file=sys.stderr))
     return {name: statistics.median(values) for name, values in samples.items()}
 
@@ -173,7 +174,7 @@ def peak_elsewhere(name: str, rows: int, vocab: int, dtype: str) -> float:
 def report(vocab: int, args: argparse.Namespace) -> None:
     names = [name for name in RUNS if name not in args.without and (args.dtype != "fp32" or name != "fp32 products")]
     data = Data(args.rows, vocab, DTYPES[args.dtype])
-    seconds = times(data, names, args.rounds)
+    seconds = times(data, {name: RUNS[name] for name in names}, args.rounds)
     table = Table("", title=f"({args.rows}, {vocab}) {args.dtype}, chunks of {chunks.default_rows(vocab, 'cpu')} rows")
     columns = [name for name in ("products", "fp32 products", "eager", "chunked jsd") if name in names]
     for column in ("seconds", *(f"x {name}" for name in columns), "MB"):
@@ -189,6 +190,20 @@ def report(vocab: int, args: argparse.Namespace) -> None:
     console.print(f"kdfast's time: {parts}\n", highlight=False)
 
 
+def report_chunk_rows(vocab: int, args: argparse.Namespace) -> None:
+    """What chunks of so many rows cost in time; what they take in memory is reckoned."""
+    data = Data(args.rows, vocab, DTYPES[args.dtype])
+    runs = {str(rows): lambda data, leaves, rows=rows: fused(data, leaves, chunk_rows=rows) for rows in args.chunk_rows}
+    seconds = times(data, {"products": four_products} | runs, args.rounds)
+    table = Table("chunk_rows", title=f"({args.rows}, {vocab}) {args.dtype}")
+    for column in ("seconds", "x products", "MB of logits"):
+        table.add_column(column, justify="right")
+    for rows, each in zip(args.chunk_rows, runs, strict=True):
+        memory = f"{8 * rows * vocab / 1e6:.0f}"
+        table.add_row(each, f"{seconds[each]:.3f}", f"{seconds[each] / seconds['products']:.3f}", memory)
+    Console().print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.linear", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -200,6 +215,9 @@ def main() -> None:
     parser.add_argument("--without", nargs="+", choices=RUNS, default=[], metavar="CANDIDATE", help="left out")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--growth", type=int, nargs="+", metavar="ROWS", help="memory at so many rows, and no more")
+    parser.add_argument(
+        "--chunk-rows", type=int, nargs="+", metavar="ROWS", help="time by rows of a chunk, and no more"
+    )
     parser.add_argument("--peak", choices=RUNS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
@@ -210,6 +228,8 @@ def main() -> None:
         if args.growth:
             for rows in args.growth:
                 print(f"({rows}, {vocab}) {args.dtype}: {peak_elsewhere('kdfast', rows, vocab, args.dtype):.0f} MB")
+        elif args.chunk_rows:
+            report_chunk_rows(vocab, args)
         else:
             report(vocab, args)
 
