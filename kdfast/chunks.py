@@ -36,11 +36,11 @@ GPU_LEAST_ROWS, GPU_MOST_ROWS = 1024, 4096
 def default_rows(vocab: int, device: str) -> int:
     """Rows of a chunk: as few as keep the products efficient.
 
-    Measured on a CPU (two cores of a Zen 3, H = 512 and 1024, `python -m benchmarks.linear --chunk-rows`): of the time of
-    whole products a call takes with 64, 128, 256, 512 and 1024 rows 1.69, 1.41, 1.15, 1.07 and 1.01 at V = 32000, and
-    1.52, 1.08, 1.00, 0.88 and 1.14 at 128000. So 512 rows, but fewer where their logits would take more than 201 MB, and
-    never fewer than 256. On a GPU reckoned, not measured: 1024 rows are 8 tiles of 128, enough beside a vocabulary's
-    hundreds to fill the multiprocessors, and reading the head once a chunk then takes a small part of a product's time.
+    Measured on a CPU (two cores of a Zen 3, `python -m benchmarks.linear --chunk-rows`): of the time of whole products
+    a call takes with 64, 128, 256, 512 and 1024 rows 1.69, 1.41, 1.15, 1.07 and 1.01 at V = 32000, and 1.52, 1.08,
+    1.00, 0.88 and 1.14 at 128000. So 512 rows, but fewer where their logits would take more than 201 MB, and never
+    fewer than 256. On a GPU reckoned, not measured: 1024 rows are 8 tiles of 128, enough beside a vocabulary's hundreds
+    to fill the multiprocessors, and reading the head once a chunk then takes a small part of a product's time.
     """
     if device == "cpu":
         return min(MOST_ROWS, max(LEAST_ROWS, LOGITS // vocab))
