@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import chunks, reference
+from kdfast import linear_ops, reference
 from kdfast.arguments import Heads, Inputs, KDMetrics, Settings
 
 _TYPES = {
@@ -42,7 +42,7 @@ _HEADS = _arguments(Heads.__annotations__)
 _HEAD_GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 # What each operator computes stands beside its reference, in reference.py, and for those of the linear losses in
-# chunks.py; a name with a trailing underscore writes the gradient into the student's storage.
+# linear_ops.py; a name with a trailing underscore writes the gradient into the student's storage.
 SCHEMAS = {
     "loss_grad": f"(Tensor student, {_ARGS}) -> (Tensor loss, Tensor grad, Tensor metrics)",
     "loss_grad_": f"(Tensor(a!) student, {_ARGS}) -> (Tensor loss, Tensor metrics)",
@@ -91,7 +91,7 @@ def _new_head_gradients(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight = heads.student_hidden, heads.student_weight
     wanted = (heads.grad_hidden, hidden.shape), (heads.grad_weight, weight.shape), (heads.grad_bias, weight.shape[:1])
     of_hidden, of_weight, of_bias = (
-        hidden.new_empty(shape if want else (0,), dtype=chunks.grad_dtype(hidden.dtype)) for want, shape in wanted
+        hidden.new_empty(shape if want else (0,), dtype=linear_ops.grad_dtype(hidden.dtype)) for want, shape in wanted
     )
     return of_hidden, of_weight, of_bias
 
@@ -210,7 +210,7 @@ def _with_warning(name: str) -> Callable[..., Any]:
 
 def _linear(name: str, namespace: str) -> Callable[..., Any]:
     """The fused linear losses: one implementation for all devices, over a namespace's row operators."""
-    function = getattr(chunks, name.removeprefix("linear_"))
+    function = getattr(linear_ops, name.removeprefix("linear_"))
     return _headed(lambda *args: function(getattr(torch.ops, namespace), *args))
 
 

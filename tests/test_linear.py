@@ -303,6 +303,32 @@ def test_a_teacher_made_under_inference_mode_is_taken(cpu: str) -> None:
         torch.testing.assert_close(leaf.grad, other.grad)
 
 
+def test_ligers_fused_jsd_is_the_call_that_the_readme_names(backend: str) -> None:
+    """Its loss as it defines it: means over the kept rows, no T^2, beta the teacher's weight in the mixture."""
+    case, beta, temperature, hard_weight, soft_weight = Case(F64, bias=False), 0.3, 2.0, 0.4, 0.6
+    hidden, weight = case.leaves()
+    student, teacher, kept = hidden @ weight.T, case.teacher_logits(), case.labels != -100
+    log_q, log_p = (F.log_softmax(z / temperature, -1)[kept] for z in (student, teacher))
+    log_m = (beta * log_p.exp() + (1 - beta) * log_q.exp()).log()
+    kl_p, kl_q = (F.kl_div(log_m, x, reduction="sum", log_target=True) for x in (log_p, log_q))
+    soft = (beta * kl_p + (1 - beta) * kl_q) / kept.sum()
+    want = hard_weight * F.cross_entropy(student, case.labels) + soft_weight * soft
+    want.backward()
+    loss, grads, _ = fused(
+        case,
+        case.labels,
+        divergence="jsd",
+        beta=beta,
+        alpha=soft_weight,
+        hard_weight=hard_weight,
+        temperature=temperature,
+        t_squared=False,
+        backend=backend,
+    )
+    torch.testing.assert_close(loss, want.detach())
+    torch.testing.assert_close(grads, [hidden.grad, weight.grad])
+
+
 # --- products -----------------------------------------------------------------------------------------------------
 
 
