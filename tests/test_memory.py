@@ -119,8 +119,8 @@ kept.append(run(rows))
 print(json.dumps((peak() - before) / (4 * at_once * vocab)))
 """
 
-# case: tensors of a chunk's logits, of which there are two; the weight's gradient is a fifth of one, and at 16 bits there
-# are 1.5 of it. The rest is hidden-sized.
+# case: tensors of a chunk's logits, of which there are two; the weight's gradient is a fifth of one, and at 16 bits
+# there are 1.5 of it. The rest is hidden-sized.
 LINEAR_CASES = {"no_grad": 2, "frozen weight": 2, "gradients": 2.2, "gradients by rows": 2.2, "bf16": 2.3}
 
 
