@@ -85,8 +85,15 @@ class Chunks:
         self.divisor: Tensor | None = None
         if settings.reduction != "none":
             total = reference.denominator(hidden, inputs, settings)
-            total = torch.where(total == 0, 1, total)  # of no rows
-            if hidden.dtype == torch.float16:  # a mean's gradient is too small for a float16 factor of a product
+            if inputs.normalizer is None:
+                total = torch.where(total == 0, 1, total)  # of no rows
+            if hidden.dtype == torch.float16:
+                # neither a mean's gradient nor a row's weight is known to fit into a float16 factor of a product
+                if self.inputs.weight is not None and len(self.inputs.weight):
+                    weight = self.inputs.weight.to(total.dtype)
+                    largest = weight.max()
+                    largest = torch.where(largest == 0, 1, largest)
+                    self.inputs, total = self.inputs._replace(weight=weight / largest), total / largest
                 self.divisor, settings = total, settings._replace(reduction="sum", divisor=0.0)
             else:
                 settings = settings._replace(reduction="mean", divisor=0.0)

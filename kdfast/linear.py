@@ -38,22 +38,25 @@ def linear_kd_loss(
         student_weight: (V, H) of the same dtype, as nn.Linear holds it. What does not require grad gets no gradient,
             nor memory for one. A weight that is tied to an embedding gets the sum of both gradients.
         teacher_hidden: (..., H'), the teacher's, which never gets a gradient; with ``teacher_weight=None`` a teacher as
-            :func:`kd_loss` takes it: (..., V) logits, probabilities or log-probabilities, an ensemble of them, or None
-            where ``alpha`` is 0.
+            :func:`kd_loss` takes it: (..., V) logits, probabilities or log-probabilities, or an ensemble of them. May
+            be None where ``alpha`` is 0.
         teacher_weight: (V', H') of the dtype of teacher_hidden. V' may differ from V where ``vocab_size`` is given;
             classes beyond that are not multiplied.
         labels: (...) int64 class indices, already shifted. Ignored rows, and rows of weight 0, take part in no product;
             on a GPU, where nobody waits to see how many they are, as zeros.
         student_bias, teacher_bias: (V,), (V',), of their weights' dtypes.
         chunk_rows: how many rows at a time. None: on a CPU 512, or as many as make 201 MB of logits if that is less,
-            but 256 at least; on a GPU 1024 to 4096. Chunks of student and teacher take 8 * chunk_rows * V bytes.
+            but 256 at least; on a GPU 1024 to 4096. The logits of a chunk take 4 * chunk_rows * V bytes, the teacher's
+            head's as much again.
         accumulate_dtype: what the weight's gradient is added up in, chunk by chunk, where that is wider than the
-            weight; it is rounded to the weight's dtype once, at the end. The weight's own dtype saves the wider tensor.
+            weight; it is rounded to the weight's dtype once, at the end. bfloat16 saves a bfloat16 weight the wider
+            tensor. float16's gradients are never narrower than float32 until backward has a loss scaler's factor.
         **settings: every other keyword of :func:`kd_loss`, with the same meaning, but ``inplace``.
 
-    Logits are float32 and are rounded nowhere before the softmax, but on CPUs that have instructions for matrices of a
-    16-bit dtype: PyTorch's product gives that dtype there. Under autocast hidden states, weights and biases are cast as
-    F.linear casts them. In messages ``student_logits`` and ``teacher`` are the heads' products.
+    Logits are float32 (float64 of float64 heads) and are rounded nowhere before the softmax, but on CPUs that have
+    instructions for matrices of a 16-bit dtype: PyTorch's product gives that dtype there. Under autocast hidden states,
+    weights and biases are cast as F.linear casts them. In messages ``student_logits`` and ``teacher`` are the heads'
+    products.
 
     Returns:
         As kd_loss. A scalar loss computes its gradients in forward, and backward at most scales them; ``"none"``
@@ -68,20 +71,23 @@ def linear_kd_loss(
     student = _check_head("student", student_hidden, student_weight, student_bias)
     like: Any = teacher_hidden
     teacher: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    if teacher_weight is not None:
-        teacher = hidden, weight, bias = _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    has_head = teacher_weight is not None and not (teacher_hidden is None and settings["alpha"] == 0)
+    if has_head:
+        checks.check_choice("target", settings["target"])
         if settings["target"] != "logits":
             raise ValueError(f"target: {settings['target']!r} with a teacher_weight, whose product gives 'logits'")
+        hidden, weight, bias = _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+        teacher = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
         like = _product_like(hidden, weight)
-    elif teacher_bias is not None:
+    elif teacher_bias is not None and teacher_weight is None:
         raise ValueError("teacher_bias: given without teacher_weight")
     logits = _product_like(*student[:2])
     if checks.check_bool("inplace", settings.pop("inplace")):
-        raise ValueError("inplace: there are no logits to overwrite; a chunk's always are")
+        raise ValueError("inplace: leave it out; a chunk's logits are always overwritten, and there are no others")
     backend = settings.pop("backend")
     inputs, fixed = settled(logits, like, labels, **settings)
-    if teacher_weight is not None:
-        teacher = (hidden.detach(), weight.detach(), bias) if inputs.teachers else (None, None, None)  # not read
+    if has_head:
+        teacher = teacher if inputs.teachers else (None, None, None)  # not read
         inputs = inputs._replace(teachers=[])
     vocab = logits.shape[-1] if fixed.vocab_size < 0 else fixed.vocab_size
     heads = Heads(
@@ -107,6 +113,9 @@ class LinearKDLoss(KDLoss):
     def __init__(
         self, *, chunk_rows: int | None = None, accumulate_dtype: torch.dtype = torch.float32, **settings: Any
     ) -> None:
+        for name in settings:
+            if name not in KDLoss.defaults:
+                raise TypeError(f"LinearKDLoss() got an unexpected keyword argument {name!r}")
         super().__init__(**settings)
         self.chunk_rows, self.accumulate_dtype = chunk_rows, accumulate_dtype
 
@@ -161,9 +170,9 @@ def _check_head(side: str, hidden: Any, weight: Any, bias: Any) -> tuple[Tensor,
             )
         if tensor.device != hidden.device:
             raise RuntimeError(f"{name}: is on {tensor.device}, but {side}_hidden is on {hidden.device}")
-    if hidden.dim() == 0:
-        raise ValueError(f"{side}_hidden: has shape (), but it must be (..., H)")
-    if weight.dim() != 2 or 0 in weight.shape or weight.shape[1] != hidden.shape[-1]:
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"{side}_hidden: has shape {tuple(hidden.shape)}, but it must be (..., H) with H >= 1")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{side}_weight: has shape {tuple(weight.shape)}, but with {side}_hidden of shape {tuple(hidden.shape)} it "
             f"must be (V, {hidden.shape[-1]}) with V >= 1"
@@ -174,7 +183,11 @@ def _check_head(side: str, hidden: Any, weight: Any, bias: Any) -> tuple[Tensor,
             f"must be ({weight.shape[0]},)"
         )
     device = hidden.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype for x in tensors.values()):
+    if (
+        torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+        and torch.float64 not in (x.dtype for x in tensors.values())
+    ):
         tensors = {name: x.to(torch.get_autocast_dtype(device)) for name, x in tensors.items()}
     for name, tensor in tensors.items():
         if tensor.dtype != tensors[f"{side}_hidden"].dtype:
@@ -205,7 +218,7 @@ def _check_chunk_rows(chunk_rows: Any, vocab: int, device: str) -> int:
     number = checks.as_integer("chunk_rows", chunk_rows)
     if number < 1:
         raise ValueError(f"chunk_rows: {chunk_rows!r} must be at least 1")
-    return number
+    return min(number, 2**62)  # what a schema's integers hold
 
 
 def _check_accumulate_dtype(dtype: Any) -> torch.dtype:

@@ -53,7 +53,6 @@ def grad(
     ops: Any, heads: Heads, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients for the gradients of the rows' losses, (...), of reduction "none"."""
-    settings = settings._replace(metrics=False)
     chunks, gradients = Chunks(heads, inputs, settings), Gradients(heads)
     grad_loss = grad_loss.flatten()
     for chunk in chunks:
@@ -75,7 +74,7 @@ class Gradients:
         self.none, self.shape = hidden, hidden.shape
         self.hidden = self.weight = self.bias = None
         self.dtypes = [grad_dtype(x.dtype) for x in (hidden, weight, weight)]
-        wide = torch.promote_types(weight.dtype, heads.accumulate_dtype)
+        wide = torch.promote_types(grad_dtype(weight.dtype), heads.accumulate_dtype)
         if heads.grad_hidden:
             self.hidden = hidden.new_zeros((math.prod(self.shape[:-1]), self.shape[-1]), dtype=self.dtypes[0])
         if heads.grad_weight:

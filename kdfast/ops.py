@@ -10,6 +10,7 @@ import math
 import platform
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,14 @@ def _with_warning(name: str) -> Callable[..., Any]:
 def _linear(name: str, namespace: str) -> Callable[..., Any]:
     """The fused linear losses: one implementation for all devices, over a namespace's row operators."""
     function = getattr(linear_ops, name.removeprefix("linear_"))
-    return _headed(lambda *args: function(getattr(torch.ops, namespace), *args))
+
+    def call(heads: Heads, *args: Any) -> Any:
+        device = heads.student_hidden.device.type  # what autocast casts has been cast
+        off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+        with off:
+            return function(getattr(torch.ops, namespace), heads, *args)
+
+    return _headed(call)
 
 
 for _name, _schema in SCHEMAS.items():

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from cases import BF16, DIVERGENCES, DTYPES, F16, F32, F64, REDUCTIONS, as_target, here, labels_for, name
 from judge import half_ulp, one_thread
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import kdfast
@@ -134,6 +135,22 @@ def test_every_divergence_is_kd_losses(backend: str, divergence: str) -> None:
         for labels in (case.labels, labels_for(divergence, case.labels)):
             settings = {"temperature": 2.0, "divergence": divergence, "reduction": reduction, "grad": grad}
             check(case, labels, backend=backend, chunk_rows=4, return_metrics=True, **settings)
+
+
+def test_metrics_of_a_loss_without_a_soft_term_change_no_gradient(backend: str) -> None:
+    case = Case(F64)
+    for teacher in (None, case.teacher_logits()) if backend != "triton" else (None,):
+        for reduction, grad in (("none", torch.linspace(-1, 2, ROWS)), ("mean", None)):
+            settings = {"alpha": 0, "temperature": 2.0, "reduction": reduction, "return_metrics": True, "grad": grad}
+            check(case, case.labels, teacher, chunk_rows=4, backend=backend, **settings)
+
+
+def test_alpha_0_needs_no_teacher_whatever_else_is_given(cpu: str) -> None:
+    case = Case()
+    want = kdfast.kd_loss(F.linear(case.hidden, case.weight), None, case.labels, alpha=0)
+    for weight in (None, case.teacher_weight):
+        loss = kdfast.linear_kd_loss(case.hidden, case.weight, None, weight, case.labels, alpha=0)
+        torch.testing.assert_close(loss, want)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -570,6 +587,20 @@ def test_a_loss_scaler_in_float16_loses_no_gradient(backend: str) -> None:
         assert off(leaf.grad, want * 65536) < 0.1 * off(rounded, want * 65536), "rounded before it was scaled"
 
 
+def test_float16_loses_nothing_to_rows_weights_or_a_narrow_accumulator(cpu: str, with_instructions: None) -> None:
+    """Where its matrices are multiplied by instructions, gradients of logits are float16 factors."""
+    case = many(F16)
+    for power in (-24, 17):  # which alone would underflow, overflow
+        weight = torch.linspace(0.5, 1, 600) * 2.0**power
+        for settings in ({"reduction": "sum"}, {"normalizer": 2.0**20}):
+            settings |= {"weight": weight, "accumulate_dtype": F16}
+            scale = torch.tensor(2.0**-power if "reduction" in settings else 2.0 ** (20 - power))
+            _, grads, _ = fused(case, case.labels, chunk_rows=70, grad=scale, **settings)
+            _, truth, _ = plain(case, case.labels, F64, grad=scale, **settings)
+            for got, want in zip(grads, truth, strict=True):
+                assert off(got, want) < 4 * torch.finfo(F16).eps
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=name)
 def test_autocast_casts_what_f_linear_casts(backend: str, dtype: torch.dtype) -> None:
     case = Case()
@@ -656,7 +687,7 @@ def test_a_model_that_ends_in_the_loss_compiles_to_one_graph(settings: dict[str,
 
 def test_marked_dynamic_rows_compile_once(cpu: str) -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     model = Model()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for rows in (5, 13, 9):
@@ -710,6 +741,16 @@ def test_processes_get_the_gradients_of_one(tmp_path: Path, kind: str) -> None:
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), unfused_gradients(Case()))
 
 
+def test_a_teacher_in_training_gets_no_graph(cpu: str) -> None:
+    case = Case()
+    teacher = [x.clone().requires_grad_() for x in (case.teacher_hidden, case.teacher_weight, torch.zeros(VOCAB))]
+    loss, metrics = kdfast.linear_kd_loss(
+        case.hidden, case.weight, *teacher[:2], case.labels, teacher_bias=teacher[2], return_metrics=True
+    )
+    assert not loss.requires_grad
+    assert not metrics.kl.requires_grad
+
+
 def test_double_backward_is_an_error(cpu: str) -> None:
     case = Case()
     for reduction in ("mean", "none"):
@@ -728,6 +769,8 @@ def test_the_module_is_linear_kd_loss_with_its_settings_and_can_be_copied(cpu: s
     want = kdfast.linear_kd_loss(*tensors, student_bias=case.bias, normalizer=9, **settings)
     for module in (loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert torch.equal(module(*tensors, student_bias=case.bias, normalizer=9), want)
+    with pytest.raises(TypeError, match=r"LinearKDLoss\(\) got an unexpected keyword argument 'T'"):
+        kdfast.LinearKDLoss(T=2.0)
     assert not loss.state_dict()
     assert repr(loss) == (
         "LinearKDLoss(temperature=3.0, alpha=None, divergence='jsd', beta=0.3, chunk_rows=5, "
@@ -749,6 +792,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"^student_weight: has shape \(4, 5\), but with student_hidden of shape \(3, 4\) it must be \(V, 4\)",
     ),
     ({"student_weight": W[0]}, ValueError, r"^student_weight: has shape \(4,\), .* must be \(V, 4\) with V >= 1"),
+    ({"student_hidden": H[:, :0]}, ValueError, r"^student_hidden: has shape \(3, 0\), but it must be .* with H >= 1"),
     ({"student_weight": W[:0]}, ValueError, r"^student_weight: has shape \(0, 4\), .* with V >= 1"),
     ({"student_weight": W.double()}, RuntimeError, "^student_weight: has dtype torch.float64, but student_hidden has"),
     ({"student_weight": W.to("meta")}, RuntimeError, "^student_weight: is on meta, but student_hidden is on cpu"),
@@ -768,6 +812,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
         "^teacher_bias: given without teacher_weight",
     ),
     ({"target": "probs"}, ValueError, "^target: 'probs' with a teacher_weight, whose product gives 'logits'"),
+    ({"target": "probability"}, ValueError, "^target: 'probability' is not one of 'logits', 'probs', 'log_probs'"),
     ({"labels": torch.tensor([0, 5, 1])}, IndexError, "^labels: label 5 in row 1 is out of range"),
     ({"labels": torch.tensor([0, 1, 7]), "chunk_rows": 1}, IndexError, "^labels: label 7 in row 2 is out of range"),
     ({"labels": torch.tensor([0, 1])}, ValueError, r"^labels: has shape \(2,\)"),
@@ -776,7 +821,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"chunk_rows": 2.0}, TypeError, "^chunk_rows: must be an int, not 2.0"),
     ({"accumulate_dtype": torch.int64}, ValueError, "^accumulate_dtype: torch.int64 is not one of torch.float32"),
     ({"accumulate_dtype": None}, ValueError, "^accumulate_dtype: None is not one of"),
-    ({"inplace": True}, ValueError, "^inplace: there are no logits to overwrite"),
+    ({"inplace": True}, ValueError, "^inplace: leave it out"),
     ({"temperature": 0}, ValueError, "^temperature: 0 must be finite and > 0"),
     ({"T": 2.0}, TypeError, r"linear_kd_loss\(\) got an unexpected keyword argument 'T'"),
     ({"backend": "gpu"}, ValueError, "^backend: 'gpu' is not one of"),

@@ -286,6 +286,23 @@ def test_an_infinite_metric_is_no_reason_for_an_infinite_loss(backend: str) -> N
         assert all(x.isfinite() for i, x in enumerate(metrics) if i != 1)
 
 
+def test_a_masked_class_spoils_standardized_metrics_and_no_loss_without_a_soft_term(backend: str) -> None:
+    student, teacher, labels = batch(4, 100)
+    student[1, 2] = -math.inf
+    labels[1] = 7
+    for reduction in REDUCTIONS:
+        settings = {"alpha": 0, "standardize": True, "reduction": reduction, "temperature": 2, "backend": backend}
+        for given in (teacher, None):
+            leaves = [student.clone().requires_grad_() for _ in range(2)]
+            loss, metrics = kdfast.kd_loss(leaves[0], given, labels, return_metrics=True, **settings)
+            want = kdfast.kd_loss(leaves[1], given, labels, **settings)
+            assert metrics.student_entropy.isnan().any()
+            for each in (loss, want):
+                each.sum().backward()
+            torch.testing.assert_close(loss, want)
+            torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+
+
 def test_a_bad_row_spoils_its_own_metrics_alone(backend: str) -> None:
     for vocab in (9, 3000) if backend != "triton" else (100,):
         student, teacher, labels = batch(4, vocab)

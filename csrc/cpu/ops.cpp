@@ -112,14 +112,24 @@ void run_grad(Loss& loss, const Tensor& stats, bool again) {
   run_grad(loss, rows);
 }
 
+// What is there for the metrics alone, a teacher or standardised logits, is measured apart: a row that spoils
+// them must not spoil the loss.
+void measure_apart(Loss& loss) {
+  LossArgs& a = loss.args;
+  if (!a.metrics || a.alpha != 0 || !(a.n_teachers || a.standardize)) return;
+  run_stats(loss);
+  a.metrics = nullptr;
+  a.n_teachers = 0;
+  a.divergence = Divergence::kNone;
+  a.standardize = false;
+  a.teacher_softcap = 0;
+  a.temperature = 1;
+  a.temperatures = nullptr;
+}
+
 void run_loss_grad(Loss& loss) {
   loss.args.scale = loss.inverse_divisor();
-  if (loss.args.metrics && loss.args.alpha == 0 && loss.args.n_teachers) {
-    run_stats(loss);  // the teacher is there for the metrics alone
-    loss.args.metrics = nullptr;
-    loss.args.n_teachers = 0;
-    loss.args.divergence = Divergence::kNone;
-  }
+  measure_apart(loss);
   if (segments_of(loss.args) == 1) {
     in_parallel(loss.args.rows, loss.args.vocab,
                 [&](int64_t begin, int64_t end) { kernels().loss_grad(loss.args, begin, end); });
@@ -163,6 +173,7 @@ std::tuple<Tensor, Tensor> loss_grad_(Tensor student, KDFAST_INPUTS) {
 
 std::tuple<Tensor, Tensor, Tensor> stats(Tensor student, KDFAST_INPUTS) {
   Loss loss(student, KDFAST_PASS, metrics);
+  measure_apart(loss);
   const std::vector<RowStats> rows = run_stats(loss);
   return {loss.reduced(), loss.pack(rows), loss.measured()};
 }

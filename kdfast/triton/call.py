@@ -153,15 +153,17 @@ class Call:
         table = table[:, : len(reference.STATS)].contiguous()
         return (loss if scalar else self.losses.view(self.shape)), table, metrics
 
-    def grad(self, stats: Tensor, grad_loss: Tensor, output: Tensor) -> None:
-        """The gradient from the statistics; from the logits alone where that reads no more, or the table lacks some."""
+    def grad(self, stats: Tensor, grad_loss: Tensor, output: Tensor, measured: bool) -> None:
+        """The gradient from the statistics; from the logits alone where that reads no more, or the table lacks some, or
+        has them at the metrics' temperature, which a loss without a soft term does not know."""
         if not self.rows:
             return
         grad_loss = grad_loss.expand(self.shape).reshape(-1).contiguous()
         with launching_on(output):
             if self.settings.reduction == "mean":
                 self._count()
-            if self.plan.tiles or self.members > 1 or self.spec.dkd or self.spec.standardize:
+            other = measured and self.settings.alpha == 0
+            if self.plan.tiles or self.members > 1 or self.spec.dkd or self.spec.standardize or other:
                 self._rows(output, grad_loss, None)
             else:
                 self._grad(stats, grad_loss, output)
