@@ -11,7 +11,7 @@ CMAKE := $(VENV)/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/n
 export KDFAST_BUILD_EXT ?= 1
 
 CSRC := $(shell find csrc -type f)
-CPP = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+CPP = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_FILES := $(wildcard setup.py kdfast tests benchmarks examples)
 BUILT := $(VENV)/.built
 

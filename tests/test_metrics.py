@@ -286,6 +286,17 @@ def test_an_infinite_metric_is_no_reason_for_an_infinite_loss(backend: str) -> N
         assert all(x.isfinite() for i, x in enumerate(metrics) if i != 1)
 
 
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_without_a_soft_term_they_have_a_temperature_that_the_gradient_has_not(backend: str, reduction: str) -> None:
+    student, teacher, labels = batch(4, 100, F64)  # fp64: whose rows no Triton kernel keeps
+    settings = {"alpha": 0, "temperature": 2, "reduction": reduction, "backend": backend}
+    for given in (teacher, None):
+        leaves = [student.clone().requires_grad_() for _ in range(2)]
+        kdfast.kd_loss(leaves[0], given, labels, return_metrics=True, **settings)[0].sum().backward()
+        kdfast.kd_loss(leaves[1], given, labels, **settings).sum().backward()
+        torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+
+
 def test_a_masked_class_spoils_standardized_metrics_and_no_loss_without_a_soft_term(backend: str) -> None:
     student, teacher, labels = batch(4, 100)
     student[1, 2] = -math.inf

@@ -1,0 +1,114 @@
+// Memory as the row kernels touch it: 16 bytes a thread, widened to fp32 in registers.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace kdfast {
+namespace {
+
+// Classes in 16 bytes.
+template <class S>
+constexpr int kVec = 16 / (int)sizeof(S);
+
+template <class S>
+struct Wide {  // a pack's numbers
+  float x[kVec<S>];
+};
+
+__device__ inline float widened(float x) { return x; }
+__device__ inline float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widened(__half x) { return __half2float(x); }
+
+template <class S>
+__device__ inline S narrowed(float x);
+template <>
+__device__ inline float narrowed<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline __nv_bfloat16 narrowed<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ inline __half narrowed<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+template <class S>
+__device__ inline Wide<S> widened(uint4 pack) {
+  const uint32_t word[4] = {pack.x, pack.y, pack.z, pack.w};
+  Wide<S> out;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(S) == 4) {
+      out.x[i] = __uint_as_float(word[i]);
+    } else if constexpr (std::is_same_v<S, __nv_bfloat16>) {  // the upper half of an fp32
+      out.x[2 * i] = __uint_as_float(word[i] << 16);
+      out.x[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
+    } else {
+      const float2 two = __half22float2(*(const __half2*)&word[i]);
+      out.x[2 * i] = two.x;
+      out.x[2 * i + 1] = two.y;
+    }
+  }
+  return out;
+}
+
+template <class S>
+__device__ inline uint4 narrowed_pack(const Wide<S>& in) {
+  uint32_t word[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(S) == 4) {
+      word[i] = __float_as_uint(in.x[i]);
+    } else if constexpr (std::is_same_v<S, __nv_bfloat16>) {
+      const __nv_bfloat162 two = __floats2bfloat162_rn(in.x[2 * i], in.x[2 * i + 1]);
+      word[i] = *(const uint32_t*)&two;
+    } else {
+      const __half2 two = __floats2half2_rn(in.x[2 * i], in.x[2 * i + 1]);
+      word[i] = *(const uint32_t*)&two;
+    }
+  }
+  return {word[0], word[1], word[2], word[3]};
+}
+
+// 16 bytes from global to shared memory without a register in between; past the L1, which holds nothing that
+// is wanted twice.
+__device__ inline void copy_async(uint4* to, const uint4* from) {
+  const uint32_t shared = (uint32_t)__cvta_generic_to_shared(to);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft>
+__device__ inline void await_copies() {  // all groups of this thread but the last kLeft
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+// How the rows of a (..., V) tensor lie, as kdfast/triton/matrices.py has it; in elements.
+struct Layout {
+  int64_t inner, outer_stride, stride;
+};
+template <class S>
+struct Matrix {
+  S* data;
+  Layout layout;
+  __device__ S* row(int64_t index) const {
+    return data + (index / layout.inner) * layout.outer_stride + (index % layout.inner) * layout.stride;
+  }
+};
+
+// Classes before the first that lies at a multiple of 32 bytes, which is what memory moves; fewer than kHead.
+template <class S>
+constexpr int kHead = 32 / (int)sizeof(S);
+template <class S>
+__device__ inline int head_of(const S* row, int n) {
+  const int head = (int)((32 - ((uintptr_t)row & 31)) & 31) / (int)sizeof(S);
+  return head < n ? head : n;
+}
+
+}  // namespace
+}  // namespace kdfast

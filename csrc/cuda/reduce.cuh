@@ -1,0 +1,110 @@
+// How the threads that share a row join what each of them has: lanes of a warp, warps of a block, blocks of a
+// cluster, by the same rule at each level and in a fixed order.
+//
+// A is a bundle of kCount floats, x.value[kCount], with joined(row), which makes of the lanes' bundles that
+// of the warp in every lane, and A::nothing(), the bundle of no class at all; row: what all threads know
+// alike.
+#pragma once
+
+#include <cstdint>
+
+namespace kdfast {
+namespace {
+
+constexpr int kMostWarps = 16, kMostBlocks = 16;  // of a block, of a cluster
+
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int d = 16; d; d >>= 1) x += __shfl_xor_sync(~0u, x, d);
+  return x;
+}
+__device__ inline float warp_max(float x) {
+#pragma unroll
+  for (int d = 16; d; d >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
+  return x;
+}
+
+// ---- blocks of a cluster; one block where the device, or the launch, has none ----
+
+__device__ inline int cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return (int)rank;
+#else
+  return 0;
+#endif
+}
+__device__ inline int cluster_blocks() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t blocks;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return (int)blocks;
+#else
+  return 1;
+#endif
+}
+__device__ inline void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// Writes to the same place in the shared memory of another block.
+__device__ inline void store_in_block(float* place, int rank, float x) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t mine = (uint32_t)__cvta_generic_to_shared(place);
+  uint32_t theirs;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(mine), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(theirs), "f"(x) : "memory");
+#endif
+}
+
+// Shared memory for one joining. A row has several, so that none waits for the reads of the one before.
+template <class A>
+struct Lines {
+  float of_warp[A::kCount][kMostWarps];
+  float of_block[kMostBlocks][A::kCount];  // written by a block at a time
+};
+
+// From every thread's bundle that of the row, in every thread. All threads of all its blocks meet here, and
+// all blocks have been seen to run before.
+template <class A, class R>
+__device__ inline A join_team(A x, Lines<A>& lines, const R& row) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+  x = x.joined(row);
+  if (lane == 0) {
+#pragma unroll
+    for (int i = 0; i < A::kCount; ++i) lines.of_warp[i][warp] = x.value[i];
+  }
+  __syncthreads();
+  A y = A::nothing();
+  if (lane < warps) {
+#pragma unroll
+    for (int i = 0; i < A::kCount; ++i) y.value[i] = lines.of_warp[i][lane];
+  }
+  y = y.joined(row);
+  const int blocks = cluster_blocks();
+  if (blocks == 1) return y;
+  float mine = 0;  // the lane's of the values
+#pragma unroll
+  for (int i = 0; i < A::kCount; ++i) mine = lane == i ? y.value[i] : mine;
+  for (int to = warp; to < blocks; to += warps) {
+    if (lane < A::kCount) store_in_block(&lines.of_block[cluster_rank()][lane], to, mine);
+  }
+  cluster_arrive();
+  cluster_wait();
+  y = A::nothing();
+  if (lane < blocks) {
+#pragma unroll
+    for (int i = 0; i < A::kCount; ++i) y.value[i] = lines.of_block[lane][i];
+  }
+  return y.joined(row);
+}
+
+}  // namespace
+}  // namespace kdfast

@@ -1,0 +1,129 @@
+// Pass A: a row's sums of exps, by threads, and the rule by which they are joined;
+// kdfast/triton/statistics.py and csrc/cpu/row_sums.h say the same.
+//
+// In base 2, with slope = log2(e) / T and an offset o near the largest exponent (-inf where every class is
+// masked, and counted as 0 then):
+//
+//   y_i = slope * s_i - o       Q_i = 2^y_i       exps at temperature 1 are Q_i^T, for a whole T of 1 to 4
+//
+// Each thread has an offset of its own, which grows as larger logits come by. To bring sums from an old to a
+// new one, d = old - new:  sum' = sum * 2^d,  part' = (part + D's part(sum P, ...)) * 2^d.
+#pragma once
+
+#include "device_math.cuh"  // before divergences.h, which uses it
+//
+#include "../divergences.h"
+#include "packs.cuh"
+#include "reduce.cuh"
+
+namespace kdfast {
+namespace {
+
+// What a thread knows of its row before it reads it.
+struct RowScale {
+  float slope, teacher_slope;  // log2(e) / T
+  float temperature, beta;
+  int power;    // exps at temperature 1 are this power of those at T
+  float shift;  // logit_mse: k, a difference near the mean one
+};
+
+__device__ inline float finite(float offset) { return offset == -kInf ? 0 : offset; }
+__device__ inline float scaled(float sum, float d) {  // also where 2^d underflows and the sum is infinite
+  return fabsf(sum) == kInf ? sum : sum * fast_exp2(d);
+}
+
+enum Value { kStudentOffset, kTeacherOffset, kStudentSum, kTeacherSum, kHardSum, kOverTeacher, kOverStudent };
+
+// The statistics of D by one thread, or of all. Without a teacher's softmax the teacher's are 0. For LogitMSE
+// the teacher's are 0, sum d and sum d^2 of d = s - t - k, in the places of sum and running sum.
+template <class D>
+struct Statistics {
+  static constexpr int kCount = 7;
+  static constexpr bool kMSE = std::is_same_v<D, LogitMSE>, kSoft = !kMSE && !std::is_same_v<D, NoDivergence>;
+  float value[kCount];
+
+  __device__ static Statistics nothing() {
+    Statistics x{};
+    x.value[kStudentOffset] = -kInf;
+    x.value[kTeacherOffset] = kSoft ? -kInf : 0;
+    return x;
+  }
+  __device__ float operator[](Value v) const { return value[v]; }
+  __device__ float& operator[](Value v) { return value[v]; }
+
+  __device__ static constexpr bool used(int v) {
+    return v == kOverStudent   ? D::kStudent
+           : v == kOverTeacher ? D::kTeacher || kMSE
+                               : v != kTeacherSum || kSoft || kMSE;
+  }
+
+  // To other offsets, of which neither is below the ones that there are.
+  __device__ void move(float student, float teacher, const RowScale& row) {
+    const float ds = value[kStudentOffset] == -kInf ? 0 : value[kStudentOffset] - finite(student);
+    if constexpr (kSoft) {
+      const float dt = value[kTeacherOffset] == -kInf ? 0 : value[kTeacherOffset] - finite(teacher);
+      if constexpr (D::kTeacher)
+        value[kOverTeacher] =
+            scaled(value[kOverTeacher] + D::over_teacher(value[kTeacherSum], ds, ds - dt), dt);
+      if constexpr (D::kStudent)
+        value[kOverStudent] = scaled(value[kOverStudent] + D::over_student(value[kStudentSum], ds - dt), ds);
+      value[kTeacherSum] *= fast_exp2(dt);
+      value[kTeacherOffset] = teacher;
+    }
+    value[kStudentSum] *= fast_exp2(ds);
+    value[kHardSum] *= fast_exp2(ds * (float)row.power);
+    value[kStudentOffset] = student;
+  }
+
+  template <int N>
+  __device__ void add(const float (&s)[N], const float (&t)[N], bool there, const RowScale& row) {
+    float high = s[0], teacher_high = t[0];
+#pragma unroll
+    for (int i = 1; i < N; ++i) {
+      high = fmaxf(high, s[i]);
+      teacher_high = fmaxf(teacher_high, t[i]);
+    }
+    high = fmaxf(value[kStudentOffset], high * row.slope);
+    teacher_high = kSoft ? fmaxf(value[kTeacherOffset], teacher_high * row.teacher_slope) : 0;
+    move(high, teacher_high, row);
+    const float so = finite(high), to = finite(teacher_high);
+    float q_sum = 0, p_sum = 0, hard = 0, over_teacher = 0, over_student = 0, d1 = 0, d2 = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float ys = __fmaf_rn(s[i], row.slope, -so), q = fast_exp2(ys);
+      q_sum += q;
+      hard += whole_power(q, row.power);
+      if constexpr (kSoft) {
+        const float yt = __fmaf_rn(t[i], row.teacher_slope, -to), p = fast_exp2(yt);
+        p_sum += p;
+        if constexpr (D::kTeacher) over_teacher += D::over_teacher(p, ys, ys - yt);
+        if constexpr (D::kStudent) over_student += D::over_student(q, ys - yt);
+      } else if constexpr (kMSE) {
+        const float d = there ? s[i] - t[i] - row.shift : 0;
+        d1 += d;
+        d2 += d * d;
+      }
+    }
+    value[kStudentSum] += q_sum;
+    value[kHardSum] += hard;
+    value[kTeacherSum] += kMSE ? d1 : p_sum;
+    value[kOverTeacher] += kMSE ? d2 : over_teacher;
+    value[kOverStudent] += over_student;
+  }
+
+  // Of a warp's lanes. NaN offsets are nobody's: max leaves them out, and the sums are NaN.
+  __device__ Statistics joined(const RowScale& row) const {
+    Statistics x = *this;
+    const float student = warp_max(value[kStudentOffset]);
+    const float teacher = kSoft ? warp_max(value[kTeacherOffset]) : 0;
+    x.move(student, teacher, row);
+#pragma unroll
+    for (int i = kStudentSum; i < kCount; ++i) {
+      if (used(i)) x.value[i] = warp_sum(x.value[i]);
+    }
+    return x;
+  }
+};
+
+}  // namespace
+}  // namespace kdfast
