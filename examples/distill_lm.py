@@ -31,6 +31,7 @@ matplotlib.use("Agg")  # needs no display
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from common import peak_of
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -187,20 +188,12 @@ def megabytes(name: str, quick: bool) -> float:
 
 
 def print_peak(name: str, size: Size) -> None:
-    def resident(field: str) -> int:
-        with open("/proc/self/status") as status:
-            return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
-
     student, teacher = LanguageModel(size, *size.student), LanguageModel(size, *size.teacher)
     tokens = torch.randint(size.vocab, (size.batch, size.length + 1))
     few = tokens[:1]
     LOSSES[name](student, teacher, few[:, :-1], few[:, 1:]).backward()  # libraries and threads make what they keep
     student.zero_grad()
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # from here on the peak is counted anew
-    before = resident("VmRSS")
-    LOSSES[name](student, teacher, tokens[:, :-1], tokens[:, 1:]).backward()
-    print(resident("VmHWM") - before)
+    print(peak_of(lambda: LOSSES[name](student, teacher, tokens[:, :-1], tokens[:, 1:]).backward()))
 
 
 def show(runs: dict[str, Run], nats: dict[str, float], memory: dict[str, float], size: Size) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from common import peak_of
 from torch import Tensor
 
 import kdfast
@@ -119,19 +120,10 @@ def _brief(message: str) -> str:
 
 def _print_peak_memory(name: str, rows: int, vocab: int) -> None:
     """The bytes that a step adds to this process at its peak."""
-
-    def resident(field: str) -> int:
-        with open("/proc/self/status") as status:
-            return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
-
     batch = Batch(rows, vocab)
     batch.step(LOSSES[name])
     batch.student.copy_(batch.original)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # from here on the peak is counted anew
-    before = resident("VmRSS")
-    batch.step(LOSSES[name])
-    print(resident("VmHWM") - before)
+    print(peak_of(lambda: batch.step(LOSSES[name])))
 
 
 if __name__ == "__main__":

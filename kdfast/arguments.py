@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Heads(NamedTuple):
-    """What the operators of linear.py take in place of the student's logits, in their order."""
+    """What the operators of linear_ops.py take in place of the student's logits, in their order."""
 
     student_hidden: Tensor  # (..., H)
     student_weight: Tensor  # (V, H), of the same dtype, as is the bias

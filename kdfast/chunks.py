@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdfast import reference
 from kdfast.arguments import Heads, Inputs, Settings
-from kdfast.products import Head, head
+from kdfast.products import head
 
 LOGITS = 3 << 24  # of a chunk on a CPU, 201 MB in fp32
 LEAST_ROWS, MOST_ROWS = 256, 512
@@ -43,6 +43,27 @@ class Chunk(NamedTuple):
     kept: Tensor | None  # (rows,); None: all
 
 
+class Side:
+    """The student's hidden states and head, or the teacher's."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: int) -> None:
+        self.hidden = _matrix(hidden)
+        self.head = head(weight.detach()[:vocab], None if bias is None else bias.detach()[:vocab])
+
+    def room(self, rows: int) -> Tensor:
+        """For the logits of so many rows."""
+        return self.hidden.new_empty((rows, len(self.head.weight)), dtype=self.head.logits_dtype)
+
+    def logits(self, rows: slice | Tensor, kept: Tensor | None, room: Tensor) -> tuple[Tensor, Tensor]:
+        """Some rows' hidden states, as an operand, and their logits, which are the first rows of `room` then."""
+        hidden = self.hidden[rows].to(self.head.operand_dtype)
+        if kept is not None:
+            hidden = torch.where(kept.unsqueeze(-1), hidden, 0)
+        logits = room[: len(hidden)]
+        self.head.logits(hidden, logits)
+        return hidden, logits
+
+
 class Chunks:
     """The rows in chunks, each with its logits, which the next one overwrites."""
 
@@ -50,14 +71,13 @@ class Chunks:
         vocab = len(heads.student_weight) if settings.vocab_size < 0 else settings.vocab_size
         settings = settings._replace(vocab_size=vocab)
         reference.check_values(heads.student_hidden, inputs, settings)
-        self.hidden, self.shape = _matrix(heads.student_hidden), heads.student_hidden.shape[:-1]
-        self.rows, self.vocab, self.at_once = len(self.hidden), vocab, heads.chunk_rows
-        self.loss_dtype = torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
-        self.student = _head(heads.student_weight, heads.student_bias, vocab)
-        self.teacher_hidden = self.teacher = None
+        self.student = Side(heads.student_hidden, heads.student_weight, heads.student_bias, vocab)
+        self.teacher = None
         if heads.teacher_hidden is not None and heads.teacher_weight is not None:
-            self.teacher_hidden = _matrix(heads.teacher_hidden)
-            self.teacher = _head(heads.teacher_weight, heads.teacher_bias, vocab)
+            self.teacher = Side(heads.teacher_hidden, heads.teacher_weight, heads.teacher_bias, vocab)
+        self.hidden, self.shape = self.student.hidden, heads.student_hidden.shape[:-1]
+        self.rows, self.vocab, self.at_once = len(self.hidden), vocab, heads.chunk_rows
+        self.loss_dtype = reference.loss_dtype(self.hidden)
         self.inputs = Inputs(
             [t.detach() for t in inputs.teachers],
             _column(inputs.labels),
@@ -103,41 +123,23 @@ class Chunks:
     def __iter__(self) -> Iterator[Chunk]:
         count = self.rows if self.index is None else len(self.index)
         size = math.ceil(count / max(1, math.ceil(count / self.at_once)))  # chunks of one size
-        student = self.hidden.new_empty((size, self.vocab), dtype=self.student.logits_dtype)
-        teacher = None
-        if self.teacher is not None:
-            teacher = self.hidden.new_empty((size, self.vocab), dtype=self.teacher.logits_dtype)
+        room = self.student.room(size)
+        teacher_room = None if self.teacher is None else self.teacher.room(size)
         for start in range(0, count, max(1, size)):
             part = slice(start, min(start + size, count))
             rows = part if self.index is None else self.index[part]
             kept = None if self.kept is None else self.kept[part]
-            inputs = self.inputs
-            if self.teacher is not None and self.teacher_hidden is not None and teacher is not None:
-                self._logits(self.teacher, self.teacher_hidden, rows, kept, teacher)
-                teachers = [teacher[: part.stop - start]]
-            else:
-                teachers = [_rows(t, rows) for t in inputs.teachers]
-            hidden = self._logits(self.student, self.hidden, rows, kept, student)
-            columns = (c if c is None or c.dim() == 0 else c[rows] for c in inputs[1:])
-            yield Chunk(rows, hidden, student[: part.stop - start], Inputs(teachers, *columns), kept)
-
-    def _logits(self, of: Head, hidden: Tensor, rows: slice | Tensor, kept: Tensor | None, out: Tensor) -> Tensor:
-        """Writes the logits of some rows to the first of `out`; returns the rows' hidden states as an operand."""
-        hidden = hidden[rows].to(of.operand_dtype)
-        if kept is not None:
-            hidden = torch.where(kept.unsqueeze(-1), hidden, 0)
-        of.logits(hidden, out[: len(hidden)])
-        return hidden
+            teachers = [_rows(t, rows) for t in self.inputs.teachers]
+            if self.teacher is not None and teacher_room is not None:
+                teachers = [self.teacher.logits(rows, kept, teacher_room)[1]]
+            hidden, logits = self.student.logits(rows, kept, room)
+            columns = (c if c is None or c.dim() == 0 else c[rows] for c in self.inputs[1:])
+            yield Chunk(rows, hidden, logits, Inputs(teachers, *columns), kept)
 
 
 def _may_look(x: Tensor) -> bool:
     """Whether what it holds may decide what is done: on a GPU that would mean to wait for it."""
     return x.device.type == "cpu"
-
-
-def _head(weight: Tensor, bias: Tensor | None, vocab: int) -> Head:
-    """The products with the first `vocab` classes."""
-    return head(weight.detach()[:vocab], None if bias is None else bias.detach()[:vocab])
 
 
 def _matrix(x: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class Gradients:
 
     def add(self, chunk: Chunk, chunks: Chunks) -> None:
         """Of a chunk whose logits have become their gradient."""
-        student = chunks.student
+        student = chunks.student.head
         if self.bias is not None:
             self.bias[: chunks.vocab] += chunk.logits.sum(0, dtype=self.bias.dtype)
         if self.hidden is None and self.weight is None:
@@ -123,11 +123,8 @@ class Results:
         self.metrics_of_chunks: list[Tensor] = []
         self.weights: list[Tensor] = []
         if self.by_row:
-            of_rows = chunks.hidden.new_zeros(chunks.rows, dtype=chunks.loss_dtype)
-            self.of_rows, self.metrics_of_rows = (
-                of_rows,
-                of_rows.new_full((len(KDMetrics._fields), chunks.rows), math.nan),
-            )
+            self.of_rows = chunks.hidden.new_zeros(chunks.rows, dtype=chunks.loss_dtype)
+            self.metrics_of_rows = self.of_rows.new_full((len(KDMetrics._fields), chunks.rows), math.nan)
 
     def add(self, chunk: Chunk, loss: Tensor, metrics: Tensor) -> None:
         if self.by_row:

@@ -61,14 +61,9 @@ SCHEMAS = {
 }
 
 
-def loss_dtype(student: Tensor) -> torch.dtype:
-    """Losses and sums are fp32, for fp64 logits fp64."""
-    return torch.float64 if student.dtype == torch.float64 else torch.float32
-
-
 def _new_loss(student: Tensor, settings: Settings) -> Tensor:
     shape = student.shape[:-1] if settings.reduction == "none" else ()
-    return student.new_empty(shape, dtype=loss_dtype(student))
+    return student.new_empty(shape, dtype=reference.loss_dtype(student))
 
 
 def new_metrics(student: Tensor, settings: Settings) -> Tensor:
@@ -76,7 +71,7 @@ def new_metrics(student: Tensor, settings: Settings) -> Tensor:
     shape = (0,)
     if settings.metrics:
         shape = (len(KDMetrics._fields), *(student.shape[:-1] if settings.reduction == "none" else ()))
-    return student.new_empty(shape, dtype=loss_dtype(student))
+    return student.new_empty(shape, dtype=reference.loss_dtype(student))
 
 
 def _new_grad(student: Tensor) -> Tensor:
@@ -85,7 +80,7 @@ def _new_grad(student: Tensor) -> Tensor:
 
 def _new_stats(student: Tensor) -> Tensor:
     rows = math.prod(student.shape[:-1])  # .numel() would fix a symbolic size
-    return student.new_empty((rows, len(reference.STATS)), dtype=loss_dtype(student))
+    return student.new_empty((rows, len(reference.STATS)), dtype=reference.loss_dtype(student))
 
 
 def _new_head_gradients(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,9 +221,9 @@ for _name, _schema in SCHEMAS.items():
     for _namespace, _library in _defined.items():
         _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{_namespace}::{_name}", _FAKES[_name], lib=_library)
-        if _name.startswith("linear_"):
-            _library.impl(_name, _linear(_name, _namespace), "CompositeExplicitAutograd")
     if _name.startswith("linear_"):
+        for _namespace, _library in _defined.items():
+            _library.impl(_name, _linear(_name, _namespace), "CompositeExplicitAutograd")
         continue
     _defined["kdfast"].impl(_name, _with_warning(_name), "CompositeExplicitAutograd")
     _defined["kdfast"].impl(_name, _gpu(_name), "CUDA")  # ROCm's tensors too

@@ -115,16 +115,13 @@ def head(weight: Tensor, bias: Tensor | None) -> Head:
         return Head(weight, bias)
     if weight.device.type == "cuda":
         return TensorCoreHead(weight, bias)
-    return (
-        Head(weight, bias)
-        if weight.device.type != "cpu" or _instructions_for(weight.dtype)
-        else WidenedHead(weight, bias)
-    )
+    if weight.device.type == "cpu" and not _instructions_for(weight.dtype):
+        return WidenedHead(weight, bias)
+    return Head(weight, bias)
 
 
 def _instructions_for(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of a 16-bit dtype by instructions made for it."""
-    has = torch.cpu
     if dtype == torch.bfloat16:
-        return has._is_avx512_bf16_supported() or has._is_amx_tile_supported()
-    return has._is_amx_fp16_supported()
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_amx_fp16_supported()

@@ -21,6 +21,11 @@ from kdfast.arguments import Inputs, KDMetrics, Settings
 from kdfast.divergences import DIVERGENCES, times
 
 
+def loss_dtype(student: Tensor) -> torch.dtype:
+    """Losses and sums are fp32, for fp64 logits fp64."""
+    return torch.float64 if student.dtype == torch.float64 else torch.float32
+
+
 def logit_mse(s: Tensor, t: Tensor) -> Tensor:
     """1 / (2 V) * sum (s_i - t_i)^2 on centred rows, (..., V) -> (...): the paper's limit for high T."""
     difference = s - t
@@ -89,7 +94,7 @@ class _Rows(NamedTuple):
 
 
 def _rows(student: Tensor, inputs: Inputs, settings: Settings) -> _Rows:
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    dtype = loss_dtype(student)
     keep = kept_rows(student, inputs, settings)
     s = student if settings.vocab_size < 0 else student[..., : settings.vocab_size]
     s = softcapped(torch.where(keep.unsqueeze(-1), s.to(dtype), 0), settings.softcap)
@@ -229,7 +234,7 @@ def row_metrics(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
 def metrics(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """KDMetrics, (7,) or, with reduction "none", (7, ...); (0,) where they are not wanted."""
     if not settings.metrics:
-        return student.new_empty(0, dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
+        return student.new_empty(0, dtype=loss_dtype(student))
     rows = row_metrics(student, inputs, settings)
     if settings.reduction == "none":
         return rows
@@ -251,7 +256,7 @@ def kept_rows(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
 
 def denominator(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """What the sum of the rows' losses is divided by, 0-dim; 0 for a mean over nothing."""
-    one = student.new_ones((), dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
+    one = student.new_ones((), dtype=loss_dtype(student))
     if settings.reduction == "batchmean":
         return one * (student.shape[0] if student.dim() > 1 else 1)
     if settings.reduction != "mean":
@@ -392,7 +397,7 @@ def tempered_softmax(
     logits: Tensor, temperatures: Tensor | None, temperature: float, log: bool, dtype: torch.dtype
 ) -> Tensor:
     """softmax or log_softmax of logits / temperature, (..., V)."""
-    z = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    z = logits.to(loss_dtype(logits))
     z = z / _column(temperatures, temperature, z)
     return (torch.log_softmax(z, -1) if log else torch.softmax(z, -1)).to(dtype).contiguous()
 

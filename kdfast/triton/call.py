@@ -29,8 +29,7 @@ class Call:
             raise ValueError(
                 f"teacher: {len(self.teachers)} teachers, but the Triton kernels take at most {MOST_TEACHERS}"
             )
-        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-        self.losses = student.new_empty(self.rows, dtype=dtype)
+        self.losses = student.new_empty(self.rows, dtype=reference.loss_dtype(student))
         self.facts = launch.facts(student.device)
         self.read = [self.student, *self.teachers]
         self.spec = self._spec(inputs)
