@@ -1,0 +1,135 @@
+"""16-bit heads: what is rounded where, by each kind of product; loss scaling and autocast."""
+
+from collections.abc import Iterator
+
+import gpu  # before anything that imports Triton
+import pytest
+import torch
+from cases import BF16, F16, F32, F64, name
+from linear_cases import VOCAB, Case, fused, many, off, plain
+from torch import Tensor
+
+import kdfast
+from kdfast import chunks, products
+
+
+def test_a_16_bit_heads_gradient_is_added_up_in_fp32_unless_asked_otherwise(cpu: str) -> None:
+    case = many(BF16)
+    _, (_, truth), _ = plain(case, case.labels, F64)
+    errors = {}
+    for accumulate in (F32, BF16, F64):
+        _, (_, grad), _ = fused(case, case.labels, chunk_rows=4, accumulate_dtype=accumulate)
+        assert grad.dtype == BF16
+        errors[accumulate] = off(grad, truth)
+    assert errors[F32] < 2.0**-9  # rounded once
+    assert errors[F64] < 2.0**-9
+    assert errors[BF16] > 4 * errors[F32]  # rounded 150 times
+
+
+@pytest.fixture
+def with_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU that has instructions for 16-bit matrices."""
+    monkeypatch.setattr(products, "_instructions_for", lambda dtype: True)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=name)
+def test_with_instructions_for_16_bits_products_round_to_them(
+    cpu: str, dtype: torch.dtype, with_instructions: None
+) -> None:
+    case = many(dtype)
+    case.bias = torch.linspace(-1, 1, VOCAB).to(dtype)
+    assert products.head(case.weight, None).logits_dtype == dtype
+    loss, grads, _ = fused(case, case.labels, chunk_rows=7, temperature=2.0)
+    truth = plain(case, case.labels, F64, temperature=2.0)
+    assert loss == pytest.approx(float(truth[0]), rel=torch.finfo(dtype).eps)
+    for got, want in zip(grads, truth[1], strict=True):
+        assert got.dtype == dtype
+        assert off(got, want) < 2 * torch.finfo(dtype).eps
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a GPU: its products with fp32 results, which PyTorch has no CPU kernels for, and no look at values."""
+
+    def mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        assert a.dtype == b.dtype
+        return a.to(dtype) @ b.to(dtype)
+
+    def mm_out(a: Tensor, b: Tensor, dtype: torch.dtype, *, out: Tensor) -> Tensor:
+        return out.copy_(mm(a, b, dtype))
+
+    def addmm_out(c: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, *, beta=1, alpha=1, out: Tensor) -> Tensor:
+        return out.copy_(c + mm(a, b, dtype))
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        for overload, function in (("mm.dtype", mm), ("mm.dtype_out", mm_out), ("addmm.dtype_out", addmm_out)):
+            library.impl(overload, function, "CPU")
+        monkeypatch.setattr(products, "WidenedHead", products.TensorCoreHead)
+        monkeypatch.setattr(products, "_instructions_for", lambda dtype: False)
+        monkeypatch.setattr(chunks, "_may_look", lambda x: False)
+        yield
+
+
+@pytest.mark.skipif(gpu.ON_DEVICE, reason="here all tests of this file run on a GPU's own products")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=name)
+def test_tensor_cores_round_no_logits_and_dropped_rows_are_zeros_there(
+    cpu: str, dtype: torch.dtype, reduction: str, tensor_cores: None
+) -> None:
+    case = many(dtype)
+    case.bias = torch.linspace(-1, 1, VOCAB).to(dtype)
+    case.labels[100:200] = -100
+    grad = torch.linspace(-1, 2, 600) if reduction == "none" else None
+    settings = {"temperature": 2.0, "reduction": reduction, "return_metrics": True, "grad": grad}
+    truth = plain(case, case.labels, F64, **settings)
+    case.hidden[150] = float("nan")  # of a row that is ignored
+    loss, grads, metrics = fused(case, case.labels, chunk_rows=7, **settings)
+    torch.testing.assert_close(loss.double(), truth[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close([m.double() for m in metrics], list(truth[2]), rtol=1e-5, atol=1e-6, equal_nan=True)
+    for got, want in zip(grads, truth[1], strict=True):
+        assert got.dtype == dtype
+        assert off(got, want) < torch.finfo(dtype).eps  # once the gradient of the logits, once the result
+
+
+def test_a_loss_scaler_in_float16_loses_no_gradient(backend: str) -> None:
+    case = Case(F16, bias=False)
+    scaler = torch.amp.GradScaler(case.hidden.device.type)  # its first factor is 65536
+    total = 2**20
+    leaves = case.leaves()
+    teacher = case.teacher_hidden, case.teacher_weight
+    loss = kdfast.linear_kd_loss(*leaves, *teacher, case.labels, normalizer=total, chunk_rows=4, backend=backend)
+    scaler.scale(loss).backward()
+    _, truth, _ = plain(case, case.labels, F64, normalizer=total)
+    for leaf, want in zip(leaves, truth, strict=True):
+        torch.testing.assert_close(leaf.grad.double(), want * 65536, rtol=2.0**-10, atol=2.0**-24)
+        rounded = want.half().double() * 65536
+        assert off(leaf.grad, want * 65536) < 0.1 * off(rounded, want * 65536), "rounded before it was scaled"
+
+
+def test_float16_loses_nothing_to_rows_weights_or_a_narrow_accumulator(cpu: str, with_instructions: None) -> None:
+    """Where its matrices are multiplied by instructions, gradients of logits are float16 factors."""
+    case = many(F16)
+    for power in (-24, 17):  # which alone would underflow, overflow
+        weight = torch.linspace(0.5, 1, 600) * 2.0**power
+        for settings in ({"reduction": "sum"}, {"normalizer": 2.0**20}):
+            settings |= {"weight": weight, "accumulate_dtype": F16}
+            scale = torch.tensor(2.0**-power if "reduction" in settings else 2.0 ** (20 - power))
+            _, grads, _ = fused(case, case.labels, chunk_rows=70, grad=scale, **settings)
+            _, truth, _ = plain(case, case.labels, F64, grad=scale, **settings)
+            for got, want in zip(grads, truth, strict=True):
+                assert off(got, want) < 4 * torch.finfo(F16).eps
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=name)
+def test_autocast_casts_what_f_linear_casts(backend: str, dtype: torch.dtype) -> None:
+    case = Case()
+    with torch.autocast(case.hidden.device.type, dtype):
+        loss, grads, _ = fused(case, case.labels, chunk_rows=4, backend=backend)
+    narrow = Case()
+    for field in ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight"):
+        setattr(narrow, field, getattr(case, field).to(dtype))
+    same, same_grads, _ = fused(narrow, case.labels, chunk_rows=4, backend=backend)
+    assert torch.equal(loss, same)
+    for got, want in zip(grads, same_grads, strict=True):
+        assert got.dtype == F32
+        assert torch.equal(got, want.float())

@@ -1,0 +1,181 @@
+"""The linear losses as citizens of PyTorch: compiled, checkpointed, on several processes, as a module."""
+
+import copy
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import F64
+from linear_cases import (
+    HIDDEN,
+    VOCAB,
+    Case,
+)
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import kdfast
+
+
+class Model(nn.Module):
+    """A trunk, a head, and the loss at its end."""
+
+    def __init__(self, checkpointed: bool = False, **settings: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Linear(HIDDEN, 16), nn.Tanh(), nn.Linear(16, HIDDEN))
+        self.head = nn.Linear(HIDDEN, VOCAB)
+        self.loss, self.checkpointed = kdfast.LinearKDLoss(temperature=2.0, chunk_rows=4, **settings), checkpointed
+
+    def forward(self, x: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor, **more: Any) -> Tensor:
+        hidden = checkpoint(self.trunk, x, use_reentrant=False) if self.checkpointed else self.trunk(x)
+        head = self.head
+        return self.loss(hidden, head.weight, teacher_hidden, teacher_weight, labels, student_bias=head.bias, **more)
+
+    def unfused(self, x: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor) -> Tensor:
+        logits = self.head(self.trunk(x))
+        return kdfast.kd_loss(logits, teacher_hidden @ teacher_weight.T, labels, temperature=2.0, backend="reference")
+
+
+def batch(case: Case) -> tuple[Tensor, ...]:
+    return case.hidden, case.teacher_hidden, case.teacher_weight, case.labels
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad for p in model.parameters()]
+
+
+def unfused_gradients(case: Case) -> list[Tensor]:
+    model = Model()
+    model.unfused(*batch(case)).backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "settings"),
+    [
+        ("aot_eager", {}),
+        ("aot_eager", {"reduction": "none"}),
+        ("aot_eager", {"return_metrics": True}),
+        ("inductor", {}),  # once: what else differs is inside of the operator
+    ],
+    ids=["mean", "none", "metrics", "inductor"],
+)
+def test_a_model_that_ends_in_the_loss_compiles_to_one_graph(settings: dict[str, Any], compiler: str) -> None:
+    torch._dynamo.reset()
+    case, model = Case(), Model(**settings)
+
+    def step(*args: Tensor) -> Tensor:
+        loss = model(*args)
+        return (loss[0] if isinstance(loss, tuple) else loss).mean()
+
+    with torch._inductor.utils.fresh_cache():
+        compiled = torch.compile(step, fullgraph=True, backend=compiler)
+        loss = compiled(*batch(case))
+        loss.backward()
+    got = gradients(model)
+    model.zero_grad()
+    want = step(*batch(case))
+    want.backward()
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(got, gradients(model))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(*batch(case)), want)
+
+
+def test_marked_dynamic_rows_compile_once(cpu: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = Model()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for rows in (5, 13, 9):
+        case = Case(rows=rows)
+        inputs = batch(case)
+        for i in (0, 1, 3):
+            torch._dynamo.mark_dynamic(inputs[i], 0)
+        model.zero_grad()
+        compiled(*inputs).backward()
+        torch.testing.assert_close(gradients(model), unfused_gradients(case))
+    assert counter.frame_count == 1
+
+
+def test_checkpointing_the_trunk_changes_no_gradient(backend: str) -> None:
+    case = Case()
+    model = Model(checkpointed=True, backend=backend)
+    model(*batch(case)).backward()
+    torch.testing.assert_close(gradients(model), unfused_gradients(case))
+
+
+def _rank(rank: int, folder: str, kind: str) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    case = Case()
+    x, hidden, weight, labels = batch(case)
+    mine = slice(0, 6) if rank == 0 else slice(6, None)  # 5 tokens that count on one, 7 on the other
+    model: Any = Model()
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2,))
+        fully_shard(model.trunk, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        with pytest.raises(TypeError, match="^student_weight: is a DTensor"):
+            kdfast.linear_kd_loss(x, model.head.weight, hidden, weight)
+    tokens = (labels != -100).sum()
+    # both average over the ranks, hence the tokens of all of them by their number
+    model(x[mine], hidden[mine], weight, labels[mine], normalizer=tokens / 2).backward()
+    grads = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients(model)]
+    torch.save(grads, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_processes_get_the_gradients_of_one(tmp_path: Path, kind: str) -> None:
+    torch.multiprocessing.spawn(_rank, (str(tmp_path), kind), nprocs=2)
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), unfused_gradients(Case()))
+
+
+def test_a_teacher_in_training_gets_no_graph(cpu: str) -> None:
+    case = Case()
+    teacher = [x.clone().requires_grad_() for x in (case.teacher_hidden, case.teacher_weight, torch.zeros(VOCAB))]
+    loss, metrics = kdfast.linear_kd_loss(
+        case.hidden, case.weight, *teacher[:2], case.labels, teacher_bias=teacher[2], return_metrics=True
+    )
+    assert not loss.requires_grad
+    assert not metrics.kl.requires_grad
+
+
+def test_double_backward_is_an_error(cpu: str) -> None:
+    case = Case()
+    for reduction in ("mean", "none"):
+        leaves = case.leaves()
+        teacher = case.teacher_hidden, case.teacher_weight
+        loss = kdfast.linear_kd_loss(*leaves[:2], *teacher, case.labels, reduction=reduction).sum()
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(loss, leaves[:2], create_graph=True)
+
+
+def test_the_module_is_linear_kd_loss_with_its_settings_and_can_be_copied(cpu: str) -> None:
+    case = Case()
+    settings = {"temperature": 3.0, "divergence": "jsd", "beta": 0.3, "chunk_rows": 5, "accumulate_dtype": F64}
+    loss = kdfast.LinearKDLoss(**settings)
+    tensors = case.hidden, case.weight, case.teacher_hidden, case.teacher_weight, case.labels
+    want = kdfast.linear_kd_loss(*tensors, student_bias=case.bias, normalizer=9, **settings)
+    for module in (loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert torch.equal(module(*tensors, student_bias=case.bias, normalizer=9), want)
+    with pytest.raises(TypeError, match=r"LinearKDLoss\(\) got an unexpected keyword argument 'T'"):
+        kdfast.LinearKDLoss(T=2.0)
+    assert not loss.state_dict()
+    assert repr(loss) == (
+        "LinearKDLoss(temperature=3.0, alpha=None, divergence='jsd', beta=0.3, chunk_rows=5, "
+        "accumulate_dtype=torch.float64)"
+    )
