@@ -1,9 +1,10 @@
 """kdfast: fused knowledge-distillation losses for PyTorch."""
 
+import kdfast.ops  # defines the operators
 from kdfast.arguments import KDMetrics
+from kdfast.choice import backends
 from kdfast.linear import LinearKDLoss, linear_kd_loss
 from kdfast.losses import KDLoss, kd_loss
-from kdfast.ops import backends
 from kdfast.softmax import tempered_softmax
 
 __version__ = "0.1.0"

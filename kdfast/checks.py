@@ -14,7 +14,7 @@ CHOICES = {
     "target": ("logits", "probs", "log_probs"),
     "reduction": ("mean", "sum", "batchmean", "none"),
     "ensemble": ("arithmetic", "geometric"),
-    "backend": (None, "reference", "cpu", "triton"),
+    "backend": (None, "reference", "cpu", "triton", "cuda"),
 }
 
 

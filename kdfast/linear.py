@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import checks, chunks, ops
+from kdfast import checks, choice, chunks
 from kdfast.arguments import Heads, KDMetrics
 from kdfast.autograd import linear_loss
 from kdfast.losses import KDLoss, kd_loss, settled
@@ -99,7 +99,7 @@ def linear_kd_loss(
         grad_weight=_wants_grad(student[1]),
         grad_bias=_wants_grad(student[2]),
     )
-    loss, metrics = linear_loss(heads, inputs, fixed, ops.namespace(backend, logits))
+    loss, metrics = linear_loss(heads, inputs, fixed, choice.namespace(backend, logits))
     return (loss, KDMetrics(*metrics.unbind())) if fixed.metrics else loss
 
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from kdfast import checks, ops
+from kdfast import checks, choice
 from kdfast.arguments import Inputs, KDMetrics, Settings
 from kdfast.autograd import row_loss
 from kdfast.targets import wanted_teachers
@@ -97,8 +97,8 @@ def kd_loss(
         return_metrics: whether :class:`KDMetrics` of the same pass are returned too. They are as if both terms had a
             weight: ``soft`` where there is a teacher though alpha is 0, ``hard`` where there are labels though h is 0.
         dkd_weights: of ``"dkd"``: of the divergence of label against rest, and of that among the rest.
-        backend: None (by the device), ``"reference"``, ``"cpu"`` or ``"triton"``; see :func:`kdfast.backends`.
-            ``"triton"``, which CUDA and ROCm tensors get, takes CPU tensors too where Triton itself can launch on them.
+        backend: None (by the device), ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; see
+            :func:`kdfast.backends`. ``"triton"`` takes CPU tensors too where Triton itself can launch on them.
 
     ====================  ============================================================  =========================
     divergence            D(p, q)                                                       from
@@ -169,7 +169,7 @@ def kd_loss(
     )
     if checks.check_bool("inplace", inplace):
         checks.check_inplace(student_logits)
-    loss, metrics = row_loss(student_logits, inputs, settings, ops.namespace(backend, student_logits), inplace)
+    loss, metrics = row_loss(student_logits, inputs, settings, choice.namespace(backend, student_logits), inplace)
     return (loss, KDMetrics(*metrics.unbind())) if return_metrics else loss
 
 

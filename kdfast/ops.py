@@ -1,23 +1,22 @@
 """The operators: their schemas, their fake tensors, and which implementation a device gets.
 
-Every operator is defined here, once, in three namespaces: `torch.ops.kdfast.*`, where the dispatcher picks by device
-(the C++ kernels register themselves for the CPU when their library is loaded, the Triton kernels serve CUDA and ROCm
-tensors), and `torch.ops.kdfast_reference.*` and `torch.ops.kdfast_triton.*`, which are that backend on every device.
-A device without kernels of its own gets the reference, with one warning.
+Every operator is defined here, once, in four namespaces: `torch.ops.kdfast.*`, where the dispatcher picks by device
+(the C++ kernels register themselves for the CPU when their library is loaded; of CUDA and ROCm tensors choice.py says
+whose kernels they get), and `torch.ops.kdfast_reference.*`, `torch.ops.kdfast_triton.*` and `torch.ops.kdfast_cuda.*`,
+which are that backend on every device that it knows. A device without kernels of its own gets the reference, with one
+warning.
 """
 
 import math
-import platform
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdfast import linear_ops, reference
+from kdfast import choice, linear_ops, reference
 from kdfast.arguments import Heads, Inputs, KDMetrics, Settings
 
 _TYPES = {
@@ -155,7 +154,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 _PLAIN = {"scale_", "tempered_softmax", "tempered_softmax_backward"}  # the operators that take no loss's arguments
 
-_defined = {name: torch.library.Library(name, "DEF") for name in ("kdfast", "kdfast_reference", "kdfast_triton")}
+_NAMESPACES = ("kdfast", "kdfast_reference", "kdfast_triton", "kdfast_cuda")
+_defined = {name: torch.library.Library(name, "DEF") for name in _NAMESPACES}
 _warned: set[str] = set()
 
 
@@ -178,10 +178,13 @@ def _triton(name: str) -> Callable[..., Any]:
 
 def _gpu(name: str) -> Callable[..., Any]:
     """What CUDA and ROCm tensors get."""
-    fast, slow = _triton(name), _with_warning(name)
+    kernels = {"triton": _triton(name), "reference": _with_warning(name)}
+    if name not in choice.NOT_IN_CUDA:
+        kernels["cuda"] = getattr(torch.ops.kdfast_cuda, name)
 
     def call(first: Tensor, *args: Any) -> Any:
-        return (fast if triton_failure(first.device.type) is None else slow)(first, *args)
+        teachers = () if name in _PLAIN or not args else next(x for x in args if isinstance(x, list))
+        return kernels[choice.of_gpu(name, first, teachers)](first, *args)
 
     return call
 
@@ -196,7 +199,7 @@ def _with_warning(name: str) -> Callable[..., Any]:
             _warned.add(device)
             warnings.warn(
                 f"kdfast: no fast kernels for {device} tensors, so the slower plain PyTorch reference is used: "
-                f"{why_not(device)}",
+                f"{choice.why_not(device)}",
                 stacklevel=2,
             )
         return implementation(first, *args)
@@ -231,107 +234,4 @@ for _name, _schema in SCHEMAS.items():
     _defined["kdfast_triton"].impl(_name, _triton(_name), "CompositeExplicitAutograd")
 
 
-def _load() -> str | None:
-    """Loads the compiled operators; where that fails, returns why."""
-    library = Path(__file__).with_name("libkdfast.so")
-    if not library.exists():
-        return (
-            "the compiled extension is missing from this install. Where there is a C++17 compiler and torch is "
-            "installed, `make build` makes it in a checkout, and so does `pip install --force-reinstall --no-deps "
-            "--no-cache-dir` of the package"
-        )
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as error:
-        return f"the compiled extension could not be loaded: {error}"
-    return None
-
-
-_cpu_failure = _load()
-_LEAST_TRITON = (3, 6)  # what torch 2.10, the least torch, comes with
-
-
-def triton_failure(device: str) -> str | None:
-    """Why Triton cannot serve tensors of this type of device; None where it can."""
-    try:
-        import triton
-    except ImportError as error:
-        return f"Triton could not be imported ({error}); PyTorch's builds for CUDA and ROCm bring it along"
-    if tuple(map(int, triton.__version__.split(".")[:2])) < _LEAST_TRITON:
-        return f"Triton {triton.__version__} is too old, {'.'.join(map(str, _LEAST_TRITON))} is the least"
-    if triton.knobs.runtime.interpret:
-        return None
-    try:
-        works_on = triton.runtime.driver.active.get_active_torch_device().type
-    except Exception as error:  # each of Triton's drivers has its own
-        return f"Triton {triton.__version__} finds no GPU that it can launch on ({error})"
-    return None if works_on == device else f"Triton launches on {works_on} tensors here, not on {device} ones"
-
-
-# torch.compiler.assume_constant_result, which would import all of Dynamo with kdfast
-triton_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def why_not(device: str) -> str:
-    """Why a device has no kernels of its own."""
-    if device == "cpu" and _cpu_failure is not None:
-        return _cpu_failure
-    if device == "cuda" and (failure := triton_failure(device)) is not None:
-        return failure
-    return f"this version of kdfast has none for device type {device!r}"
-
-
-def namespace(backend: str | None, student: Tensor) -> Any:
-    """The operators that serve `backend` (None: the best one for the student's device)."""
-    if backend is None:
-        return torch.ops.kdfast
-    if backend == "reference":
-        return torch.ops.kdfast_reference
-    if backend == "cpu":
-        if student.device.type != "cpu":
-            raise RuntimeError(f"backend: 'cpu' takes CPU tensors, but student_logits is on {student.device}")
-        if _cpu_failure is not None:
-            raise RuntimeError(f"backend: 'cpu' is not usable here: {_cpu_failure}")
-        return torch.ops.kdfast
-    if (failure := triton_failure(student.device.type)) is not None:
-        raise RuntimeError(f"backend: 'triton' is not usable here: {failure}")
-    return torch.ops.kdfast_triton
-
-
-def backends() -> dict[str, Any]:
-    """What is compiled, what is usable here, which backend each device gets, and why not the others.
-
-    Returns:
-        A dict with one entry per backend, ``{"compiled": bool, "usable": bool, "why_not": str | None, ...}``, and
-        ``"by_device"``, which names the backend that ``backend=None`` takes for each type of device. The entry of
-        the cpu backend also has ``"isa"``, the instruction set chosen for this machine (the environment variable
-        ``KDFAST_CPU_ISA`` overrides the choice), and ``"build"``, facts of the build; that of the triton backend has
-        ``"device"``, the type of the tensors that Triton can launch on here. Triton compiles when it is first called,
-        so that it counts as compiled.
-    """
-    usable = _cpu_failure is None
-    cpu: dict[str, Any] = {"compiled": usable, "usable": usable, "why_not": _cpu_failure, "isa": None}
-    try:
-        from kdfast import _C
-
-        cpu |= {"isa": _C.isa() if usable else None, "build": _C.build()}
-    except ImportError as error:  # the operators do not need it: it belongs to one Python, they to none
-        cpu["build"] = {"why_not": str(error), "machine": platform.machine()}
-    failures = {device: triton_failure(device) for device in ("cuda", "cpu")}
-    device = next((name for name, failure in failures.items() if failure is None), None)
-    triton = {
-        "compiled": True,
-        "usable": device is not None,
-        "why_not": failures["cuda"] if device is None else None,
-        "device": device,
-    }
-    return {
-        "reference": {"compiled": True, "usable": True, "why_not": None},
-        "cpu": cpu,
-        "triton": triton,
-        "by_device": {
-            "cpu": "cpu" if usable else "reference",
-            "cuda": "triton" if failures["cuda"] is None else "reference",
-            "other": "reference",
-        },
-    }
+choice.load()  # what is compiled registers for the operators defined here

@@ -10,7 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraph
 
 import kdfast
 from kdfast.arguments import Heads, Inputs, Settings
-from kdfast.ops import SCHEMAS, namespace
+from kdfast.choice import namespace
+from kdfast.ops import SCHEMAS
 
 pytestmark = pytest.mark.filterwarnings("ignore:kdfast")
 

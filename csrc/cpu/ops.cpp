@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../divergences.h"
+#include "../operators.h"
 #include "arguments.h"
 #include "isa.h"
 #include "row_kernels.h"
@@ -139,22 +140,7 @@ void run_loss_grad(Loss& loss) {
   }
 }
 
-// ---- the operators; a flat list of arguments each, as the schemas have it ----
-
-#define KDFAST_INPUTS                                                                                     \
-  std::vector<Tensor> teachers, std::optional<Tensor> labels, std::optional<Tensor> weight,               \
-      std::optional<Tensor> normalizer, std::optional<Tensor> temperatures,                               \
-      std::optional<Tensor> teacher_temperatures, double temperature, double teacher_temperature,         \
-      double alpha, double hard_weight, bool t_squared, std::string divergence, double beta,              \
-      std::string target, std::string ensemble, std::vector<double> teacher_weights, int64_t vocab_size,  \
-      int64_t ignore_index, std::string reduction, double divisor, double label_smoothing, double z_loss, \
-      double softcap, double teacher_softcap, bool standardize, std::vector<double> dkd_weights,          \
-      bool metrics
-#define KDFAST_PASS                                                                                    \
-  teachers, labels, weight, normalizer, temperatures, teacher_temperatures, temperature,               \
-      teacher_temperature, alpha, hard_weight, t_squared, divergence, beta, target, ensemble,          \
-      teacher_weights, vocab_size, ignore_index, reduction, divisor, label_smoothing, z_loss, softcap, \
-      teacher_softcap, standardize, dkd_weights
+// ---- the operators ----
 
 std::tuple<Tensor, Tensor, Tensor> loss_grad(Tensor student, KDFAST_INPUTS) {
   Loss loss(student, KDFAST_PASS, metrics);

@@ -4,36 +4,9 @@
 
 #include <cstdint>
 
-#include "../divergence_names.h"
+#include "../rows.h"
 
 namespace kdfast {
-
-enum class DType { kFloat, kBFloat16, kHalf, kDouble };
-__attribute__((always_inline)) inline int64_t bytes_of(DType dtype) {
-  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
-}
-enum class Divergence {
-#define X(name, Type) k##Type,
-  KDFAST_DIVERGENCES
-#undef X
-      kNone
-};
-enum class Target { kLogits, kProbs, kLogProbs };
-
-// A (rows, classes) matrix whose classes are contiguous. Its rows are those of up to three dimensions, since
-// a slice such as logits[:, :-1] has no single row stride and is read in place all the same.
-struct Matrix {
-  const void* data;
-  DType dtype;
-  int64_t size[3];    // of the dimensions that make up the rows, outermost first
-  int64_t stride[3];  // in elements
-
-  __attribute__((always_inline)) int64_t offset(int64_t row) const {
-    if (size[0] == 1 && size[1] == 1) return row * stride[2];
-    const int64_t outer = row / size[2];
-    return (outer / size[1]) * stride[0] + (outer % size[1]) * stride[1] + (row % size[2]) * stride[2];
-  }
-};
 
 constexpr int kMaxTeachers = 64;
 
@@ -48,14 +21,6 @@ struct RowStats {
   double teacher_running;  // sum of phi's part over_teacher, over the unnormalised exps
   double student_running;  // the other part's
 };
-constexpr int kStats = 7;
-
-// What return_metrics reports, in this order.
-struct RowMetrics {
-  double soft, hard, kl, student_entropy, teacher_entropy, agreement, accuracy;
-};
-constexpr int kMetrics = 7;
-
 struct LossArgs {
   int64_t rows, vocab;
   int64_t width;  // of the student with its padding: the gradient beyond vocab is 0

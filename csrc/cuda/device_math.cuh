@@ -39,5 +39,18 @@ __device__ inline float whole_power(float x, int power) {
   return y * (power & 4 ? x2 * x2 : 1.f);
 }
 
+// To within 2 ulp: a polynomial near 0 (Moshier's Cephes), where the other form cancels.
+__device__ inline float capped_tanh(float x) {
+  const float z = x * x, far = 1 - 2 / (fast_exp2(fabsf(x) * (2 * kLog2E)) + 1);
+  float series =
+      ((z * -5.70498872745e-3f + 2.06390887954e-2f) * z - 5.37397155531e-2f) * z + 1.33314422036e-1f;
+  series = series * z - 3.33332819422e-1f;
+  return fabsf(x) < 0.625f ? x + x * z * series : copysignf(far, x);
+}
+// A masked class stays masked; cap 0: none.
+__device__ inline float softcapped(float x, float cap) {
+  return cap == 0 || x == -kInf ? x : cap * capped_tanh(x / cap);
+}
+
 }  // namespace
 }  // namespace kdfast

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "arguments.h"
+
 namespace kdfast {
 namespace {
 
@@ -88,26 +90,78 @@ __device__ inline void await_copies() {  // all groups of this thread but the la
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
-// How the rows of a (..., V) tensor lie, as kdfast/triton/matrices.py has it; in elements.
-struct Layout {
-  int64_t inner, outer_stride, stride;
-};
 template <class S>
-struct Matrix {
-  S* data;
-  Layout layout;
-  __device__ S* row(int64_t index) const {
-    return data + (index / layout.inner) * layout.outer_stride + (index % layout.inner) * layout.stride;
-  }
-};
+__device__ inline S* row_at(const Matrix& m, int64_t index) {
+  return (S*)m.data + m.offset(index);
+}
 
 // Classes before the first that lies at a multiple of 32 bytes, which is what memory moves; fewer than kHead.
-template <class S>
-constexpr int kHead = 32 / (int)sizeof(S);
-template <class S>
-__device__ inline int head_of(const S* row, int n) {
-  const int head = (int)((32 - ((uintptr_t)row & 31)) & 31) / (int)sizeof(S);
+constexpr int kHead = 16;
+__device__ inline int head_of(const void* row, int bytes, int n) {
+  const int head = (int)((32 - ((uintptr_t)row & 31)) & 31) / bytes;
   return head < n ? head : n;
+}
+
+// ---- tensors whose type, or alignment, is known at run time only ----
+
+struct General {};  // in place of a storage type
+template <class S>
+constexpr bool kGeneral = std::is_same_v<S, General>;
+
+__device__ inline char* row_start(const Matrix& m, int64_t index) {
+  return (char*)m.data + m.offset(index) * (m.dtype == DType::kFloat ? 4 : 2);
+}
+
+__device__ inline float element(const void* row, DType dtype, int i) {
+  return dtype == DType::kFloat      ? ((const float*)row)[i]
+         : dtype == DType::kBFloat16 ? widened(((const __nv_bfloat16*)row)[i])
+                                     : widened(((const __half*)row)[i]);
+}
+__device__ inline void set_element(void* row, DType dtype, int i, float x) {
+  if (dtype == DType::kFloat) {
+    ((float*)row)[i] = x;
+  } else if (dtype == DType::kBFloat16) {
+    ((__nv_bfloat16*)row)[i] = narrowed<__nv_bfloat16>(x);
+  } else {
+    ((__half*)row)[i] = narrowed<__half>(x);
+  }
+}
+
+// Eight classes from class `first` on, in 16-byte pieces where they lie so.
+__device__ inline void load_eight(float (&x)[8], const void* row, DType dtype, int first) {
+  const char* at = (const char*)row + (int64_t)first * (dtype == DType::kFloat ? 4 : 2);
+  if ((uintptr_t)at & 15) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = element(at, dtype, i);
+  } else if (dtype == DType::kFloat) {
+    const Wide<float> a = widened<float>(__ldcg((const uint4*)at)),
+                      b = widened<float>(__ldcg((const uint4*)at + 1));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = a.x[i], x[4 + i] = b.x[i];
+  } else {
+    const uint4 pack = __ldcg((const uint4*)at);
+    const Wide<__nv_bfloat16> a = widened<__nv_bfloat16>(pack);
+    const Wide<__half> b = widened<__half>(pack);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = dtype == DType::kBFloat16 ? a.x[i] : b.x[i];
+  }
+}
+__device__ inline void store_eight(const float (&x)[8], void* row, DType dtype, int first) {
+  char* at = (char*)row + (int64_t)first * (dtype == DType::kFloat ? 4 : 2);
+  if ((uintptr_t)at & 15) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) set_element(at, dtype, i, x[i]);
+  } else if (dtype == DType::kFloat) {
+    __stcs((float4*)at, float4{x[0], x[1], x[2], x[3]});
+    __stcs((float4*)at + 1, float4{x[4], x[5], x[6], x[7]});
+  } else {
+    Wide<__nv_bfloat16> a;
+    Wide<__half> b;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) a.x[i] = b.x[i] = x[i];
+    __stcs((uint4*)at,
+           dtype == DType::kBFloat16 ? narrowed_pack<__nv_bfloat16>(a) : narrowed_pack<__half>(b));
+  }
 }
 
 }  // namespace

@@ -11,7 +11,8 @@
 namespace kdfast {
 namespace {
 
-constexpr int kMostWarps = 16, kMostBlocks = 16;  // of a block, of a cluster
+constexpr int kMostWarps = 8, kMostBlocks = 16;  // of a block, of a cluster
+constexpr int kMostThreads = 32 * kMostWarps;
 
 __device__ inline float warp_sum(float x) {
 #pragma unroll
@@ -64,47 +65,108 @@ __device__ inline void store_in_block(float* place, int rank, float x) {
 #endif
 }
 
-// Shared memory for one joining. A row has several, so that none waits for the reads of the one before.
-template <class A>
+// Shared memory for one joining at a time.
+template <int kCount>
 struct Lines {
-  float of_warp[A::kCount][kMostWarps];
-  float of_block[kMostBlocks][A::kCount];  // written by a block at a time
+  float of_warp[kCount][kMostWarps];
+  float of_block[kMostBlocks][kCount];  // written by a block at a time
 };
 
-// From every thread's bundle that of the row, in every thread. All threads of all its blocks meet here, and
-// all blocks have been seen to run before.
-template <class A, class R>
-__device__ inline A join_team(A x, Lines<A>& lines, const R& row) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-  x = x.joined(row);
-  if (lane == 0) {
-#pragma unroll
-    for (int i = 0; i < A::kCount; ++i) lines.of_warp[i][warp] = x.value[i];
+// ---- teams: what shares a row ----
+
+struct WarpTeam {
+  static constexpr bool kWarp = true;
+  __device__ int thread() const { return threadIdx.x & 31; }
+  __device__ int threads() const { return 32; }
+  __device__ int rank() const { return 0; }
+  __device__ int blocks() const { return 1; }
+  __device__ int64_t first_row() const {
+    return (int64_t)blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
   }
-  __syncthreads();
-  A y = A::nothing();
-  if (lane < warps) {
-#pragma unroll
-    for (int i = 0; i < A::kCount; ++i) y.value[i] = lines.of_warp[i][lane];
+  __device__ int64_t rows_at_once() const { return (int64_t)gridDim.x * (blockDim.x >> 5); }
+  __device__ bool leads() const { return thread() == 0; }
+  __device__ void meet() const {}
+  template <class N, class F>
+  __device__ N numbers(N&, F read) const {
+    return read();
   }
-  y = y.joined(row);
-  const int blocks = cluster_blocks();
-  if (blocks == 1) return y;
-  float mine = 0;  // the lane's of the values
-#pragma unroll
-  for (int i = 0; i < A::kCount; ++i) mine = lane == i ? y.value[i] : mine;
-  for (int to = warp; to < blocks; to += warps) {
-    if (lane < A::kCount) store_in_block(&lines.of_block[cluster_rank()][lane], to, mine);
+
+  template <class A, int kCount, class R>
+  __device__ A join(const A& x, Lines<kCount>&, const R& row) {
+    return x.joined(row);
   }
-  cluster_arrive();
-  cluster_wait();
-  y = A::nothing();
-  if (lane < blocks) {
-#pragma unroll
-    for (int i = 0; i < A::kCount; ++i) y.value[i] = lines.of_block[lane][i];
+};
+
+// A block, or the blocks of a cluster. All of them must have been seen to run before one writes into another.
+struct BlockTeam {
+  static constexpr bool kWarp = false;
+  bool met;
+
+  __device__ BlockTeam() : met(blocks() == 1) {
+    if (!met) cluster_arrive();
   }
-  return y.joined(row);
-}
+  __device__ ~BlockTeam() { see_all(); }
+  __device__ int thread() const { return threadIdx.x; }
+  __device__ int threads() const { return blockDim.x; }
+  __device__ int rank() const { return cluster_rank(); }
+  __device__ int blocks() const { return cluster_blocks(); }
+  __device__ int64_t first_row() const { return blockIdx.x / blocks(); }
+  __device__ int64_t rows_at_once() const { return gridDim.x / blocks(); }
+  __device__ void see_all() {
+    if (!met) cluster_wait();
+    met = true;
+  }
+  __device__ bool leads() const { return rank() == 0 && thread() == 0; }
+  // What one thread reads, in every thread.
+  template <class N, class F>
+  __device__ N numbers(N& shared, F read) const {
+    if (threadIdx.x == 0) shared = read();
+    __syncthreads();
+    return shared;
+  }
+  // After it the lines of earlier joinings may be written again.
+  __device__ void meet() const {
+    __syncthreads();
+    if (blocks() == 1) return;
+    cluster_arrive();
+    cluster_wait();
+  }
+
+  // From every thread's bundle that of the row, in every thread.
+  template <class A, int kCount, class R>
+  __device__ A join(A x, Lines<kCount>& lines, const R& row) {
+    static_assert(A::kCount <= kCount);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+    x = x.joined(row);
+    if (lane == 0) {
+#pragma unroll
+      for (int i = 0; i < A::kCount; ++i) lines.of_warp[i][warp] = x.value[i];
+    }
+    __syncthreads();
+    A y = A::nothing();
+    if (lane < warps) {
+#pragma unroll
+      for (int i = 0; i < A::kCount; ++i) y.value[i] = lines.of_warp[i][lane];
+    }
+    y = y.joined(row);
+    if (blocks() == 1) return y;
+    see_all();
+    float mine = 0;  // the lane's of the values
+#pragma unroll
+    for (int i = 0; i < A::kCount; ++i) mine = lane == i ? y.value[i] : mine;
+    for (int to = warp; to < blocks(); to += warps) {
+      if (lane < A::kCount) store_in_block(&lines.of_block[rank()][lane], to, mine);
+    }
+    cluster_arrive();
+    cluster_wait();
+    y = A::nothing();
+    if (lane < blocks()) {
+#pragma unroll
+      for (int i = 0; i < A::kCount; ++i) y.value[i] = lines.of_block[lane][i];
+    }
+    return y.joined(row);
+  }
+};
 
 }  // namespace
 }  // namespace kdfast

@@ -1,12 +1,14 @@
-// The row kernel: loss and gradient of a row by a block or by a cluster of blocks.
+// The row kernels: loss and gradient of a row by a warp, a block, or a cluster of blocks.
 //
 // A row is divided among the blocks of a cluster, each of which keeps its part in shared memory (kKeep), so
 // that every logit is read once; or one block goes over it in sweeps, each from the end where the one before
 // it stopped, for the last classes read are those that the caches still hold.
 //
-// A row's classes before the first multiple of 32 bytes, and those after the last whole 16, are "ends": of
-// one thread each, of the first block. Student, teacher and gradient lie alike: the vectors of one are those
-// of the others.
+// S is the type of all logits, and student, teacher and gradient lie alike: the vectors of one are those of
+// the others. What else a call may ask for is general_rows.cuh's.
+//
+// A row's classes before the first multiple of 32 bytes, and those after the last whole vector, are "ends":
+// of one thread each, of the first block.
 #pragma once
 
 #include "row_passes.cuh"
@@ -14,131 +16,157 @@
 namespace kdfast {
 namespace {
 
-constexpr int kMostThreads = 32 * kMostWarps;
-constexpr int kAhead = 4;  // pairs of packs in flight per thread, from global to shared memory
+constexpr int kAhead = 4;          // pairs of packs in flight per thread, from global to shared memory
+constexpr int kWarpThreads = 128;  // of blocks in which each warp has a row
 
-// A row's own numbers and tensors.
-template <class S>
-struct RowOf {
-  const S *student, *teacher;
-  S* grad;
-  int64_t index, label;
-  bool kept, bad;  // bad: a label out of range, whose row is NaN
-  float weight;
-  int n;            // classes that are looked at: none where the row drops out
-  int head, packs;  // classes before the first pack, and whole packs
-  RowScale scale;
-  float factor, label_logit;
-
-  __device__ int tail() const { return head + packs * kVec<S>; }
-  // The class of an end, by thread; -1 where there is none.
-  __device__ int end_class(int thread) const {
-    if (thread < head) return thread;
-    const int at = tail() + thread - kHead<S>;
-    return thread >= kHead<S> && at < n ? at : -1;
-  }
-};
-
-// What a kernel is given: tensors, (rows) or null but for the first three.
-template <class S>
-struct Tensors {
-  Matrix<const S> student, teacher;
-  Matrix<S> grad;  // data null: none is wanted
-  float* losses;
-  const int64_t* labels;
-  const float *weight, *temperatures, *teacher_temperatures, *row_scale;
-  const float* divisor;  // 0-dim: of `scale`
-};
-
-// A row's label and the student's logit there, which one warp reads for all: a sector each.
-struct LabelOf {
-  int64_t index;
-  float logit;
-};
-template <class S>
-__device__ inline LabelOf label_of(const Tensors<S>& x, const Numbers& a, int64_t index) {
-  if (!x.labels) return {0, 0};
-  const int64_t label = x.labels[index];
-  const bool there = label >= 0 && label < a.vocab && label != a.ignore_index;
-  return {label, there ? widened(x.student.row(index)[label]) : 0};
+// A block's packs of a row: whole warps' of them, so that each reads whole sectors.
+__host__ __device__ inline int part_of(int packs, int blocks) {
+  return blocks == 1 ? packs : ((packs + blocks - 1) / blocks + 31) / 32 * 32;
 }
 
+// A row's own numbers.
+struct RowOf {
+  int64_t index;
+  bool kept, bad;  // bad: a label out of range, whose row is NaN
+  int label;       // -1: none
+  int n;           // classes that are looked at: none where the row drops out
+  float weight, factor;
+  RowScale scale;
+};
+
+// What a row has beside its logits; one thread of a block reads it for all, for each warp's reads count.
+struct RowNumbers {
+  int64_t label;
+  float weight, temperature, teacher_temperature, factor;
+  float label_s, shift;  // of a row that is not general
+};
+
 template <class S, class D>
-__device__ inline RowOf<S> row_of(const Tensors<S>& x, const Numbers& a, int64_t index,
-                                  const LabelOf& label) {
-  RowOf<S> r;
+__device__ inline RowNumbers numbers_of(const RowsArgs& a, int64_t index) {
+  using Stats = Statistics<D, kGeneral<S>>;
+  RowNumbers x{};
+  if (a.labels) x.label = a.labels[index];
+  x.weight = a.weight ? a.weight[index] : 1;
+  const bool tempered = Stats::kSoft || (kGeneral<S> && !Stats::kMSE);
+  x.temperature = a.temperatures && tempered ? a.temperatures[index] : a.temperature;
+  x.teacher_temperature = a.teacher_temperatures ? a.teacher_temperatures[index] : a.teacher_temperature;
+  x.factor = x.weight * a.scale;
+  if (a.divisor) x.factor *= *a.divisor == 0 ? 0 : 1 / *a.divisor;
+  if (a.row_scale) x.factor *= a.row_scale[index * a.row_scale_step];
+  if constexpr (!kGeneral<S>) {  // whose label's logit is to be prepared
+    const S* student = row_at<const S>(a.student, index);
+    if (a.labels && x.label >= 0 && x.label < a.vocab && x.label != a.ignore_index)
+      x.label_s = widened(student[x.label]);
+    if (Stats::kMSE) x.shift = widened(student[0]) - widened(row_at<const S>(a.teachers[0], index)[0]);
+  }
+  return x;
+}
+
+__device__ inline RowOf row_of(const RowsArgs& a, int64_t index, const RowNumbers& x) {
+  RowOf r;
   r.index = index;
-  r.student = x.student.row(index);
-  r.teacher = x.teacher.data ? x.teacher.row(index) : nullptr;
-  r.grad = x.grad.data ? x.grad.row(index) : nullptr;
-  r.label = label.index;
-  r.weight = x.weight ? x.weight[index] : 1;
-  r.kept = !(x.labels && r.label == a.ignore_index) && r.weight != 0;
-  r.bad = r.kept && (r.label < 0 || r.label >= a.vocab);
+  r.weight = x.weight;
+  r.kept = !(a.labels && x.label == a.ignore_index) && x.weight != 0;
+  const bool inside = x.label >= 0 && x.label < a.vocab;
+  r.bad = r.kept && a.labels && !inside;
+  r.label = a.labels && r.kept && inside ? (int)x.label : -1;
   r.n = r.kept ? a.vocab : 0;
-  r.head = head_of(r.student, r.n);
-  r.packs = (r.n - r.head) / kVec<S>;
-  const float t = x.temperatures ? x.temperatures[index] : a.temperature;
-  const float at = x.teacher_temperatures ? x.teacher_temperatures[index] : a.teacher_temperature;
-  r.scale = {kLog2E / t, kLog2E / at, t, a.beta, a.power, 0};
-  if (Statistics<D>::kMSE && r.n) r.scale.shift = widened(r.student[0]) - widened(r.teacher[0]);
-  float factor = r.weight * a.scale;
-  if (x.divisor) factor *= *x.divisor == 0 ? 0 : 1 / *x.divisor;
-  if (x.row_scale) factor *= x.row_scale[index];
-  r.factor = r.bad ? nanf("") : factor;
-  r.label_logit = label.logit;
+  r.scale = {kLog2E / x.temperature,
+             kLog2E / x.teacher_temperature,
+             x.temperature,
+             a.beta,
+             a.power,
+             (float)a.power,
+             x.shift};
+  r.scale.label = r.label;
+  r.scale.inverse = 1;
+  r.factor = r.bad ? nanf("") : x.factor;
   return r;
 }
 
-template <class S>
-__device__ inline void store_loss(const Tensors<S>& x, const RowOf<S>& r, float loss) {
-  if (x.losses) x.losses[r.index] = r.kept ? (r.bad ? nanf("") : r.weight * loss) : 0;
+// A row's loss and statistics.
+template <class D, bool G>
+__device__ inline void write_row(const RowsArgs& a, const RowOf& r, const Statistics<D, G>& statistics,
+                                 const PointwiseSums& sums, const Terms& terms) {
+  if (a.losses) a.losses[r.index] = r.kept ? (r.bad ? nanf("") : r.weight * terms.loss) : 0;
+  if (!a.new_stats) return;
+#pragma unroll
+  for (int i = 0; i < kStats; ++i) {
+    const bool psi_sum = D::kPointwise && i == kOverStudent;
+    a.new_stats[r.index * kStats + i] = psi_sum ? sums.value[1] : statistics.value[i];
+  }
 }
 
 // Zeros from class n on: padding, or a row that drops out. By the threads of all its blocks.
-template <class S>
-__device__ inline void zero_from(S* row, int n, int width, int thread, int threads) {
-  const int head = n + head_of(row + n, width - n), packs = (width - head) / kVec<S>;
-  for (int i = n + thread; i < head; i += threads) row[i] = narrowed<S>(0.f);
-  for (int i = thread; i < packs; i += threads) __stcs((uint4*)(row + head) + i, uint4{0, 0, 0, 0});
-  for (int i = head + packs * kVec<S> + thread; i < width; i += threads) row[i] = narrowed<S>(0.f);
+template <class Team>
+__device__ inline void zero_from(void* row, DType dtype, int n, int width, const Team& team) {
+  const int thread = team.rank() * team.threads() + team.thread(), threads = team.blocks() * team.threads();
+  const int bytes = dtype == DType::kFloat ? 4 : 2, per_pack = 16 / bytes;
+  char* start = (char*)row + (int64_t)n * bytes;
+  const int head = head_of(start, bytes, width - n), packs = (width - n - head) / per_pack;
+  for (int i = thread; i < head; i += threads) set_element(start, dtype, i, 0);
+  for (int i = thread; i < packs; i += threads) __stcs((uint4*)(start + head * bytes) + i, uint4{0, 0, 0, 0});
+  for (int i = head + packs * per_pack + thread; i < width - n; i += threads) set_element(start, dtype, i, 0);
 }
 
-template <class S, class D>
-__device__ inline uint4 gradient_pack(uint4 s, uint4 t, int first, const RowOf<S>& r, const Coefficients& c,
-                                      const Scales& scales) {
-  const Wide<S> ws = widened<S>(s), wt = widened<S>(t);
-  Wide<S> g;
-  const int label = (int)r.label - first;
-#pragma unroll
-  for (int i = 0; i < kVec<S>; ++i) g.x[i] = gradient<D>(ws.x[i], wt.x[i], i == label, c, scales, r.scale);
-  return narrowed_pack<S>(g);
-}
+// ---- a team's part of a row: its packs, as they come from global memory by way of shared memory, where they
+// stay, or each time from global memory. Each thread meets none but its own. ----
 
-// ---- a row by a block, or by the blocks of a cluster ----
+template <class Team>
+struct Part {
+  int head, tail;    // classes before the first pack of the row; the first after the last
+  int first, count;  // the block's packs
+  int part;          // of which there is room for so many
+  int end;           // the thread's end class, -1: none
 
-// A block's packs of a row, as they come: from global memory by way of shared memory, where they stay, or
-// each time from global memory. Each thread meets none but its own.
-template <class S, bool kKeep>
-struct Packs {
-  const uint4 *student, *teacher;  // the block's first
+  __device__ Part(const Team& team, const void* student, int bytes, int vec, int n) {
+    head = head_of(student, bytes, n);
+    const int packs = (n - head) / vec;
+    tail = head + packs * vec;
+    part = part_of(packs, team.blocks());
+    first = min(team.rank() * part, packs);
+    count = min(part, packs - first);
+    const int at = team.thread() < kHead ? team.thread() : tail + team.thread() - kHead;
+    const bool there = team.rank() == 0 && (team.thread() < kHead ? at < head : at < n);
+    end = there ? at : -1;
+  }
+};
+
+template <class Team, class S, bool kKeep>
+struct Packs : Part<Team> {
+  static constexpr int kN = kVec<S>;
+  using Part<Team>::head, Part<Team>::first, Part<Team>::count, Part<Team>::part, Part<Team>::end;
+  const S *student, *teacher;
+  S* grad;
   uint4 *kept_student, *kept_teacher;
-  int count;
 
-  // f(i, student's pack, teacher's pack) for the thread's packs. sweep: which one this is.
+  __device__ Packs(const Team& team, const RowsArgs& a, const RowOf& r, uint4* kept)
+      : Part<Team>(team, row_at<const S>(a.student, r.index), sizeof(S), kN, r.n),
+        student(row_at<const S>(a.student, r.index)),
+        teacher(a.n_teachers ? row_at<const S>(a.teachers[0], r.index) : nullptr),
+        grad(a.grad.data ? row_at<S>(a.grad, r.index) : nullptr),
+        kept_student(kept),
+        kept_teacher(kept + part) {}
+
+  // f(first class, student's, teacher's) for the thread's packs. sweep: which one this is.
   template <class F>
-  __device__ void each(int sweep, F f) const {
-    const int threads = blockDim.x, thread = threadIdx.x;
+  __device__ void each(const Team& team, int sweep, F f) const {
+    const int threads = team.threads(), thread = team.thread();
+    const uint4 *s = (const uint4*)(student + head) + first,
+                *t = teacher ? (const uint4*)(teacher + head) + first : nullptr;
+    auto call = [&](int i, uint4 a, uint4 b) {
+      f(head + (first + i) * kN, widened<S>(a).x, widened<S>(b).x);
+    };
     if constexpr (kKeep) {
       if (sweep > 0) {
-        for (int i = thread; i < count; i += threads) f(i, kept_student[i], kept_teacher[i]);
+        for (int i = thread; i < count; i += threads) call(i, kept_student[i], kept_teacher[i]);
         return;
       }
       int next = thread;
       auto fetch = [&] {
         if (next < count) {
-          copy_async(kept_student + next, student + next);
-          if (teacher) copy_async(kept_teacher + next, teacher + next);
+          copy_async(kept_student + next, s + next);
+          if (t) copy_async(kept_teacher + next, t + next);
           next += threads;
         }
         commit_copies();  // empty where there is nothing left, so that the count of groups is right
@@ -147,94 +175,98 @@ struct Packs {
       for (int k = 0; k < kAhead; ++k) fetch();
       for (int i = thread; i < count; i += threads) {
         await_copies<kAhead - 1>();
-        f(i, kept_student[i], kept_teacher[i]);
+        call(i, kept_student[i], kept_teacher[i]);
         fetch();
       }
     } else {
       const int rounds = (count + threads - 1) / threads;
       for (int k = 0; k < rounds; ++k) {
         const int i = (sweep & 1 ? rounds - 1 - k : k) * threads + thread;
-        if (i < count) {
-          const uint4 none{0, 0, 0, 0};
-          f(i, __ldcg(student + i), teacher ? __ldcg(teacher + i) : none);
-        }
+        if (i < count) call(i, __ldcg(s + i), t ? __ldcg(t + i) : uint4{0, 0, 0, 0});
       }
     }
   }
+  __device__ void load_end(float (&s)[1], float (&t)[1]) const {
+    s[0] = widened(student[end]);
+    if (teacher) t[0] = widened(teacher[end]);
+  }
+  __device__ void store(int at, const Wide<S>& g) const { __stcs((uint4*)(grad + at), narrowed_pack<S>(g)); }
+  __device__ void store_end(float g) const { grad[end] = narrowed<S>(g); }
 };
 
-// A block's packs of a row: whole warps' of them, so that each reads whole sectors.
-__host__ __device__ inline int part_of(int packs, int blocks) {
-  return blocks == 1 ? packs : ((packs + blocks - 1) / blocks + 31) / 32 * 32;
+// What all blocks' threads share beside the kept logits.
+struct Shared {
+  Lines<kStats> statistics;
+  Lines<PointwiseSums::kCount> sums;
+  RowNumbers row;
+};
+
+template <class Team, class S, class D, bool kKeep>
+__device__ inline void rows_of_team(const RowsArgs& a, uint4* kept, Shared& shared) {
+  Team team;
+  for (int64_t index = team.first_row(); index < a.rows; index += team.rows_at_once()) {
+    const RowNumbers numbers = team.numbers(shared.row, [&] { return numbers_of<S, D>(a, index); });
+    const RowOf r = row_of(a, index, numbers);
+    const Packs<Team, S, kKeep> packs(team, a, r, kept);
+    float s_end[1] = {-kInf}, t_end[1] = {-kInf};
+    if (packs.end >= 0) packs.load_end(s_end, t_end);
+
+    Statistics<D, false> statistics = Statistics<D, false>::nothing();
+    PointwiseSums sums{};
+    int sweep = 0;
+    const float* known = kKeep || !a.stats ? nullptr : a.stats + index * kStats;
+    if (known) {
+#pragma unroll
+      for (int i = 0; i < kStats; ++i) statistics.value[i] = known[i];
+      if (D::kPointwise) sums.value[1] = known[kOverStudent];
+    } else {
+      packs.each(team, sweep++,
+                 [&](int at, const auto& s, const auto& t) { statistics.add(s, t, at, true, r.scale); });
+      statistics.add(s_end, t_end, packs.end, packs.end >= 0, r.scale);
+      statistics = team.join(statistics, shared.statistics, r.scale);
+    }
+    const Scales scales = scales_of(statistics, r.scale);
+    if constexpr (D::kPointwise) {
+      if (!known) {
+        packs.each(team, sweep++, [&](int, const auto& s, const auto& t) {
+          sums.template add<D, false>(s, t, scales, r.scale);
+        });
+        if (packs.end >= 0) sums.template add<D, false>(s_end, t_end, scales, r.scale);
+        sums = team.join(sums, shared.sums, r.scale);
+      }
+    }
+
+    const Terms terms = finish(statistics, sums, scales, numbers.label_s, 0, r.scale, a, r.factor);
+    if (team.leads()) write_row(a, r, statistics, sums, terms);
+    if (packs.grad) {
+      packs.each(team, sweep, [&](int at, const auto& s, const auto& t) {
+        Wide<S> g;
+#pragma unroll
+        for (int i = 0; i < kVec<S>; ++i)
+          g.x[i] = gradient<D, false>(s[i], t[i], at + i, r.label, terms.c, scales, r.scale, 0);
+        packs.store(at, g);
+      });
+      if (packs.end >= 0)
+        packs.store_end(
+            gradient<D, false>(s_end[0], t_end[0], packs.end, r.label, terms.c, scales, r.scale, 0));
+      zero_from(packs.grad, a.grad.dtype, r.n, a.width, team);
+    }
+    team.meet();  // before the next row's statistics are written to the same lines
+  }
+}
+
+template <class S, class D>
+__global__ void __launch_bounds__(kWarpThreads, 4) warp_rows(const __grid_constant__ RowsArgs a) {
+  extern __shared__ uint4 kept_bytes[];
+  __shared__ Shared unused;
+  rows_of_team<WarpTeam, S, D, true>(a, kept_bytes + (threadIdx.x >> 5) * 2 * (a.vocab / kVec<S>), unused);
 }
 
 template <class S, class D, bool kKeep>
-__global__ void __launch_bounds__(kMostThreads, 1)
-    block_rows(const S* student, const S* teacher, S* grad, float* losses, const int64_t* labels,
-               const float* weight, const float* temperatures, const float* teacher_temperatures,
-               const float* row_scale, const float* divisor, const Numbers a) {
-  extern __shared__ uint4 kept[];
-  __shared__ Lines<Statistics<D>> statistics_lines;
-  __shared__ Lines<PointwiseSums> sums_lines;
-  __shared__ LabelOf label;
-  const Tensors<S> x{{student, a.student}, {teacher, a.teacher}, {grad, a.grad}, losses, labels, weight,
-                     temperatures,         teacher_temperatures, row_scale,      divisor};
-  const int rank = cluster_rank(), blocks = cluster_blocks(), thread = threadIdx.x;
-  if (blocks > 1) cluster_arrive();
-  bool met = blocks == 1;
-  for (int64_t index = blockIdx.x / blocks; index < a.rows; index += gridDim.x / blocks) {
-    if (thread < 32) {
-      const LabelOf read = label_of(x, a, index);
-      if (thread == 0) label = read;
-    }
-    __syncthreads();
-    const RowOf<S> r = row_of<S, D>(x, a, index, label);
-    const int part = part_of(r.packs, blocks), first = min(rank * part, r.packs);
-    const uint4 *s = (const uint4*)(r.student + r.head) + first,
-                *t = r.teacher ? (const uint4*)(r.teacher + r.head) + first : nullptr;
-    const Packs<S, kKeep> packs{s, t, kept, kept + part, min(part, r.packs - first)};
-
-    const int end = rank == 0 && thread < kHead<S> + kVec<S> ? r.end_class(thread) : -1;
-    float s_end[1] = {-kInf}, t_end[1] = {-kInf};
-    if (end >= 0) {
-      s_end[0] = widened(r.student[end]);
-      if (r.teacher) t_end[0] = widened(r.teacher[end]);
-    }
-    Statistics<D> mine = Statistics<D>::nothing();
-    packs.each(0,
-               [&](int, uint4 ps, uint4 pt) { mine.add(widened<S>(ps).x, widened<S>(pt).x, true, r.scale); });
-    mine.add(s_end, t_end, end >= 0, r.scale);
-    if (!met) cluster_wait();
-    met = true;
-    const Statistics<D> statistics = join_team(mine, statistics_lines, r.scale);
-    const Scales scales = scales_of(statistics);
-
-    PointwiseSums sums{};
-    if constexpr (D::kPointwise) {
-      packs.each(1, [&](int, uint4 ps, uint4 pt) {
-        sums.add<D>(widened<S>(ps).x, widened<S>(pt).x, scales, r.scale);
-      });
-      if (end >= 0) sums.add<D>(s_end, t_end, scales, r.scale);
-      sums = join_team(sums, sums_lines, r.scale);
-    }
-
-    Coefficients c;
-    const float loss = finish<D>(statistics, sums, scales, r.label_logit, r.scale, a,
-                                 labels && a.hard_weight != 0, r.factor, c);
-    if (rank == 0 && thread == 0) store_loss(x, r, loss);
-    if (r.grad) {
-      uint4* out = (uint4*)(r.grad + r.head) + first;
-      packs.each(D::kPointwise ? 2 : 1, [&](int i, uint4 ps, uint4 pt) {
-        const int at = r.head + (first + i) * kVec<S>;
-        __stcs(out + i, gradient_pack<S, D>(ps, pt, at, r, c, scales));
-      });
-      if (end >= 0)
-        r.grad[end] = narrowed<S>(gradient<D>(s_end[0], t_end[0], end == r.label, c, scales, r.scale));
-      zero_from(r.grad, r.n, a.width, rank * blockDim.x + thread, blocks * blockDim.x);
-    }
-    __syncthreads();  // before the next row's statistics are written to the same lines
-  }
-  if (!met) cluster_wait();
+__global__ void __launch_bounds__(kMostThreads, 2) block_rows(const __grid_constant__ RowsArgs a) {
+  extern __shared__ uint4 kept_bytes[];
+  __shared__ Shared shared;
+  rows_of_team<BlockTeam, S, D, kKeep>(a, kept_bytes, shared);
 }
 
 }  // namespace

@@ -8,6 +8,9 @@
 //
 // Each thread has an offset of its own, which grows as larger logits come by. To bring sums from an old to a
 // new one, d = old - new:  sum' = sum * 2^d,  part' = (part + D's part(sum P, ...)) * 2^d.
+//
+// G: whether the row may have whatever a call can ask for; else it has what the fast kernels have, see
+// launch.cu.
 #pragma once
 
 #include "device_math.cuh"  // before divergences.h, which uses it
@@ -23,23 +26,64 @@ namespace {
 struct RowScale {
   float slope, teacher_slope;  // log2(e) / T
   float temperature, beta;
-  int power;    // exps at temperature 1 are this power of those at T
-  float shift;  // logit_mse: k, a difference near the mean one
+  int power;         // exps at temperature 1 are this power of those at T; 0: they are taken by themselves
+  float hard_ratio;  // of the offset at temperature 1 to that at T
+  float shift;       // logit_mse: k, a difference near the mean one
+
+  // G alone
+  bool given;             // the teacher's probabilities are as given: not divided by their sum, at offset 0
+  bool as_probabilities;  // and are not logarithms
+  int label;              // -1: none
+  float mean, inverse, spread;  // standardized: z = (s - mean) * inverse, spread = 1 / ((V - 1) deviation)
+  float first;                  // the student's first logit, or 0: near the mean one
 };
+
+// The hard exps' offset and, of a class, exponent and exp at temperature 1; y, q: at T.
+template <bool G>
+__device__ inline float hard_exponent(float s, float y, float offset, const RowScale& row) {
+  if (G && row.power == 0) return __fmaf_rn(s, kLog2E, -offset * row.hard_ratio);
+  return y * (float)row.power;
+}
+template <bool G>
+__device__ inline float hard_exp(float s, float q, float offset, const RowScale& row) {
+  if (G && row.power == 0) return fast_exp2(__fmaf_rn(s, kLog2E, -offset * row.hard_ratio));
+  return whole_power(q, row.power);
+}
+
+struct Exp {
+  float exp, log;  // to base 2
+};
+template <bool G>
+__device__ inline Exp teacher_exp(float t, float offset, const RowScale& row) {
+  if (G && row.as_probabilities) return {t, log2f(t)};
+  const float y = __fmaf_rn(t, row.teacher_slope, -offset);
+  return {fast_exp2(y), y};
+}
 
 __device__ inline float finite(float offset) { return offset == -kInf ? 0 : offset; }
 __device__ inline float scaled(float sum, float d) {  // also where 2^d underflows and the sum is infinite
   return fabsf(sum) == kInf ? sum : sum * fast_exp2(d);
 }
 
-enum Value { kStudentOffset, kTeacherOffset, kStudentSum, kTeacherSum, kHardSum, kOverTeacher, kOverStudent };
+enum Value {
+  kStudentOffset,
+  kTeacherOffset,
+  kStudentSum,
+  kTeacherSum,
+  kHardSum,
+  kOverTeacher,
+  kOverStudent,
+  kSmooth
+};
 
 // The statistics of D by one thread, or of all. Without a teacher's softmax the teacher's are 0. For LogitMSE
-// the teacher's are 0, sum d and sum d^2 of d = s - t - k, in the places of sum and running sum.
-template <class D>
+// the teacher's are 0, sum d and sum d^2 of d = s - t - k, in the places of sum and running sum. kSmooth:
+// sum of s less row.first, for label smoothing. DKD's leave the label out.
+template <class D, bool G>
 struct Statistics {
-  static constexpr int kCount = 7;
+  static constexpr int kCount = G ? 8 : kStats;
   static constexpr bool kMSE = std::is_same_v<D, LogitMSE>, kSoft = !kMSE && !std::is_same_v<D, NoDivergence>;
+  static constexpr bool kDKD = std::is_same_v<D, DKD>;
   float value[kCount];
 
   __device__ static Statistics nothing() {
@@ -71,12 +115,21 @@ struct Statistics {
       value[kTeacherOffset] = teacher;
     }
     value[kStudentSum] *= fast_exp2(ds);
-    value[kHardSum] *= fast_exp2(ds * (float)row.power);
+    value[kHardSum] *= fast_exp2(ds * row.hard_ratio);
     value[kStudentOffset] = student;
   }
 
+  // there: whether these are classes at all (else they are -inf); first: the first of them.
   template <int N>
-  __device__ void add(const float (&s)[N], const float (&t)[N], bool there, const RowScale& row) {
+  __device__ void add(const float (&given_s)[N], const float (&given_t)[N], int first, bool there,
+                      const RowScale& row) {
+    float s[N], t[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const bool out = kDKD && first + i == row.label;
+      s[i] = out ? -kInf : given_s[i];
+      t[i] = out ? (row.as_probabilities ? 0 : -kInf) : given_t[i];
+    }
     float high = s[0], teacher_high = t[0];
 #pragma unroll
     for (int i = 1; i < N; ++i) {
@@ -85,6 +138,7 @@ struct Statistics {
     }
     high = fmaxf(value[kStudentOffset], high * row.slope);
     teacher_high = kSoft ? fmaxf(value[kTeacherOffset], teacher_high * row.teacher_slope) : 0;
+    if (G && row.given) teacher_high = 0;
     move(high, teacher_high, row);
     const float so = finite(high), to = finite(teacher_high);
     float q_sum = 0, p_sum = 0, hard = 0, over_teacher = 0, over_student = 0, d1 = 0, d2 = 0;
@@ -92,17 +146,18 @@ struct Statistics {
     for (int i = 0; i < N; ++i) {
       const float ys = __fmaf_rn(s[i], row.slope, -so), q = fast_exp2(ys);
       q_sum += q;
-      hard += whole_power(q, row.power);
+      hard += hard_exp<G>(s[i], q, so, row);
       if constexpr (kSoft) {
-        const float yt = __fmaf_rn(t[i], row.teacher_slope, -to), p = fast_exp2(yt);
-        p_sum += p;
-        if constexpr (D::kTeacher) over_teacher += D::over_teacher(p, ys, ys - yt);
-        if constexpr (D::kStudent) over_student += D::over_student(q, ys - yt);
+        const Exp p = teacher_exp<G>(t[i], to, row);
+        p_sum += p.exp;
+        if constexpr (D::kTeacher) over_teacher += D::over_teacher(p.exp, ys, ys - p.log);
+        if constexpr (D::kStudent) over_student += D::over_student(q, ys - p.log);
       } else if constexpr (kMSE) {
-        const float d = there ? s[i] - t[i] - row.shift : 0;
+        const float d = there ? (G ? (s[i] - row.mean) * row.inverse : s[i]) - t[i] - row.shift : 0;
         d1 += d;
         d2 += d * d;
       }
+      if constexpr (G) value[kSmooth] += there ? given_s[i] - row.first : 0;
     }
     value[kStudentSum] += q_sum;
     value[kHardSum] += hard;

@@ -1,0 +1,58 @@
+// A call as the row kernels take it, by value. No torch here, and no CUDA.
+#pragma once
+
+#include "../rows.h"
+
+namespace kdfast {
+
+constexpr int kMostTeachers = 8;
+
+struct RowsArgs {
+  int rows, vocab;
+  int width;  // of the student with its padding: the gradient beyond vocab is 0
+  int n_teachers;
+  Matrix student, grad;  // grad.data null: none is wanted
+  Matrix teachers[kMostTeachers];
+  float teacher_weights[kMostTeachers];
+  Target target;
+  bool geometric;
+  Divergence divergence;  // kNone: no teacher is read
+
+  const int64_t* labels;  // (rows) or null, as are all that follow
+  const float *weight, *temperatures, *teacher_temperatures;
+  const float* row_scale;  // the gradient of row r is scale / divisor * row_scale[r * step] * dl_r/ds
+  int row_scale_step;
+  const float* divisor;  // 0-dim or null; 0: the mean over no row is 0
+  float* losses;
+  float* metrics;      // (kMetrics, rows)
+  float* new_stats;    // (rows, kStats), in the order of Statistics
+  const float* stats;  // the same: passes A and B are not taken again
+  int64_t ignore_index;
+  float temperature, teacher_temperature;  // where there is none per row
+  float alpha, hard_weight, z_loss, beta;
+  float scale;
+  float label_smoothing, softcap, teacher_softcap;  // 0: none
+  float dkd_target, dkd_others;                     // weights
+  int power;  // exps at temperature 1 are this power of those at T; 0: they are taken by themselves
+  bool t_squared, standardize;
+  bool keep;  // whether there is shared memory for a row; of the general kernel
+};
+
+struct ReduceArgs {  // of a number per row
+  int rows;
+  const int64_t* labels;  // (rows) or null
+  const float* weight;    // (rows) or null
+  int64_t ignore_index;
+  const float* by_row;   // (rows), or metrics, (kMetrics, rows)
+  const float* divisor;  // as above
+  float scale;
+  float* out;  // 0-dim; (kMetrics)
+};
+
+struct ScaleArgs {
+  Matrix grad;
+  int rows, width;
+  const float* factor;  // 0-dim
+};
+
+}  // namespace kdfast

@@ -1,0 +1,227 @@
+// Which kernel a call gets, and how many threads, blocks and bytes of shared memory.
+//
+// Warps. Rows of up to 1024 classes by a warp each: 4 KB of a bf16 pair, joined by shuffles alone.
+//
+// Clusters. Longer rows are kept in shared memory, by enough blocks that none keeps more than 64 KB: then
+// three blocks fit into a multiprocessor, and one reads while another writes. For a bf16 pair that is a block
+// to V = 16384, 2 to 32768, 4 to 65536, 8 to 131072, and 16, the most there is, beyond: of V = 262144 each
+// keeps 64 KB, of an fp32 pair 128 KB. Where rows are few they are divided further, so that every
+// multiprocessor has a part of one. Devices before sm_90 have no clusters: a block keeps what its shared
+// memory holds, 163 KB on an A100 (V to 41 thousand of a bf16 pair), 99 KB on sm_86.
+//
+// Sweeps. What is longer is read twice, three times by divergences with a pass of their own, and the second
+// sweep finds it in the L2 only if all rows in flight fit into it. So there are as many blocks as rows fit
+// into three quarters of it, but at least one for each multiprocessor and at most two.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "launch.h"
+
+#ifdef KDFAST_EMULATED  // tests: kernels run elsewhere
+extern "C" {
+void (*kdfast_launch)(const char* name, int grid, int block, int cluster, int64_t shared, const void* argument,
+                      int64_t bytes) = nullptr;
+int kdfast_capability = 90;
+}
+#endif
+
+namespace kdfast {
+namespace {
+
+constexpr int kWarpRows = 4, kMostThreads = 256, kFewPacks = 512;
+constexpr int kWarpClasses = 1024;
+constexpr int kMostBlocks = 16, kPortableBlocks = 8;  // of a cluster
+constexpr int64_t kBlockBytes = 64 << 10;
+constexpr int kStaticBytes = 2 << 10;  // what a kernel has of shared memory beside
+
+struct Device {
+  int capability, multiprocessors;
+  int64_t shared, cache;  // bytes: the most of a block, the L2's
+  // Of a cluster; 16 is not portable, and those with little shared memory have 8.
+  int most_blocks() const { return capability < 90 ? 1 : shared > 128 << 10 ? kMostBlocks : kPortableBlocks; }
+};
+struct Launch {
+  int grid, block, cluster;
+  int64_t shared;
+};
+
+#ifdef KDFAST_EMULATED
+Device device_of(int) {
+  return {kdfast_capability, 132, kdfast_capability >= 90 ? 227 << 10 : 163 << 10, 50 << 20};
+}
+struct DeviceScope {
+  explicit DeviceScope(int) {}
+};
+template <class Args>
+void run(const Kernel& kernel, const Launch& l, const Args& args, const Place&) {
+  kdfast_launch(kernel.name, l.grid, l.block, l.cluster, l.shared, &args, sizeof args);
+}
+#else
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("kdfast: ") + what + ": " + cudaGetErrorString(error));
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "reading a device's attributes");
+  return value;
+}
+Device device_of(int device) {
+  return {10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+              attribute(cudaDevAttrComputeCapabilityMinor, device),
+          attribute(cudaDevAttrMultiProcessorCount, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          attribute(cudaDevAttrL2CacheSize, device)};
+}
+
+// Makes a device the current one of this thread, for a while.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device) {
+    check(cudaGetDevice(&before_), "asking for the current device");
+    if (before_ == device) before_ = -1;
+    if (before_ >= 0) check(cudaSetDevice(device), "choosing a device");
+  }
+  ~DeviceScope() {
+    if (before_ >= 0) cudaSetDevice(before_);
+  }
+  DeviceScope(const DeviceScope&) = delete;
+
+ private:
+  int before_;
+};
+
+template <class Args>
+void run(const Kernel& kernel, const Launch& l, const Args& args, const Place& place) {
+  if (l.shared > 48 << 10)
+    check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)l.shared),
+          kernel.name);
+  if (l.cluster > kPortableBlocks)
+    check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+          kernel.name);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = l.cluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(l.grid);
+  config.blockDim = dim3(l.block);
+  config.dynamicSmemBytes = l.shared;
+  config.stream = (cudaStream_t)place.stream;
+  config.attrs = &cluster;
+  config.numAttrs = l.cluster > 1;
+  void* pointers[] = {(void*)&args};
+  check(cudaLaunchKernelExC(&config, kernel.function, pointers), kernel.name);
+}
+#endif
+
+// ---- which kernel ----
+
+// Whether all rows of two matrices have their vectors at the same classes.
+bool lie_alike(const Matrix& a, const Matrix& b) {
+  const int64_t bytes = bytes_of(a.dtype);
+  bool alike = a.dtype == b.dtype && ((uintptr_t)a.data - (uintptr_t)b.data) % 16 == 0;
+  const auto spread = [&](const Matrix& m, int64_t row) { return m.offset(row) * bytes % 16; };
+  // the rows' places modulo 16 are sums of their dimensions' strides
+  int64_t step = 1;
+  for (int d = 2; d >= 0; step *= a.size[d--]) {
+    if (a.size[d] > 1) alike = alike && spread(a, step) == spread(b, step);
+  }
+  step = 1;
+  for (int d = 2; d >= 0; step *= b.size[d--]) {
+    if (b.size[d] > 1) alike = alike && spread(a, step) == spread(b, step);
+  }
+  return alike;
+}
+
+bool is_plain(const RowsArgs& a) {
+  if (a.softcap != 0 || a.teacher_softcap != 0 || a.standardize || a.label_smoothing != 0 || a.metrics)
+    return false;
+  if (a.divergence == Divergence::kDKD || a.n_teachers > 1 || (a.n_teachers && a.target != Target::kLogits))
+    return false;
+  const bool hard = (a.labels && a.hard_weight != 0) || a.z_loss != 0;
+  if (hard && a.power == 0) return false;
+  if (a.n_teachers && !lie_alike(a.student, a.teachers[0])) return false;
+  return !a.grad.data || lie_alike(a.student, a.grad);
+}
+
+Kernel kernel_of(const RowsArgs& a, bool plain, Shape shape) {
+  if (!plain) return row_kernel_general(a.divergence, shape);
+  switch (a.student.dtype) {
+    case DType::kBFloat16:
+      return row_kernel_bf16(a.divergence, shape);
+    case DType::kHalf:
+      return row_kernel_fp16(a.divergence, shape);
+    default:
+      return row_kernel_fp32(a.divergence, shape);
+  }
+}
+
+// ---- how many ----
+
+int parts_of(int64_t packs, int blocks) {  // row_kernels.cuh's part_of
+  return (int)(blocks == 1 ? packs : ((packs + blocks - 1) / blocks + 31) / 32 * 32);
+}
+
+Launch by_warps(const RowsArgs& a, int packs) {
+  return {(a.rows + kWarpRows - 1) / kWarpRows, 32 * kWarpRows, 1, (int64_t)kWarpRows * packs * 32};
+}
+
+Launch by_blocks(const RowsArgs& a, int64_t packs, int kept_bytes, const Device& device) {
+  int blocks = 1;
+  const auto too_few = [&] {
+    return 2 * (int64_t)a.rows * blocks <= device.multiprocessors && packs >= 2 * kFewPacks * blocks;
+  };
+  while (blocks < device.most_blocks() && (packs * kept_bytes > kBlockBytes * blocks || too_few()))
+    blocks *= 2;
+  const int part = parts_of(packs, blocks);
+  const int64_t most = 0x7fffffff / kMostBlocks;
+  return {(int)std::min<int64_t>(a.rows, most) * blocks, part <= kFewPacks ? kMostThreads / 2 : kMostThreads,
+          blocks, (int64_t)part * kept_bytes};
+}
+
+Launch by_sweeps(const RowsArgs& a, const Device& device) {
+  int64_t row = bytes_of(a.student.dtype) * a.vocab;
+  for (int k = 0; k < a.n_teachers; ++k) row += bytes_of(a.teachers[k].dtype) * a.vocab;
+  const int64_t fitting = device.cache * 3 / 4 / row, least = device.multiprocessors;
+  const int64_t blocks = std::min<int64_t>(a.rows, std::max(least, std::min(2 * least, fitting)));
+  return {(int)std::max<int64_t>(1, blocks), kMostThreads, 1, 0};
+}
+
+}  // namespace
+
+void launch_rows(RowsArgs a, const Place& place) {
+  const DeviceScope scope(place.device);
+  const Device device = device_of(place.device);
+  if (a.divergence == Divergence::kForwardKL || a.divergence == Divergence::kReverseKL) {
+    a.beta = a.divergence == Divergence::kForwardKL ? 1 : 0;
+    a.divergence = Divergence::kSymmetricKL;
+  }
+  const bool plain = is_plain(a);
+  const int vec = plain ? 16 / (int)bytes_of(a.student.dtype) : 8;
+  const int64_t packs = a.vocab / vec;
+  if (plain && a.vocab <= kWarpClasses) {
+    return run(kernel_of(a, true, Shape::kWarp), by_warps(a, (int)packs), a, place);
+  }
+  Launch launch = by_blocks(a, packs, plain ? 32 : 64, device);
+  a.keep = launch.shared + kStaticBytes <= device.shared;
+  if (!a.keep) launch = by_sweeps(a, device);
+  run(kernel_of(a, plain, a.keep ? Shape::kKept : Shape::kSwept), launch, a, place);
+}
+
+void launch_reduction(Kernel kernel, const ReduceArgs& args, const Place& place) {
+  const DeviceScope scope(place.device);
+  run(kernel, {1, args.rows <= 256 ? 32 : kMostThreads, 1, 0}, args, place);
+}
+
+void launch_scale(const ScaleArgs& args, const Place& place) {
+  const DeviceScope scope(place.device);
+  const Device device = device_of(place.device);
+  run(scale_kernel(), {std::min(args.rows, 8 * device.multiprocessors), kMostThreads, 1, 0}, args, place);
+}
+
+}  // namespace kdfast

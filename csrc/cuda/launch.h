@@ -1,0 +1,39 @@
+// The launchers: which kernel a call gets, and by how many threads; no torch here. They launch on the given
+// device and stream, and throw std::runtime_error where CUDA has an error.
+#pragma once
+
+#include "arguments.h"
+
+namespace kdfast {
+
+struct Kernel {
+  const void* function;  // null: there is none
+  const char* name;
+};
+enum class Shape {
+  kWarp,
+  kKept,
+  kSwept
+};  // a row by a warp; by blocks that keep it on chip; by one in sweeps
+
+// Of rows.cu, compiled for each type of logits.
+Kernel row_kernel_bf16(Divergence, Shape);
+Kernel row_kernel_fp16(Divergence, Shape);
+Kernel row_kernel_fp32(Divergence, Shape);
+Kernel row_kernel_general(Divergence, Shape);
+
+// Of reductions.cu.
+Kernel count_kernel();    // ReduceArgs: the sum of the weights of the rows that are kept
+Kernel reduce_kernel();   // ReduceArgs: the sum of a number per row, times scale, by divisor
+Kernel average_kernel();  // ReduceArgs: kMetrics means over the rows that are kept
+Kernel scale_kernel();    // ScaleArgs: the gradient times the factor; nothing where that is 1
+
+struct Place {
+  int device;
+  void* stream;
+};
+void launch_rows(RowsArgs, const Place&);
+void launch_reduction(Kernel, const ReduceArgs&, const Place&);
+void launch_scale(const ScaleArgs&, const Place&);
+
+}  // namespace kdfast

@@ -1,0 +1,54 @@
+// What the glue of every device hands to its kernels alike. No torch here.
+#pragma once
+
+#include <cstdint>
+
+#include "divergence_names.h"
+
+// Always, for the CPU's kernels are compiled once per instruction set, and nothing may be shared between
+// them.
+#ifdef __CUDACC__
+#define KDFAST_ALWAYS_INLINE __host__ __device__ __forceinline__
+#else
+#define KDFAST_ALWAYS_INLINE __attribute__((always_inline)) inline
+#endif
+
+namespace kdfast {
+
+enum class DType { kFloat, kBFloat16, kHalf, kDouble };
+KDFAST_ALWAYS_INLINE int64_t bytes_of(DType dtype) {
+  return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2;
+}
+enum class Divergence {
+#define X(name, Type) k##Type,
+  KDFAST_DIVERGENCES
+#undef X
+      kNone
+};
+enum class Target { kLogits, kProbs, kLogProbs };
+
+// A (rows, classes) matrix whose classes are contiguous. Its rows are those of up to three dimensions, since
+// a slice such as logits[:, :-1] has no single row stride and is read in place all the same.
+struct Matrix {
+  const void* data;
+  DType dtype;
+  int64_t size[3];    // of the dimensions that make up the rows, outermost first
+  int64_t stride[3];  // in elements
+
+  KDFAST_ALWAYS_INLINE int64_t offset(int64_t row) const {
+    if (size[0] == 1 && size[1] == 1) return row * stride[2];
+    const int64_t outer = row / size[2];
+    return (outer / size[1]) * stride[0] + (outer % size[1]) * stride[1] + (row % size[2]) * stride[2];
+  }
+};
+
+// Of a row's statistics in the table that `stats` writes and `grad` reads.
+constexpr int kStats = 7;
+
+// What return_metrics reports, in this order.
+struct RowMetrics {
+  double soft, hard, kl, student_entropy, teacher_entropy, agreement, accuracy;
+};
+constexpr int kMetrics = 7;
+
+}  // namespace kdfast

@@ -1,0 +1,216 @@
+"""Which backend a call gets: what is compiled, what is usable here, and why not the others."""
+
+import platform
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# ---- of CUDA tensors ----
+
+
+class Case(NamedTuple):
+    """What the choice between the CUDA and the Triton kernels looks at."""
+
+    dtypes: frozenset[torch.dtype]  # of the student, or what is scaled, and of the teachers
+    rows: int
+    vocab: int
+    capability: int  # 90: sm_90
+
+
+class Rule(NamedTuple):
+    backend: str
+    holds: Callable[[Case], bool]
+    reason: str
+
+
+# The first that holds. Until measured on a device it prefers by bytes, counted as the kernels run on an emulator.
+RULES = (
+    Rule("triton", lambda c: torch.float64 in c.dtypes, "float64: the CUDA kernels' arithmetic is fp32"),
+    Rule(
+        "triton",
+        lambda c: c.capability < 90 and c.rows <= 64 and c.vocab > 32768,
+        "before sm_90, at most 64 rows of more than 32768 classes: Triton's kernels split them over the device, "
+        "a CUDA kernel's row has one block where there are no clusters",
+    ),
+    Rule(
+        "cuda",
+        lambda c: True,
+        "each logit is read once, 6 bytes a bf16 pair, to V = 262144 on sm_90 and 40 thousand on sm_80, where "
+        "Triton's kernels do so to 32768; beyond, both read it twice. Counted, not yet measured on a device",
+    ),
+)
+NOT_IN_CUDA = ("tempered_softmax", "tempered_softmax_backward")  # Triton's alone
+
+
+def preferred(case: Case) -> str:
+    return next(rule.backend for rule in RULES if rule.holds(case))
+
+
+def of_gpu(name: str, first: Tensor, teachers: Sequence[Tensor]) -> str:
+    """The backend that an operator gets for tensors of a CUDA or ROCm device, `first` the one it is about."""
+    device = first.device.type
+    usable = [name for name, failure in (("cuda", cuda_failure), ("triton", triton_failure)) if failure(device) is None]
+    if name in NOT_IN_CUDA and "cuda" in usable:
+        usable.remove("cuda")
+    if len(usable) < 2:
+        return usable[0] if usable else "reference"
+    dtypes = frozenset(t.dtype for t in (first, *teachers))
+    rows = first.shape[:-1].numel()
+    return preferred(Case(dtypes, rows, first.shape[-1], _capability(first.device)))
+
+
+@lru_cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+# ---- what is usable ----
+
+_LEAST_TRITON = (3, 6)  # what torch 2.10, the least torch, comes with
+_LEAST_CAPABILITY = 80
+
+
+def _library(name: str) -> str | None:
+    """Loads the operators of a compiled library; where that fails, returns why."""
+    try:
+        torch.ops.load_library(str(Path(__file__).with_name(name)))
+    except OSError as error:
+        return f"the compiled extension could not be loaded: {error}"
+    return None
+
+
+@lru_cache
+def load() -> str | None:
+    """Loads the CPU's operators; where that fails, returns why."""
+    if not Path(__file__).with_name("libkdfast.so").exists():
+        return (
+            "the compiled extension is missing from this install. Where there is a C++17 compiler and torch is "
+            "installed, `make build` makes it in a checkout, and so does `pip install --force-reinstall --no-deps "
+            "--no-cache-dir` of the package"
+        )
+    return _library("libkdfast.so")
+
+
+def cuda_is_compiled() -> bool:
+    return Path(__file__).with_name("libkdfast_cuda.so").exists()
+
+
+@lru_cache
+def _load_cuda() -> str | None:
+    if not cuda_is_compiled():
+        return "the CUDA kernels are not in this install: it was built where nvcc was not found, or with KDFAST_CUDA=0"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return _library("libkdfast_cuda.so")
+
+
+def cuda_failure(device: str) -> str | None:
+    """Why the CUDA kernels cannot serve tensors of this type of device; None where they can."""
+    if (failure := _load_cuda()) is not None:
+        return failure
+    if device != "cuda":
+        return f"it takes CUDA tensors, not {device} ones"
+    if (found := _capability(torch.device("cuda", torch.cuda.current_device()))) < _LEAST_CAPABILITY:
+        return f"the device is of capability sm_{found}, sm_{_LEAST_CAPABILITY} is the least"
+    return None
+
+
+def triton_failure(device: str) -> str | None:
+    """Why Triton cannot serve tensors of this type of device; None where it can."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton could not be imported ({error}); PyTorch's builds for CUDA and ROCm bring it along"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < _LEAST_TRITON:
+        return f"Triton {triton.__version__} is too old, {'.'.join(map(str, _LEAST_TRITON))} is the least"
+    if triton.knobs.runtime.interpret:
+        return None
+    try:
+        works_on = triton.runtime.driver.active.get_active_torch_device().type
+    except Exception as error:  # each of Triton's drivers has its own
+        return f"Triton {triton.__version__} finds no GPU that it can launch on ({error})"
+    return None if works_on == device else f"Triton launches on {works_on} tensors here, not on {device} ones"
+
+
+# torch.compiler.assume_constant_result, which would import all of Dynamo with kdfast
+for _constant in (triton_failure, cuda_failure):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def why_not(device: str) -> str:
+    """Why a device has no kernels of its own."""
+    if device == "cpu" and (failure := load()) is not None:
+        return failure
+    if device == "cuda" and (failure := triton_failure(device)) is not None:
+        return failure
+    return f"this version of kdfast has none for device type {device!r}"
+
+
+def namespace(backend: str | None, student: Tensor) -> Any:
+    """The operators that serve `backend` (None: the best one for the student's device)."""
+    if backend is None:
+        return torch.ops.kdfast
+    if backend == "reference":
+        return torch.ops.kdfast_reference
+    if backend == "cpu":
+        if student.device.type != "cpu":
+            raise RuntimeError(f"backend: 'cpu' takes CPU tensors, but student_logits is on {student.device}")
+        if (failure := load()) is not None:
+            raise RuntimeError(f"backend: 'cpu' is not usable here: {failure}")
+        return torch.ops.kdfast
+    failure = (cuda_failure if backend == "cuda" else triton_failure)(student.device.type)
+    if failure is not None:
+        raise RuntimeError(f"backend: {backend!r} is not usable here: {failure}")
+    return torch.ops.kdfast_cuda if backend == "cuda" else torch.ops.kdfast_triton
+
+
+def backends() -> dict[str, Any]:
+    """What is compiled, what is usable here, which backend each device gets, and why not the others.
+
+    Returns:
+        A dict with one entry per backend, ``{"compiled": bool, "usable": bool, "why_not": str | None, ...}``, and
+        ``"by_device"``, which names the backend that ``backend=None`` takes for each type of device. The entry of
+        the cpu backend also has ``"isa"``, the instruction set chosen for this machine (the environment variable
+        ``KDFAST_CPU_ISA`` overrides the choice), and ``"build"``, facts of the build; that of the triton backend has
+        ``"device"``, the type of the tensors that Triton can launch on here; that of the cuda backend has ``"choice"``,
+        a list of (backend, reason) of which the first that holds decides between cuda and triton where both are usable.
+        Triton compiles when it is first called, so that it counts as compiled.
+    """
+    usable = load() is None
+    cpu: dict[str, Any] = {"compiled": usable, "usable": usable, "why_not": load(), "isa": None}
+    try:
+        from kdfast import _C
+
+        cpu |= {"isa": _C.isa() if usable else None, "build": _C.build()}
+    except ImportError as error:  # the operators do not need it: it belongs to one Python, they to none
+        cpu["build"] = {"why_not": str(error), "machine": platform.machine()}
+    failures = {device: triton_failure(device) for device in ("cuda", "cpu")}
+    device = next((name for name, failure in failures.items() if failure is None), None)
+    triton = {
+        "compiled": True,
+        "usable": device is not None,
+        "why_not": failures["cuda"] if device is None else None,
+        "device": device,
+    }
+    failure = cuda_failure("cuda")
+    cuda = {
+        "compiled": cuda_is_compiled(),
+        "usable": failure is None,
+        "why_not": failure,
+        "choice": [(rule.backend, rule.reason) for rule in RULES],
+    }
+    of_cuda = "cuda" if failure is None else "triton" if failures["cuda"] is None else "reference"
+    return {
+        "reference": {"compiled": True, "usable": True, "why_not": None},
+        "cpu": cpu,
+        "triton": triton,
+        "cuda": cuda,
+        "by_device": {"cpu": "cpu" if usable else "reference", "cuda": of_cuda, "other": "reference"},
+    }
