@@ -143,12 +143,10 @@ class Emulator:
     @lru_cache  # noqa: B019
     def kernels(self, unit: str, capability: int) -> dict[str, str]:
         """{name as the launchers have it: mangled name}."""
-        found = {}
-        for mangled, readable in self.module(unit, capability).kernels().items():
-            name = re.sub(r"\(anonymous namespace\)::|kdfast::|^void |\(int\)", "", readable)
-            name = re.sub(r"\(.*", "", re.sub(r"\(bool\)1", "true", re.sub(r"\(bool\)0", "false", name)))
-            found[name.replace(" ", "")] = mangled
-        return found
+        mangled = list(self.module(unit, capability).kernels())
+        done = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True)
+        readable = (re.sub(r"\(anonymous namespace\)::|kdfast::|^void ", "", name) for name in done.stdout.split("\n"))
+        return dict(zip((name.split("(")[0].replace(" ", "") for name in readable), mangled, strict=False))
 
     def _saw(self, data: int | None, size: int) -> None:
         if data and size:
