@@ -2,7 +2,8 @@
 
 KDFAST_BUILD_EXT=0 builds the pure-Python package, 1 insists on the compiled one. Unset: compiled where a C++ compiler
 and torch's headers are found, else pure Python. An error of the compiler is always an error of the install.
-KDFAST_SANITIZE=address,undefined instruments the C++ code. CMake's own variables (CXX, CXXFLAGS,
+KDFAST_CUDA=0 leaves the CUDA kernels out, which else are compiled where CMake finds nvcc.
+KDFAST_SANITIZE=address,undefined instruments the C++ code. CMake's own variables (CXX, CXXFLAGS, CUDACXX,
 CMAKE_BUILD_PARALLEL_LEVEL) are honoured.
 """
 
@@ -72,6 +73,7 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "TORCH_DIR": torch_dir(),
             "KDFAST_SANITIZE": sanitize,
+            "KDFAST_CUDA": "OFF" if os.environ.get("KDFAST_CUDA") == "0" else "ON",
         }
         tool = Path(cmake.CMAKE_BIN_DIR) / "cmake"
         defines = [f"-D{name}={value}" for name, value in settings.items()]
@@ -80,7 +82,8 @@ class CMakeBuild(build_ext):
         subprocess.run([tool, "--install", build, "--prefix", package.resolve()], check=True)
 
     def get_outputs(self) -> list[str]:
-        return [str(Path(self.build_lib) / "kdfast" / "libkdfast.so"), self.get_ext_fullpath("kdfast._C")]
+        libraries = (Path(self.build_lib) / "kdfast").glob("*.so")
+        return sorted({*map(str, libraries), self.get_ext_fullpath("kdfast._C")})
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}  # an editable install's files are in place already

@@ -1,6 +1,6 @@
 """kdfast: fused knowledge-distillation losses for PyTorch."""
 
-import kdfast.ops  # defines the operators
+import kdfast.ops  # noqa: F401 - defines the operators
 from kdfast.arguments import KDMetrics
 from kdfast.choice import backends
 from kdfast.linear import LinearKDLoss, linear_kd_loss

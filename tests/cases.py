@@ -1,8 +1,8 @@
 """The grids of the tests, each value with its reason. How numbers are judged is in judge.py.
 
 Triton compiles for each combination of dtypes, divergence, target, given and missing tensors, and number of tiles, some
-half a second each. So for Triton the products of grids are thinned, each with its reason: `thinned_to` leaves
-parameters out, `combined` pairs values in rotation. Values that no kernel is compiled for are free.
+half a second each, and the emulator takes as long for a launch of the CUDA kernels. So for both the products of grids
+are thinned, each with its reason: `thinned_to` leaves parameters out, `combined` pairs values in rotation.
 """
 
 import itertools
@@ -18,7 +18,8 @@ from kdfast import divergences
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 # What a backend is asked for by name; one that is not usable here is skipped with its own reason.
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+THINNED = ("triton", "cuda")  # whose grids are thinned: the emulator that runs both takes a while for a launch
 
 DIVERGENCES = (*divergences.DIVERGENCES, "dkd", "logit_mse")
 # One of each way that kernels take sums: along with the teacher's exps, with both sides', in their own pass, no exps.
@@ -146,24 +147,24 @@ def as_target(teacher: Tensor, target: str, temperature: float | Tensor = 1.0) -
 
 
 def thinned_to(condition: Callable[..., bool]) -> pytest.MarkDecorator:
-    """For Triton only where `condition` of the test's parameters, by their names, holds; see conftest.py."""
+    """For Triton and CUDA only where `condition` of the test's parameters, by their names, holds; see conftest.py."""
     return pytest.mark.thinned_to.with_args(condition)  # called, it would take the condition for a test
 
 
 def combined(backend: str, *grids: Sequence[Any], turn: int = 0) -> Iterable[tuple[Any, ...]]:
-    """The product of grids; for Triton, which compiles for each, just enough of it that each value occurs.
+    """The product of grids; for Triton and CUDA just enough of it that each value occurs.
 
     turn: another one pairs other values.
     """
-    if backend != "triton":
+    if backend not in THINNED:
         return itertools.product(*grids)
     steps = range(max(map(len, grids)))
     return [tuple(grid[(i + turn * k) % len(grid)] for k, grid in enumerate(grids)) for i in steps]
 
 
 def divergences_for(backend: str) -> Sequence[str]:
-    """All; for Triton, where the grid's point is another, one of each kind."""
-    return KINDS if backend == "triton" else DIVERGENCES
+    """All; for Triton and CUDA, where the grid's point is another, one of each kind."""
+    return KINDS if backend in THINNED else DIVERGENCES
 
 
 def name(value: object) -> str:

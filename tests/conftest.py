@@ -3,22 +3,30 @@
 import inspect
 from collections.abc import Iterator
 
+import emulated
 import gpu  # before anything that imports Triton
 import pytest
 import torch
-from cases import BACKENDS
+from cases import BACKENDS, THINNED
 
 import kdfast
+
+# Of the tests of all backends, those about kernels; the others are about what is written once for all.
+ON_EMULATED_CUDA = {"test_" + name for name in (
+    "alpha", "autograd", "dropped_terms", "inplace", "layouts", "limits", "metrics", "numbers", "options", "settings",
+)}  # fmt: skip
 
 
 def why_not(backend: str) -> str | None:
     """Why a backend is not usable here, by its own account."""
+    if backend == "cuda" and not gpu.ON_DEVICE:
+        return emulated.why_not()
     facts = kdfast.backends()[backend]
     return None if facts["usable"] else f"backend {backend!r} is not usable here: {facts['why_not']}"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "thinned_to(condition): for Triton only these parameters, see cases.py")
+    config.addinivalue_line("markers", "thinned_to(condition): for Triton and CUDA only these parameters, see cases.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -29,8 +37,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _thinned_out(item: pytest.Item) -> bool:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if parameters.get("backend") != "triton":
+    if parameters.get("backend") not in THINNED:
         return False
+    if parameters["backend"] == "cuda" and not gpu.ON_DEVICE and item.module.__name__ not in ON_EMULATED_CUDA:
+        return True
     if gpu.INTERPRETED and isinstance(vocab := parameters.get("vocab"), int) and vocab > 40_000:
         return True  # the interpreter takes a minute for such rows, and has had some that are split and read twice
     for mark in item.iter_markers("thinned_to"):
@@ -46,8 +56,8 @@ def backend(request: pytest.FixtureRequest, seed_and_threads: None) -> Iterator[
     """The name of each backend in turn; skipped with the reason where it is not usable."""
     if reason := why_not(request.param):
         pytest.skip(reason)
-    if request.param == "triton":
-        with gpu.kernels():
+    if request.param in THINNED:
+        with emulated.kernels() if request.param == "cuda" and not gpu.ON_DEVICE else gpu.kernels():
             yield request.param
         return
     if request.param == "cpu":

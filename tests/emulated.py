@@ -21,7 +21,7 @@ import gpu
 import numpy as np
 import torch
 
-import kdfast  # noqa: F401 - defines the operators
+from kdfast import choice
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc"
@@ -30,7 +30,7 @@ LIBRARY = BUILD / "libkdfast_emulated.so"
 STORAGES = {"bf16": "__nv_bfloat16", "fp16": "__half", "fp32": "float", "general": "General"}
 FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC", "-DKDFAST_EMULATED")
 UNITS = {
-    **{f"rows_{name}": ("rows.cu", f"-DKDFAST_STORAGE={s}", f"-DKDFAST_STORAGE_NAME={name}") for name, s in STORAGES.items()},
+    **{f"rows_{k}": ("rows.cu", f"-DKDFAST_STORAGE={s}", f"-DKDFAST_STORAGE_NAME={k}") for k, s in STORAGES.items()},
     "reductions": ("reductions.cu",),
     "launch": ("launch.cu",),
 }  # fmt: skip
@@ -94,8 +94,19 @@ def _compile_library() -> None:
         runtime = Path(str(shutil.which("nvcc"))).resolve().parents[1]
         static = next(iter(sorted(runtime.rglob("libcudart_static.a"))))
         objects = [BUILD / f"{name}.o" for name in UNITS]
-        _run(["g++", "-std=c++17", "-O1", "-shared", "-fPIC", *definitions, "-isystem", package / "include", sources[0],
-              *objects, static, package / "lib" / "libtorch_cpu.so", "-ldl", "-lrt", "-lpthread", "-o", LIBRARY])  # fmt: skip
+        options = (
+            "-std=c++17",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            *definitions,
+            "-isystem",
+            package / "include",
+            "-o",
+            LIBRARY,
+        )
+        libraries = (static, package / "lib" / "libtorch_cpu.so", "-ldl", "-lrt", "-lpthread")
+        _run(["g++", *options, sources[0], *objects, *libraries])
     _made("library", *sources)
 
 
@@ -109,6 +120,12 @@ def compiled() -> Path:
             list(pool.map(lambda unit: _compile_unit(unit[0], *unit[1]), UNITS.items()))
         _compile_library()
     return LIBRARY
+
+
+def _unit_of(kernel: str) -> str:
+    if kernel.startswith("general_rows"):
+        return "rows_general"
+    return next((f"rows_{k}" for k, storage in STORAGES.items() if f"<{storage}," in kernel), "reductions")
 
 
 _LAUNCH = ctypes.CFUNCTYPE(
@@ -149,25 +166,22 @@ class Emulator:
         return dict(zip((name.split("(")[0].replace(" ", "") for name in readable), mangled, strict=False))
 
     def _saw(self, data: int | None, size: int) -> None:
-        if data and size:
+        if data is None:  # a new call: what the one before it saw may be gone
+            self.spans.clear()
+        elif size:
             self.spans[data] = max(size, self.spans.get(data, 0))
 
-    def _launch(
-        self, name: bytes, grid: int, block: int, cluster: int, shared: int, argument: int, size: int
-    ) -> None:
+    def _launch(self, name: bytes, grid: int, block: int, cluster: int, shared: int, argument: int, size: int) -> None:
         try:
             self.run(name.decode(), grid, block, cluster, shared, ctypes.string_at(argument, size))
         except BaseException as error:  # cannot pass through C
             self.errors.append(error)
 
     def run(self, name: str, grid: int, block: int, cluster: int, shared: int, argument: bytes) -> None:
-        from ptxemu import machine, parser, triton_driver
+        from ptxemu import machine, parser
         from ptxemu.triton_driver import Memory, bytes_at
 
-        unit = next(
-            (u for n, u in (("__nv_bfloat16", "rows_bf16"), ("__half", "rows_fp16"), ("<float", "rows_fp32"), ("general", "rows_general")) if n in name),
-            "reductions",
-        )
+        unit = _unit_of(name)
         module = self.module(unit, self.capability)
         entry = module.mod.find_entry(self.kernels(unit, self.capability)[name.replace(" ", "")])
         memory = Memory()
@@ -197,15 +211,17 @@ def emulator() -> Emulator:
 
 @contextmanager
 def kernels(capability: int = 90) -> Iterator[list[Any]]:
-    """The launches' reports, which must be without findings."""
+    """`backend="cuda"` takes CPU tensors meanwhile; the launches' reports, which must be without findings."""
     e = emulator()
-    before = e.capability
+    before, failure = e.capability, choice.cuda_failure
     e.set_capability(capability)
     e.reports, e.errors, e.spans = [], [], {}
+    choice.cuda_failure = lambda device: None
     try:
         yield e.reports
     finally:
         e.set_capability(before)
+        choice.cuda_failure = failure
     if e.errors:
         raise e.errors[0]
     found = [f"{report.launched}: {finding}" for report in e.reports for finding in report.findings]

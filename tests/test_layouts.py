@@ -4,7 +4,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import BF16, DIVERGENCES, DTYPES, F16, F32, F64, KINDS, batch, combined, labels_for, name, thinned_to
+from cases import (
+    BF16,
+    DIVERGENCES,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    KINDS,
+    THINNED,
+    batch,
+    combined,
+    labels_for,
+    name,
+    thinned_to,
+)
 from judge import judge, run
 from torch import Tensor
 
@@ -102,13 +116,13 @@ def test_vocab_size_leaves_the_padding_out(backend: str, extra: tuple[int, int],
     student = torch.nn.functional.pad(student, (0, extra[0]), value=1e4)
     teacher = torch.nn.functional.pad(teacher, (0, extra[1]), value=torch.nan)
     turn, some = divmod(EXTRA.index(extra), 2)
-    divergences = KINDS[some::2] if backend == "triton" else DIVERGENCES  # padding knows none of them
+    divergences = KINDS[some::2] if backend in THINNED else DIVERGENCES  # padding knows none of them
     for divergence, inplace in combined(backend, divergences, (False, True), turn=turn):
         settings = {"backend": backend, "divergence": divergence, "temperature": 2, "vocab_size": VOCAB}
         judge(student, teacher, labels, inplace=inplace, **settings)  # of which one promise is: exactly 0 there
     narrower = VOCAB - 3  # cut without padding, an ensemble of different widths
     others = [teacher, batch(ROWS, VOCAB + 8, F32).teacher]
-    by_row = backend != "triton"  # which would compile for each student's padding
+    by_row = backend not in THINNED  # which would compile for each student's padding
     judge(student, others, labels.clamp_max(narrower - 1), backend=backend, by_row=by_row, vocab_size=narrower)
 
 

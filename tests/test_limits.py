@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BF16, DIVERGENCES, F16, F32, F64, KINDS, batch, combined, name, thinned_to
+from cases import BF16, DIVERGENCES, F16, F32, F64, KINDS, THINNED, batch, combined, name, thinned_to
 from judge import judge, run
 from torch import Tensor
 
@@ -223,7 +223,7 @@ def test_dkds_others_do_not_underflow_with_their_label(backend: str, dtype: torc
 
 @of_one_dtype
 def test_a_softcap_keeps_a_mask(backend: str, dtype: torch.dtype) -> None:
-    divergences = ("cross_entropy", "jsd", "dkd") if backend != "triton" else ("jsd", "dkd")
+    divergences = ("cross_entropy", "jsd", "dkd") if backend not in THINNED else ("jsd", "dkd")
     for vocab, divergence in combined(backend, VOCABS, divergences):
         student, teacher, labels = batch(ROWS, vocab, dtype)
         labels = labels % 2  # not of the masked
@@ -288,7 +288,7 @@ def test_a_bad_row_spoils_itself_alone_under_every_option(
     backend: str, dtype: torch.dtype, spoiler: str, option: str
 ) -> None:
     of_student, of_teacher, where = SPOILERS[spoiler]
-    divergences = ("cross_entropy", "jsd", "dkd", "logit_mse") if backend != "triton" else ("cross_entropy", "dkd")
+    divergences = ("cross_entropy", "jsd", "dkd", "logit_mse") if backend not in THINNED else ("cross_entropy", "dkd")
     for vocab, divergence in combined(backend, VOCABS, divergences):
         student, teacher, labels = batch(ROWS, vocab, dtype)
         settings = {"backend": backend, "divergence": divergence, "temperature": 2} | OPTIONS[option]
@@ -341,7 +341,7 @@ def test_a_bad_row_spoils_itself_alone(backend: str, dtype: torch.dtype, spoiler
     for vocab, spot in combined(backend, VOCABS, spots, turn=divergence in DIVERGENCES[:2]):
         student, teacher, labels = batch(ROWS, vocab, dtype)
         # Triton compiles for each whole temperature, and has 2 already
-        settings = {"backend": backend, "divergence": divergence, "temperature": 2 if backend == "triton" else 3}
+        settings = {"backend": backend, "divergence": divergence, "temperature": 2 if backend in THINNED else 3}
         clean = [by_row(student, teacher, labels, **settings), run(student, teacher, labels, **settings)]
         s = student if of_student is None else spoiled(student, 1, spot, of_student)
         t = teacher if of_teacher is None else spoiled(teacher, 1, spot, of_teacher)

@@ -19,6 +19,7 @@ from cases import (
     SCALES,
     SMALL_VOCABS,
     TEMPERATURES,
+    THINNED,
     VOCABS,
     batch,
     combined,
@@ -38,7 +39,7 @@ PROMISED = (1, 2, 7, 127, 1000, 4097, 32000, 50257, 151936)  # lengths that get 
 def _divergences(backend: str, vocab: int, pair: tuple[torch.dtype, torch.dtype]) -> Sequence[str]:
     """All; for Triton others of them at each length, since no divergence knows of lengths."""
     turn = VOCABS.index(vocab) + DTYPE_PAIRS.index(pair)
-    if backend != "triton":
+    if backend not in THINNED:
         return DIVERGENCES
     return DIVERGENCES[turn % 5 :: 5] if pair in MAIN and vocab in PROMISED else (DIVERGENCES[turn % 11],)
 
@@ -71,7 +72,7 @@ def test_every_temperature(backend: str, temperature: float, dtype: torch.dtype)
         student, teacher, labels = batch(3, vocab, dtype)
         settings = {"backend": backend, "divergence": divergence, "temperature": temperature} | options
         # Triton: the same arithmetic by row, which it would compile again
-        judge(student, teacher, labels_for(divergence, labels, labelled), by_row=backend != "triton", **settings)
+        judge(student, teacher, labels_for(divergence, labels, labelled), by_row=backend not in THINNED, **settings)
 
 
 @thinned_to(lambda temperature, dtype: dtype != BF16 or temperature == 1)  # whose arithmetic is fp32's

@@ -22,6 +22,7 @@ from cases import (
     SCALES,
     SMALL_VOCABS,
     TARGETS,
+    THINNED,
     VOCABS,
     as_target,
     batch,
@@ -48,7 +49,7 @@ FEW = ("cross_entropy", "reverse_kl", "jsd", "dkd", "logit_mse")  # a kind of su
 
 def few_for(backend: str, turn: int) -> Sequence[str]:
     """For Triton one of them: no option knows of divergences, which the first test has all."""
-    return FEW if backend != "triton" else (FEW[turn % len(FEW)],)
+    return FEW if backend not in THINNED else (FEW[turn % len(FEW)],)
 
 
 def by_row(student: Tensor, teacher: Any, labels: Tensor | None = None, **settings: Any) -> tuple[Tensor, Tensor]:
@@ -66,7 +67,7 @@ def test_every_option_with_every_divergence(backend: str, option: str, divergenc
     grid = list(itertools.product((*SMALL_VOCABS, 100), DTYPES))  # fp16: gradients made in backward
     turn = list(OPTIONS).index(option) + DIVERGENCES.index(divergence)
     way: dict[str, Any] = {}
-    if backend == "triton":  # one length and dtype each, and half of its kernels
+    if backend in THINNED:  # one length and dtype each, and half of its kernels
         grid, way = [grid[turn % len(grid)]], ({"reduction": "none"}, {"by_row": False})[turn % 2]
     for vocab, dtype in grid:
         judge(*batch(3, vocab, dtype), backend=backend, divergence=divergence, temperature=2, **OPTIONS[option], **way)
@@ -86,8 +87,8 @@ def test_every_option_with_every_target_and_reduction(
 ) -> None:
     turn = TARGETS.index(target) + REDUCTIONS.index(reduction)
     weight = torch.tensor([1.0, 0.5, 0.0, 2.0, 0.3])
-    options = tuple(OPTIONS) if backend != "triton" else ("all",)
-    for option, divergence in itertools.product(options, FEW[:-1] if backend != "triton" else (FEW[turn % 4],)):
+    options = tuple(OPTIONS) if backend not in THINNED else ("all",)
+    for option, divergence in itertools.product(options, FEW[:-1] if backend not in THINNED else (FEW[turn % 4],)):
         student, teacher, labels = batch(5, 65, F32)
         labels[3] = -100
         settings = OPTIONS[option] | {"target": target, "reduction": reduction, "divergence": divergence}
@@ -125,12 +126,12 @@ VALUES = (
 @pytest.mark.parametrize("value", VALUES, ids=str)
 def test_every_value_at_logits_of_every_size(backend: str, value: dict[str, Any]) -> None:
     turn = VALUES.index(value)
-    for vocab, dtype in combined(backend, SMALL_VOCABS, (F32, BF16, F64)) if backend != "triton" else [(100, F32)]:
+    for vocab, dtype in combined(backend, SMALL_VOCABS, (F32, BF16, F64)) if backend not in THINNED else [(100, F32)]:
         for scale in (2.0, *SCALES):
             student, teacher, labels = batch(3, vocab, dtype, scale=scale)
             labels[0] = teacher[0].argmax()  # dkd's others are far below it
-            for temperature in (2, 0.5) if backend != "triton" else ((1, 2)[turn % 2],):
-                by = {"by_row": backend != "triton", "temperature": temperature}
+            for temperature in (2, 0.5) if backend not in THINNED else ((1, 2)[turn % 2],):
+                by = {"by_row": backend not in THINNED, "temperature": temperature}
                 judge(student, teacher, labels, backend=backend, **by, **value)
 
 
@@ -138,11 +139,11 @@ def test_every_value_at_logits_of_every_size(backend: str, value: dict[str, Any]
 def test_an_offset_of_the_logits(backend: str, option: str) -> None:
     """Of each side another, far from 0: means, deviations and sums must not lose the digits."""
     for dtype, divergence in combined(backend, (F32, F64), ("cross_entropy", "dkd")):
-        for vocab in SMALL_VOCABS if backend != "triton" else (100,):
+        for vocab in SMALL_VOCABS if backend not in THINNED else (100,):
             student, _, labels = batch(3, vocab, dtype, offset=1000.0)
             teacher = batch(3, vocab, dtype, offset=-300.0).teacher
             settings = OPTIONS[option] | {"divergence": divergence, "temperature": 2}
-            judge(student, teacher, labels, backend=backend, by_row=backend != "triton", **settings)
+            judge(student, teacher, labels, backend=backend, by_row=backend not in THINNED, **settings)
 
 
 @pytest.mark.parametrize("offset", (-50.0, 300.0))
@@ -167,10 +168,10 @@ def test_rows_at_any_address(backend: str, option: str) -> None:
 def test_every_length(backend: str, vocab: int) -> None:
     turn = VOCABS.index(vocab)
     for divergence, dtype in combined(backend, few_for(backend, turn), (F32, BF16, F64) if turn % 2 else (F32, F16)):
-        for option in ("label_smoothing", "standardize", "all") if backend != "triton" else ("all",):
+        for option in ("label_smoothing", "standardize", "all") if backend not in THINNED else ("all",):
             settings = OPTIONS[option] | {"divergence": divergence, "temperature": 2}
-            judge(*batch(17, vocab, dtype), backend=backend, by_row=backend != "triton", **settings)
-            if backend != "triton":  # rows by columns have a last group that is not full
+            judge(*batch(17, vocab, dtype), backend=backend, by_row=backend not in THINNED, **settings)
+            if backend not in THINNED:  # rows by columns have a last group that is not full
                 judge(*batch(1, vocab, dtype), backend=backend, by_row=False, **settings)
 
 
@@ -188,35 +189,35 @@ def test_long_rows(backend: str, rows: int, vocab: int) -> None:
 @pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=name)
 def test_every_pair_of_dtypes(backend: str, pair: tuple[torch.dtype, torch.dtype]) -> None:
     for divergence, option in combined(backend, few_for(backend, DTYPE_PAIRS.index(pair)), ("all", "softcap")):
-        settings = OPTIONS[option] | {"divergence": divergence, "temperature": 3, "by_row": backend != "triton"}
+        settings = OPTIONS[option] | {"divergence": divergence, "temperature": 3, "by_row": backend not in THINNED}
         judge(*batch(5, 33, *pair), backend=backend, **settings)
 
 
 def test_a_temperature_per_row(backend: str) -> None:
     T = torch.tensor([1.0, 2.0, 3.7, 0.5, 20.0])
     for option, divergence in combined(backend, ("standardize", "all"), ("cross_entropy", "dkd", "jsd")):
-        for vocab in (33, 2500) if backend != "triton" else (33,):
-            settings = OPTIONS[option] | {"divergence": divergence, "by_row": backend != "triton"}
+        for vocab in (33, 2500) if backend not in THINNED else (33,):
+            settings = OPTIONS[option] | {"divergence": divergence, "by_row": backend not in THINNED}
             judge(*batch(5, vocab, F32), backend=backend, temperature=T, teacher_temperature=2, **settings)
 
 
 @thinned_to(lambda option: option == "all")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_padding_takes_no_part(backend: str, option: str) -> None:
-    for divergence, inplace in combined(backend, FEW if backend != "triton" else KINDS[:1], (False, True)):
-        for vocab, dtype in ((17, F32), (2049, BF16)) if backend != "triton" else ((100, F32),):
+    for divergence, inplace in combined(backend, FEW if backend not in THINNED else KINDS[:1], (False, True)):
+        for vocab, dtype in ((17, F32), (2049, BF16)) if backend not in THINNED else ((100, F32),):
             student, teacher, labels = batch(4, vocab, dtype)
             student = F.pad(student, (0, 7), value=torch.nan)
             teacher = F.pad(teacher, (0, 3), value=torch.nan)
             settings = OPTIONS[option] | {"divergence": divergence, "vocab_size": vocab, "inplace": inplace}
-            judge(student, teacher, labels, backend=backend, by_row=backend != "triton", **settings)
+            judge(student, teacher, labels, backend=backend, by_row=backend not in THINNED, **settings)
 
 
 @thinned_to(lambda option: option == "all")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_inplace_is_the_same_to_the_bit(backend: str, option: str) -> None:
     for divergence in few_for(backend, 3):
-        for vocab, dtype in ((17, F32), (2049, BF16), (2049, F16)) if backend != "triton" else ((100, F32),):
+        for vocab, dtype in ((17, F32), (2049, BF16), (2049, F16)) if backend not in THINNED else ((100, F32),):
             student, teacher, labels = batch(3, vocab, dtype)
             settings = OPTIONS[option] | {"divergence": divergence, "temperature": 2, "backend": backend}
             fresh = run(student, teacher, labels, **settings)
@@ -230,13 +231,13 @@ def test_inplace_is_the_same_to_the_bit(backend: str, option: str) -> None:
 def test_dropped_rows_may_hold_nan(backend: str, option: str) -> None:
     weight = torch.tensor([1.0, 2.0, 0.0, 1.0, 0.5])
     for divergence in few_for(backend, 4):
-        for vocab in (17, 2500) if backend != "triton" else (100,):
+        for vocab in (17, 2500) if backend not in THINNED else (100,):
             student, teacher, labels = batch(5, vocab, F32)
             labels[1] = -100
             s, t = student.clone(), teacher.clone()
             s[1:3] = t[1:3] = torch.nan
             settings = OPTIONS[option] | {"divergence": divergence, "weight": weight, "backend": backend}
-            for how in (run, by_row) if backend != "triton" else (run,):
+            for how in (run, by_row) if backend not in THINNED else (run,):
                 want, got = how(student, teacher, labels, **settings), how(s, t, labels, **settings)
                 assert all(map(torch.equal, got, want))
                 assert got[1][1:3].eq(0).all()
@@ -254,7 +255,7 @@ def close(got: Sequence[Tensor], want: Sequence[Tensor], ulps: float = 64) -> No
 
 
 def test_smoothing_is_that_of_pytorch(backend: str) -> None:
-    for vocab, smoothing in itertools.product((7, 5000) if backend != "triton" else (100,), (0.1, 0.5, 1.0)):
+    for vocab, smoothing in itertools.product((7, 5000) if backend not in THINNED else (100,), (0.1, 0.5, 1.0)):
         student, _, labels = batch(5, vocab)
         labels[2] = -100
         leaf = student.clone().requires_grad_()
@@ -267,7 +268,7 @@ def test_smoothing_is_that_of_pytorch(backend: str) -> None:
 
 @pytest.mark.parametrize("labelled", [False, True])
 def test_z_loss_may_stand_alone(backend: str, labelled: bool) -> None:
-    for vocab in (7, 5000) if backend != "triton" else (100,):
+    for vocab in (7, 5000) if backend not in THINNED else (100,):
         student, _, labels = batch(5, vocab)
         leaf = student.clone().requires_grad_()
         want = 0.3 * torch.logsumexp(leaf, -1).square().mean()
@@ -299,7 +300,7 @@ def test_a_cap_is_that_of_logits_capped_before(backend: str) -> None:
 
 @pytest.mark.parametrize("divergence", ("cross_entropy", "dkd", "logit_mse"))
 def test_standardised_logits_have_no_scale_and_no_shift(backend: str, divergence: str) -> None:
-    for vocab in (7, 5000) if backend != "triton" else (100,):
+    for vocab in (7, 5000) if backend not in THINNED else (100,):
         student, teacher, labels = batch(3, vocab)
         settings = {"divergence": divergence, "standardize": True, "hard_weight": 0, "backend": backend}
         loss, grad = run(student, teacher, labels_for(divergence, labels), alpha=1, **settings)
@@ -312,7 +313,7 @@ def test_standardised_logits_have_no_scale_and_no_shift(backend: str, divergence
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_a_row_of_one_class_or_of_equal_logits_has_a_deviation_of_0(backend: str, dtype: torch.dtype) -> None:
     """z is 0 then, q is uniform, and the deviation has no gradient: (g - mean g) / 1e-7."""
-    for vocab in (1, 2, 17, 100, 2500) if backend != "triton" else (1, 100):
+    for vocab in (1, 2, 17, 100, 2500) if backend not in THINNED else (1, 100):
         for value in (0.0, 3.3, -7.1):  # no binary fractions: their mean is another number
             _, teacher, _ = batch(2, vocab, dtype)
             student = torch.full_like(teacher, value)

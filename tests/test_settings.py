@@ -14,6 +14,7 @@ from cases import (
     REDUCTIONS,
     SMALL_VOCABS,
     TARGETS,
+    THINNED,
     as_target,
     batch,
     combined,
@@ -42,7 +43,7 @@ def test_every_kind_of_target(backend: str, target: str, dtype: torch.dtype) -> 
         student, teacher, labels = batch(3, vocab, dtype, teacher_dtype)
         targets = as_target(teacher, target, 3)
         settings = {"target": target, "divergence": divergence, "temperature": 3}
-        judge(student, targets, labels, backend=backend, by_row=backend != "triton", **settings)
+        judge(student, targets, labels, backend=backend, by_row=backend not in THINNED, **settings)
 
 
 # likewise: here each dtype for one of the targets, by which its teachers are read
@@ -61,7 +62,9 @@ def test_every_ensemble(backend: str, target: str, ensemble: str, dtype: torch.d
         teachers = [batch(3, vocab, others[i], seed=i).teacher for i in range(count)]
         settings = {"target": target, "ensemble": ensemble, "teacher_weights": weights, "temperature": 2}
         teachers = tuple(as_target(t, target, 2) for t in teachers)
-        judge(student, teachers, labels, backend=backend, by_row=backend != "triton", divergence=divergence, **settings)
+        judge(
+            student, teachers, labels, backend=backend, by_row=backend not in THINNED, divergence=divergence, **settings
+        )
 
 
 def _half(divergence: str, target: str, ensemble: str | None, dtype: torch.dtype, vocab: int) -> bool:
@@ -104,11 +107,11 @@ def test_logit_mse_of_a_geometric_ensemble(backend: str) -> None:
 def test_every_mix_of_soft_and_hard(backend: str, dtype: torch.dtype) -> None:
     student, teacher, labels = batch(5, 100, dtype)
     divergences = divergences_for(backend)
-    if backend == "triton" and dtype != F32:  # what a term weighs is fp32's or fp64's business
+    if backend in THINNED and dtype != F32:  # what a term weighs is fp32's or fp64's business
         divergences = (KINDS[DTYPES.index(dtype)],)
     for divergence in divergences:
         # Triton: a gradient by row weighs its terms with the same code, which it would compile again
-        settings = {"backend": backend, "divergence": divergence, "temperature": 4, "by_row": backend != "triton"}
+        settings = {"backend": backend, "divergence": divergence, "temperature": 4, "by_row": backend not in THINNED}
         for alpha in (None, 0, 0.25, 1):
             judge(student, teacher, labels, alpha=alpha, **settings)
         # timm's and DKD's 1 + 1; the soft term alone, beside labels and without; the hard alone; a large one
@@ -137,16 +140,16 @@ def test_every_reduction_with_weights_and_ignored_rows(backend: str, reduction: 
     ways = ((labels, {}), (None, {}), (labels.clamp_min(0), {"ignore_index": 7, "alpha": 1}))
     for weight, divergence, (given, options) in combined(backend, tuple(weights.values()), three, ways, turn=1):
         settings = {"backend": backend, "divergence": divergence, "reduction": reduction, "weight": weight}
-        judge(student, teacher, given, by_row=backend != "triton", **settings, **options)  # which "none" is
+        judge(student, teacher, given, by_row=backend not in THINNED, **settings, **options)  # which "none" is
 
 
 @pytest.mark.parametrize("normalizer", (17, 0.5, torch.tensor(17.0), torch.tensor(3), torch.tensor(0.3, dtype=F64)))
 def test_every_normalizer(backend: str, normalizer: float | torch.Tensor) -> None:
     normalizer = here(normalizer)
-    for dtype in DTYPES if backend != "triton" else (F32, F64):  # the arithmetic's two
+    for dtype in DTYPES if backend not in THINNED else (F32, F64):  # the arithmetic's two
         student, teacher, labels = batch(5, 33, dtype)
         labels[3] = -100
-        settings = {"backend": backend, "normalizer": normalizer, "by_row": backend != "triton"}  # has none
+        settings = {"backend": backend, "normalizer": normalizer, "by_row": backend not in THINNED}  # has none
         judge(student, teacher, labels, **settings)
         judge(student, teacher, **settings, weight=torch.arange(5) * 0.5)
 
@@ -157,7 +160,7 @@ def test_a_temperature_per_row_is_each_row_by_itself(backend: str) -> None:
     for dtype, divergence in combined(backend, DTYPES, divergences_for(backend)[:-1]):
         student, teacher, labels = batch(5, 100, dtype)
         settings = {"backend": backend, "divergence": divergence}
-        by_row = backend != "triton"  # which the run below is
+        by_row = backend not in THINNED  # which the run below is
         judge(student, teacher, labels, by_row=by_row, temperature=T, **settings)
         judge(student, teacher, labels, by_row=by_row, temperature=T, teacher_temperature=at, **settings)
         judge(student, teacher, labels, by_row=by_row, temperature=2.5, teacher_temperature=at, **settings)

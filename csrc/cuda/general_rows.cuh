@@ -16,11 +16,15 @@ namespace {
 
 enum Sweep { kSumsSweep, kPointwiseSweep, kMeasuresSweep, kSpreadSweep, kGradientSweep, kSweeps };
 
+struct Logits {
+  float student, teacher;
+};
 template <class D>
 struct GeneralShared {
   Lines<Statistics<D, true>::kCount> lines;
   RowNumbers row;
   Scaling scalings[kMostTeachers + 1];
+  Logits first, label;
 };
 
 // What standardized rows, and teachers each with a softmax of its own, need before anything else is known.
@@ -83,18 +87,21 @@ __global__ void __launch_bounds__(kMostThreads, 1) general_rows(const __grid_con
     scale.as_probabilities = row.as_probabilities();
     scale.teacher_slope = row.teacher_slope();
 
-    // the thread's end, the row's first class and the label's
+    // the thread's end and, by one thread for all, the row's first class and the label's
     float s_end[1] = {-kInf}, t_end[1] = {scale.as_probabilities ? 0 : -kInf};
-    float label_s = 0, label_t = 0, first_s = 0, first_t = 0;
-    for (int i = 0; i < 3; ++i) {
+    if (threadIdx.x == 0) shared.first = shared.label = {0, 0};
+    for (int i = 0; i < (threadIdx.x == 0 ? 3 : 1); ++i) {
       const int at = i == 0 ? part.end : i == 1 ? r.label : r.n ? 0 : -1;
       if (at < 0) continue;
       float s[1], t[1];
       row(at, s, t);
       if (i == 0) s_end[0] = s[0], t_end[0] = t[0];
-      if (i == 1) label_s = s[0], label_t = t[0];
-      if (i == 2) first_s = s[0], first_t = t[0];
+      if (i == 1) shared.label = {s[0], t[0]};
+      if (i == 2) shared.first = {s[0], t[0]};
     }
+    __syncthreads();
+    const float label_s = shared.label.student, label_t = shared.label.teacher;
+    const float first_s = shared.first.student, first_t = shared.first.teacher;
     if (a.standardize) {
       const Scaling student = shared.scalings[0];
       scale.mean = student.mean, scale.inverse = student.inverse, scale.spread = student.spread;

@@ -22,8 +22,8 @@
 
 #ifdef KDFAST_EMULATED  // tests: kernels run elsewhere
 extern "C" {
-void (*kdfast_launch)(const char* name, int grid, int block, int cluster, int64_t shared, const void* argument,
-                      int64_t bytes) = nullptr;
+void (*kdfast_launch)(const char* name, int grid, int block, int cluster, int64_t shared,
+                      const void* argument, int64_t bytes) = nullptr;
 int kdfast_capability = 90;
 }
 #endif

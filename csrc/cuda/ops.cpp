@@ -42,6 +42,7 @@ float* floats(const Tensor& t) { return (float*)seen(t).mutable_data_ptr(); }
 void* current_stream(int device) {
 #ifdef KDFAST_EMULATED
   (void)device;
+  kdfast_seen(nullptr, 0);  // a new call
   return nullptr;
 #else
   using Get = AOTITorchError (*)(int32_t, void**);
@@ -338,8 +339,9 @@ void grad_(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_INPUTS) {
 void scale_(Tensor grad, Tensor factor) {
   const Tensor view = readable(grad);
   if (view.numel() == 0) return;
+  const Place place = place_of(grad);
   const Tensor by = torch::stable::to(factor, ScalarType::Float);
-  launch_scale({matrix(seen(view)), (int)rows_of(view), (int)classes_of(view), floats(by)}, place_of(grad));
+  launch_scale({matrix(seen(view)), (int)rows_of(view), (int)classes_of(view), floats(by)}, place);
   if (view.get() != grad.get()) torch::stable::copy_(grad, view);
 }
 

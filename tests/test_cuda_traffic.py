@@ -1,0 +1,169 @@
+"""The CUDA kernels' bytes, accesses and launches, counted as their compiled PTX runs on the emulator.
+
+Bytes are sectors of 32, per bf16 pair of logits, less 256 bytes a row for labels, statistics and ragged ends. The least
+is 2 reads and 1 write: 6 bytes.
+"""
+
+from typing import Any
+
+import emulated
+import gpu
+import pytest
+import torch
+from cases import BF16, F32, batch, name
+from judge import judge
+
+import kdfast
+
+pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
+capabilities = pytest.mark.parametrize("capability", gpu.CAPABILITIES)
+
+ROWS = 2
+SETTINGS: dict[str, Any] = {"temperature": 2, "backend": "cuda"}
+VOCABS = (
+    256,  # the shortest that is promised
+    1000,  # by a warp; every second row begins off a sector
+    1032,  # the shortest by a block
+    4096,
+    32000,  # Llama 2's
+    32768,
+    50257,  # GPT-2's: odd
+    151665,  # Qwen 2.5's real tokens: odd
+    151936,
+    262144,  # Gemma's, the longest that is promised
+)
+KEPT_ON_80 = 32768  # the longest of which an A100's shared memory is promised to hold a pair
+
+
+def traffic(capability: int, vocab: int, dtype: torch.dtype = BF16, grad: bool = True, **settings: Any) -> Any:
+    student, teacher, labels = batch(ROWS, vocab, dtype)
+    with emulated.kernels(capability) as reports:
+        kdfast.kd_loss(student.requires_grad_(grad), teacher, labels, **SETTINGS | settings)
+    return reports
+
+
+def per_pair(reports: Any, vocab: int) -> float:
+    asked = sum(32 * (report.load_sectors + report.store_sectors) for report in reports)
+    return (asked - 256 * ROWS) / (ROWS * vocab)
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_on_sm_90_each_logit_is_read_once_whatever_the_rows_length(vocab: int) -> None:
+    reports = traffic(90, vocab)
+    assert per_pair(reports, vocab) <= 6.06
+    assert len(reports) <= 3
+    assert_no_bank_conflicts(reports)
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_on_sm_80_as_far_as_shared_memory_goes_and_twice_beyond(vocab: int) -> None:
+    reports = traffic(80, vocab)
+    assert per_pair(reports, vocab) <= (6.1 if vocab <= KEPT_ON_80 else 10.1)
+    assert len(reports) <= 3
+    assert_no_bank_conflicts(reports)
+
+
+def assert_no_bank_conflicts(reports: Any) -> None:
+    wavefronts = [of_space for report in reports for of_space in report.shared.values()]
+    assert sum(w for w, _ in wavefronts) <= 1.05 * sum(ideal for _, ideal in wavefronts)
+
+
+@pytest.mark.parametrize("divergence", ("symmetric_kl", "jsd", "logit_mse"))
+def test_so_it_is_for_every_kind_of_sums(divergence: str) -> None:
+    for capability, vocab, most in ((90, 1000, 6.06), (90, 50257, 6.06), (80, 32000, 6.1)):
+        assert per_pair(traffic(capability, vocab, divergence=divergence), vocab) <= most
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"softcap": 30.0, "teacher_softcap": 30.0},
+        {"temperature": 2.5},
+        {"label_smoothing": 0.1},
+        {"return_metrics": True},
+    ],
+    ids=name,
+)
+def test_options_read_each_logit_once_too(settings: dict[str, Any]) -> None:
+    for vocab in (4096, 151936):
+        assert per_pair(traffic(90, vocab, **settings), vocab) <= 6.2  # metrics, and the first class by every warp
+
+
+@capabilities
+@pytest.mark.parametrize("vocab", (1000, 50257))
+def test_without_a_gradient_nothing_is_written(capability: int, vocab: int) -> None:
+    reports = traffic(capability, vocab, grad=False)
+    assert per_pair(reports, vocab) <= 4.06
+    assert sum(report.store_sectors for report in reports) <= 4 * ROWS + 4
+
+
+def test_by_row_the_longest_are_read_once_in_forward_and_once_in_backward() -> None:
+    vocab = 50257
+    student, teacher, labels = batch(ROWS, vocab, BF16)
+    for capability in gpu.CAPABILITIES:
+        with emulated.kernels(capability) as reports:
+            loss = kdfast.kd_loss(student.requires_grad_(), teacher, labels, reduction="none", **SETTINGS)
+            assert per_pair(reports, vocab) <= 4.04
+            forward = len(reports)
+            loss.sum().backward()
+        assert per_pair(reports[forward:], vocab) <= 6.06
+
+
+@capabilities
+@pytest.mark.parametrize("dtype", (BF16, F32), ids=name)
+def test_rows_are_accessed_in_16_byte_pieces(capability: int, dtype: torch.dtype) -> None:
+    for vocab, least in ((4096, 0.97), (32000, 0.99), (151936, 0.99), (50257, 0.95), (151665, 0.95)):
+        widths = [w for report in traffic(capability, vocab, dtype) for w in (report.load_widths, report.store_widths)]
+        assert sum(w.get(16, 0) for w in widths) / sum(sum(w.values()) for w in widths) >= least, (vocab, widths)
+
+
+@capabilities
+@pytest.mark.parametrize("vocab", (1000, 50257))
+def test_backward_with_a_gradient_of_1_moves_nothing_but_that_1(capability: int, vocab: int) -> None:
+    student, teacher, labels = batch(ROWS, vocab, BF16)
+    with emulated.kernels(capability) as reports:
+        kdfast.kd_loss(student.requires_grad_(), teacher, labels, **SETTINGS).backward()
+        scale = reports[-1]
+        (kdfast.kd_loss(student, teacher, labels, **SETTINGS) * 3).backward()
+    assert scale.launched[0] == "scale"
+    assert scale.store_sectors == 0
+    assert scale.load_sectors * 32 <= scale.launched[1] * 8 * 32, "a factor for each warp"
+    assert reports[-1].store_sectors > 0, "another factor does scale"
+
+
+@capabilities
+def test_no_atomics_and_the_same_bits_every_time(capability: int) -> None:
+    for vocab, settings in ((1000, {}), (50257, {"divergence": "jsd"}), (50257, {"reduction": "none"})):
+        student, teacher, labels = batch(ROWS, vocab, BF16)
+        found = []
+        with emulated.kernels(capability) as reports:
+            for _ in range(2):
+                leaf = student.clone().requires_grad_()
+                loss = kdfast.kd_loss(leaf, teacher, labels, **SETTINGS | settings)
+                loss.sum().backward()
+                found.append((loss.detach(), leaf.grad))
+        assert all(map(torch.equal, *found))
+        assert all(array.atomics == 0 for report in reports for array in report.arrays.values())
+
+
+@pytest.mark.parametrize("divergence", ("cross_entropy", "symmetric_kl", "skew_reverse_kl", "logit_mse", "dkd"))
+@pytest.mark.parametrize("options", ({}, {"label_smoothing": 0.1, "softcap": 20.0, "standardize": True}), ids=name)
+def test_sweeps_find_what_is_right(divergence: str, options: dict[str, Any]) -> None:
+    """Rows that are kept nowhere, without clusters: by themselves and, of reduction "none", from their statistics."""
+    with emulated.kernels(80):
+        judge(*batch(3, 50257, F32), divergence=divergence, **SETTINGS | options)
+
+
+@pytest.mark.parametrize("blocks", (1, 2, 4, 8, 16))
+def test_rows_are_divided_among_the_blocks_of_a_cluster_by_their_length(blocks: int) -> None:
+    with emulated.kernels(90) as reports:
+        student, teacher, labels = batch(67, 16384 * blocks // 2 + 9)  # an fp32 pair: twice bf16's bytes
+        kdfast.kd_loss(student, teacher, labels, **SETTINGS)
+    (row,) = (report.launched for report in reports if "rows" in report.launched[0])
+    assert row[3] == blocks
+
+
+@capabilities
+def test_few_and_long_rows_have_more_blocks_where_there_are_clusters(capability: int) -> None:
+    launched = [report.launched for report in traffic(capability, 32768) if "rows" in report.launched[0]]
+    assert [each[3] for each in launched] == [4 if capability == 90 else 1]
