@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gpu
 import numpy as np
@@ -134,6 +134,11 @@ _LAUNCH = ctypes.CFUNCTYPE(
 _SEEN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
 
 
+class Planned(NamedTuple):
+    launched: tuple[str, int, int, int, int]  # kernel, blocks, threads, blocks of a cluster, bytes of shared memory
+    findings: tuple[()] = ()
+
+
 class Emulator:
     def __init__(self) -> None:
         path = compiled()
@@ -143,6 +148,7 @@ class Emulator:
         self.errors: list[BaseException] = []
         self.spans: dict[int, int] = {}
         self.capability = 0
+        self.running = True
         self.callbacks = (_LAUNCH(self._launch), _SEEN(self._saw))  # kept alive
         for name, callback in zip(("kdfast_launch", "kdfast_seen"), self.callbacks, strict=True):
             ctypes.c_void_p.in_dll(self.library, name).value = ctypes.cast(callback, ctypes.c_void_p).value
@@ -172,6 +178,9 @@ class Emulator:
             self.spans[data] = max(size, self.spans.get(data, 0))
 
     def _launch(self, name: bytes, grid: int, block: int, cluster: int, shared: int, argument: int, size: int) -> None:
+        if not self.running:
+            self.reports.append(Planned((name.decode(), grid, block, cluster, shared)))
+            return
         try:
             self.run(name.decode(), grid, block, cluster, shared, ctypes.string_at(argument, size))
         except BaseException as error:  # cannot pass through C
@@ -210,12 +219,15 @@ def emulator() -> Emulator:
 
 
 @contextmanager
-def kernels(capability: int = 90) -> Iterator[list[Any]]:
-    """`backend="cuda"` takes CPU tensors meanwhile; the launches' reports, which must be without findings."""
+def kernels(capability: int = 90, run: bool = True) -> Iterator[list[Any]]:
+    """`backend="cuda"` takes CPU tensors meanwhile; the launches' reports, which must be without findings.
+
+    run=False: they are planned and not run, and have nothing but `launched`.
+    """
     e = emulator()
     before, failure = e.capability, choice.cuda_failure
     e.set_capability(capability)
-    e.reports, e.errors, e.spans = [], [], {}
+    e.reports, e.errors, e.spans, e.running = [], [], {}, run
     choice.cuda_failure = lambda device: None
     try:
         yield e.reports

@@ -186,10 +186,9 @@ __global__ void __launch_bounds__(kMostThreads, 1) general_rows(const __grid_con
       }
       if (sweep == (D::kPointwise ? kPointwiseSweep : kSumsSweep)) {
         terms = finish(statistics, sums, scales, label_s, label_t, scale, a, r.factor);
-        if (team.leads()) {
-          write_row(a, r, statistics, sums, terms);
-          if (Stats::kMSE && a.metrics) a.metrics[index] = r.kept && !r.bad ? terms.soft : nanf("");
-        }
+        if (team.leading_warp()) write_row(a, r, statistics, sums, terms);
+        if (Stats::kMSE && a.metrics && team.leads())
+          a.metrics[index] = r.kept && !r.bad ? terms.soft : nanf("");
       }
       team.meet();  // before the lines are written again
     }

@@ -84,7 +84,7 @@ struct WarpTeam {
     return (int64_t)blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
   }
   __device__ int64_t rows_at_once() const { return (int64_t)gridDim.x * (blockDim.x >> 5); }
-  __device__ bool leads() const { return thread() == 0; }
+  __device__ bool leading_warp() const { return true; }
   __device__ void meet() const {}
   template <class N, class F>
   __device__ N numbers(N&, F read) const {
@@ -117,6 +117,7 @@ struct BlockTeam {
     met = true;
   }
   __device__ bool leads() const { return rank() == 0 && thread() == 0; }
+  __device__ bool leading_warp() const { return rank() == 0 && thread() < 32; }
   // What one thread reads, in every thread.
   template <class N, class F>
   __device__ N numbers(N& shared, F read) const {

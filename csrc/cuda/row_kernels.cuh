@@ -84,17 +84,20 @@ __device__ inline RowOf row_of(const RowsArgs& a, int64_t index, const RowNumber
   return r;
 }
 
-// A row's loss and statistics.
+// A row's loss and statistics, by the lanes of the leading warp.
 template <class D, bool G>
 __device__ inline void write_row(const RowsArgs& a, const RowOf& r, const Statistics<D, G>& statistics,
                                  const PointwiseSums& sums, const Terms& terms) {
-  if (a.losses) a.losses[r.index] = r.kept ? (r.bad ? nanf("") : r.weight * terms.loss) : 0;
+  const int lane = threadIdx.x & 31;
+  if (a.losses && lane == 0) a.losses[r.index] = r.kept ? (r.bad ? nanf("") : r.weight * terms.loss) : 0;
   if (!a.new_stats) return;
+  float mine = 0;  // the lane's of the statistics
 #pragma unroll
   for (int i = 0; i < kStats; ++i) {
     const bool psi_sum = D::kPointwise && i == kOverStudent;
-    a.new_stats[r.index * kStats + i] = psi_sum ? sums.value[1] : statistics.value[i];
+    mine = lane == i ? (psi_sum ? sums.value[1] : statistics.value[i]) : mine;
   }
+  if (lane < kStats) a.new_stats[r.index * kStats + lane] = mine;
 }
 
 // Zeros from class n on: padding, or a row that drops out. By the threads of all its blocks.
@@ -237,7 +240,7 @@ __device__ inline void rows_of_team(const RowsArgs& a, uint4* kept, Shared& shar
     }
 
     const Terms terms = finish(statistics, sums, scales, numbers.label_s, 0, r.scale, a, r.factor);
-    if (team.leads()) write_row(a, r, statistics, sums, terms);
+    if (team.leading_warp()) write_row(a, r, statistics, sums, terms);
     if (packs.grad) {
       packs.each(team, sweep, [&](int at, const auto& s, const auto& t) {
         Wide<S> g;
