@@ -158,8 +158,20 @@ def combined(backend: str, *grids: Sequence[Any], turn: int = 0) -> Iterable[tup
     """
     if backend not in THINNED:
         return itertools.product(*grids)
+    if backend == "cuda":
+        grids = tuple([value for value in grid if takes(backend, value)] for grid in grids)
     steps = range(max(map(len, grids)))
     return [tuple(grid[(i + turn * k) % len(grid)] for k, grid in enumerate(grids)) for i in steps]
+
+
+def _is_f64(value: Any) -> bool:
+    """Whether a grid's value is, or holds, the dtype that the CUDA kernels do not take."""
+    return value is F64 or (isinstance(value, tuple) and F64 in value)
+
+
+def takes(backend: str, value: Any) -> bool:
+    """Whether a grid's value is one for a backend."""
+    return backend != "cuda" or not _is_f64(value)
 
 
 def divergences_for(backend: str) -> Sequence[str]:

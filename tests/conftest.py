@@ -7,7 +7,7 @@ import emulated
 import gpu  # before anything that imports Triton
 import pytest
 import torch
-from cases import BACKENDS, THINNED
+from cases import BACKENDS, THINNED, takes
 
 import kdfast
 
@@ -39,6 +39,8 @@ def _thinned_out(item: pytest.Item) -> bool:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     if parameters.get("backend") not in THINNED:
         return False
+    if not all(takes(parameters["backend"], value) for value in parameters.values()):
+        return True
     if parameters["backend"] == "cuda" and not gpu.ON_DEVICE and item.module.__name__ not in ON_EMULATED_CUDA:
         return True
     if gpu.INTERPRETED and isinstance(vocab := parameters.get("vocab"), int) and vocab > 40_000:

@@ -17,6 +17,7 @@ from cases import (
     combined,
     labels_for,
     name,
+    takes,
     thinned_to,
 )
 from judge import judge, run
@@ -139,7 +140,7 @@ def test_any_number_of_dimensions(backend: str, shape: tuple[int, ...], reductio
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
 def test_no_rows_are_no_loss(backend: str, shape: tuple[int, ...]) -> None:
-    for dtype in DTYPES:
+    for dtype in (dtype for dtype in DTYPES if takes(backend, dtype)):
         empty = torch.empty(*shape, 33, dtype=dtype)
         for labelled in (False, True):
             for reduction in ("mean", "sum", "batchmean", "none"):

