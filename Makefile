@@ -18,7 +18,7 @@ BUILT := $(VENV)/.built
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench gpu-check .gpu-check lint format sanitize build-check arm-check clean
+.PHONY: help build demo test bench gpu-check .gpu-check cuda-check .cuda-check lint format sanitize build-check arm-check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -63,6 +63,11 @@ test: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-demo ## the whole test suite, 
 bench: $(BUILT) $(VENV)/.extra-demo ## kdfast beside its peers: table, CSV and picture; ARGS=--quick takes under a minute
 	$(PY) -m benchmarks $(ARGS)
 
+# NVIDIA's checker of memory accesses, of races in shared memory and of barriers, on a call of each kind of kernel.
+SANITIZED = if command -v compute-sanitizer > /dev/null; then for tool in memcheck racecheck synccheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) tests/some_calls.py || exit 1; done; \
+	else echo "compute-sanitizer is not installed"; fi
+
 # In .venv-gpu, whose torch is GPU_TORCH: what pip finds by itself is the CUDA build, and for ROCm one adds the index
 # that PyTorch's install page names, as with TORCH. Failed tests go into the report before they fail the target.
 GPU_TORCH ?= torch
@@ -75,8 +80,9 @@ gpu-check: $(if $(DRY),$(DRY_NEEDS)) ## tests and a report of speed on a GPU; AR
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: torch sees no GPU here")'
 	@mkdir -p build
 	{ $(PY) -m pytest; echo $$? > build/gpu-tests.status; } 2>&1 | tee build/gpu-tests.txt
-	$(PY) -m benchmarks.gpu --tests build/gpu-tests.txt $(ARGS)
-	@exit $$(cat build/gpu-tests.status)
+	{ ( $(SANITIZED) ); echo $$? > build/gpu-sanitizer.status; } 2>&1 | tee build/gpu-sanitizer.txt
+	$(PY) -m benchmarks.gpu --tests build/gpu-tests.txt --sanitizer build/gpu-sanitizer.txt $(ARGS)
+	@exit $$(cat build/gpu-tests.status build/gpu-sanitizer.status | sort -n | tail -1)
 
 lint: $(VENV)/.extra-lint ## ruff, clang-format, mypy
 	$(VENV)/bin/ruff check $(PYTHON_FILES)
@@ -88,6 +94,15 @@ format: $(VENV)/.extra-lint ## rewrite the sources as lint wants them
 	$(VENV)/bin/ruff check --fix $(PYTHON_FILES)
 	$(VENV)/bin/ruff format $(PYTHON_FILES)
 	$(VENV)/bin/clang-format -i $(CPP)
+
+# The CUDA kernels against a torch that is built with CUDA, in .venv-cuda: compiled, loaded, registered, and by their own
+# account usable but for the device, of which there need be none.
+CUDA_TORCH ?= torch==2.14.1
+cuda-check: ## the CUDA kernels built with a CUDA build of torch (5.5 GB) and loaded; no GPU needed
+	$(MAKE) VENV=.venv-cuda TORCH="$(CUDA_TORCH)" .cuda-check
+
+.cuda-check: $(BUILT)
+	$(PY) tests/cuda_check.py
 
 # A second package in build/sanitize, with the tests beside it. libstdc++ is preloaded too: without it the sanitizer
 # finds no __cxa_throw in a Python that is not linked to it.

@@ -1,8 +1,9 @@
 """What benchmarks.gpu measures, and how: the candidates of a case, each checked, then timed in turns.
 
 roofline        a copy on the device that moves as many bytes as the case must: it reads half and writes half
-kdfast          kd_loss and backward, a fresh gradient; forward_kl, whose value is the recipe's
-kdfast inplace  the gradient where the logits were
+kdfast cuda     kd_loss and backward on the CUDA kernels, a fresh gradient; forward_kl, whose value is the recipe's
+  ... inplace   the gradient where the logits were
+kdfast triton   the same on the Triton kernels
 eager           the recipe of candidates.py, in the logits' own dtype
 torch.compile   the recipe compiled
 liger           the recipe with Liger-Kernel's divergence: softmaxes and hard term stay PyTorch's
@@ -36,8 +37,13 @@ from benchmarks.worker import TOLERANCE
 if TYPE_CHECKING:  # it is __main__
     from benchmarks.gpu import Case
 
-NAMES = ("roofline", "kdfast", "kdfast inplace", "eager", "torch.compile", "liger")
-BACKEND = "triton"  # by name: what another backend takes must not pass for it
+KDFAST = {  # backends by name: what another one takes must not pass for it
+    "kdfast cuda": "cuda",
+    "kdfast cuda inplace": "cuda",
+    "kdfast triton": "triton",
+    "kdfast triton inplace": "triton",
+}
+NAMES = ("roofline", *KDFAST, "eager", "torch.compile", "liger")
 WARM_UP = 3
 CHECKED_ROWS = 16  # whose gradients are compared; of the loss, all rows
 _CHUNK = 1 << 22  # logits that are in fp64 at a time
@@ -131,11 +137,11 @@ def _copy(nbytes: int, device: str) -> Candidate:
 def _candidate(name: str, case: Case, data: Data) -> Candidate:
     if name == "roofline":
         return _copy(case.nbytes, data.student.device.type)
-    inplace = name == "kdfast inplace"
+    inplace = name.endswith("inplace")
     loss: Callable[..., Tensor] = liger if name == "liger" else candidates.recipe
-    if name.startswith("kdfast"):
+    if backend := KDFAST.get(name):
         loss = partial(
-            kdfast.kd_loss, alpha=candidates.ALPHA, divergence="forward_kl", inplace=inplace, backend=BACKEND
+            kdfast.kd_loss, alpha=candidates.ALPHA, divergence="forward_kl", inplace=inplace, backend=backend
         )
     if name == "torch.compile":
         loss = torch.compile(loss, dynamic=False)
@@ -153,8 +159,10 @@ def _candidate(name: str, case: Case, data: Data) -> Candidate:
 
 def _why_not(name: str, is_dry: bool) -> str:
     """Why a candidate cannot take part here; empty where it can."""
-    if name.startswith("kdfast"):
-        return kdfast.backends()[BACKEND]["why_not"] or ""
+    if backend := KDFAST.get(name):
+        if backend == "cuda" and (is_dry or torch.version.cuda is None):
+            return "left out: needs an NVIDIA GPU"
+        return kdfast.backends()[backend]["why_not"] or ""
     if is_dry:
         return {"torch.compile": "left out: would compile for the CPU", "liger": "left out: needs a GPU"}.get(name, "")
     is_there = name != "liger" or importlib.util.find_spec("liger_kernel")
@@ -217,7 +225,7 @@ def _noting(*rows: Row) -> Iterator[None]:
 def measure(case: Case, device: Gpu | Host, repeats: int, title: str) -> list[Row]:
     """The rows of a case. The order of candidates is shuffled in every repeat, so that no clock favours one."""
     say = partial(print, f"{title}:", file=sys.stderr, flush=True)
-    names = [name for name in NAMES if case.with_grad or name != "kdfast inplace"]
+    names = [name for name in NAMES if case.with_grad or not name.endswith("inplace")]
     rows = {name: Row(case, name, note=_why_not(name, device.name == "cpu")) for name in names}
     ready = {}
     torch.compiler.reset()  # it stops compiling after a number of shapes

@@ -27,7 +27,12 @@ if TYPE_CHECKING:  # it is __main__
 TABLE = ["case", "candidate", "median ms", "p20..p80", "GB/s", "x roofline", "x eager", "peak MB", "note"]
 _NUMBERS = ["repeats", "median_ms", "p20_ms", "p80_ms", "gb_per_s", "roofline_ratio", "eager_speedup", "peak_mb"]
 CSV = ["case", "rows", "vocab", "dtype", "gradient", "candidate", *_NUMBERS, "loss_error", "gradient_error", "note"]
-COLOURS = {"kdfast": "#3f8f5b", "kdfast inplace": "#2f6f47"}  # all others are grey
+COLOURS = {  # all others are grey
+    "kdfast cuda": "#3f8f5b",
+    "kdfast cuda inplace": "#2f6f47",
+    "kdfast triton": "#74b48b",
+    "kdfast triton inplace": "#5d9c75",
+}
 WRONG, OTHER, ROOFLINE = "#c04a53", "#a3a8b0", "#3465d9"
 
 LEGEND = """\
@@ -94,7 +99,7 @@ def _driver() -> str:
     return nvidia or (amd.read_text().strip() if amd.exists() else "unknown")
 
 
-def facts(device: str, tests: str) -> dict[str, str]:
+def facts(device: str, tests: str, sanitizer: str) -> dict[str, str]:
     commit = _first_line("git", "describe", "--always", "--dirty", "--exclude", "*")
     platform = f", CUDA {torch.version.cuda}" * bool(torch.version.cuda) + f", ROCm {torch.version.hip}" * bool(
         torch.version.hip
@@ -107,6 +112,7 @@ def facts(device: str, tests: str) -> dict[str, str]:
         "liger-kernel": _version("liger-kernel"),
         "kdfast": kdfast.__version__ + f", commit {commit}" * bool(commit),
         "tests": tests,
+        "compute-sanitizer": sanitizer,
     }
 
 

@@ -1,0 +1,18 @@
+"""Whether the CUDA kernels' library loads into a torch that is built with CUDA, and registers; `make cuda-check`."""
+
+from pathlib import Path
+
+import torch
+
+import kdfast
+
+assert torch.version.cuda, f"torch {torch.__version__} is built without CUDA"
+library = Path(kdfast.__file__).with_name("libkdfast_cuda.so")
+assert library.exists(), "the CUDA kernels were not built: nvcc was not found, or KDFAST_CUDA is 0"
+torch.ops.load_library(str(library))
+for name in ("loss_grad", "loss_grad_", "stats", "grad", "grad_", "scale_"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"kdfast_cuda::{name}", "CUDA"), name
+facts = kdfast.backends()["cuda"]
+assert facts["compiled"], facts
+assert facts["usable"] == torch.cuda.is_available(), facts
+print(f"{library.name} is loaded into torch {torch.__version__}; the cuda backend here: {facts['why_not'] or 'usable'}")
