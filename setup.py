@@ -2,7 +2,8 @@
 
 KDFAST_BUILD_EXT=0 builds the pure-Python package, 1 insists on the compiled one. Unset: compiled where a C++ compiler
 and torch's headers are found, else pure Python. An error of the compiler is always an error of the install.
-KDFAST_CUDA=0 leaves the CUDA kernels out, which else are compiled where CMake finds nvcc.
+KDFAST_CUDA=0 leaves the CUDA kernels out, which else are compiled where CMake finds nvcc. KDFAST_STRICT=1 makes one
+that spills registers an error: for those who work on them, since compilers differ.
 KDFAST_SANITIZE=address,undefined instruments the C++ code. CMake's own variables (CXX, CXXFLAGS, CUDACXX,
 CMAKE_BUILD_PARALLEL_LEVEL) are honoured.
 """
@@ -74,6 +75,7 @@ class CMakeBuild(build_ext):
             "TORCH_DIR": torch_dir(),
             "KDFAST_SANITIZE": sanitize,
             "KDFAST_CUDA": "OFF" if os.environ.get("KDFAST_CUDA") == "0" else "ON",
+            "KDFAST_STRICT": "ON" if os.environ.get("KDFAST_STRICT") == "1" else "OFF",
         }
         tool = Path(cmake.CMAKE_BIN_DIR) / "cmake"
         defines = [f"-D{name}={value}" for name, value in settings.items()]

@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdfast.divergences import names
+
 # ---- of CUDA tensors ----
 
 
 class Case(NamedTuple):
     """What the choice between the CUDA and the Triton kernels looks at."""
 
+    divergence: str | None  # None: there is no soft term
     dtypes: frozenset[torch.dtype]  # of the student, or what is scaled, and of the teachers
     rows: int
     vocab: int
@@ -27,9 +30,16 @@ class Rule(NamedTuple):
     reason: str
 
 
+_IN_CUDA = frozenset(names())  # those that kdfast comes with
+
 # The first that holds. Until measured on a device it prefers by bytes, counted as the kernels run on an emulator.
 RULES = (
     Rule("triton", lambda c: torch.float64 in c.dtypes, "float64: the CUDA kernels' arithmetic is fp32"),
+    Rule(
+        "triton",
+        lambda c: c.divergence is not None and c.divergence not in _IN_CUDA,
+        "a divergence that a program has added: the CUDA kernels know their own names alone",
+    ),
     Rule(
         "triton",
         lambda c: c.capability < 90 and c.rows <= 64 and c.vocab > 32768,
@@ -50,7 +60,7 @@ def preferred(case: Case) -> str:
     return next(rule.backend for rule in RULES if rule.holds(case))
 
 
-def of_gpu(name: str, first: Tensor, teachers: Sequence[Tensor]) -> str:
+def of_gpu(name: str, first: Tensor, teachers: Sequence[Tensor], divergence: str | None) -> str:
     """The backend that an operator gets for tensors of a CUDA or ROCm device, `first` the one it is about."""
     device = first.device.type
     usable = [name for name, failure in (("cuda", cuda_failure), ("triton", triton_failure)) if failure(device) is None]
@@ -60,7 +70,7 @@ def of_gpu(name: str, first: Tensor, teachers: Sequence[Tensor]) -> str:
         return usable[0] if usable else "reference"
     dtypes = frozenset(t.dtype for t in (first, *teachers))
     rows = first.shape[:-1].numel()
-    return preferred(Case(dtypes, rows, first.shape[-1], _capability(first.device)))
+    return preferred(Case(divergence, dtypes, rows, first.shape[-1], _capability(first.device)))
 
 
 @lru_cache
@@ -84,16 +94,20 @@ def _library(name: str) -> str | None:
     return None
 
 
-@lru_cache
-def load() -> str | None:
-    """Loads the CPU's operators; where that fails, returns why."""
-    if not Path(__file__).with_name("libkdfast.so").exists():
-        return (
-            "the compiled extension is missing from this install. Where there is a C++17 compiler and torch is "
-            "installed, `make build` makes it in a checkout, and so does `pip install --force-reinstall --no-deps "
-            "--no-cache-dir` of the package"
-        )
-    return _library("libkdfast.so")
+_cpu_failure: str | None = "its operators are not loaded yet"
+
+
+def load() -> None:
+    """Loads the CPU's operators, or finds out why not."""
+    global _cpu_failure
+    if Path(__file__).with_name("libkdfast.so").exists():
+        _cpu_failure = _library("libkdfast.so")
+        return
+    _cpu_failure = (
+        "the compiled extension is missing from this install. Where there is a C++17 compiler and torch is installed, "
+        "`make build` makes it in a checkout, and so does `pip install --force-reinstall --no-deps --no-cache-dir` of "
+        "the package"
+    )
 
 
 def cuda_is_compiled() -> bool:
@@ -146,8 +160,8 @@ for _constant in (triton_failure, cuda_failure):
 
 def why_not(device: str) -> str:
     """Why a device has no kernels of its own."""
-    if device == "cpu" and (failure := load()) is not None:
-        return failure
+    if device == "cpu" and _cpu_failure is not None:
+        return _cpu_failure
     if device == "cuda" and (failure := triton_failure(device)) is not None:
         return failure
     return f"this version of kdfast has none for device type {device!r}"
@@ -162,8 +176,8 @@ def namespace(backend: str | None, student: Tensor) -> Any:
     if backend == "cpu":
         if student.device.type != "cpu":
             raise RuntimeError(f"backend: 'cpu' takes CPU tensors, but student_logits is on {student.device}")
-        if (failure := load()) is not None:
-            raise RuntimeError(f"backend: 'cpu' is not usable here: {failure}")
+        if _cpu_failure is not None:
+            raise RuntimeError(f"backend: 'cpu' is not usable here: {_cpu_failure}")
         return torch.ops.kdfast
     failure = (cuda_failure if backend == "cuda" else triton_failure)(student.device.type)
     if failure is not None:
@@ -183,8 +197,8 @@ def backends() -> dict[str, Any]:
         a list of (backend, reason) of which the first that holds decides between cuda and triton where both are usable.
         Triton compiles when it is first called, so that it counts as compiled.
     """
-    usable = load() is None
-    cpu: dict[str, Any] = {"compiled": usable, "usable": usable, "why_not": load(), "isa": None}
+    usable = _cpu_failure is None
+    cpu: dict[str, Any] = {"compiled": usable, "usable": usable, "why_not": _cpu_failure, "isa": None}
     try:
         from kdfast import _C
 

@@ -182,11 +182,16 @@ def _gpu(name: str) -> Callable[..., Any]:
     if name not in choice.NOT_IN_CUDA:
         kernels["cuda"] = getattr(torch.ops.kdfast_cuda, name)
 
-    def call(first: Tensor, *args: Any) -> Any:
-        teachers = () if name in _PLAIN or not args else next(x for x in args if isinstance(x, list))
-        return kernels[choice.of_gpu(name, first, teachers)](first, *args)
+    def plain(first: Tensor, *args: Any) -> Any:
+        return kernels[choice.of_gpu(name, first, (), None)](first, *args)
 
-    return call
+    def of_loss(*args: Any) -> Any:
+        *_, inputs, settings = arguments(*args)
+        divergence = settings.divergence if settings.reads_teacher and inputs.teachers else None
+        return kernels[choice.of_gpu(name, args[0], inputs.teachers, divergence)](*args)
+
+    arguments = _bundled(lambda *args: args)
+    return plain if name in _PLAIN else of_loss
 
 
 def _with_warning(name: str) -> Callable[..., Any]:

@@ -166,7 +166,7 @@ def combined(backend: str, *grids: Sequence[Any], turn: int = 0) -> Iterable[tup
 
 def _is_f64(value: Any) -> bool:
     """Whether a grid's value is, or holds, the dtype that the CUDA kernels do not take."""
-    return value is F64 or (isinstance(value, tuple) and F64 in value)
+    return value is F64 or (isinstance(value, tuple) and any(item is F64 for item in value))
 
 
 def takes(backend: str, value: Any) -> bool:

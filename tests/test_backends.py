@@ -9,6 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import gpu  # before anything that imports Triton
 import pytest
@@ -17,6 +18,7 @@ from cases import BF16, F16, F32, F64, batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kdfast
+from kdfast import choice
 
 PACKAGE = Path(kdfast.__file__).parent
 
@@ -44,14 +46,16 @@ def without_kernels(tmp_path: Path) -> Path:
 
 def test_backends_says_of_each_whether_it_is_compiled_and_usable_and_why_not():
     facts = kdfast.backends()
-    assert set(facts) == {"reference", "cpu", "triton", "by_device"}
-    for name in ("reference", "cpu", "triton"):
+    assert set(facts) == {"reference", "cpu", "triton", "cuda", "by_device"}
+    for name in ("reference", "cpu", "triton", "cuda"):
         entry = facts[name]
         assert {type(entry["compiled"]), type(entry["usable"])} == {bool}
         assert (entry["why_not"] is None) == entry["usable"], "a reason exactly where it is not usable"
     assert facts["reference"] == {"compiled": True, "usable": True, "why_not": None}
     assert facts["by_device"]["cpu"] == ("cpu" if facts["cpu"]["usable"] else "reference")
-    assert facts["by_device"]["cuda"] == ("triton" if facts["triton"]["device"] == "cuda" else "reference")
+    of_triton = "triton" if facts["triton"]["device"] == "cuda" else "reference"
+    assert facts["by_device"]["cuda"] == ("cuda" if facts["cuda"]["usable"] else of_triton)
+    assert {backend for backend, reason in facts["cuda"]["choice"] if reason} == {"cuda", "triton"}
     assert facts["triton"]["compiled"], "it is so when it is first called"
     assert (facts["triton"]["device"] is not None) == facts["triton"]["usable"]
     assert (facts["cpu"]["isa"] is not None) == facts["cpu"]["usable"]
@@ -74,7 +78,7 @@ def test_the_cpu_backend_is_what_a_cpu_tensor_gets(cpu):
 
 def test_an_unknown_backend_is_an_error_that_names_those_there_are():
     s, t, _ = batch(2, 5)
-    with pytest.raises(ValueError, match="backend: 'gpu' is not one of None, 'reference', 'cpu', 'triton'"):
+    with pytest.raises(ValueError, match="backend: 'gpu' is not one of None, 'reference', 'cpu', 'triton', 'cuda'"):
         kdfast.kd_loss(s, t, backend="gpu")
 
 
@@ -148,6 +152,48 @@ def test_the_triton_backend_refuses_tensors_of_a_device_that_it_does_not_launch_
     facts = kdfast.backends()
     assert facts["triton"] == {"compiled": True, "usable": True, "why_not": None, "device": "cuda"}
     assert facts["by_device"] == facts["by_device"] | {"cuda": "triton"}
+
+
+def test_the_cuda_backend_says_why_it_is_not_usable():
+    if gpu.ON_DEVICE:
+        pytest.skip("there is a GPU")
+    facts = kdfast.backends()["cuda"]
+    words = "built without CUDA|torch sees no CUDA device" if facts["compiled"] else "nvcc was not found, or with"
+    assert re.search(words, facts["why_not"])
+    s, t, _ = batch(2, 5)
+    with pytest.raises(RuntimeError, match=f"backend: 'cuda' is not usable here: .*({words})"):
+        kdfast.kd_loss(s, t, backend="cuda")
+
+
+def of_gpu(monkeypatch: pytest.MonkeyPatch, capability: int, rows: int, vocab: int, *usable: str, **change: Any) -> str:
+    """The backend of a loss on a device that is not there."""
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(
+            choice, f"{name}_failure", lambda device, name=name: None if name in usable else "it is not"
+        )
+    monkeypatch.setattr(choice, "_capability", lambda device: capability)
+    about = {"name": "loss_grad", "dtype": BF16, "divergence": "jsd"} | change
+    logits = torch.empty(rows, vocab, dtype=about["dtype"], device="meta")
+    return choice.of_gpu(about["name"], logits, [logits], about["divergence"])
+
+
+def test_cuda_tensors_get_cuda_or_triton_by_one_table(monkeypatch: pytest.MonkeyPatch):
+    for capability, rows, vocab, change, expected in (
+        (90, 4096, 32000, {}, "cuda"),
+        (90, 8, 151936, {}, "cuda"),
+        (80, 4096, 151936, {}, "cuda"),
+        (80, 8, 151936, {}, "triton"),  # split over the device
+        (80, 8, 32000, {}, "cuda"),
+        (90, 4096, 32000, {"dtype": F64}, "triton"),
+        (90, 4096, 32000, {"divergence": "a program's own"}, "triton"),
+        (90, 4096, 32000, {"divergence": None}, "cuda"),
+        (90, 4096, 32000, {"name": "tempered_softmax"}, "triton"),  # which has no CUDA kernel
+    ):
+        assert of_gpu(monkeypatch, capability, rows, vocab, "cuda", "triton", **change) == expected
+    assert of_gpu(monkeypatch, 90, 5, 100, "triton") == "triton"
+    assert of_gpu(monkeypatch, 90, 5, 100, "cuda") == "cuda"
+    assert of_gpu(monkeypatch, 90, 5, 100, "cuda", name="tempered_softmax") == "reference"
+    assert of_gpu(monkeypatch, 90, 5, 100) == "reference"
 
 
 def test_a_library_that_does_not_load_is_a_reason_and_not_a_crash(without_kernels):

@@ -17,6 +17,7 @@ import kdfast
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(kdfast.__file__).parent
 LIBRARY = PACKAGE / "libkdfast.so"
+CUDA_LIBRARY = PACKAGE / "libkdfast_cuda.so"  # where nvcc was found
 MODULE = PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"  # of this Python
 SMOKE = Path(__file__).with_name("smoke.py")
 KINDS = {"cpu": "1", "reference": "0"}  # the backend that a CPU gets: KDFAST_BUILD_EXT
@@ -66,9 +67,12 @@ def test_isa_objects_define_no_weak_symbols(isa):
 
 
 @built_here
-def test_library_needs_only_torchs_stable_abi():
+@pytest.mark.parametrize("library", (LIBRARY, CUDA_LIBRARY), ids=lambda path: path.stem)
+def test_library_needs_only_torchs_stable_abi(library):
+    if not library.exists():
+        pytest.skip("there is no nvcc here, or KDFAST_CUDA is 0")
     # glibc's and libstdc++'s names carry a version (name@VERSION); lower-case kinds may stay undefined.
-    foreign = [name for kind, name in symbols(LIBRARY, "-D", "--undefined-only") if kind == "U" and "@" not in name]
+    foreign = [name for kind, name in symbols(library, "-D", "--undefined-only") if kind == "U" and "@" not in name]
     assert foreign
     assert [name for name in foreign if not re.match(r"aoti_torch_|torch_", name)] == []
 
@@ -119,7 +123,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     sources = [source for pattern in ("*.py", "*.pyi", "py.typed") for source in PACKAGE.rglob(pattern)]
     expected = {str(source.relative_to(PACKAGE.parent)) for source in sources}
     if kind == "cpu":
-        expected |= {f"kdfast/{LIBRARY.name}", f"kdfast/{MODULE.name}"}
+        expected |= {f"kdfast/{path.name}" for path in (LIBRARY, CUDA_LIBRARY, MODULE) if path.exists()}
     with zipfile.ZipFile(path) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == expected
@@ -147,6 +151,20 @@ def test_without_a_compiler_the_install_is_pure_python_unless_the_compiled_one_i
     assert done.returncode == status
     assert "no C++ compiler" in done.stderr
     assert ("PURE PYTHON" in done.stderr) == (status == 0)
+
+
+@from_checkout
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("wanted", ("0", ""))
+def test_cuda_kernels_are_built_where_nvcc_is_found_unless_they_are_not_wanted(wanted, tmp_path):
+    spy = tmp_path / "setup.py"  # prints what the real one has CMake do
+    spy.write_text(
+        "import subprocess\nsubprocess.run = lambda command, **_: print(*command)\n"
+        f"exec(open('setup.py').read(), {{'__file__': {str(ROOT / 'setup.py')!r}, '__name__': '__main__'}})"
+    )
+    printed = run(sys.executable, spy, "build_ext", "--inplace", KDFAST_CUDA=wanted).stdout
+    assert f"-DKDFAST_CUDA={'OFF' if wanted else 'ON'}" in printed
+    wanted or CUDA_LIBRARY.exists() or pytest.fail("nvcc is here, and no library that it made")
 
 
 @from_checkout

@@ -198,7 +198,7 @@ class Call {
   std::string reduction_;
   RowsArgs args_{};
   Place place_;
-  std::vector<Tensor> held_;  // copies, conversions and what is made on the way
+  std::vector<Tensor> held_;        // copies, conversions and what is made on the way
   std::optional<Tensor> measured_;  // the metrics of every row
   float* counted_ = nullptr;
 

@@ -38,9 +38,11 @@ struct RowScale {
   float first;                  // the student's first logit, or 0: near the mean one
 };
 
-// At temperature 1: the offset, which each of those who use it rounds alike; how far it moves; and of a class the
-// exponent and exp. y, q: at T.
-__device__ inline float hard_offset(float offset, const RowScale& row) { return __fmul_rn(offset, row.hard_ratio); }
+// At temperature 1: the offset, which each of those who use it rounds alike; how far it moves; and of a class
+// the exponent and exp. y, q: at T.
+__device__ inline float hard_offset(float offset, const RowScale& row) {
+  return __fmul_rn(offset, row.hard_ratio);
+}
 template <bool G>
 __device__ inline float hard_shift(float from, float to, const RowScale& row) {
   if (G && row.power == 0) return __fsub_rn(hard_offset(from, row), hard_offset(to, row));
