@@ -1,5 +1,6 @@
 """Which backend a call gets: what is compiled, what is usable here, and why not the others."""
 
+import ctypes
 import platform
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -17,6 +18,7 @@ from kdfast.divergences import names
 class Case(NamedTuple):
     """What the choice between the CUDA and the Triton kernels looks at."""
 
+    operator: str
     divergence: str | None  # None: there is no soft term
     dtypes: frozenset[torch.dtype]  # of the student, or what is scaled, and of the teachers
     rows: int
@@ -28,18 +30,22 @@ class Rule(NamedTuple):
     backend: str
     holds: Callable[[Case], bool]
     reason: str
+    must: bool = False  # the other backend cannot
 
 
 _IN_CUDA = frozenset(names())  # those that kdfast comes with
+_NOT_IN_CUDA = ("tempered_softmax", "tempered_softmax_backward")
 
 # The first that holds. Until measured on a device it prefers by bytes, counted as the kernels run on an emulator.
 RULES = (
-    Rule("triton", lambda c: torch.float64 in c.dtypes, "float64: the CUDA kernels' arithmetic is fp32"),
+    Rule("triton", lambda c: torch.float64 in c.dtypes, "float64: the CUDA kernels' arithmetic is fp32", must=True),
     Rule(
         "triton",
         lambda c: c.divergence is not None and c.divergence not in _IN_CUDA,
         "a divergence that a program has added: the CUDA kernels know their own names alone",
+        must=True,
     ),
+    Rule("triton", lambda c: c.operator in _NOT_IN_CUDA, "tempered_softmax: it has no CUDA kernel", must=True),
     Rule(
         "triton",
         lambda c: c.capability < 90 and c.rows <= 64 and c.vocab > 32768,
@@ -53,28 +59,25 @@ RULES = (
         "Triton's kernels do so to 32768; beyond, both read it twice. Counted, not yet measured on a device",
     ),
 )
-NOT_IN_CUDA = ("tempered_softmax", "tempered_softmax_backward")  # Triton's alone
-
-
-def preferred(case: Case) -> str:
-    return next(rule.backend for rule in RULES if rule.holds(case))
 
 
 def of_gpu(name: str, first: Tensor, teachers: Sequence[Tensor], divergence: str | None) -> str:
     """The backend that an operator gets for tensors of a CUDA or ROCm device, `first` the one it is about."""
     device = first.device.type
-    usable = [name for name, failure in (("cuda", cuda_failure), ("triton", triton_failure)) if failure(device) is None]
-    if name in NOT_IN_CUDA and "cuda" in usable:
-        usable.remove("cuda")
-    if len(usable) < 2:
-        return usable[0] if usable else "reference"
+    has_cuda, has_triton = (failure(device) is None for failure in (cuda_failure, triton_failure))
+    if not has_cuda:
+        return "triton" if has_triton else "reference"
     dtypes = frozenset(t.dtype for t in (first, *teachers))
     rows = first.shape[:-1].numel()
-    return preferred(Case(divergence, dtypes, rows, first.shape[-1], _capability(first.device)))
+    case = Case(name, divergence, dtypes, rows, first.shape[-1], _capability(first.device))
+    rule = next(rule for rule in RULES if rule.holds(case))
+    if rule.backend == "triton" and not has_triton:
+        return "reference" if rule.must else "cuda"
+    return rule.backend
 
 
 @lru_cache
-def _capability(device: torch.device) -> int:
+def _capability(device: torch.device | int) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -122,18 +125,23 @@ def _load_cuda() -> str | None:
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return _library("libkdfast_cuda.so")
+    if (failure := _library("libkdfast_cuda.so")) is not None:
+        return failure
+    library = ctypes.CDLL(str(Path(__file__).with_name("libkdfast_cuda.so")))
+    built, driver = library.kdfast_cuda_version() // 1000, library.kdfast_driver_version() // 1000
+    if driver < built:
+        return f"it was built with CUDA {built}, and the driver knows no later one than CUDA {driver}"
+    least = min(map(_capability, range(torch.cuda.device_count())))
+    if least < _LEAST_CAPABILITY:
+        return f"there is a device of capability sm_{least}, sm_{_LEAST_CAPABILITY} is the least"
+    return None
 
 
 def cuda_failure(device: str) -> str | None:
     """Why the CUDA kernels cannot serve tensors of this type of device; None where they can."""
     if (failure := _load_cuda()) is not None:
         return failure
-    if device != "cuda":
-        return f"it takes CUDA tensors, not {device} ones"
-    if (found := _capability(torch.device("cuda", torch.cuda.current_device()))) < _LEAST_CAPABILITY:
-        return f"the device is of capability sm_{found}, sm_{_LEAST_CAPABILITY} is the least"
-    return None
+    return None if device == "cuda" else f"it takes CUDA tensors, not {device} ones"
 
 
 def triton_failure(device: str) -> str | None:

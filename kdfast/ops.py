@@ -178,9 +178,8 @@ def _triton(name: str) -> Callable[..., Any]:
 
 def _gpu(name: str) -> Callable[..., Any]:
     """What CUDA and ROCm tensors get."""
-    kernels = {"triton": _triton(name), "reference": _with_warning(name)}
-    if name not in choice.NOT_IN_CUDA:
-        kernels["cuda"] = getattr(torch.ops.kdfast_cuda, name)
+    cuda = getattr(torch.ops.kdfast_cuda, name).default
+    kernels = {"triton": _triton(name), "cuda": cuda, "reference": _with_warning(name)}
 
     def plain(first: Tensor, *args: Any) -> Any:
         return kernels[choice.of_gpu(name, first, (), None)](first, *args)

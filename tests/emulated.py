@@ -238,3 +238,14 @@ def kernels(capability: int = 90, run: bool = True) -> Iterator[list[Any]]:
         raise e.errors[0]
     found = [f"{report.launched}: {finding}" for report in e.reports for finding in report.findings]
     assert not found, "\n".join(found)
+
+
+@contextmanager
+def clusters_of(most: int) -> Iterator[None]:
+    """As if the device had no room for clusters of more blocks."""
+    value = ctypes.c_int.in_dll(emulator().library, "kdfast_most_blocks")
+    before, value.value = value.value, most
+    try:
+        yield
+    finally:
+        value.value = before

@@ -193,6 +193,8 @@ def test_cuda_tensors_get_cuda_or_triton_by_one_table(monkeypatch: pytest.Monkey
     assert of_gpu(monkeypatch, 90, 5, 100, "triton") == "triton"
     assert of_gpu(monkeypatch, 90, 5, 100, "cuda") == "cuda"
     assert of_gpu(monkeypatch, 90, 5, 100, "cuda", name="tempered_softmax") == "reference"
+    assert of_gpu(monkeypatch, 90, 5, 100, "cuda", dtype=F64) == "reference"
+    assert of_gpu(monkeypatch, 80, 8, 151936, "cuda") == "cuda", "a preference, and there is no other"
     assert of_gpu(monkeypatch, 90, 5, 100) == "reference"
 
 

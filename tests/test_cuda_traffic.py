@@ -172,6 +172,12 @@ def test_rows_are_divided_among_the_blocks_of_a_cluster_by_their_length() -> Non
     assert launched(80, 132, 50257)[1:] == (1, 0), "in sweeps"
 
 
+def test_where_clusters_find_no_room_they_are_smaller_and_rows_are_read_twice_at_last() -> None:
+    for most, expected in ((16, (16, 64 << 10)), (8, (8, 128 << 10)), (4, (1, 0))):
+        with emulated.clusters_of(most):
+            assert launched(90, 132, 262144)[1:] == expected
+
+
 def test_few_and_long_rows_have_more_blocks_where_there_are_clusters() -> None:
     assert [launched(90, rows, 32768)[1] for rows in (1, 8, 16, 33, 66, 67)] == [8, 8, 8, 4, 2, 2]
     assert launched(80, 1, 32768)[1] == 1

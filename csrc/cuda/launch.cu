@@ -15,8 +15,11 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "launch.h"
 
@@ -25,6 +28,7 @@ extern "C" {
 void (*kdfast_launch)(const char* name, int grid, int block, int cluster, int64_t shared,
                       const void* argument, int64_t bytes) = nullptr;
 int kdfast_capability = 90;
+int kdfast_most_blocks = 16;  // that clusters can have
 }
 #endif
 
@@ -35,7 +39,7 @@ constexpr int kWarpRows = 4, kMostThreads = 256, kFewPacks = 512;
 constexpr int kWarpClasses = 1024;
 constexpr int kMostBlocks = 16, kPortableBlocks = 8;  // of a cluster
 constexpr int64_t kBlockBytes = 64 << 10;
-constexpr int kStaticBytes = 2 << 10;  // what a kernel has of shared memory beside
+constexpr int kStaticBytes = 2 << 10;  // what a kernel has of shared memory beside, at most
 
 struct Device {
   int capability, multiprocessors;
@@ -55,8 +59,11 @@ Device device_of(int) {
 struct DeviceScope {
   explicit DeviceScope(int) {}
 };
+bool fits(const Kernel&, const Launch& l, const Device&, const Place&) {
+  return l.cluster <= kdfast_most_blocks;
+}
 template <class Args>
-void run(const Kernel& kernel, const Launch& l, const Args& args, const Place&) {
+void run(const Kernel& kernel, const Launch& l, const Args& args, const Device&, const Place&) {
   kdfast_launch(kernel.name, l.grid, l.block, l.cluster, l.shared, &args, sizeof args);
 }
 #else
@@ -95,27 +102,60 @@ class DeviceScope {
   int before_;
 };
 
-template <class Args>
-void run(const Kernel& kernel, const Launch& l, const Args& args, const Place& place) {
-  if (l.shared > 48 << 10)
-    check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)l.shared),
+constexpr int kDefaultShared = 48 << 10;  // what it may have of both without being asked for
+
+// What a kernel may have is set to the most there is, once and for all: another thread may be launching it.
+void allow(const Kernel& kernel, const Launch& l, const Device& device) {
+  if (l.shared + kStaticBytes > kDefaultShared)
+    check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               (int)device.shared - kStaticBytes),
           kernel.name);
   if (l.cluster > kPortableBlocks)
     check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
           kernel.name);
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = l.cluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+}
+
+struct Config {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(l.grid);
-  config.blockDim = dim3(l.block);
-  config.dynamicSmemBytes = l.shared;
-  config.stream = (cudaStream_t)place.stream;
-  config.attrs = &cluster;
-  config.numAttrs = l.cluster > 1;
+  cudaLaunchAttribute cluster{};
+  Config(const Launch& l, const Place& place) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = l.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3(l.grid);
+    config.blockDim = dim3(l.block);
+    config.dynamicSmemBytes = l.shared;
+    config.stream = (cudaStream_t)place.stream;
+    config.attrs = &cluster;
+    config.numAttrs = l.cluster > 1;
+  }
+  Config(const Config&) = delete;
+};
+
+// Whether the device can have such clusters at all: one of 16 wants as many free multiprocessors that are
+// neighbours, which small parts, and slices of large ones, lack.
+bool fits(const Kernel& kernel, const Launch& l, const Device& device, const Place& place) {
+  if (l.cluster <= 1) return true;
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, int, int, int64_t>, bool> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [entry, is_new] =
+      known.try_emplace({kernel.function, place.device, l.block, l.cluster, l.shared}, false);
+  if (!is_new) return entry->second;
+  allow(kernel, l, device);
+  Config config(l, place);
+  int clusters = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel.function, &config.config);
+  if (error != cudaSuccess) cudaGetLastError();  // it is answered, and must not be found by others
+  return entry->second = error == cudaSuccess && clusters > 0;
+}
+
+template <class Args>
+void run(const Kernel& kernel, const Launch& l, const Args& args, const Device& device, const Place& place) {
+  allow(kernel, l, device);
+  Config config(l, place);
   void* pointers[] = {(void*)&args};
-  check(cudaLaunchKernelExC(&config, kernel.function, pointers), kernel.name);
+  check(cudaLaunchKernelExC(&config.config, kernel.function, pointers), kernel.name);
 }
 #endif
 
@@ -168,16 +208,16 @@ int parts_of(int64_t packs, int blocks) {  // row_kernels.cuh's part_of
 }
 
 Launch by_warps(const RowsArgs& a, int packs) {
-  return {(a.rows + kWarpRows - 1) / kWarpRows, 32 * kWarpRows, 1, (int64_t)kWarpRows * packs * 32};
+  return {(int)(((int64_t)a.rows + kWarpRows - 1) / kWarpRows), 32 * kWarpRows, 1,
+          (int64_t)kWarpRows * packs * 32};
 }
 
-Launch by_blocks(const RowsArgs& a, int64_t packs, int kept_bytes, const Device& device) {
+Launch by_blocks(const RowsArgs& a, int64_t packs, int kept_bytes, int most_blocks, const Device& device) {
   int blocks = 1;
   const auto too_few = [&] {
     return 2 * (int64_t)a.rows * blocks <= device.multiprocessors && packs >= 2 * kFewPacks * blocks;
   };
-  while (blocks < device.most_blocks() && (packs * kept_bytes > kBlockBytes * blocks || too_few()))
-    blocks *= 2;
+  while (blocks < most_blocks && (packs * kept_bytes > kBlockBytes * blocks || too_few())) blocks *= 2;
   const int part = parts_of(packs, blocks);
   const int64_t most = 0x7fffffff / kMostBlocks;
   return {(int)std::min<int64_t>(a.rows, most) * blocks, part <= kFewPacks ? kMostThreads / 2 : kMostThreads,
@@ -194,6 +234,12 @@ Launch by_sweeps(const RowsArgs& a, const Device& device) {
 
 }  // namespace
 
+int cuda_version() { return CUDART_VERSION; }
+int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
 void launch_rows(RowsArgs a, const Place& place) {
   const DeviceScope scope(place.device);
   const Device device = device_of(place.device);
@@ -205,23 +251,29 @@ void launch_rows(RowsArgs a, const Place& place) {
   const int vec = plain ? 16 / (int)bytes_of(a.student.dtype) : 8;
   const int64_t packs = a.vocab / vec;
   if (plain && a.vocab <= kWarpClasses) {
-    return run(kernel_of(a, true, Shape::kWarp), by_warps(a, (int)packs), a, place);
+    return run(kernel_of(a, true, Shape::kWarp), by_warps(a, (int)packs), a, device, place);
   }
-  Launch launch = by_blocks(a, packs, plain ? 32 : 64, device);
-  a.keep = launch.shared + kStaticBytes <= device.shared;
-  if (!a.keep) launch = by_sweeps(a, device);
-  run(kernel_of(a, plain, a.keep ? Shape::kKept : Shape::kSwept), launch, a, place);
+  const Kernel kept = kernel_of(a, plain, Shape::kKept);
+  for (int most = device.most_blocks(); most >= 1; most /= 2) {
+    const Launch launch = by_blocks(a, packs, plain ? 32 : 64, most, device);
+    if (launch.shared + kStaticBytes > device.shared) break;
+    if (!fits(kept, launch, device, place)) continue;
+    a.keep = true;
+    return run(kept, launch, a, device, place);
+  }
+  run(kernel_of(a, plain, Shape::kSwept), by_sweeps(a, device), a, device, place);
 }
 
 void launch_reduction(Kernel kernel, const ReduceArgs& args, const Place& place) {
   const DeviceScope scope(place.device);
-  run(kernel, {1, args.rows <= 256 ? 32 : kMostThreads, 1, 0}, args, place);
+  run(kernel, {1, args.rows <= 256 ? 32 : kMostThreads, 1, 0}, args, device_of(place.device), place);
 }
 
 void launch_scale(const ScaleArgs& args, const Place& place) {
   const DeviceScope scope(place.device);
   const Device device = device_of(place.device);
-  run(scale_kernel(), {std::min(args.rows, 8 * device.multiprocessors), kMostThreads, 1, 0}, args, place);
+  run(scale_kernel(), {std::min(args.rows, 8 * device.multiprocessors), kMostThreads, 1, 0}, args, device,
+      place);
 }
 
 }  // namespace kdfast

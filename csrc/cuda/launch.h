@@ -28,6 +28,11 @@ Kernel reduce_kernel();   // ReduceArgs: the sum of a number per row, times scal
 Kernel average_kernel();  // ReduceArgs: kMetrics means over the rows that are kept
 Kernel scale_kernel();    // ScaleArgs: the gradient times the factor; nothing where that is 1
 
+// 1000 * major + 10 * minor: of the runtime, which is a part of this library, and the latest that the driver
+// knows.
+int cuda_version();
+int driver_version();
+
 struct Place {
   int device;
   void* stream;

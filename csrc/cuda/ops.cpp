@@ -17,6 +17,12 @@
 #define KDFAST_CUDA_KEY CUDA
 #endif
 
+// For kdfast/choice.py.
+extern "C" {
+__attribute__((visibility("default"))) int kdfast_cuda_version() { return kdfast::cuda_version(); }
+__attribute__((visibility("default"))) int kdfast_driver_version() { return kdfast::driver_version(); }
+}
+
 #ifdef KDFAST_EMULATED  // tests: who runs the kernels is told of all memory that they may touch
 extern "C" {
 void (*kdfast_seen)(const void* data, int64_t bytes) = nullptr;
@@ -90,11 +96,13 @@ class Call {
       : student_(readable(student)), copied_(student_.get() != student.get()), reduction_(reduction) {
     place_ = place_of(student);
     RowsArgs& a = args_;
+    if (rows_of(student_) > INT32_MAX || classes_of(student_) > INT32_MAX) {
+      fail<std::invalid_argument>("student_logits: more than 2^31 - 1 rows or classes");
+    }
     a.student = tensor(student_);
     a.width = (int)classes_of(student_);
     a.vocab = vocab_size < 0 ? a.width : (int)vocab_size;
     a.rows = (int)rows_of(student_);
-    if (rows_of(student_) > INT32_MAX) fail<std::invalid_argument>("student_logits: more than 2^31 - 1 rows");
     const bool taught = alpha != 0 || metrics;
     if (taught && teachers.size() > kMostTeachers) {
       fail<std::invalid_argument>("teacher: ", teachers.size(),

@@ -85,7 +85,7 @@ struct WarpTeam {
   }
   __device__ int64_t rows_at_once() const { return (int64_t)gridDim.x * (blockDim.x >> 5); }
   __device__ bool leading_warp() const { return true; }
-  __device__ void meet() const {}
+  __device__ void meet() const { __syncwarp(); }
   template <class N, class F>
   __device__ N numbers(N&, F read) const {
     return read();
@@ -93,6 +93,7 @@ struct WarpTeam {
 
   template <class A, int kCount, class R>
   __device__ A join(const A& x, Lines<kCount>&, const R& row) {
+    __syncwarp();  // the gradient may go where the logits are, of which all lanes have read the label's
     return x.joined(row);
   }
 };

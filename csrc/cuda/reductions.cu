@@ -22,7 +22,7 @@ struct Sums {
 };
 
 // The weight with which a row enters the mean: 0 for those that drop out.
-__device__ inline float weight_of(const ReduceArgs& a, int row) {
+__device__ inline float weight_of(const ReduceArgs& a, int64_t row) {
   const float w = a.weight ? a.weight[row] : 1;
   return a.labels && a.labels[row] == a.ignore_index ? 0 : w;
 }
@@ -30,7 +30,7 @@ __device__ inline float weight_of(const ReduceArgs& a, int row) {
 __global__ void __launch_bounds__(kMostThreads) count(const __grid_constant__ ReduceArgs a) {
   __shared__ Lines<1> lines;
   Sums<1> sum{};
-  for (int row = threadIdx.x; row < a.rows; row += blockDim.x) sum.value[0] += weight_of(a, row);
+  for (int64_t row = threadIdx.x; row < a.rows; row += blockDim.x) sum.value[0] += weight_of(a, row);
   sum = BlockTeam().join(sum, lines, 0);
   if (threadIdx.x == 0) *a.out = sum.value[0];
 }
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kMostThreads) count(const __grid_constant__ Re
 __global__ void __launch_bounds__(kMostThreads) reduce(const __grid_constant__ ReduceArgs a) {
   __shared__ Lines<1> lines;
   Sums<1> sum{};
-  for (int row = threadIdx.x; row < a.rows; row += blockDim.x) sum.value[0] += a.by_row[row];
+  for (int64_t row = threadIdx.x; row < a.rows; row += blockDim.x) sum.value[0] += a.by_row[row];
   sum = BlockTeam().join(sum, lines, 0);
   if (threadIdx.x == 0) {
     const float by = a.divisor ? *a.divisor == 0 ? 0 : a.scale / *a.divisor : a.scale;
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kMostThreads) reduce(const __grid_constant__ R
 __global__ void __launch_bounds__(kMostThreads) average(const __grid_constant__ ReduceArgs a) {
   __shared__ Lines<kMetrics + 1> lines;
   Sums<kMetrics + 1> sums{};
-  for (int row = threadIdx.x; row < a.rows; row += blockDim.x) {
+  for (int64_t row = threadIdx.x; row < a.rows; row += blockDim.x) {
     const float w = weight_of(a, row);
     if (w == 0) continue;  // its metrics are NaN
 #pragma unroll
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kMostThreads) scale(const __grid_constant__ Sc
   if (factor == 1) return;
   const DType dtype = a.grad.dtype;
   const int bytes = dtype == DType::kFloat ? 4 : 2;
-  for (int row = blockIdx.x; row < a.rows; row += gridDim.x) {
+  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     char* at = (char*)a.grad.data + a.grad.offset(row) * bytes;
     const int head = head_of(at, bytes, a.width), packs = (a.width - head) / 8, tail = head + 8 * packs;
     for (int i = threadIdx.x; i < packs; i += blockDim.x) {
