@@ -12,7 +12,7 @@ OPTIONS = {"label_smoothing": 0.1, "softcap": 20.0, "standardize": True, "return
 torch.set_default_device("cuda")
 usable = [name for name in ("cuda", "triton") if kdfast.backends()[name]["usable"]]
 kinds = ("cross_entropy", "symmetric_kl", "jsd", "logit_mse", "dkd")
-for backend, divergence, vocab, options in itertools.product(usable, kinds, (100, 4099, 70_001), ({}, OPTIONS)):
+for backend, divergence, vocab, options in itertools.product(usable, kinds, (100, 4099, 49_152, 70_001), ({}, OPTIONS)):
     for dtype, reduction in ((torch.bfloat16, "mean"), (torch.float32, "none")):
         student, teacher, labels = batch(3, vocab, dtype)
         settings = {"divergence": divergence, "temperature": 2, "reduction": reduction, "backend": backend, **options}

@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kWarpThreads, 4) warp_rows(const __grid_consta
 }
 
 template <class S, class D, bool kKeep>
-__global__ void __launch_bounds__(kMostThreads, 2) block_rows(const __grid_constant__ RowsArgs a) {
+__global__ void __launch_bounds__(kMostThreads, 3) block_rows(const __grid_constant__ RowsArgs a) {
   extern __shared__ uint4 kept_bytes[];
   __shared__ Shared shared;
   rows_of_team<BlockTeam, S, D, kKeep>(a, kept_bytes, shared);
