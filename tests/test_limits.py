@@ -334,6 +334,7 @@ SPOILERS = {
 }
 
 
+@thinned_to(lambda dtype, spoiler: dtype == F32 or spoiler == "both NaN")
 @pytest.mark.parametrize("spoiler", SPOILERS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_bad_row_spoils_itself_alone(backend: str, dtype: torch.dtype, spoiler: str, divergence: str) -> None:
