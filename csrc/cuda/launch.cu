@@ -3,11 +3,11 @@
 // Warps. Rows of up to 1024 classes by a warp each: 4 KB of a bf16 pair, joined by shuffles alone.
 //
 // Clusters. Longer rows are kept in shared memory, by enough blocks that none keeps more than 64 KB: then
-// three blocks fit into a multiprocessor, and one reads while another writes. For a bf16 pair that is a block
-// to V = 16384, 2 to 32768, 4 to 65536, 8 to 131072, and 16, the most there is, beyond: of V = 262144 each
-// keeps 64 KB, of an fp32 pair 128 KB. Where rows are few they are divided further, so that every
-// multiprocessor has a part of one. Devices before sm_90 have no clusters: a block keeps what its shared
-// memory holds, 163 KB on an A100 (V to 41 thousand of a bf16 pair), 99 KB on sm_86.
+// three blocks (two with a pass of their own) fit into a multiprocessor, and one reads while another writes.
+// For a bf16 pair that is a block to V = 16384, 2 to 32768, 4 to 65536, 8 to 131072, and 16, the most there
+// is, beyond: of V = 262144 each keeps 64 KB, of an fp32 pair 128 KB. Where rows are few they are divided
+// further, so that every multiprocessor has a part of one. Devices before sm_90 have no clusters: a block
+// keeps what its shared memory holds, 163 KB on an A100 (V to 41 thousand of a bf16 pair), 99 KB on sm_86.
 //
 // Sweeps. What is longer is read twice, three times by divergences with a pass of their own, and the second
 // sweep finds it in the L2 only if all rows in flight fit into it. So there are as many blocks as rows fit

@@ -16,7 +16,10 @@
 namespace kdfast {
 namespace {
 
-constexpr int kAhead = 4;          // pairs of packs in flight per thread, from global to shared memory
+constexpr int kAhead = 4;  // pairs of packs in flight per thread, from global to shared memory
+// Blocks of a multiprocessor, whose registers are shared out accordingly: with 80 each jsd spills on sm_80.
+template <class D>
+constexpr int kBlocksAtOnce = D::kPointwise ? 2 : 3;
 constexpr int kWarpThreads = 128;  // of blocks in which each warp has a row
 
 // A block's packs of a row: whole warps' of them, so that each reads whole sectors.
@@ -266,7 +269,8 @@ __global__ void __launch_bounds__(kWarpThreads, 4) warp_rows(const __grid_consta
 }
 
 template <class S, class D, bool kKeep>
-__global__ void __launch_bounds__(kMostThreads, 3) block_rows(const __grid_constant__ RowsArgs a) {
+__global__ void __launch_bounds__(kMostThreads, kBlocksAtOnce<D>)
+    block_rows(const __grid_constant__ RowsArgs a) {
   extern __shared__ uint4 kept_bytes[];
   __shared__ Shared shared;
   rows_of_team<BlockTeam, S, D, kKeep>(a, kept_bytes, shared);
