@@ -11,8 +11,9 @@ from cases import BACKENDS, THINNED, takes
 
 import kdfast
 
-# Of the tests of all backends, those about kernels; the others are about what is written once for all.
-ON_EMULATED_CUDA = {"test_" + name for name in (
+# Of the tests of all backends, those about kernels, which the cuda backend has too; the others are about what is
+# written once for all, and have float64 in their midst.
+OF_KERNELS = {"test_" + name for name in (
     "alpha", "autograd", "dropped_terms", "inplace", "layouts", "limits", "metrics", "numbers", "options", "settings",
 )}  # fmt: skip
 
@@ -41,7 +42,7 @@ def _thinned_out(item: pytest.Item) -> bool:
         return False
     if not all(takes(parameters["backend"], value) for value in parameters.values()):
         return True
-    if parameters["backend"] == "cuda" and not gpu.ON_DEVICE and item.module.__name__ not in ON_EMULATED_CUDA:
+    if parameters["backend"] == "cuda" and item.module.__name__ not in OF_KERNELS:
         return True
     if gpu.INTERPRETED and isinstance(vocab := parameters.get("vocab"), int) and vocab > 40_000:
         return True  # the interpreter takes a minute for such rows, and has had some that are split and read twice

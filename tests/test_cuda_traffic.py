@@ -152,32 +152,3 @@ def test_sweeps_find_what_is_right(divergence: str, options: dict[str, Any]) -> 
     """Rows that are kept nowhere, without clusters: by themselves and, of reduction "none", from their statistics."""
     with emulated.kernels(80):
         judge(*batch(3, 50257, F32), divergence=divergence, **SETTINGS | options)
-
-
-def launched(capability: int, rows: int, vocab: int, dtype: torch.dtype = BF16) -> tuple[int, int, int]:
-    """(threads, blocks of a cluster, bytes of shared memory) of the row kernel."""
-    with emulated.kernels(capability, run=False) as plans:
-        logits = torch.empty(rows, vocab, dtype=dtype)
-        kdfast.kd_loss(logits, logits, **SETTINGS)
-    (row,) = (plan.launched for plan in plans if "rows" in plan.launched[0])
-    return row[2:]
-
-
-def test_rows_are_divided_among_the_blocks_of_a_cluster_by_their_length() -> None:
-    for blocks in (1, 2, 4, 8, 16):
-        assert launched(90, 132, 16384 * blocks)[1:] == (blocks, 64 << 10)
-        assert launched(90, 132, 8192 * blocks, F32)[1:] == (blocks, 64 << 10)
-    assert launched(90, 132, 262144, F32)[1:] == (16, 128 << 10)
-    assert launched(80, 132, 32768)[1:] == (1, 128 << 10)
-    assert launched(80, 132, 50257)[1:] == (1, 0), "in sweeps"
-
-
-def test_where_clusters_find_no_room_they_are_smaller_and_rows_are_read_twice_at_last() -> None:
-    for most, expected in ((16, (16, 64 << 10)), (8, (8, 128 << 10)), (4, (1, 0))):
-        with emulated.clusters_of(most):
-            assert launched(90, 132, 262144)[1:] == expected
-
-
-def test_few_and_long_rows_have_more_blocks_where_there_are_clusters() -> None:
-    assert [launched(90, rows, 32768)[1] for rows in (1, 8, 16, 33, 66, 67)] == [8, 8, 8, 4, 2, 2]
-    assert launched(80, 1, 32768)[1] == 1
