@@ -33,7 +33,6 @@ struct RowsArgs {
   float scale;
   float label_smoothing, softcap, teacher_softcap;  // 0: none
   float dkd_target, dkd_others;                     // weights
-  int power;  // exps at temperature 1 are this power of those at T; 0: they are taken by themselves
   bool t_squared, standardize;
   bool keep;  // whether there is shared memory for a row; of the general kernel
 };

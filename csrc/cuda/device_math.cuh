@@ -31,14 +31,6 @@ __device__ inline float log_ratio(float a, float b, float difference) {
   return b < 1e-37f ? 0 : log == -kInf ? -87.f : log;  // a is 0 there, which it is multiplied with
 }
 
-// x^power for a power of 0 to 7, without a branch.
-__device__ inline float whole_power(float x, int power) {
-  const float x2 = x * x;
-  float y = power & 1 ? x : 1.f;
-  y *= power & 2 ? x2 : 1.f;
-  return y * (power & 4 ? x2 * x2 : 1.f);
-}
-
 // To within 2 ulp: a polynomial near 0 (Moshier's Cephes), where the other form cancels.
 __device__ inline float capped_tanh(float x) {
   const float z = x * x, far = 1 - 2 / (fast_exp2(fabsf(x) * (2 * kLog2E)) + 1);

@@ -1,5 +1,5 @@
 // The row kernel for whatever a call may ask for beside the plain case: tensors of several types that lie
-// anyhow, temperatures that are not whole, softcaps, standardized logits, label smoothing, ensembles,
+// anyhow, softcaps, standardized logits, label smoothing, ensembles,
 // probabilities as targets, DKD, metrics. A row by a block, or by the blocks of a cluster, each of which
 // keeps its part of the prepared logits in shared memory; or by one block that prepares them anew in each
 // sweep.
@@ -105,11 +105,13 @@ __global__ void __launch_bounds__(kMostThreads, 1) general_rows(const __grid_con
     if (a.standardize) {
       const Scaling student = shared.scalings[0];
       scale.mean = student.mean, scale.inverse = student.inverse, scale.spread = student.spread;
-      if (!Stats::kMSE) scale.slope *= scale.inverse;
+      if (!Stats::kMSE) {
+        scale.slope *= scale.inverse;
+        scale.hard_ratio /= scale.inverse;
+      }
     }
     if (Stats::kMSE) scale.shift = (first_s - scale.mean) * scale.inverse - first_t;
     scale.first = first_s == -kInf ? 0 : first_s;
-    if (scale.power == 0) scale.hard_ratio = kLog2E / scale.slope;
 
     Stats statistics = Stats::nothing();
     PointwiseSums sums{}, through{};

@@ -35,7 +35,9 @@ int kdfast_most_blocks = 16;  // that clusters can have
 namespace kdfast {
 namespace {
 
-constexpr int kWarpRows = 4, kMostThreads = 256, kFewPacks = 512;
+constexpr int kWarpRows = 4, kMostThreads = 256;
+constexpr int kFewPacks = 512;           // a row is not divided further for the sake of idle multiprocessors
+constexpr int64_t kFewBytes = 48 << 10;  // kept by half of the threads, for joining costs each of them alike
 constexpr int kWarpClasses = 1024;
 constexpr int kMostBlocks = 16, kPortableBlocks = 8;  // of a cluster
 constexpr int64_t kBlockBytes = 64 << 10;
@@ -183,8 +185,6 @@ bool is_plain(const RowsArgs& a) {
     return false;
   if (a.divergence == Divergence::kDKD || a.n_teachers > 1 || (a.n_teachers && a.target != Target::kLogits))
     return false;
-  const bool hard = (a.labels && a.hard_weight != 0) || a.z_loss != 0;
-  if (hard && a.power == 0) return false;
   if (a.n_teachers && !lie_alike(a.student, a.teachers[0])) return false;
   return !a.grad.data || lie_alike(a.student, a.grad);
 }
@@ -218,10 +218,10 @@ Launch by_blocks(const RowsArgs& a, int64_t packs, int kept_bytes, int most_bloc
     return 2 * (int64_t)a.rows * blocks <= device.multiprocessors && packs >= 2 * kFewPacks * blocks;
   };
   while (blocks < most_blocks && (packs * kept_bytes > kBlockBytes * blocks || too_few())) blocks *= 2;
-  const int part = parts_of(packs, blocks);
+  const int64_t part = parts_of(packs, blocks);
   const int64_t most = 0x7fffffff / kMostBlocks;
-  return {(int)std::min<int64_t>(a.rows, most) * blocks, part <= kFewPacks ? kMostThreads / 2 : kMostThreads,
-          blocks, (int64_t)part * kept_bytes};
+  return {(int)std::min<int64_t>(a.rows, most) * blocks,
+          part * kept_bytes <= kFewBytes ? kMostThreads / 2 : kMostThreads, blocks, part * kept_bytes};
 }
 
 Launch by_sweeps(const RowsArgs& a, const Device& device) {

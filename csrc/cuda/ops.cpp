@@ -76,12 +76,6 @@ Divergence divergence_of(const std::string& name) {
   fail<std::invalid_argument>("divergence: no CUDA kernel for '", name, "'");
 }
 
-// Exps at temperature 1 as a power of those at T.
-int power_of(float temperature) {
-  const bool whole = temperature == 1 || temperature == 2 || temperature == 3 || temperature == 4;
-  return whole ? (int)temperature : 0;
-}
-
 // One call: the kernels' arguments, and the tensors that hold what they point to.
 class Call {
  public:
@@ -279,7 +273,6 @@ class Call {
       a.teacher_temperatures = nullptr;
     }
     if (!a.labels || (a.hard_weight == 0 && !a.metrics)) a.label_smoothing = 0;
-    a.power = a.temperatures || (tempered && a.standardize) ? 0 : power_of(a.temperature);
     return a;
   }
   RowsArgs loss_args() const {

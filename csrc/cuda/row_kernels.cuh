@@ -74,13 +74,8 @@ __device__ inline RowOf row_of(const RowsArgs& a, int64_t index, const RowNumber
   r.bad = r.kept && a.labels && !inside;
   r.label = a.labels && r.kept && inside ? (int)x.label : -1;
   r.n = r.kept ? a.vocab : 0;
-  r.scale = {kLog2E / x.temperature,
-             kLog2E / x.teacher_temperature,
-             x.temperature,
-             a.beta,
-             a.power,
-             (float)a.power,
-             x.shift};
+  r.scale = {
+      kLog2E / x.temperature, kLog2E / x.teacher_temperature, x.temperature, a.beta, x.temperature, x.shift};
   r.scale.label = r.label;
   r.scale.inverse = 1;
   r.factor = r.bad ? nanf("") : x.factor;
@@ -250,11 +245,17 @@ __device__ inline void rows_of_team(const RowsArgs& a, uint4* kept, Shared& shar
 #pragma unroll
         for (int i = 0; i < kVec<S>; ++i)
           g.x[i] = gradient<D, false>(s[i], t[i], at + i, r.label, terms.c, scales, r.scale, 0);
+        if ((unsigned)(r.label - at) < (unsigned)kVec<S>) {  // one pack of the row has the label
+#pragma unroll
+          for (int i = 0; i < kVec<S>; ++i) g.x[i] -= at + i == r.label ? terms.c.label : 0;
+        }
         packs.store(at, g);
       });
-      if (packs.end >= 0)
-        packs.store_end(
-            gradient<D, false>(s_end[0], t_end[0], packs.end, r.label, terms.c, scales, r.scale, 0));
+      if (packs.end >= 0) {
+        const float g =
+            gradient<D, false>(s_end[0], t_end[0], packs.end, r.label, terms.c, scales, r.scale, 0);
+        packs.store_end(packs.end == r.label ? g - terms.c.label : g);
+      }
       zero_from(packs.grad, a.grad.dtype, r.n, a.width, team);
     }
     team.meet();  // before the next row's statistics are written to the same lines

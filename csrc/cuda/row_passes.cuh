@@ -190,19 +190,20 @@ __device__ inline Terms finish(const Statistics<D, G>& x, const PointwiseSums& s
   }
   if (a.alpha != 0) terms.loss = a.alpha * terms.soft;
 
-  float total = x[kHardSum], offset = hard_offset(scales.student_offset, row);
-  float y = hard_exponent<G>(label_s, __fmaf_rn(label_s, row.slope, -scales.student_offset),
-                             scales.student_offset, row);
-  float per_exp = 1 / total;
+  const auto hard_exponent = [&](float z) {
+    return __fmaf_rn(z, row.slope, -scales.student_offset) * row.hard_ratio;
+  };
+  float total = x[kHardSum], offset = scales.student_offset * row.hard_ratio, y = hard_exponent(label_s);
+  float per_exp = 1 / total, raised = 0;  // the offset, by DKD's label
   if constexpr (std::is_same_v<D, DKD>) {
     const Parted hard = parted(total, y);
-    total = hard.total, offset += hard.offset, y -= hard.offset;
-    per_exp = exp2f(-hard.offset) / total;
+    total = hard.total, raised = hard.offset, y -= raised;
+    per_exp = exp2f(-raised) / total;
   }
   const float log_total = log2f(total);
   if (a.labels) terms.hard = (log_total - y) * kLn2;
   if (G && a.labels && a.label_smoothing != 0) {
-    const float e = a.label_smoothing, of_first = __fmaf_rn(row.first, kLog2E, -offset);
+    const float e = a.label_smoothing, of_first = hard_exponent(row.first) - raised;
     terms.hard = ((1 - e) * (log_total - y) + e * (log_total - of_first)) * kLn2 - e * (x[kSmooth] / n);
     c.everywhere = factor * a.hard_weight * e / n;
   }
@@ -215,7 +216,7 @@ __device__ inline Terms finish(const Statistics<D, G>& x, const PointwiseSums& s
     c.everywhere = 0;
   }
   if (a.z_loss != 0) {
-    float lse = (log_total + offset) * kLn2;
+    float lse = (log_total + offset + raised) * kLn2;
     lse = lse == -kInf ? nanf("") : lse;  // every class is masked
     terms.loss += a.z_loss * lse * lse;
     c.hard += factor * 2 * a.z_loss * lse;
@@ -252,29 +253,24 @@ __device__ inline float soft_gradient(float s, float t, int at, const Coefficien
   return 0;
 }
 
-// dl/ds of one class, `at`.
+// dl/ds of one class, `at`; without G but for what the label has of its own.
 template <class D, bool G>
 __device__ inline float gradient(float s, float t, int at, int label, const Coefficients& c, const Scales& x,
                                  const RowScale& row, float softcap) {
   float g = soft_gradient<D, G>(s, t, at, c, x, row);
-  const float q = fast_exp2(__fmaf_rn(s, row.slope, -x.student_offset));
+  const float of_hard = hard_exp(__fmaf_rn(s, row.slope, -x.student_offset), row) * c.hard;
   if constexpr (G) {
     g *= row.inverse;
     if (c.spread != 0) g -= (s - row.mean) * row.inverse * c.spread;
-    const bool apart = Statistics<D, G>::kDKD && at == label;
-    g += (apart         ? c.label_hard
-          : c.hard == 0 ? 0
-                        : hard_exp<G>(s, q, x.student_offset, row) * c.hard) -
-         c.everywhere;
-  } else {
-    g += whole_power(q, row.power) * c.hard;
+    g += (Statistics<D, G>::kDKD && at == label ? c.label_hard : c.hard == 0 ? 0 : of_hard) - c.everywhere;
+    if (at == label) g -= c.label;
+    if (softcap != 0) {
+      const float u = s / softcap;
+      g *= s == -kInf ? 0 : (1 - u) * (1 + u);
+    }
+    return g;
   }
-  g = at == label ? g - c.label : g;
-  if (G && softcap != 0) {
-    const float u = s / softcap;
-    g *= s == -kInf ? 0 : (1 - u) * (1 + u);
-  }
-  return g;
+  return g + of_hard;
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 // In base 2, with slope = log2(e) / T and an offset o near the largest exponent (-inf where every class is
 // masked, and counted as 0 then):
 //
-//   y_i = slope * s_i - o       Q_i = 2^y_i       exps at temperature 1 are Q_i^T, for a whole T of 1 to 4
+//   y_i = slope * s_i - o       Q_i = 2^y_i       exps at temperature 1 are 2^(T * y_i)
 //
 // Each thread has an offset of its own, which grows as larger logits come by. To bring sums from an old to a
 // new one, d = old - new:  sum' = sum * 2^d,  part' = (part + D's part(sum P, ...)) * 2^d.
@@ -26,8 +26,7 @@ namespace {
 struct RowScale {
   float slope, teacher_slope;  // log2(e) / T
   float temperature, beta;
-  int power;         // exps at temperature 1 are this power of those at T; 0: they are taken by themselves
-  float hard_ratio;  // of the offset at temperature 1 to that at T
+  float hard_ratio;  // of exponents at temperature 1 to those at T: T, or what standardizing makes of it
   float shift;       // logit_mse: k, a difference near the mean one
 
   // G alone
@@ -38,26 +37,8 @@ struct RowScale {
   float first;                  // the student's first logit, or 0: near the mean one
 };
 
-// At temperature 1: the offset, which each of those who use it rounds alike; how far it moves; and of a class
-// the exponent and exp. y, q: at T.
-__device__ inline float hard_offset(float offset, const RowScale& row) {
-  return __fmul_rn(offset, row.hard_ratio);
-}
-template <bool G>
-__device__ inline float hard_shift(float from, float to, const RowScale& row) {
-  if (G && row.power == 0) return __fsub_rn(hard_offset(from, row), hard_offset(to, row));
-  return (from - to) * row.hard_ratio;
-}
-template <bool G>
-__device__ inline float hard_exponent(float s, float y, float offset, const RowScale& row) {
-  if (G && row.power == 0) return __fmaf_rn(s, kLog2E, -hard_offset(offset, row));
-  return y * (float)row.power;
-}
-template <bool G>
-__device__ inline float hard_exp(float s, float q, float offset, const RowScale& row) {
-  if (G && row.power == 0) return fast_exp2(__fmaf_rn(s, kLog2E, -hard_offset(offset, row)));
-  return whole_power(q, row.power);
-}
+// Of exps at temperature 1: exponents are those at T times hard_ratio, offsets too.
+__device__ inline float hard_exp(float y, const RowScale& row) { return fast_exp2(y * row.hard_ratio); }
 
 struct Exp {
   float exp, log;  // to base 2
@@ -124,8 +105,7 @@ struct Statistics {
       value[kTeacherOffset] = teacher;
     }
     value[kStudentSum] *= fast_exp2(ds);
-    if (value[kStudentOffset] != -kInf)
-      value[kHardSum] *= fast_exp2(hard_shift<G>(value[kStudentOffset], finite(student), row));
+    value[kHardSum] *= hard_exp(ds, row);
     value[kStudentOffset] = student;
   }
 
@@ -149,14 +129,14 @@ struct Statistics {
     high = fmaxf(value[kStudentOffset], high * row.slope);
     teacher_high = kSoft ? fmaxf(value[kTeacherOffset], teacher_high * row.teacher_slope) : 0;
     if (G && row.given) teacher_high = 0;
-    move(high, teacher_high, row);
+    if (high > value[kStudentOffset] || teacher_high > value[kTeacherOffset]) move(high, teacher_high, row);
     const float so = finite(high), to = finite(teacher_high);
     float q_sum = 0, p_sum = 0, hard = 0, over_teacher = 0, over_student = 0, d1 = 0, d2 = 0;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const float ys = __fmaf_rn(s[i], row.slope, -so), q = fast_exp2(ys);
       q_sum += q;
-      hard += hard_exp<G>(s[i], q, so, row);
+      hard += hard_exp(ys, row);
       if constexpr (kSoft) {
         const Exp p = teacher_exp<G>(t[i], to, row);
         p_sum += p.exp;
