@@ -1,8 +1,7 @@
 // The row kernel for whatever a call may ask for beside the plain case: tensors of several types that lie
-// anyhow, softcaps, standardized logits, label smoothing, ensembles,
-// probabilities as targets, DKD, metrics. A row by a block, or by the blocks of a cluster, each of which
-// keeps its part of the prepared logits in shared memory; or by one block that prepares them anew in each
-// sweep.
+// anyhow, softcaps, standardized logits, label smoothing, ensembles, probabilities as targets, DKD, metrics.
+// A row by a block, or by the blocks of a cluster, each of which keeps its part of the prepared logits in
+// shared memory; or by one block that prepares them anew in each sweep.
 //
 // The sweeps are one loop, so that what prepares the logits is compiled once.
 #pragma once
