@@ -103,7 +103,7 @@ cuda-check: ## the CUDA kernels built with a CUDA build of torch (5.5 GB) and lo
 	$(MAKE) VENV=.venv-cuda TORCH="$(CUDA_TORCH)" .cuda-check
 
 .cuda-check: $(BUILT)
-	$(PY) tests/cuda_check.py
+	PYTHONPATH=$(CURDIR) $(PY) tests/cuda_check.py
 
 # A second package in build/sanitize, with the tests beside it. libstdc++ is preloaded too: without it the sanitizer
 # finds no __cxa_throw in a Python that is not linked to it.
