@@ -112,7 +112,7 @@ def test_by_row_the_longest_are_read_once_in_forward_and_once_in_backward() -> N
 @capabilities
 @pytest.mark.parametrize("dtype", (BF16, F32), ids=name)
 def test_rows_are_accessed_in_16_byte_pieces(capability: int, dtype: torch.dtype) -> None:
-    for vocab, least in ((4096, 0.97), (32000, 0.99), (151936, 0.99), (50257, 0.95), (151665, 0.95)):
+    for vocab, least in ((4096, 0.99), (32000, 0.99), (151936, 0.99), (50257, 0.95), (151665, 0.95)):
         widths = [w for report in traffic(capability, vocab, dtype) for w in (report.load_widths, report.store_widths)]
         assert sum(w.get(16, 0) for w in widths) / sum(sum(w.values()) for w in widths) >= least, (vocab, widths)
 
