@@ -29,7 +29,7 @@ def ones(reduction: str, dtype: torch.dtype, rows: int) -> torch.Tensor | None:
     return torch.ones(rows, dtype=F64 if dtype == F64 else F32) if reduction == "none" else None
 
 
-@thinned_to(lambda dtype, reduction: dtype in (F32, F64) or reduction == "mean")  # rows drop out in the arithmetic
+@thinned_to(lambda dtype, reduction: dtype == F32 or reduction == "mean")  # rows drop out in the arithmetic
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
 def test_dropped_rows_may_hold_anything(backend: str, dtype: torch.dtype, reduction: str, value: float) -> None:
