@@ -41,6 +41,15 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
+// kernels: whose, for the message.
+inline Divergence divergence_of(const std::string& name, const char* kernels) {
+#define X(known, Type) \
+  if (name == #known) return Divergence::k##Type;
+  KDFAST_DIVERGENCES
+#undef X
+  fail<std::invalid_argument>("divergence: no ", kernels, " kernel for '", name, "'");
+}
+
 inline int64_t classes_of(const Tensor& t) { return t.sizes()[t.dim() - 1]; }
 inline int64_t rows_of(const Tensor& t) { return t.numel() / std::max<int64_t>(1, classes_of(t)); }
 

@@ -1,6 +1,6 @@
 """The CUDA backend on CPU tensors: its glue and launchers compiled for the host, its kernels' PTX on the emulator.
 
-`library()` compiles csrc/cuda once per state of the sources, into build/emulated; the operators of `kdfast_cuda` are
+`compiled()` compiles csrc/cuda once per state of the sources, into build/emulated; the operators of `kdfast_cuda` are
 then registered for the CPU, and what they launch comes to `_launch` below.
 """
 
@@ -94,19 +94,9 @@ def _compile_library() -> None:
         runtime = Path(str(shutil.which("nvcc"))).resolve().parents[1]
         static = next(iter(sorted(runtime.rglob("libcudart_static.a"))))
         objects = [BUILD / f"{name}.o" for name in UNITS]
-        options = (
-            "-std=c++17",
-            "-O1",
-            "-shared",
-            "-fPIC",
-            *definitions,
-            "-isystem",
-            package / "include",
-            "-o",
-            LIBRARY,
-        )
+        options = ("-std=c++17", "-O1", "-shared", "-fPIC", *definitions, "-isystem", package / "include")
         libraries = (static, package / "lib" / "libtorch_cpu.so", "-ldl", "-lrt", "-lpthread")
-        _run(["g++", *options, sources[0], *objects, *libraries])
+        _run(["g++", *options, "-o", LIBRARY, sources[0], *objects, *libraries])
     _made("library", *sources)
 
 

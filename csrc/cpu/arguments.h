@@ -10,14 +10,6 @@
 namespace kdfast {
 namespace {
 
-inline Divergence divergence_of(const std::string& name) {
-#define X(known, Type) \
-  if (name == #known) return Divergence::k##Type;
-  KDFAST_DIVERGENCES
-#undef X
-  fail<std::invalid_argument>("divergence: no CPU kernel for '", name, "'");
-}
-
 // One call: the kernels' arguments, and the tensors that hold what they point to.
 struct Loss {
   LossArgs args{};
@@ -55,7 +47,7 @@ struct Loss {
       a.teachers[k] = matrix(kept.back());
       a.teacher_weights[k] = teacher_weights[k];
     }
-    a.divergence = a.n_teachers ? divergence_of(divergence) : Divergence::kNone;
+    a.divergence = a.n_teachers ? divergence_of(divergence, "CPU") : Divergence::kNone;
     a.beta = beta;
     a.target = target == "logits" ? Target::kLogits : target == "probs" ? Target::kProbs : Target::kLogProbs;
     a.geometric = ensemble == "geometric";

@@ -228,12 +228,7 @@ Tensor tempered_softmax_backward(Tensor grad, Tensor output, std::optional<Tenso
 }  // namespace kdfast
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
-  m.impl("loss_grad", TORCH_BOX(&kdfast::loss_grad));
-  m.impl("loss_grad_", TORCH_BOX(&kdfast::loss_grad_));
-  m.impl("stats", TORCH_BOX(&kdfast::stats));
-  m.impl("grad", TORCH_BOX(&kdfast::grad));
-  m.impl("grad_", TORCH_BOX(&kdfast::grad_));
-  m.impl("scale_", TORCH_BOX(&kdfast::scale_));
+  KDFAST_REGISTER_LOSS(m);
   m.impl("tempered_softmax", TORCH_BOX(&kdfast::tempered_softmax));
   m.impl("tempered_softmax_backward", TORCH_BOX(&kdfast::tempered_softmax_backward));
 }

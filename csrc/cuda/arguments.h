@@ -6,6 +6,14 @@
 namespace kdfast {
 
 constexpr int kMostTeachers = 8;
+constexpr int kMostThreads = 256;  // of a block
+constexpr int kWarpThreads = 128;  // of one in which each warp has a row
+constexpr int kMostBlocks = 16;    // of a cluster
+
+// A block's packs of a row: whole warps' of them, so that each reads whole sectors.
+KDFAST_ALWAYS_INLINE int part_of(int packs, int blocks) {
+  return blocks == 1 ? packs : ((packs + blocks - 1) / blocks + 31) / 32 * 32;
+}
 
 struct RowsArgs {
   int rows, vocab;

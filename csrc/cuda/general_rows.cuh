@@ -79,8 +79,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) general_rows(const __grid_con
     RowScale& scale = r.scale;
     void* const grad = a.grad.data ? row_start(a.grad, index) : nullptr;
     const PreparedRow row{a, index, shared.scalings, scale.teacher_slope};
-    const Part<BlockTeam> part(team, row_start(a.student, index), a.student.dtype == DType::kFloat ? 4 : 2, 8,
-                               r.n);
+    const Part<BlockTeam> part(team, row_start(a.student, index), (int)bytes_of(a.student.dtype), 8, r.n);
     measure_tensors(team, row, r, part, shared.lines, shared.scalings);
     scale.given = row.given();
     scale.as_probabilities = row.as_probabilities();

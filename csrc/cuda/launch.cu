@@ -35,11 +35,11 @@ int kdfast_most_blocks = 16;  // that clusters can have
 namespace kdfast {
 namespace {
 
-constexpr int kWarpRows = 4, kMostThreads = 256;
+constexpr int kWarpRows = kWarpThreads / 32;
 constexpr int kFewPacks = 512;           // a row is not divided further for the sake of idle multiprocessors
 constexpr int64_t kFewBytes = 48 << 10;  // kept by half of the threads, for joining costs each of them alike
 constexpr int kWarpClasses = 1024;
-constexpr int kMostBlocks = 16, kPortableBlocks = 8;  // of a cluster
+constexpr int kPortableBlocks = 8;  // of a cluster
 constexpr int64_t kBlockBytes = 64 << 10;
 constexpr int kStaticBytes = 2 << 10;  // what a kernel has of shared memory beside, at most
 
@@ -203,22 +203,19 @@ Kernel kernel_of(const RowsArgs& a, bool plain, Shape shape) {
 
 // ---- how many ----
 
-int parts_of(int64_t packs, int blocks) {  // row_kernels.cuh's part_of
-  return (int)(blocks == 1 ? packs : ((packs + blocks - 1) / blocks + 31) / 32 * 32);
-}
-
 Launch by_warps(const RowsArgs& a, int packs) {
-  return {(int)(((int64_t)a.rows + kWarpRows - 1) / kWarpRows), 32 * kWarpRows, 1,
+  return {(int)(((int64_t)a.rows + kWarpRows - 1) / kWarpRows), kWarpThreads, 1,
           (int64_t)kWarpRows * packs * 32};
 }
 
-Launch by_blocks(const RowsArgs& a, int64_t packs, int kept_bytes, int most_blocks, const Device& device) {
+Launch by_blocks(const RowsArgs& a, int packs, int kept_bytes, int most_blocks, const Device& device) {
   int blocks = 1;
   const auto too_few = [&] {
     return 2 * (int64_t)a.rows * blocks <= device.multiprocessors && packs >= 2 * kFewPacks * blocks;
   };
-  while (blocks < most_blocks && (packs * kept_bytes > kBlockBytes * blocks || too_few())) blocks *= 2;
-  const int64_t part = parts_of(packs, blocks);
+  while (blocks < most_blocks && ((int64_t)packs * kept_bytes > kBlockBytes * blocks || too_few()))
+    blocks *= 2;
+  const int64_t part = part_of(packs, blocks);
   const int64_t most = 0x7fffffff / kMostBlocks;
   return {(int)std::min<int64_t>(a.rows, most) * blocks,
           part * kept_bytes <= kFewBytes ? kMostThreads / 2 : kMostThreads, blocks, part * kept_bytes};
@@ -249,9 +246,9 @@ void launch_rows(RowsArgs a, const Place& place) {
   }
   const bool plain = is_plain(a);
   const int vec = plain ? 16 / (int)bytes_of(a.student.dtype) : 8;
-  const int64_t packs = a.vocab / vec;
+  const int packs = a.vocab / vec;
   if (plain && a.vocab <= kWarpClasses) {
-    return run(kernel_of(a, true, Shape::kWarp), by_warps(a, (int)packs), a, device, place);
+    return run(kernel_of(a, true, Shape::kWarp), by_warps(a, packs), a, device, place);
   }
   const Kernel kept = kernel_of(a, plain, Shape::kKept);
   for (int most = device.most_blocks(); most >= 1; most /= 2) {

@@ -10,11 +10,8 @@ struct Kernel {
   const void* function;  // null: there is none
   const char* name;
 };
-enum class Shape {
-  kWarp,
-  kKept,
-  kSwept
-};  // a row by a warp; by blocks that keep it on chip; by one in sweeps
+// A row by a warp; by blocks that keep it on chip; by one in sweeps.
+enum class Shape { kWarp, kKept, kSwept };
 
 // Of rows.cu, compiled for each type of logits.
 Kernel row_kernel_bf16(Divergence, Shape);

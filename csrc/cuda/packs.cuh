@@ -109,7 +109,7 @@ template <class S>
 constexpr bool kGeneral = std::is_same_v<S, General>;
 
 __device__ inline char* row_start(const Matrix& m, int64_t index) {
-  return (char*)m.data + m.offset(index) * (m.dtype == DType::kFloat ? 4 : 2);
+  return (char*)m.data + m.offset(index) * bytes_of(m.dtype);
 }
 
 __device__ inline float element(const void* row, DType dtype, int i) {
@@ -129,7 +129,7 @@ __device__ inline void set_element(void* row, DType dtype, int i, float x) {
 
 // Eight classes from class `first` on, in 16-byte pieces where they lie so.
 __device__ inline void load_eight(float (&x)[8], const void* row, DType dtype, int first) {
-  const char* at = (const char*)row + (int64_t)first * (dtype == DType::kFloat ? 4 : 2);
+  const char* at = (const char*)row + first * bytes_of(dtype);
   if ((uintptr_t)at & 15) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] = element(at, dtype, i);
@@ -147,7 +147,7 @@ __device__ inline void load_eight(float (&x)[8], const void* row, DType dtype, i
   }
 }
 __device__ inline void store_eight(const float (&x)[8], void* row, DType dtype, int first) {
-  char* at = (char*)row + (int64_t)first * (dtype == DType::kFloat ? 4 : 2);
+  char* at = (char*)row + first * bytes_of(dtype);
   if ((uintptr_t)at & 15) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) set_element(at, dtype, i, x[i]);

@@ -8,11 +8,12 @@
 
 #include <cstdint>
 
+#include "arguments.h"
+
 namespace kdfast {
 namespace {
 
-constexpr int kMostWarps = 8, kMostBlocks = 16;  // of a block, of a cluster
-constexpr int kMostThreads = 32 * kMostWarps;
+constexpr int kMostWarps = kMostThreads / 32;
 
 __device__ inline float warp_sum(float x) {
 #pragma unroll

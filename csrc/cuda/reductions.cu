@@ -68,9 +68,9 @@ __global__ void __launch_bounds__(kMostThreads) scale(const __grid_constant__ Sc
   const float factor = *a.factor;
   if (factor == 1) return;
   const DType dtype = a.grad.dtype;
-  const int bytes = dtype == DType::kFloat ? 4 : 2;
+  const int bytes = (int)bytes_of(dtype);
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
-    char* at = (char*)a.grad.data + a.grad.offset(row) * bytes;
+    char* at = row_start(a.grad, row);
     const int head = head_of(at, bytes, a.width), packs = (a.width - head) / 8, tail = head + 8 * packs;
     for (int i = threadIdx.x; i < packs; i += blockDim.x) {
       float x[8];

@@ -20,12 +20,6 @@ constexpr int kAhead = 4;  // pairs of packs in flight per thread, from global t
 // Blocks of a multiprocessor, whose registers are shared out accordingly: with 80 each jsd spills on sm_80.
 template <class D>
 constexpr int kBlocksAtOnce = D::kPointwise ? 2 : 3;
-constexpr int kWarpThreads = 128;  // of blocks in which each warp has a row
-
-// A block's packs of a row: whole warps' of them, so that each reads whole sectors.
-__host__ __device__ inline int part_of(int packs, int blocks) {
-  return blocks == 1 ? packs : ((packs + blocks - 1) / blocks + 31) / 32 * 32;
-}
 
 // A row's own numbers.
 struct RowOf {
@@ -102,7 +96,7 @@ __device__ inline void write_row(const RowsArgs& a, const RowOf& r, const Statis
 template <class Team>
 __device__ inline void zero_from(void* row, DType dtype, int n, int width, const Team& team) {
   const int thread = team.rank() * team.threads() + team.thread(), threads = team.blocks() * team.threads();
-  const int bytes = dtype == DType::kFloat ? 4 : 2, per_pack = 16 / bytes;
+  const int bytes = (int)bytes_of(dtype), per_pack = 16 / bytes;
   char* start = (char*)row + (int64_t)n * bytes;
   const int head = head_of(start, bytes, width - n), packs = (width - n - head) / per_pack;
   for (int i = thread; i < head; i += threads) set_element(start, dtype, i, 0);

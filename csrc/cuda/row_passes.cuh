@@ -33,12 +33,11 @@ __device__ inline Scales scales_of(const Statistics<D, G>& x, const RowScale& ro
 
 template <bool G>
 struct Pair {  // of one class
-  float q, p, student_exp, log_q, log_p;
+  float q, p, log_q, log_p;
   __device__ Pair(float s, float t, const Scales& x, const RowScale& row) {
     const float y = __fmaf_rn(s, row.slope, -x.student_offset);
-    student_exp = fast_exp2(y);
     const Exp teacher = teacher_exp<G>(t, x.teacher_offset, row);
-    q = student_exp * x.to_q;
+    q = fast_exp2(y) * x.to_q;
     p = teacher.exp * x.to_p;
     log_q = y + x.log_to_q;
     log_p = teacher.log + x.log_to_p;
@@ -101,10 +100,9 @@ __device__ inline Parted parted(float total, float y) {
 
 // Decoupled KD: the label's class against the rest, and the classes of the rest among themselves.
 //
-//   D = w_0 [ p_y log(p_y / q_y) + m log(m / (1 - q_y)) ] + w_1 sum_i p^_i log(p^_i / q^_i),  m = sum p_i, i
-//   != y
+//   D = w_0 [ p_y log(p_y / q_y) + m log(m / (1 - q_y)) ] + w_1 sum_i p^_i log(p^_i / q^_i)
 //
-// Its gradient, times T, with p^ and q^ the distributions over i != y:
+// with m = sum p_i, and p^ and q^ the distributions, over i != y. Its gradient, times T:
 //
 //   i != y:  q^_i (w_0 (p_y - q_y (p_y + m)) + w_1) - w_1 p^_i          i = y:  w_0 (q_y (p_y + m) - p_y)
 template <bool G>

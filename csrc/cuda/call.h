@@ -1,0 +1,275 @@
+// One call's arguments as the kernels take them, its launches, and its results as torch does.
+#pragma once
+
+#include <dlfcn.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <string>
+#include <vector>
+
+#include "../tensors.h"
+#include "launch.h"
+
+#ifdef KDFAST_EMULATED  // tests: who runs the kernels is told of all memory that they may touch
+extern "C" {
+void (*kdfast_seen)(const void* data, int64_t bytes) = nullptr;
+}
+#endif
+
+namespace kdfast {
+namespace {
+
+inline const Tensor& seen(const Tensor& t) {
+#ifdef KDFAST_EMULATED
+  int64_t offset = 0, bytes = 0;
+  aoti_torch_get_storage_offset(t.get(), &offset);
+  aoti_torch_get_storage_size(t.get(), &bytes);
+  const int64_t element = t.scalar_type() == ScalarType::Long ? 8 : bytes_of(dtype_of(t));
+  if (bytes) kdfast_seen((const char*)t.data_ptr() - offset * element, bytes);
+#endif
+  return t;
+}
+inline float* floats(const Tensor& t) { return (float*)seen(t).mutable_data_ptr(); }
+
+// The current stream, which torch's CUDA library knows; it is loaded wherever there are CUDA tensors.
+inline void* current_stream(int device) {
+#ifdef KDFAST_EMULATED
+  (void)device;
+  kdfast_seen(nullptr, 0);  // a new call
+  return nullptr;
+#else
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const Get get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? (Get)dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+  }();
+  if (!get)
+    fail<std::runtime_error>("kdfast: libtorch_cuda.so, which knows the current stream, is not loaded");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return stream;
+#endif
+}
+inline Place place_of(const Tensor& t) {
+  const int device = std::max(0, (int)t.get_device_index());
+  return {device, current_stream(device)};
+}
+
+// One call: the kernels' arguments, and the tensors that hold what they point to.
+class Call {
+ public:
+  Call(const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& labels,
+       const std::optional<Tensor>& weight, const std::optional<Tensor>& normalizer,
+       const std::optional<Tensor>& temperatures, const std::optional<Tensor>& teacher_temperatures,
+       double temperature, double teacher_temperature, double alpha, double hard_weight, bool t_squared,
+       const std::string& divergence, double beta, const std::string& target, const std::string& ensemble,
+       const std::vector<double>& teacher_weights, int64_t vocab_size, int64_t ignore_index,
+       const std::string& reduction, double divisor, double label_smoothing, double z_loss, double softcap,
+       double teacher_softcap, bool standardize, const std::vector<double>& dkd_weights, bool metrics)
+      : student_(readable(student)), copied_(student_.get() != student.get()), reduction_(reduction) {
+    place_ = place_of(student);
+    RowsArgs& a = args_;
+    if (rows_of(student_) > INT32_MAX || classes_of(student_) > INT32_MAX) {
+      fail<std::invalid_argument>("student_logits: more than 2^31 - 1 rows or classes");
+    }
+    a.student = tensor(student_);
+    a.width = (int)classes_of(student_);
+    a.vocab = vocab_size < 0 ? a.width : (int)vocab_size;
+    a.rows = (int)rows_of(student_);
+    const bool taught = alpha != 0 || metrics;
+    if (taught && teachers.size() > kMostTeachers) {
+      fail<std::invalid_argument>("teacher: ", teachers.size(),
+                                  " teachers, but the CUDA kernels take at most ", kMostTeachers);
+    }
+    a.n_teachers = taught ? (int)teachers.size() : 0;
+    for (int k = 0; k < a.n_teachers; ++k) {
+      held_.push_back(readable(teachers[k]));
+      a.teachers[k] = tensor(held_.back());
+      a.teacher_weights[k] = (float)teacher_weights[k];
+    }
+    a.divergence = a.n_teachers ? divergence_of(divergence, "CUDA") : Divergence::kNone;
+    a.target = target == "logits" ? Target::kLogits : target == "probs" ? Target::kProbs : Target::kLogProbs;
+    a.geometric = ensemble == "geometric";
+    if (labels) {
+      held_.push_back(torch::stable::contiguous(*labels));
+      a.labels = (const int64_t*)seen(held_.back()).const_data_ptr();
+    }
+    a.weight = by_row(weight);
+    a.temperatures = by_row(temperatures);
+    a.teacher_temperatures = by_row(teacher_temperatures);
+    a.ignore_index = ignore_index;
+    a.temperature = (float)temperature;
+    a.teacher_temperature = (float)teacher_temperature;
+    a.alpha = (float)alpha;
+    a.hard_weight = labels ? (float)hard_weight : 0;
+    a.z_loss = (float)z_loss;
+    a.beta = (float)beta;
+    a.label_smoothing = (float)label_smoothing;
+    a.softcap = (float)softcap;
+    a.teacher_softcap = (float)teacher_softcap;
+    a.dkd_target = (float)dkd_weights[0];
+    a.dkd_others = (float)dkd_weights[1];
+    a.t_squared = t_squared;
+    a.standardize = standardize;
+    a.scale = 1;
+    if (metrics) {
+      held_.push_back(new_floats({kMetrics, a.rows}));
+      measured_ = held_.back();
+    }
+    set_divisor(normalizer, divisor);
+  }
+
+  // ---- where the gradient goes ----
+
+  Tensor new_grad() {
+    Tensor grad = torch::stable::new_empty(student_, student_.sizes());
+    args_.grad = tensor(grad);
+    return grad;
+  }
+  void grad_in_place() { args_.grad = args_.student; }
+  void copy_back(Tensor& to) {
+    if (copied_) torch::stable::copy_(to, student_);
+  }
+
+  // ---- the launches ----
+
+  // Losses and, where it has a place, the gradient; metrics; statistics.
+  Tensor run(float* new_stats = nullptr) {
+    held_.push_back(new_floats({args_.rows}));
+    const Tensor losses = held_.back();
+    count();
+    measure();
+    RowsArgs a = loss_args();
+    a.losses = floats(losses);
+    a.new_stats = new_stats;
+    if (a.rows) launch_rows(a, place_);
+    return reduced(losses);
+  }
+
+  void backward(const Tensor& stats, const Tensor& grad_loss) {
+    held_.push_back(torch::stable::contiguous(grad_loss));
+    args_.row_scale = floats(held_.back());
+    args_.row_scale_step = reduction_ == "none";
+    args_.stats = floats(stats);
+    count();
+    if (args_.rows) launch_rows(loss_args(), place_);
+  }
+
+  // What return_metrics reports: of every row, or the means over those kept, with their weights.
+  Tensor metrics() const {
+    if (!measured_) return new_floats({0});
+    std::vector<int64_t> shape{kMetrics};
+    if (reduction_ == "none") {
+      const auto sizes = student_.sizes();
+      shape.insert(shape.end(), sizes.begin(), sizes.end() - 1);
+      return torch::stable::reshape(*measured_, shape);
+    }
+    Tensor out = new_floats(shape);
+    launch_reduction(average_kernel(), reduction(floats(*measured_), floats(out)), place_);
+    return out;
+  }
+
+  Tensor new_stats() const { return new_floats({args_.rows, kStats}); }
+
+ private:
+  Tensor student_;
+  bool copied_;
+  std::string reduction_;
+  RowsArgs args_{};
+  Place place_;
+  std::vector<Tensor> held_;        // copies, conversions and what is made on the way
+  std::optional<Tensor> measured_;  // the metrics of every row
+  float* counted_ = nullptr;
+
+  static Matrix tensor(const Tensor& t) {
+    if (dtype_of(t) == DType::kDouble) {
+      fail<std::invalid_argument>(
+          "kdfast: float64 logits, but the CUDA kernels take float32, bfloat16 and float16");
+    }
+    return matrix(seen(t));
+  }
+  Tensor new_floats(const std::vector<int64_t>& shape) const {
+    return torch::stable::new_empty(student_, shape, ScalarType::Float);
+  }
+  const float* by_row(const std::optional<Tensor>& values) {
+    if (!values) return nullptr;
+    held_.push_back(torch::stable::contiguous(torch::stable::to(*values, ScalarType::Float)));
+    return floats(held_.back());
+  }
+
+  void set_divisor(const std::optional<Tensor>& normalizer, double given) {
+    RowsArgs& a = args_;
+    if (reduction_ == "batchmean") {
+      const int64_t size = student_.dim() > 1 ? student_.sizes()[0] : 1;
+      a.scale = size ? 1.f / (float)size : 0;
+    }
+    if (reduction_ != "mean") return;
+    if (normalizer) {
+      a.divisor = by_row(normalizer);
+    } else if (given != 0) {
+      a.scale = (float)(1 / given);
+    } else if (!a.labels && !a.weight) {
+      a.scale = a.rows ? 1.f / (float)a.rows : 0;
+    } else {
+      held_.push_back(new_floats({}));
+      a.divisor = counted_ = floats(held_.back());
+    }
+  }
+
+  ReduceArgs reduction(const float* by_row, float* out) const {
+    return {args_.rows, args_.labels,  args_.weight, args_.ignore_index,
+            by_row,     args_.divisor, args_.scale,  out};
+  }
+  // The mean's denominator, where it depends on tensors.
+  void count() const {
+    if (counted_) launch_reduction(count_kernel(), reduction(nullptr, counted_), place_);
+  }
+  Tensor reduced(const Tensor& losses) const {
+    if (reduction_ == "none") {
+      const auto sizes = student_.sizes();
+      return torch::stable::reshape(losses, std::vector<int64_t>(sizes.begin(), sizes.end() - 1));
+    }
+    Tensor out = new_floats({});
+    launch_reduction(reduce_kernel(), reduction(floats(losses), floats(out)), place_);
+    return out;
+  }
+
+  // The arguments of rows with a divergence: what it does not look at is not there.
+  static RowsArgs with(RowsArgs a, Divergence divergence) {
+    a.divergence = divergence;
+    if (divergence == Divergence::kNone) a.n_teachers = 0;
+    const bool tempered =
+        (divergence != Divergence::kNone || a.metrics) && divergence != Divergence::kLogitMSE;
+    if (!tempered) {
+      a.temperature = 1;
+      a.temperatures = nullptr;
+      if (divergence == Divergence::kNone) a.standardize = false;
+    }
+    if (a.n_teachers == 0) {
+      a.teacher_softcap = 0;
+      a.teacher_temperatures = nullptr;
+    }
+    if (!a.labels || (a.hard_weight == 0 && !a.metrics)) a.label_smoothing = 0;
+    return a;
+  }
+  RowsArgs loss_args() const {
+    RowsArgs a = args_;
+    if (measured_ && a.alpha != 0) a.metrics = floats(*measured_);
+    return with(a, a.alpha == 0 ? Divergence::kNone : a.divergence);
+  }
+  // Metrics of what is none of the loss's: without a soft term, whose row must not be spoiled by what spoils
+  // them; and of logit_mse's softmaxes.
+  void measure() const {
+    RowsArgs a = args_;
+    if (!measured_ || !a.rows) return;
+    a.metrics = floats(*measured_);
+    a.grad.data = nullptr;
+    a.losses = nullptr;
+    const bool difference = a.divergence == Divergence::kLogitMSE;
+    if (difference) launch_rows(with(a, Divergence::kCrossEntropy), place_);
+    if (a.alpha == 0) launch_rows(with(a, a.divergence), place_);
+  }
+};
+
+}  // namespace
+}  // namespace kdfast
