@@ -15,7 +15,7 @@ SUBSET = (
     "test_numbers.py::test_every_length_and_dtype[triton-4097-float32-float32]",
     "test_numbers.py::test_every_length_and_dtype[triton-2049-float64-float64]",
     "test_settings.py::test_every_divergence_of_every_teacher[triton-100-reverse_kl-logits-arithmetic-bfloat16]",
-    "test_settings.py::test_every_divergence_of_every_teacher[triton-40000-forward_kl-log_probs-geometric-float32]",
+    "test_settings.py::test_every_divergence_of_every_teacher[triton-40000-reverse_kl-log_probs-geometric-float32]",
     "test_dropped_terms.py::test_dropped_rows_may_hold_anything[triton-nan-mean-bfloat16]",
 )
 
@@ -27,4 +27,5 @@ def test_a_part_of_the_suite_passes_in_tritons_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(HERE / test) for test in SUBSET)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1].startswith(f"{len(SUBSET)} passed"), done.stdout[-500:]
+    outcome = done.stdout.splitlines()[-1]
+    assert outcome.startswith(f"{len(SUBSET)} passed"), f"thinned out, so name another of its grid: {outcome}"
