@@ -21,7 +21,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +29,10 @@ from torch import Tensor
 import kdfast
 from benchmarks import candidates
 from benchmarks.cases import Workload
+from benchmarks.gpu_cases import Case
 from benchmarks.gpu_report import Row
 from benchmarks.timing import Candidate, flush_caches
 from benchmarks.worker import TOLERANCE
-
-if TYPE_CHECKING:  # it is __main__
-    from benchmarks.gpu import Case
 
 KDFAST = {  # backends by name: what another one takes must not pass for it
     "kdfast cuda": "cuda",

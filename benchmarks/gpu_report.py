@@ -9,7 +9,6 @@ import statistics
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -19,10 +18,8 @@ import torch
 from matplotlib import pyplot, ticker
 
 import kdfast
+from benchmarks.gpu_cases import Case
 from benchmarks.report import slug
-
-if TYPE_CHECKING:  # it is __main__
-    from benchmarks.gpu import Case
 
 TABLE = ["case", "candidate", "median ms", "p20..p80", "GB/s", "x roofline", "x eager", "peak MB", "note"]
 _NUMBERS = ["repeats", "median_ms", "p20_ms", "p80_ms", "gb_per_s", "roofline_ratio", "eager_speedup", "peak_mb"]

@@ -1,5 +1,5 @@
 // The arguments that the operators of a loss take beside the student's logits and what comes between: a flat
-// list, in the order of kdfast/arguments.py. KDFAST_PASS hands on all but `metrics`.
+// list, in the order of kdfast/arguments.py. KDFAST_PASS hands them on.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -22,7 +22,7 @@
   teachers, labels, weight, normalizer, temperatures, teacher_temperatures, temperature,               \
       teacher_temperature, alpha, hard_weight, t_squared, divergence, beta, target, ensemble,          \
       teacher_weights, vocab_size, ignore_index, reduction, divisor, label_smoothing, z_loss, softcap, \
-      teacher_softcap, standardize, dkd_weights
+      teacher_softcap, standardize, dkd_weights, metrics
 
 // The functions of these names in kdfast as the operators.
 #define KDFAST_REGISTER_LOSS(m)                         \

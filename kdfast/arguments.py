@@ -1,6 +1,6 @@
 """What the operators of a loss take beside the student's logits; their schemas are made from these."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,33 @@ class Settings(NamedTuple):
     @property
     def reads_teacher(self) -> bool:
         return self.alpha != 0 or self.metrics
+
+
+def relevant(inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:
+    """Without what neither the loss nor the metrics look at, so that no backend has to ask what has a weight."""
+    if not settings.reads_teacher:
+        inputs = inputs._replace(teachers=[], temperatures=None, teacher_temperatures=None)
+        settings = settings._replace(
+            temperature=1.0, teacher_temperature=1.0, teacher_weights=[], teacher_softcap=0.0, standardize=False
+        )
+    if settings.label_smoothing and not (settings.hard_weight or settings.metrics):
+        settings = settings._replace(label_smoothing=0.0)
+    return inputs, settings
+
+
+def measured_apart(
+    ops: Any, student: Tensor, inputs: Inputs, settings: Settings
+) -> tuple[Inputs, Settings, Tensor | None]:
+    """Metrics of what has no weight in the loss are made by themselves: what spoils them must not spoil the loss.
+
+    Returns what is left to do, and these metrics; None where the loss's own pass makes them.
+    """
+    of_soft = inputs.teachers or settings.standardize or inputs.temperatures is not None or settings.temperature != 1
+    apart = (settings.alpha == 0 and of_soft) or (settings.hard_weight == 0 and settings.label_smoothing != 0)
+    if not (settings.metrics and apart):
+        return inputs, settings, None
+    metrics = ops.stats(student.detach(), *inputs, *settings)[2]
+    return *relevant(inputs, settings._replace(metrics=False)), metrics
 
 
 class KDMetrics(NamedTuple):

@@ -7,17 +7,20 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from kdfast import reference
-from kdfast.arguments import Heads, Inputs, Settings
+from kdfast.arguments import Heads, Inputs, Settings, measured_apart, relevant
 
 
 def row_loss(student: Tensor, inputs: Inputs, settings: Settings, ops: Any, inplace: bool) -> tuple[Tensor, Tensor]:
     """The loss under settings.reduction, with a graph where the student wants a gradient, and the metrics."""
+    inputs, settings, apart = measured_apart(ops, student, inputs, settings)
     if not (student.requires_grad and torch.is_grad_enabled()):
         loss, _, metrics = ops.stats(student, *inputs, *settings)
-        return loss, metrics
-    # fp16: a gradient made before the loss scaler's factor is known would round to 0, and no scaling brings it back
-    late = settings.reduction == "none" or student.dtype == torch.float16
-    return (GradInBackward if late else GradInForward).apply(student, inputs, settings, ops, inplace)
+    else:
+        # fp16: a gradient made before the loss scaler's factor is known would round to 0, which no scaling undoes
+        late = settings.reduction == "none" or student.dtype == torch.float16
+        function = GradInBackward if late else GradInForward
+        loss, metrics = function.apply(student, inputs, settings, ops, inplace)
+    return loss, metrics if apart is None else apart
 
 
 def linear_loss(heads: Heads, inputs: Inputs, settings: Settings, ops: Any) -> tuple[Tensor, Tensor]:
@@ -76,7 +79,7 @@ class GradInBackward(torch.autograd.Function):
         loss, stats, metrics = ops.stats(student, *inputs, *settings)
         _save(ctx, student, stats, *inputs[1:], *inputs.teachers)
         ctx.mark_non_differentiable(metrics)
-        ctx.settings, ctx.ops, ctx.inplace = settings, ops, inplace
+        ctx.settings, ctx.ops, ctx.inplace = settings._replace(metrics=False), ops, inplace
         return loss, metrics
 
     @staticmethod
@@ -145,6 +148,7 @@ class LinearGradInBackward(torch.autograd.Function):
         ops: Any,
     ) -> tuple[Tensor, Tensor]:  # (...), and the metrics
         loss, stats, metrics = ops.linear_stats(hidden, weight, bias, *heads[3:], *inputs, *settings)
+        inputs, settings = relevant(inputs, settings._replace(metrics=False))
         _save(ctx, hidden, weight, bias, stats, *heads[3:6], *inputs[1:], *inputs.teachers)
         ctx.mark_non_differentiable(metrics)
         ctx.numbers, ctx.settings, ctx.ops = heads[6:], settings, ops

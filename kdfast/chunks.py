@@ -73,7 +73,7 @@ class Chunks:
         reference.check_values(heads.student_hidden, inputs, settings)
         self.student = Side(heads.student_hidden, heads.student_weight, heads.student_bias, vocab)
         self.teacher = None
-        if heads.teacher_hidden is not None and heads.teacher_weight is not None:
+        if settings.reads_teacher and heads.teacher_hidden is not None and heads.teacher_weight is not None:
             self.teacher = Side(heads.teacher_hidden, heads.teacher_weight, heads.teacher_bias, vocab)
         self.hidden, self.shape = self.student.hidden, heads.student_hidden.shape[:-1]
         self.rows, self.vocab, self.at_once = len(self.hidden), vocab, heads.chunk_rows

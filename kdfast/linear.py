@@ -87,7 +87,7 @@ def linear_kd_loss(
     backend = settings.pop("backend")
     inputs, fixed = settled(logits, like, labels, **settings)
     if has_head:
-        teacher = teacher if inputs.teachers else (None, None, None)  # not read
+        teacher = teacher if fixed.reads_teacher else (None, None, None)
         inputs = inputs._replace(teachers=[])
     vocab = logits.shape[-1] if fixed.vocab_size < 0 else fixed.vocab_size
     heads = Heads(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kdfast import reference
-from kdfast.arguments import Heads, Inputs, KDMetrics, Settings
+from kdfast.arguments import Heads, Inputs, KDMetrics, Settings, measured_apart
 from kdfast.chunks import Chunk, Chunks
 
 
@@ -31,9 +31,10 @@ def loss_grad(
     chunks, gradients = Chunks(heads, inputs, settings), Gradients(heads)
     results = Results(chunks, settings)
     for chunk in chunks:
-        loss, metrics = ops.loss_grad_(chunk.logits, *chunk.inputs, *chunks.settings)
+        of_loss, left, apart = measured_apart(ops, chunk.logits, chunk.inputs, chunks.settings)
+        loss, metrics = ops.loss_grad_(chunk.logits, *of_loss, *left)
         gradients.add(chunk, chunks)
-        results.add(chunk, loss, metrics)
+        results.add(chunk, loss, metrics if apart is None else apart)
     return results.loss(), *gradients.done(chunks.divisor), results.metrics()
 
 
@@ -43,9 +44,10 @@ def stats(ops: Any, heads: Heads, inputs: Inputs, settings: Settings) -> tuple[T
     results = Results(chunks, settings)
     collected = chunks.hidden.new_zeros((chunks.rows, len(reference.STATS)), dtype=chunks.loss_dtype)
     for chunk in chunks:
-        loss, of_chunk, metrics = ops.stats(chunk.logits, *chunk.inputs, *chunks.settings)
+        of_loss, left, apart = measured_apart(ops, chunk.logits, chunk.inputs, chunks.settings)
+        loss, of_chunk, metrics = ops.stats(chunk.logits, *of_loss, *left)
         collected[chunk.rows] = of_chunk
-        results.add(chunk, loss, metrics)
+        results.add(chunk, loss, metrics if apart is None else apart)
     return results.loss(), collected, results.metrics()
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from kdfast import checks, choice
-from kdfast.arguments import Inputs, KDMetrics, Settings
+from kdfast.arguments import Inputs, KDMetrics, Settings, relevant
 from kdfast.autograd import row_loss
-from kdfast.targets import wanted_teachers
+from kdfast.targets import check_teachers
 
 DKD_WEIGHTS = (1.0, 8.0)  # as published for CIFAR-100
 
@@ -238,7 +238,10 @@ def settled(
     for name, value in (("standardize", standardize), ("teacher_softcap", teacher_softcap)):
         if value and target != "logits":
             raise ValueError(f"{name}: needs target='logits', not {target!r}")
-    teachers, weights = wanted_teachers(teacher, teacher_weights, student, vocab_size, alpha, return_metrics)
+    teachers: list[Tensor] = []
+    weights: list[float] = []
+    if teacher is not None or alpha != 0:
+        teachers, weights = check_teachers(teacher, teacher_weights, student, vocab_size)
     if divergence == "logit_mse":
         if target != "logits":
             raise ValueError(f"divergence: 'logit_mse' needs target='logits', not {target!r}")
@@ -252,7 +255,7 @@ def settled(
         raise ValueError(f"ignore_index: {ignore_index} must fit into 64 bits, as labels do")
 
     inputs = Inputs(teachers, labels, weight, normalizer, temperatures, ats)
-    return inputs, Settings(
+    fixed = Settings(
         temperature=temperature,
         teacher_temperature=at,
         alpha=alpha,
@@ -275,6 +278,7 @@ def settled(
         dkd_weights=weights_of_dkd,
         metrics=return_metrics,
     )
+    return relevant(inputs, fixed)
 
 
 class KDLoss(nn.Module):

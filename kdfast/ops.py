@@ -65,7 +65,7 @@ def _new_loss(student: Tensor, settings: Settings) -> Tensor:
     return student.new_empty(shape, dtype=reference.loss_dtype(student))
 
 
-def new_metrics(student: Tensor, settings: Settings) -> Tensor:
+def _new_metrics(student: Tensor, settings: Settings) -> Tensor:
     """For KDMetrics, (7,) or (7, ...); (0,) where they are not wanted."""
     shape = (0,)
     if settings.metrics:
@@ -114,17 +114,17 @@ _FAKES: dict[str, Callable[..., Any]] = {
         lambda student, inputs, settings: (
             _new_loss(student, settings),
             _new_grad(student),
-            new_metrics(student, settings),
+            _new_metrics(student, settings),
         )
     ),
     "loss_grad_": _bundled(
-        lambda student, inputs, settings: (_new_loss(student, settings), new_metrics(student, settings))
+        lambda student, inputs, settings: (_new_loss(student, settings), _new_metrics(student, settings))
     ),
     "stats": _bundled(
         lambda student, inputs, settings: (
             _new_loss(student, settings),
             _new_stats(student),
-            new_metrics(student, settings),
+            _new_metrics(student, settings),
         )
     ),
     "grad": _bundled(lambda student, stats, grad_loss, inputs, settings: _new_grad(student)),
@@ -133,14 +133,14 @@ _FAKES: dict[str, Callable[..., Any]] = {
         lambda heads, inputs, settings: (
             _new_loss(heads.student_hidden, settings),
             *_new_head_gradients(heads),
-            new_metrics(heads.student_hidden, settings),
+            _new_metrics(heads.student_hidden, settings),
         )
     ),
     "linear_stats": _headed(
         lambda heads, inputs, settings: (
             _new_loss(heads.student_hidden, settings),
             _new_stats(heads.student_hidden),
-            new_metrics(heads.student_hidden, settings),
+            _new_metrics(heads.student_hidden, settings),
         )
     ),
     "linear_grad": _headed(lambda heads, stats, grad_loss, inputs, settings: _new_head_gradients(heads)),
@@ -186,7 +186,7 @@ def _gpu(name: str) -> Callable[..., Any]:
 
     def of_loss(*args: Any) -> Any:
         *_, inputs, settings = arguments(*args)
-        divergence = settings.divergence if settings.reads_teacher and inputs.teachers else None
+        divergence = settings.divergence if inputs.teachers else None
         return kernels[choice.of_gpu(name, args[0], inputs.teachers, divergence)](*args)
 
     arguments = _bundled(lambda *args: args)

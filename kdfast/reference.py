@@ -99,7 +99,7 @@ def _rows(student: Tensor, inputs: Inputs, settings: Settings) -> _Rows:
     s = student if settings.vocab_size < 0 else student[..., : settings.vocab_size]
     s = softcapped(torch.where(keep.unsqueeze(-1), s.to(dtype), 0), settings.softcap)
     teachers = []
-    for t in inputs.teachers if settings.reads_teacher else []:
+    for t in inputs.teachers:
         t = torch.where(keep.unsqueeze(-1), _first_classes(t, settings).to(dtype), 0)
         teachers.append(softcapped(t, settings.teacher_softcap))
     labels = None if inputs.labels is None else torch.where(keep, inputs.labels, 0).unsqueeze(-1)

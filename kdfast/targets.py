@@ -9,16 +9,6 @@ from torch import Tensor
 from kdfast.checks import check_floating, kind
 
 
-def wanted_teachers(
-    teacher: Any, teacher_weights: Any, student: Tensor, vocab_size: int | None, alpha: float, metrics: bool
-) -> tuple[list[Tensor], list[float]]:
-    """The teachers that are read: none where alpha is 0, but for the metrics."""
-    if teacher is None and alpha == 0:
-        return [], []
-    teachers, weights = check_teachers(teacher, teacher_weights, student, vocab_size)
-    return (teachers, weights) if alpha or metrics else ([], [])
-
-
 def check_teachers(
     teacher: Any, teacher_weights: Any, student: Tensor, vocab_size: int | None
 ) -> tuple[list[Tensor], list[float]]:

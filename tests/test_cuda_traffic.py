@@ -1,9 +1,6 @@
-"""The CUDA kernels' bytes, accesses and launches, counted as their compiled PTX runs on the emulator.
+"""The CUDA kernels' bytes, accesses and launches; traffic.py says how they are counted."""
 
-Bytes are sectors of 32, per bf16 pair of logits, less 256 bytes a row for labels, statistics and ragged ends. The least
-is 2 reads and 1 write: 6 bytes.
-"""
-
+from functools import partial
 from typing import Any
 
 import emulated
@@ -12,13 +9,15 @@ import pytest
 import torch
 from cases import BF16, F32, batch, name
 from judge import judge
+from traffic import ROWS, assert_the_same_bits_without_atomics, per_pair, wide_share
+from traffic import traffic as traffic_of
 
 import kdfast
 
 pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
 capabilities = pytest.mark.parametrize("capability", gpu.CAPABILITIES)
 
-ROWS = 2
+traffic = partial(traffic_of, "cuda")
 SETTINGS: dict[str, Any] = {"temperature": 2, "backend": "cuda"}
 VOCABS = (
     256,  # the shortest that is promised
@@ -33,18 +32,6 @@ VOCABS = (
     262144,  # Gemma's, the longest that is promised
 )
 KEPT_ON_80 = 32768  # the longest of which an A100's shared memory is promised to hold a pair
-
-
-def traffic(capability: int, vocab: int, dtype: torch.dtype = BF16, grad: bool = True, **settings: Any) -> Any:
-    student, teacher, labels = batch(ROWS, vocab, dtype)
-    with emulated.kernels(capability) as reports:
-        kdfast.kd_loss(student.requires_grad_(grad), teacher, labels, **SETTINGS | settings)
-    return reports
-
-
-def per_pair(reports: Any, vocab: int) -> float:
-    asked = sum(32 * (report.load_sectors + report.store_sectors) for report in reports)
-    return (asked - 256 * ROWS) / (ROWS * vocab)
 
 
 @pytest.mark.parametrize("vocab", VOCABS)
@@ -113,8 +100,7 @@ def test_by_row_the_longest_are_read_once_in_forward_and_once_in_backward() -> N
 @pytest.mark.parametrize("dtype", (BF16, F32), ids=name)
 def test_rows_are_accessed_in_16_byte_pieces(capability: int, dtype: torch.dtype) -> None:
     for vocab, least in ((4096, 0.99), (32000, 0.99), (151936, 0.99), (50257, 0.95), (151665, 0.95)):
-        widths = [w for report in traffic(capability, vocab, dtype) for w in (report.load_widths, report.store_widths)]
-        assert sum(w.get(16, 0) for w in widths) / sum(sum(w.values()) for w in widths) >= least, (vocab, widths)
+        assert wide_share(traffic(capability, vocab, dtype)) >= least, vocab
 
 
 @capabilities
@@ -134,16 +120,7 @@ def test_backward_with_a_gradient_of_1_moves_nothing_but_that_1(capability: int,
 @capabilities
 def test_no_atomics_and_the_same_bits_every_time(capability: int) -> None:
     for vocab, settings in ((1000, {}), (50257, {"divergence": "jsd"}), (50257, {"reduction": "none"})):
-        student, teacher, labels = batch(ROWS, vocab, BF16)
-        found = []
-        with emulated.kernels(capability) as reports:
-            for _ in range(2):
-                leaf = student.clone().requires_grad_()
-                loss = kdfast.kd_loss(leaf, teacher, labels, **SETTINGS | settings)
-                loss.sum().backward()
-                found.append((loss.detach(), leaf.grad))
-        assert all(map(torch.equal, *found))
-        assert all(array.atomics == 0 for report in reports for array in report.arrays.values())
+        assert_the_same_bits_without_atomics("cuda", capability, vocab, **settings)
 
 
 @pytest.mark.parametrize("divergence", ("cross_entropy", "symmetric_kl", "skew_reverse_kl", "logit_mse", "dkd"))

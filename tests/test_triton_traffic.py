@@ -1,15 +1,14 @@
-"""The Triton kernels' bytes and accesses, counted as their compiled PTX runs on the emulator.
+"""The Triton kernels' bytes and accesses; traffic.py says how they are counted."""
 
-Bytes are sectors of 32, per bf16 pair of logits, less 256 bytes a row for labels, statistics and ragged ends. The least
-is 2 reads and 1 write: 6 bytes.
-"""
-
+from functools import partial
 from typing import Any
 
 import gpu
 import pytest
 import torch
 from cases import BF16, F32, batch, name
+from traffic import ROWS, asked, assert_the_same_bits_without_atomics, per_pair, wide_share
+from traffic import traffic as traffic_of
 
 import kdfast
 from kdfast.triton import launch
@@ -35,7 +34,7 @@ LONG = (
     262144,  # Gemma's, the longest that is promised
 )
 ALIGNED = (4096, 32000, 151936)
-ROWS = 2
+traffic = partial(traffic_of, "triton")
 SETTINGS: dict[str, Any] = {"temperature": 2, "backend": "triton"}
 
 
@@ -45,21 +44,6 @@ def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "whole":
         monkeypatch.setattr(launch, "SPLIT_ROWS", 0)
     return request.param
-
-
-def traffic(capability: int, vocab: int, dtype: torch.dtype = BF16, grad: bool = True, **settings: Any) -> Any:
-    student, teacher, labels = batch(ROWS, vocab, dtype)
-    with gpu.kernels(capability) as reports:
-        kdfast.kd_loss(student.requires_grad_(grad), teacher, labels, **SETTINGS | settings)
-    return reports
-
-
-def per_pair(reports: Any, vocab: int, of: Any) -> float:
-    return (sum(map(of, reports)) - 256 * ROWS) / (ROWS * vocab)
-
-
-def asked(report: Any) -> int:
-    return 32 * (report.load_sectors + report.store_sectors)
 
 
 def first(report: Any) -> int:
@@ -74,13 +58,13 @@ def once(reports: Any) -> list[Any]:
 
 @pytest.mark.parametrize("vocab", SHORT)
 def test_a_short_row_is_read_once(capability: int, vocab: int) -> None:
-    assert per_pair(traffic(capability, vocab), vocab, asked) <= 6.06
+    assert per_pair(traffic(capability, vocab), vocab) <= 6.06
 
 
 @pytest.mark.parametrize("vocab", LONG)
 def test_a_long_row_is_read_twice_and_comes_from_dram_once(capability: int, vocab: int, rows: str) -> None:
     reports = traffic(capability, vocab)
-    assert per_pair(reports, vocab, asked) <= 10.1
+    assert per_pair(reports, vocab) <= 10.1
     assert per_pair(once(reports), vocab, first) <= 6.06
 
 
@@ -94,12 +78,12 @@ def test_a_long_row_is_read_twice_and_comes_from_dram_once(capability: int, voca
     ],
 )
 def test_every_kind_of_sums_has_its_sweeps(capability: int, divergence: str, vocab: int, most: float) -> None:
-    assert per_pair(traffic(capability, vocab, divergence=divergence), vocab, asked) <= most
+    assert per_pair(traffic(capability, vocab, divergence=divergence), vocab) <= most
 
 
 @pytest.mark.parametrize("vocab", SHORT + LONG)
 def test_without_a_gradient_nothing_is_written(capability: int, vocab: int) -> None:
-    assert per_pair(traffic(capability, vocab, grad=False), vocab, asked) <= 4.04
+    assert per_pair(traffic(capability, vocab, grad=False), vocab) <= 4.04
 
 
 @pytest.mark.parametrize("dtype", (BF16, F32), ids=name)
@@ -112,11 +96,6 @@ def test_aligned_rows_are_accessed_in_16_byte_pieces(capability: int, vocab: int
 @pytest.mark.parametrize("vocab", (50257, 151665))
 def test_so_are_all_but_the_ends_of_rows_that_begin_anywhere(capability: int, vocab: int, dtype: torch.dtype) -> None:
     assert wide_share(traffic(capability, vocab, dtype)) >= 0.95
-
-
-def wide_share(reports: Any) -> float:
-    widths = [w for report in reports for w in (report.load_widths, report.store_widths)]
-    return sum(w.get(16, 0) for w in widths) / sum(sum(w.values()) for w in widths)
 
 
 @pytest.mark.parametrize("vocab", (4096, 50257))
@@ -140,16 +119,7 @@ def test_backward_with_a_gradient_of_1_moves_nothing_but_that_1(capability: int,
 @pytest.mark.parametrize("settings", [{}, {"reduction": "none"}, {"divergence": "reverse_kl"}], ids=name)
 def test_no_atomics_and_the_same_bits_every_time(capability: int, settings: dict[str, Any]) -> None:
     for vocab in (1000, 50257):
-        student, teacher, labels = batch(ROWS, vocab, BF16)
-        found = []
-        with gpu.kernels(capability) as reports:
-            for _ in range(2):
-                leaf = student.clone().requires_grad_()
-                loss = kdfast.kd_loss(leaf, teacher, labels, **SETTINGS | settings)
-                loss.sum().backward()
-                found.append((loss.detach(), leaf.grad))
-        assert all(map(torch.equal, *found))
-        assert all(array.atomics == 0 for report in reports for array in report.arrays.values())
+        assert_the_same_bits_without_atomics("triton", capability, vocab, **settings)
 
 
 @pytest.mark.parametrize("vocab", (1000, 50257))

@@ -41,7 +41,7 @@ struct Loss {
       fail<std::invalid_argument>("teacher: ", teachers.size(),
                                   " teachers, but the CPU kernels take at most ", kMaxTeachers);
     }
-    a.n_teachers = alpha == 0 && !with_metrics ? 0 : (int)teachers.size();
+    a.n_teachers = (int)teachers.size();
     for (int k = 0; k < a.n_teachers; ++k) {
       kept.push_back(readable(teachers[k]));
       a.teachers[k] = matrix(kept.back());
@@ -51,22 +51,19 @@ struct Loss {
     a.beta = beta;
     a.target = target == "logits" ? Target::kLogits : target == "probs" ? Target::kProbs : Target::kLogProbs;
     a.geometric = ensemble == "geometric";
-    const bool tempered =
-        a.divergence != Divergence::kLogitMSE && (a.divergence != Divergence::kNone || with_metrics);
-    a.temperature = tempered ? temperature : 1;
+    a.temperature = temperature;
     a.teacher_temperature = teacher_temperature;
     a.temperatures = hold(row_values("temperature", temperatures, false));
-    if (!tempered) a.temperatures = nullptr;
     a.teacher_temperatures = hold(row_values("teacher_temperature", teacher_temperatures, false));
     a.weight = hold(row_values("weight", weight, true));
     a.alpha = alpha;
-    a.hard_weight = labels ? hard_weight : 0;
+    a.hard_weight = hard_weight;
     a.t_squared = t_squared;
-    a.label_smoothing = a.hard_weight != 0 || with_metrics ? label_smoothing : 0;
+    a.label_smoothing = label_smoothing;
     a.z_loss = z_loss;
     a.softcap = softcap;
-    a.teacher_softcap = a.n_teachers ? teacher_softcap : 0;
-    a.standardize = (a.divergence != Divergence::kNone || with_metrics) && standardize;
+    a.teacher_softcap = teacher_softcap;
+    a.standardize = standardize;
     a.dkd_target = dkd_weights[0];
     a.dkd_others = dkd_weights[1];
     a.ignore_index = ignore_index;

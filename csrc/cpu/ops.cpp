@@ -102,10 +102,9 @@ void run_grad(Loss& loss, std::vector<RowStats>& stats) {
               [&](int64_t begin, int64_t end) { kernels().grad(a, segments, begin, end); });
 }
 
-// again: where the row statistics are not enough, which pass A is then taken for once more.
-void run_grad(Loss& loss, const Tensor& stats, bool again) {
+void run_grad(Loss& loss, const Tensor& stats) {
   LossArgs& a = loss.args;
-  if (again || a.whole()) {
+  if (a.whole()) {  // the row statistics are not enough
     in_parallel(a.rows, a.vocab, [&](int64_t begin, int64_t end) { kernels().loss_grad(a, begin, end); });
     return;
   }
@@ -113,24 +112,8 @@ void run_grad(Loss& loss, const Tensor& stats, bool again) {
   run_grad(loss, rows);
 }
 
-// What is there for the metrics alone, a teacher or standardised logits, is measured apart: a row that spoils
-// them must not spoil the loss.
-void measure_apart(Loss& loss) {
-  LossArgs& a = loss.args;
-  if (!a.metrics || a.alpha != 0 || !(a.n_teachers || a.standardize)) return;
-  run_stats(loss);
-  a.metrics = nullptr;
-  a.n_teachers = 0;
-  a.divergence = Divergence::kNone;
-  a.standardize = false;
-  a.teacher_softcap = 0;
-  a.temperature = 1;
-  a.temperatures = nullptr;
-}
-
 void run_loss_grad(Loss& loss) {
   loss.args.scale = loss.inverse_divisor();
-  measure_apart(loss);
   if (segments_of(loss.args) == 1) {
     in_parallel(loss.args.rows, loss.args.vocab,
                 [&](int64_t begin, int64_t end) { kernels().loss_grad(loss.args, begin, end); });
@@ -143,14 +126,14 @@ void run_loss_grad(Loss& loss) {
 // ---- the operators ----
 
 std::tuple<Tensor, Tensor, Tensor> loss_grad(Tensor student, KDFAST_INPUTS) {
-  Loss loss(student, KDFAST_PASS, metrics);
+  Loss loss(student, KDFAST_PASS);
   Tensor grad = loss.new_grad();
   run_loss_grad(loss);
   return {loss.reduced(), grad, loss.measured()};
 }
 
 std::tuple<Tensor, Tensor> loss_grad_(Tensor student, KDFAST_INPUTS) {
-  Loss loss(student, KDFAST_PASS, metrics);
+  Loss loss(student, KDFAST_PASS);
   loss.grad_in_place();
   run_loss_grad(loss);
   loss.copy_back(student);
@@ -158,25 +141,24 @@ std::tuple<Tensor, Tensor> loss_grad_(Tensor student, KDFAST_INPUTS) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> stats(Tensor student, KDFAST_INPUTS) {
-  Loss loss(student, KDFAST_PASS, metrics);
-  measure_apart(loss);
+  Loss loss(student, KDFAST_PASS);
   const std::vector<RowStats> rows = run_stats(loss);
   return {loss.reduced(), loss.pack(rows), loss.measured()};
 }
 
 Tensor grad(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_INPUTS) {
-  Loss loss(student, KDFAST_PASS, false);  // the metrics were the forward's
+  Loss loss(student, KDFAST_PASS);
   Tensor grad = loss.new_grad();
   loss.scale_by(grad_loss);
-  run_grad(loss, stats, metrics);
+  run_grad(loss, stats);
   return grad;
 }
 
 void grad_(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_INPUTS) {
-  Loss loss(student, KDFAST_PASS, false);  // the metrics were the forward's
+  Loss loss(student, KDFAST_PASS);
   loss.grad_in_place();
   loss.scale_by(grad_loss);
-  run_grad(loss, stats, metrics);
+  run_grad(loss, stats);
   loss.copy_back(student);
 }
 

@@ -181,9 +181,9 @@ KD_NOINLINE double finish(const LossArgs& a, int64_t row, const RowStats& x, con
     c.log_teacher = -teacher.log_sum;
     terms.soft = (a.t_squared ? t * t : 1) * sums.divergence;
   }
-  if (a.alpha != 0 && a.n_teachers) loss = a.alpha * terms.soft;
+  if constexpr (P::kSoft || P::kMSE) loss = a.alpha * terms.soft;
   if (a.labelled()) terms.hard = hard_loss<P>(a, x, scale, log_hard, label.student, label.logits / n);
-  if (a.labels && a.hard_weight != 0) {
+  if (a.hard_weight != 0) {
     loss += a.hard_weight * terms.hard;
     c.hard = a.hard_weight;
     c.label = a.hard_weight * (1 - a.label_smoothing);

@@ -76,12 +76,11 @@ class Call {
     a.width = (int)classes_of(student_);
     a.vocab = vocab_size < 0 ? a.width : (int)vocab_size;
     a.rows = (int)rows_of(student_);
-    const bool taught = alpha != 0 || metrics;
-    if (taught && teachers.size() > kMostTeachers) {
+    if (teachers.size() > kMostTeachers) {
       fail<std::invalid_argument>("teacher: ", teachers.size(),
                                   " teachers, but the CUDA kernels take at most ", kMostTeachers);
     }
-    a.n_teachers = taught ? (int)teachers.size() : 0;
+    a.n_teachers = (int)teachers.size();
     for (int k = 0; k < a.n_teachers; ++k) {
       held_.push_back(readable(teachers[k]));
       a.teachers[k] = tensor(held_.back());
@@ -101,7 +100,7 @@ class Call {
     a.temperature = (float)temperature;
     a.teacher_temperature = (float)teacher_temperature;
     a.alpha = (float)alpha;
-    a.hard_weight = labels ? (float)hard_weight : 0;
+    a.hard_weight = (float)hard_weight;
     a.z_loss = (float)z_loss;
     a.beta = (float)beta;
     a.label_smoothing = (float)label_smoothing;
@@ -115,6 +114,7 @@ class Call {
     if (metrics) {
       held_.push_back(new_floats({kMetrics, a.rows}));
       measured_ = held_.back();
+      a.metrics = floats(*measured_);
     }
     set_divisor(normalizer, divisor);
   }
@@ -138,11 +138,12 @@ class Call {
     held_.push_back(new_floats({args_.rows}));
     const Tensor losses = held_.back();
     count();
-    measure();
-    RowsArgs a = loss_args();
-    a.losses = floats(losses);
-    a.new_stats = new_stats;
-    if (a.rows) launch_rows(a, place_);
+    if (args_.rows) {
+      measure_softmaxes();
+      args_.losses = floats(losses);
+      args_.new_stats = new_stats;
+      launch_rows(args_, place_);
+    }
     return reduced(losses);
   }
 
@@ -152,7 +153,7 @@ class Call {
     args_.row_scale_step = reduction_ == "none";
     args_.stats = floats(stats);
     count();
-    if (args_.rows) launch_rows(loss_args(), place_);
+    if (args_.rows) launch_rows(args_, place_);
   }
 
   // What return_metrics reports: of every row, or the means over those kept, with their weights.
@@ -234,40 +235,13 @@ class Call {
     return out;
   }
 
-  // The arguments of rows with a divergence: what it does not look at is not there.
-  static RowsArgs with(RowsArgs a, Divergence divergence) {
-    a.divergence = divergence;
-    if (divergence == Divergence::kNone) a.n_teachers = 0;
-    const bool tempered =
-        (divergence != Divergence::kNone || a.metrics) && divergence != Divergence::kLogitMSE;
-    if (!tempered) {
-      a.temperature = 1;
-      a.temperatures = nullptr;
-      if (divergence == Divergence::kNone) a.standardize = false;
-    }
-    if (a.n_teachers == 0) {
-      a.teacher_softcap = 0;
-      a.teacher_temperatures = nullptr;
-    }
-    if (!a.labels || (a.hard_weight == 0 && !a.metrics)) a.label_smoothing = 0;
-    return a;
-  }
-  RowsArgs loss_args() const {
+  // logit_mse's metrics but for `soft` are of softmaxes, which it does not take.
+  void measure_softmaxes() const {
+    if (!args_.metrics || args_.divergence != Divergence::kLogitMSE) return;
     RowsArgs a = args_;
-    if (measured_ && a.alpha != 0) a.metrics = floats(*measured_);
-    return with(a, a.alpha == 0 ? Divergence::kNone : a.divergence);
-  }
-  // Metrics of what is none of the loss's: without a soft term, whose row must not be spoiled by what spoils
-  // them; and of logit_mse's softmaxes.
-  void measure() const {
-    RowsArgs a = args_;
-    if (!measured_ || !a.rows) return;
-    a.metrics = floats(*measured_);
+    a.divergence = Divergence::kCrossEntropy;
     a.grad.data = nullptr;
-    a.losses = nullptr;
-    const bool difference = a.divergence == Divergence::kLogitMSE;
-    if (difference) launch_rows(with(a, Divergence::kCrossEntropy), place_);
-    if (a.alpha == 0) launch_rows(with(a, a.divergence), place_);
+    launch_rows(a, place_);
   }
 };
 

@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) general_rows(const __grid_con
     for (int sweep = 0; sweep < kSweeps; ++sweep) {
       if (sweep == kPointwiseSweep && !D::kPointwise) continue;
       if (sweep == kMeasuresSweep && (Stats::kMSE || !a.metrics)) continue;
-      if (sweep == kSpreadSweep && !(grad && a.standardize && a.alpha != 0)) continue;
+      if (sweep == kSpreadSweep && !(grad && a.standardize)) continue;
       if (sweep == kGradientSweep && !grad) continue;
 
       auto visit = [&](int at, auto& s, const auto& t) {

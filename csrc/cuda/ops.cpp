@@ -24,14 +24,14 @@ namespace {
 // ---- the operators ----
 
 std::tuple<Tensor, Tensor, Tensor> loss_grad(Tensor student, KDFAST_INPUTS) {
-  Call call(student, KDFAST_PASS, metrics);
+  Call call(student, KDFAST_PASS);
   Tensor grad = call.new_grad();
   Tensor loss = call.run();
   return {loss, grad, call.metrics()};
 }
 
 std::tuple<Tensor, Tensor> loss_grad_(Tensor student, KDFAST_INPUTS) {
-  Call call(student, KDFAST_PASS, metrics);
+  Call call(student, KDFAST_PASS);
   call.grad_in_place();
   Tensor loss = call.run();
   call.copy_back(student);
@@ -39,23 +39,21 @@ std::tuple<Tensor, Tensor> loss_grad_(Tensor student, KDFAST_INPUTS) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> stats(Tensor student, KDFAST_INPUTS) {
-  Call call(student, KDFAST_PASS, metrics);
+  Call call(student, KDFAST_PASS);
   Tensor table = call.new_stats();
   Tensor loss = call.run(floats(table));
   return {loss, table, call.metrics()};
 }
 
 Tensor grad(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_INPUTS) {
-  (void)metrics;  // were the forward's
-  Call call(student, KDFAST_PASS, false);
+  Call call(student, KDFAST_PASS);
   Tensor grad = call.new_grad();
   call.backward(stats, grad_loss);
   return grad;
 }
 
 void grad_(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_INPUTS) {
-  (void)metrics;
-  Call call(student, KDFAST_PASS, false);
+  Call call(student, KDFAST_PASS);
   call.grad_in_place();
   call.backward(stats, grad_loss);
   call.copy_back(student);

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from kdfast import reference
 from kdfast.arguments import Inputs, KDMetrics, Settings
-from kdfast.ops import new_metrics
 from kdfast.triton import autotune, launch, reductions, row_kernels
 from kdfast.triton.divergences import DIVERGENCES, parts
 from kdfast.triton.matrices import aligned, arithmetic, bits, by_row, launching_on, matrix, readable, rows_of
@@ -24,7 +23,7 @@ class Call:
         self.student, self.settings = readable(student), settings
         self.shape, self.rows, self.width = student.shape[:-1], rows_of(student), student.shape[-1]
         self.vocab = self.width if settings.vocab_size < 0 else settings.vocab_size
-        self.teachers = [readable(t) for t in inputs.teachers] if settings.reads_teacher else []
+        self.teachers = [readable(t) for t in inputs.teachers]
         if len(self.teachers) > MOST_TEACHERS:
             raise ValueError(
                 f"teacher: {len(self.teachers)} teachers, but the Triton kernels take at most {MOST_TEACHERS}"
@@ -47,14 +46,11 @@ class Call:
 
         labels = None if inputs.labels is None else inputs.labels.reshape(-1).contiguous()
         columns = (inputs.weight, inputs.temperatures, inputs.teacher_temperatures)
-        weight, temperatures, at = (None if c is None else by_row(c) for c in columns)
-        tempered = self.spec.divergence is not None or self.spec.metrics
-        self.per_row = [labels, weight, temperatures if tempered else None, at]
+        self.per_row = [labels, *(None if column is None else by_row(column) for column in columns)]
         scale, self.divisor, self.counted = self._divisor(inputs)
         self.measured = self.losses.new_empty(len(KDMetrics._fields), self.rows) if settings.metrics else None
         always = (
-            settings.temperature if tempered else 1.0, settings.teacher_temperature, settings.alpha,
-            settings.hard_weight, scale,
+            settings.temperature, settings.teacher_temperature, settings.alpha, settings.hard_weight, scale,
         )  # fmt: skip
         optional = (
             (settings.beta, settings.beta), (spec.smoothed, settings.label_smoothing), (spec.z_loss, settings.z_loss),
@@ -66,7 +62,7 @@ class Call:
         self.numbers = tuple(None if n is None else bits(n) for n in numbers)
 
     def _spec(self, inputs: Inputs) -> Spec:
-        settings, labelled = self.settings, inputs.labels is not None
+        settings = self.settings
         several = len(self.teachers) > 1
         difference = bool(self.teachers) and settings.divergence == "logit_mse"
         divergence, teacher = None, "none"
@@ -80,25 +76,23 @@ class Call:
             given = settings.target != "logits" and (mixed or not several)
             teacher = "given" if given else "softmaxed"
         joint = teacher != "softmaxed" or not several or settings.ensemble == "geometric"
-        standardize = settings.standardize and (bool(self.teachers) or settings.metrics)
         linear = divergence is None or (
-            divergence.phi is None and (joint or not (divergence.log_p or settings.metrics)) and not standardize
+            divergence.phi is None
+            and (joint or not (divergence.log_p or settings.metrics))
+            and not settings.standardize
         )
         t = settings.temperature
-        power = int(t) if inputs.temperatures is None and t in (1, 2, 3, 4) and not standardize else 0
-        if not (divergence or settings.metrics or standardize):
-            power = 1
+        power = int(t) if inputs.temperatures is None and t in (1, 2, 3, 4) and not settings.standardize else 0
         return Spec(
             arithmetic(self.student), teacher, divergence, linear, settings.target, joint,
-            hard=(labelled and (settings.hard_weight != 0 or settings.metrics)) or settings.z_loss != 0,
+            hard=settings.hard_weight != 0 or settings.z_loss != 0 or (settings.metrics and inputs.labels is not None),
             power=power, t_squared=settings.t_squared,
             parts=parts(divergence if linear else None, settings.metrics, joint and teacher != "none"),
-            soft=settings.alpha != 0, labelled=labelled and settings.hard_weight != 0, difference=difference,
+            labelled=settings.hard_weight != 0, difference=difference,
             dkd=bool(self.teachers) and settings.divergence == "dkd",
-            smoothed=labelled and settings.label_smoothing != 0 and (settings.hard_weight != 0 or settings.metrics),
-            z_loss=settings.z_loss != 0, softcap=settings.softcap != 0,
+            smoothed=settings.label_smoothing != 0, z_loss=settings.z_loss != 0, softcap=settings.softcap != 0,
             teacher_softcap=bool(self.teachers) and settings.teacher_softcap != 0,
-            standardize=standardize, metrics=settings.metrics,
+            standardize=settings.standardize, metrics=settings.metrics,
         )  # fmt: skip
 
     def _divisor(self, inputs: Inputs) -> tuple[float, Tensor | None, bool]:
@@ -152,17 +146,15 @@ class Call:
         table = table[:, : len(reference.STATS)].contiguous()
         return (loss if scalar else self.losses.view(self.shape)), table, metrics
 
-    def grad(self, stats: Tensor, grad_loss: Tensor, output: Tensor, measured: bool) -> None:
-        """The gradient from the statistics; from the logits alone where that reads no more, or the table lacks some, or
-        has them at the metrics' temperature, which a loss without a soft term does not know."""
+    def grad(self, stats: Tensor, grad_loss: Tensor, output: Tensor) -> None:
+        """The gradient from the statistics; from the logits alone where that reads no more, or the table lacks some."""
         if not self.rows:
             return
         grad_loss = grad_loss.expand(self.shape).reshape(-1).contiguous()
         with launching_on(output):
             if self.settings.reduction == "mean":
                 self._count()
-            other = measured and self.settings.alpha == 0
-            if self.plan.tiles or self.members > 1 or self.spec.dkd or self.spec.standardize or other:
+            if self.plan.tiles or self.members > 1 or self.spec.dkd or self.spec.standardize:
                 self._rows(output, grad_loss, None)
             else:
                 self._grad(stats, grad_loss, output)
@@ -173,7 +165,7 @@ class Call:
             return self.losses.new_empty(0)
         if self.settings.reduction == "none":
             return self.measured.view(self.measured.shape[0], *self.shape)
-        metrics = new_metrics(self.student, self.settings)
+        metrics = self.losses.new_empty(len(KDMetrics._fields))
         if not self.rows:
             return metrics.fill_(math.nan)
         labels, weight = self.per_row[:2]

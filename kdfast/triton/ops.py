@@ -14,45 +14,31 @@ from kdfast.triton.spec import Spec
 
 
 def loss_grad(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    settings, apart = _measured_apart(student, inputs, settings)
-    call = Call(student, inputs, settings)
     grad = student.new_empty(student.shape)
-    loss, metrics = call.loss_grad(grad)
-    return loss, grad, metrics if apart is None else apart
+    loss, metrics = Call(student, inputs, settings).loss_grad(grad)
+    return loss, grad, metrics
 
 
 def loss_grad_(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
-    settings, apart = _measured_apart(student, inputs, settings)
     call = Call(student, inputs, settings)
-    loss, metrics = call.loss_grad(call.student)
+    results = call.loss_grad(call.student)
     call.copy_back(student)
-    return loss, metrics if apart is None else apart
+    return results
 
 
 def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    settings, apart = _measured_apart(student, inputs, settings)
-    loss, table, metrics = Call(student, inputs, settings).stats()
-    return loss, table, metrics if apart is None else apart
-
-
-def _measured_apart(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Settings, Tensor | None]:
-    """Logits that are standardized for the metrics alone: a row that spoils them must not spoil the loss."""
-    if not (settings.metrics and settings.standardize and settings.alpha == 0):
-        return settings, None
-    metrics = Call(student, inputs, settings).stats()[2]
-    return settings._replace(metrics=False, standardize=False), metrics
+    return Call(student, inputs, settings).stats()
 
 
 def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    call = Call(student, inputs, settings._replace(metrics=False))
     grad = student.new_empty(student.shape)
-    call.grad(stats, grad_loss, grad, settings.metrics)
+    Call(student, inputs, settings).grad(stats, grad_loss, grad)
     return grad
 
 
 def grad_(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> None:
-    call = Call(student, inputs, settings._replace(metrics=False))
-    call.grad(stats, grad_loss, call.student, settings.metrics)
+    call = Call(student, inputs, settings)
+    call.grad(stats, grad_loss, call.student)
     call.copy_back(student)
 
 

@@ -240,7 +240,7 @@ def finish(statistics, sums, at_label, row, factors, vocab, SPEC: tl.constexpr):
     student = statistics.student
     nothing = student.total * 0
     term, soft, psi_sum, psi_scale, label_soft, kl = soft_term(statistics, sums, at_label, row, factors, vocab, SPEC)
-    loss = factors.alpha * term if SPEC.soft else nothing
+    loss = factors.alpha * term
     hard_loss, hard, label_hard, label, everywhere, spread = nothing, nothing, nothing, nothing, nothing, nothing
     if SPEC.hard:
         hard_loss, lse, per_exp, exp_of_label = hard_terms(statistics, at_label[0], row, factors, vocab, SPEC)
@@ -256,14 +256,13 @@ def finish(statistics, sums, at_label, row, factors, vocab, SPEC: tl.constexpr):
             hard += factors.gradient * (2 * factors.z_loss) * lse
         label_hard = hard * exp_of_label
         hard = hard * per_exp
-    if SPEC.standardize and SPEC.soft:
+    if SPEC.standardize:
         if SPEC.difference:
             spread = soft * statistics.differences[3]
-        else:
-            if SPEC.dkd:
-                spread = soft * (psi_scale * sums[0][2] - psi_sum * sums[0][3]) + label_soft * at_label[0]
-            else:
-                spread = soft * (sums[0][2] - psi_sum * sums[0][3])
+        elif SPEC.dkd:
+            spread = soft * (psi_scale * sums[0][2] - psi_sum * sums[0][3]) + label_soft * at_label[0]
+        elif SPEC.divergence is not None:
+            spread = soft * (sums[0][2] - psi_sum * sums[0][3])
         spread = spread * row.scaling.spread
     coefficients = Coefficients(soft, psi_sum, psi_scale, label_soft, label_hard, hard, label, everywhere, spread)
     if SPEC.metrics:
@@ -311,7 +310,7 @@ def measured(statistics, sums, at_label, row, term, hard_loss, kl, SPEC: tl.cons
 def gradient(s, tiles, classes, scales, coefficients, row, SPEC: tl.constexpr):
     """dl/ds of a tile."""
     offset, factor, log_factor = scales[0]
-    if SPEC.soft and SPEC.divergence is not None:
+    if SPEC.divergence is not None:
         p, q, log_p, log_q, y, e = distributions(s, tiles, scales, row, SPEC)
         psi = psi_of(p, q, log_p, log_q, row.beta, SPEC)
         if SPEC.dkd:
@@ -322,11 +321,11 @@ def gradient(s, tiles, classes, scales, coefficients, row, SPEC: tl.constexpr):
     else:
         y = exponent(s, row.slope, offset)
         e = tl.exp2(y)
-        if SPEC.soft and SPEC.difference:
+        if SPEC.difference:
             g = coefficients.soft * (s - teacher_logits(tiles, row.weights, SPEC)[0] - coefficients.psi_sum)
         else:
             g = tl.zeros_like(s)
-    if SPEC.standardize and SPEC.soft:
+    if SPEC.standardize:
         g = g * row.scaling.inverse - s * coefficients.spread
     if SPEC.labelled or SPEC.z_loss:
         of_hard = coefficients.hard * hard_exps(s, y, e, offset, row, SPEC)

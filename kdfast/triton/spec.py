@@ -24,7 +24,6 @@ class Spec(NamedTuple):
     power: int = 1  # exps at temperature 1 are this power of those at T; 0: they are taken by themselves
     t_squared: bool = True
     parts: Parts = NO_PARTS  # the running sums
-    soft: bool = True  # the soft term is in the loss, and not in the metrics alone
     labelled: bool = False  # the label's term is in the loss
     difference: bool = False  # logit_mse
     dkd: bool = False
