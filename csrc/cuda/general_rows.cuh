@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) general_rows(const __grid_con
     float s_end[1] = {-kInf}, t_end[1] = {scale.as_probabilities ? 0 : -kInf};
     if (threadIdx.x == 0) shared.first = shared.label = {0, 0};
     for (int i = 0; i < (threadIdx.x == 0 ? 3 : 1); ++i) {
-      const int at = i == 0 ? part.end : i == 1 ? r.label : r.n ? 0 : -1;
+      const int at = i == 0 ? part.end : i == 1 ? scale.label : r.n ? 0 : -1;
       if (at < 0) continue;
       float s[1], t[1];
       row(at, s, t);
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) general_rows(const __grid_con
         } else {
 #pragma unroll
           for (int i = 0; i < kN; ++i)
-            s[i] = gradient<D, true>(s[i], t[i], at + i, r.label, terms.c, scales, scale, a.softcap);
+            s[i] = gradient<D, true>(s[i], t[i], at + i, terms.c, scales, scale, a.softcap);
         }
       };
       const int rounds = (part.count + team.threads() - 1) / team.threads();
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) general_rows(const __grid_con
         sums = team.join(sums, shared.lines, scale);
       } else if (sweep == kMeasuresSweep) {
         measures = team.join(measures, shared.lines, scale);
-        if (team.leads()) measures.write(a, index, r.kept && !r.bad, r.label, terms, a.n_teachers != 0);
+        if (team.leads()) measures.write(a, index, r.kept && !r.bad, scale.label, terms, a.n_teachers != 0);
       } else if (sweep == kSpreadSweep) {
         terms.c.spread = team.join(through, shared.lines, scale).value[0] * scale.spread;
       }

@@ -25,7 +25,6 @@ constexpr int kBlocksAtOnce = D::kPointwise ? 2 : 3;
 struct RowOf {
   int64_t index;
   bool kept, bad;  // bad: a label out of range, whose row is NaN
-  int label;       // -1: none
   int n;           // classes that are looked at: none where the row drops out
   float weight, factor;
   RowScale scale;
@@ -44,8 +43,7 @@ __device__ inline RowNumbers numbers_of(const RowsArgs& a, int64_t index) {
   RowNumbers x{};
   if (a.labels) x.label = a.labels[index];
   x.weight = a.weight ? a.weight[index] : 1;
-  const bool tempered = Stats::kSoft || (kGeneral<S> && !Stats::kMSE);
-  x.temperature = a.temperatures && tempered ? a.temperatures[index] : a.temperature;
+  x.temperature = a.temperatures ? a.temperatures[index] : a.temperature;
   x.teacher_temperature = a.teacher_temperatures ? a.teacher_temperatures[index] : a.teacher_temperature;
   x.factor = x.weight * a.scale;
   if (a.divisor) x.factor *= *a.divisor == 0 ? 0 : 1 / *a.divisor;
@@ -66,11 +64,10 @@ __device__ inline RowOf row_of(const RowsArgs& a, int64_t index, const RowNumber
   r.kept = !(a.labels && x.label == a.ignore_index) && x.weight != 0;
   const bool inside = x.label >= 0 && x.label < a.vocab;
   r.bad = r.kept && a.labels && !inside;
-  r.label = a.labels && r.kept && inside ? (int)x.label : -1;
   r.n = r.kept ? a.vocab : 0;
   r.scale = {
       kLog2E / x.temperature, kLog2E / x.teacher_temperature, x.temperature, a.beta, x.temperature, x.shift};
-  r.scale.label = r.label;
+  r.scale.label = a.labels && r.kept && inside ? (int)x.label : -1;
   r.scale.inverse = 1;
   r.factor = r.bad ? nanf("") : x.factor;
   return r;
@@ -238,17 +235,16 @@ __device__ inline void rows_of_team(const RowsArgs& a, uint4* kept, Shared& shar
         Wide<S> g;
 #pragma unroll
         for (int i = 0; i < kVec<S>; ++i)
-          g.x[i] = gradient<D, false>(s[i], t[i], at + i, r.label, terms.c, scales, r.scale, 0);
-        if ((unsigned)(r.label - at) < (unsigned)kVec<S>) {  // one pack of the row has the label
+          g.x[i] = gradient<D, false>(s[i], t[i], at + i, terms.c, scales, r.scale, 0);
+        if ((unsigned)(r.scale.label - at) < (unsigned)kVec<S>) {  // one pack of the row has the label
 #pragma unroll
-          for (int i = 0; i < kVec<S>; ++i) g.x[i] -= at + i == r.label ? terms.c.label : 0;
+          for (int i = 0; i < kVec<S>; ++i) g.x[i] -= at + i == r.scale.label ? terms.c.label : 0;
         }
         packs.store(at, g);
       });
       if (packs.end >= 0) {
-        const float g =
-            gradient<D, false>(s_end[0], t_end[0], packs.end, r.label, terms.c, scales, r.scale, 0);
-        packs.store_end(packs.end == r.label ? g - terms.c.label : g);
+        const float g = gradient<D, false>(s_end[0], t_end[0], packs.end, terms.c, scales, r.scale, 0);
+        packs.store_end(packs.end == r.scale.label ? g - terms.c.label : g);
       }
       zero_from(packs.grad, a.grad.dtype, r.n, a.width, team);
     }

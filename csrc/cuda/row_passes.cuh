@@ -140,7 +140,6 @@ __device__ inline Terms finish(const Statistics<D, G>& x, const PointwiseSums& s
                                float label_s, float label_t, const RowScale& row, const RowsArgs& a,
                                float factor) {
   const float t = row.temperature, n = (float)a.vocab;
-  const bool labelled = a.labels && a.hard_weight != 0;
   Terms terms{};
   Coefficients& c = terms.c;
   terms.whole = scales;
@@ -205,7 +204,7 @@ __device__ inline Terms finish(const Statistics<D, G>& x, const PointwiseSums& s
     terms.hard = ((1 - e) * (log_total - y) + e * (log_total - of_first)) * kLn2 - e * (x[kSmooth] / n);
     c.everywhere = factor * a.hard_weight * e / n;
   }
-  if (labelled) {
+  if (a.hard_weight != 0) {
     terms.loss += a.hard_weight * terms.hard;
     c.label = factor * a.hard_weight;
     c.hard = c.label;
@@ -253,15 +252,18 @@ __device__ inline float soft_gradient(float s, float t, int at, const Coefficien
 
 // dl/ds of one class, `at`; without G but for what the label has of its own.
 template <class D, bool G>
-__device__ inline float gradient(float s, float t, int at, int label, const Coefficients& c, const Scales& x,
+__device__ inline float gradient(float s, float t, int at, const Coefficients& c, const Scales& x,
                                  const RowScale& row, float softcap) {
   float g = soft_gradient<D, G>(s, t, at, c, x, row);
   const float of_hard = hard_exp(__fmaf_rn(s, row.slope, -x.student_offset), row) * c.hard;
   if constexpr (G) {
     g *= row.inverse;
     if (c.spread != 0) g -= (s - row.mean) * row.inverse * c.spread;
-    g += (Statistics<D, G>::kDKD && at == label ? c.label_hard : c.hard == 0 ? 0 : of_hard) - c.everywhere;
-    if (at == label) g -= c.label;
+    g += (Statistics<D, G>::kDKD && at == row.label ? c.label_hard
+          : c.hard == 0                             ? 0
+                                                    : of_hard) -
+         c.everywhere;
+    if (at == row.label) g -= c.label;
     if (softcap != 0) {
       const float u = s / softcap;
       g *= s == -kInf ? 0 : (1 - u) * (1 + u);

@@ -28,11 +28,11 @@ struct RowScale {
   float temperature, beta;
   float hard_ratio;  // of exponents at temperature 1 to those at T: T, or what standardizing makes of it
   float shift;       // logit_mse: k, a difference near the mean one
+  int label;         // -1: none
 
   // G alone
   bool given;             // the teacher's probabilities are as given: not divided by their sum, at offset 0
   bool as_probabilities;  // and are not logarithms
-  int label;              // -1: none
   float mean, inverse, spread;  // standardized: z = (s - mean) * inverse, spread = 1 / ((V - 1) deviation)
   float first;                  // the student's first logit, or 0: near the mean one
 };
