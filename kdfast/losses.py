@@ -95,7 +95,8 @@ def kd_loss(
         inplace: the gradient overwrites the storage of ``student_logits``, which saves a tensor of that size; the
             logits must not be a leaf that requires grad.
         return_metrics: whether :class:`KDMetrics` of the same pass are returned too. They are as if both terms had a
-            weight: ``soft`` where there is a teacher though alpha is 0, ``hard`` where there are labels though h is 0.
+            weight: ``soft`` where there is a teacher though alpha is 0 (in a pass of their own then), ``hard`` where
+            there are labels though h is 0.
         dkd_weights: of ``"dkd"``: of the divergence of label against rest, and of that among the rest.
         backend: None (by the device), ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; see
             :func:`kdfast.backends`. ``"triton"`` takes CPU tensors too where Triton itself can launch on them.
