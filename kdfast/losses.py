@@ -60,7 +60,8 @@ def kd_loss(
         teacher: (..., V) of any of these dtypes, or a sequence of such tensors, an ensemble. It never gets a gradient.
             May be None where ``alpha`` is 0.
         labels: (...) int64 class indices, already shifted. None: no hard term.
-        temperature: T > 0, a number or a tensor (...) of one per row, which gets no gradient.
+        temperature: T > 0, a number or a tensor (...) of one per row, which gets no gradient and whose values are
+            checked on a CPU, where they are used.
         teacher_temperature: the same for the teacher; None: ``temperature``. :math:`T^2` stays the student's.
         alpha: the weight of the soft term. None: 0.9 with labels, 1 without. In [0, 1] unless ``hard_weight`` is given;
             the paper found more than 0.5 best.
@@ -95,8 +96,8 @@ def kd_loss(
         inplace: the gradient overwrites the storage of ``student_logits``, which saves a tensor of that size; the
             logits must not be a leaf that requires grad.
         return_metrics: whether :class:`KDMetrics` of the same pass are returned too. They are as if both terms had a
-            weight: ``soft`` where there is a teacher though alpha is 0 (in a pass of their own then), ``hard`` where
-            there are labels though h is 0.
+            weight: ``soft`` where there is a teacher though alpha is 0, ``hard`` where there are labels though h is 0;
+            these cases may take a pass of their own.
         dkd_weights: of ``"dkd"``: of the divergence of label against rest, and of that among the rest.
         backend: None (by the device), ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; see
             :func:`kdfast.backends`. ``"triton"`` takes CPU tensors too where Triton itself can launch on them.
