@@ -59,7 +59,7 @@ demo: $(BUILT) $(VENV)/.extra-demo ## distill a small network from a large one o
 	$(PY) examples/distill_digits.py
 
 test: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-demo ## the whole test suite, the examples too
-	$(PY) -m pytest -n auto $(ARGS)
+	$(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 bench: $(BUILT) $(VENV)/.extra-demo ## kdfast beside its peers: table, CSV and picture; ARGS=--quick takes under a minute
 	$(PY) -m benchmarks $(ARGS)

@@ -82,9 +82,10 @@ def measured_apart(
 
     Returns what is left to do, and these metrics; None where the loss's own pass makes them.
     """
+    if not settings.metrics:
+        return inputs, settings, None
     of_soft = inputs.teachers or settings.standardize or inputs.temperatures is not None or settings.temperature != 1
-    apart = (settings.alpha == 0 and of_soft) or (settings.hard_weight == 0 and settings.label_smoothing != 0)
-    if not (settings.metrics and apart):
+    if not ((settings.alpha == 0 and of_soft) or (settings.hard_weight == 0 and settings.label_smoothing != 0)):
         return inputs, settings, None
     metrics = ops.stats(student.detach(), *inputs, *settings)[2]
     return *relevant(inputs, settings._replace(metrics=False)), metrics
