@@ -34,12 +34,11 @@ def ones(reduction: str, dtype: torch.dtype, rows: int) -> torch.Tensor | None:
 @pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
 def test_dropped_rows_may_hold_anything(backend: str, dtype: torch.dtype, reduction: str, value: float) -> None:
     weight = torch.tensor([1.0, 0.0, 2.0, 0.0, 0.5])
-    each = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
-    # are rows ignored, are there labels at all; a weight; a temperature
-    ways = ((True, None, each), (False, weight, each), (None, weight, 2), (True, weight, 2))
+    temperatures = (2, torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+    ways = ((True, None), (False, weight), (None, weight), (True, weight))  # are rows ignored, are there labels at all
     turn = REDUCTIONS.index(reduction)
-    for vocab, divergence, (ignoring, w, temperature) in combined(
-        backend, (7, 5000), divergences_for(backend), ways, turn=turn
+    for vocab, divergence, (ignoring, w), temperature in combined(
+        backend, (7, 5000), divergences_for(backend), ways, temperatures, turn=turn
     ):
         student, teacher, labels = batch(5, vocab, dtype)
         s, t = student.clone(), teacher.clone()
