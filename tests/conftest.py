@@ -1,21 +1,50 @@
-"""What all tests share: the backends, the seed, the threads, and what Triton's kernels run on."""
+"""What all tests share: the backends, the two tiers, the seed, the threads, and what GPU kernels run on."""
 
-import inspect
 from collections.abc import Iterator
 
 import emulated
 import gpu  # before anything that imports Triton
 import pytest
 import torch
-from cases import BACKENDS, THINNED, takes
+from cases import BACKENDS, ON_GPU
 
 import kdfast
 
-# Of the tests of all backends, those about kernels, which the cuda backend has too; the others are about what is
+# Of the tests of all backends, those about kernels, which the cuda backend has too. The others are about what is
 # written once for all, and have float64 in their midst.
 OF_KERNELS = {"test_" + name for name in (
-    "alpha", "autograd", "dropped_terms", "inplace", "layouts", "limits", "metrics", "numbers", "options", "settings",
+    "alpha", "autograd", "calls", "dropped_terms", "inplace", "layouts", "limits", "metrics", "numbers", "random",
 )}  # fmt: skip
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="every call on every backend, and the tests marked `full`")
+    parser.addoption("--only-backend", choices=BACKENDS, help="the tests of one backend, and those of none left out")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: of `make test-full` alone, for another test has the same promise")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    dropped = {item for item in items if _is_left_out(item, config.getoption("full"), config.getoption("only_backend"))}
+    config.hook.pytest_deselected(items=list(dropped))
+    items[:] = [item for item in items if item not in dropped]
+
+
+def _is_left_out(item: pytest.Item, full: bool, only: str | None) -> bool:
+    backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+    if backend == "cuda" and item.module.__name__ not in OF_KERNELS:
+        return True
+    if only is not None and backend != only:
+        return True
+    return not full and item.get_closest_marker("full") is not None
+
+
+@pytest.fixture
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether this is `make test-full`."""
+    return request.config.getoption("full")
 
 
 def why_not(backend: str) -> str | None:
@@ -26,40 +55,12 @@ def why_not(backend: str) -> str | None:
     return None if facts["usable"] else f"backend {backend!r} is not usable here: {facts['why_not']}"
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "thinned_to(condition): for Triton and CUDA only these parameters, see cases.py")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    dropped = {item for item in items if _thinned_out(item)}
-    config.hook.pytest_deselected(items=list(dropped))
-    items[:] = [item for item in items if item not in dropped]
-
-
-def _thinned_out(item: pytest.Item) -> bool:
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if parameters.get("backend") not in THINNED:
-        return False
-    if not all(takes(parameters["backend"], value) for value in parameters.values()):
-        return True
-    if parameters["backend"] == "cuda" and item.module.__name__ not in OF_KERNELS:
-        return True
-    if gpu.INTERPRETED and isinstance(vocab := parameters.get("vocab"), int) and vocab > 40_000:
-        return True  # the interpreter takes a minute for such rows, and has had some that are split and read twice
-    for mark in item.iter_markers("thinned_to"):
-        (condition,) = mark.args
-        wanted = inspect.signature(condition).parameters.keys() & parameters.keys()
-        if not condition(**{name: parameters[name] for name in wanted}):
-            return True
-    return False
-
-
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, seed_and_threads: None) -> Iterator[str]:
     """The name of each backend in turn; skipped with the reason where it is not usable."""
     if reason := why_not(request.param):
         pytest.skip(reason)
-    if request.param in THINNED:
+    if request.param in ON_GPU:
         with emulated.kernels() if request.param == "cuda" and not gpu.ON_DEVICE else gpu.kernels():
             yield request.param
         return

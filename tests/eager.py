@@ -388,8 +388,11 @@ def largest_z(s: Tensor, teachers: list[Tensor], o: dict[str, Any]) -> Tensor:
     T, at = temperatures(s.double(), o)
     capped = [softcapped(s.double(), o["softcap"]), *(softcapped(t.double(), o["teacher_softcap"]) for t in teachers)]
     student, *logits = [standardized(x) for x in capped] if o["standardize"] else capped
+    zs = [capped[0].z]  # the hard term's and z-loss's
     if o["divergence"] == "logit_mse":
-        return torch.ones_like(s[..., :1])
-    zs = [capped[0].z, student.z / T]
-    zs += [t.z / at for t in logits] if o["target"] == "logits" else []
-    return torch.stack([torch.where(F.softmax(z, -1) > 0, z.abs(), 1).amax(-1, True) for z in zs]).amax(0)
+        zs.append(torch.ones_like(s))
+    else:
+        zs.append(student.z / T)
+        zs += [t.z / at for t in logits] if o["target"] == "logits" else []
+    sizes = [torch.where(F.softmax(z, -1) > 0, z.abs(), 1).amax(-1, True) for z in zs]
+    return torch.stack(sizes).amax(0)

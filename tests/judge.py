@@ -47,13 +47,19 @@ def run(
 
 
 def judge(
-    student: Tensor, teacher: Any, labels: Tensor | None = None, *, backend: str, by_row: bool = True, **settings: Any
+    student: Tensor,
+    teacher: Any,
+    labels: Tensor | None = None,
+    *,
+    backend: str,
+    by_row: bool = True,
+    truth: "Truth | None" = None,
+    **settings: Any,
 ) -> None:
     """Runs the three kernels by the rule: loss and gradient in one; if `by_row`, statistics alone, then a gradient."""
-    rowwise = {k: v for k, v in settings.items() if k not in ("reduction", "normalizer")} | {"reduction": "none"}
-    with one_thread():
-        truth = Truth(*moved((student, teacher, labels, rowwise), "cpu"))
-        truth.truncated = backend == "triton" and INTERPRETED
+    if truth is None:
+        truth = truth_of(student, teacher, labels, settings)
+    truth.truncated = backend == "triton" and INTERPRETED
     if settings.get("reduction") != "none":
         scale = divisor(student, labels, **settings)
         loss, grad = run(student, teacher, labels, backend=backend, **settings)
@@ -67,9 +73,19 @@ def judge(
         truth.judge_sum("loss alone", loss, scale)
     # coefficients of both signs, exact in every dtype
     factor = (1.5 - torch.arange(truth.loss.numel(), device="cpu") % 4).reshape(truth.loss.shape).to(truth.kind)
-    loss, grad = run(student, teacher, labels, factor.to(student.device), backend=backend, **rowwise)
+    loss, grad = run(student, teacher, labels, factor.to(student.device), backend=backend, **by_rows(settings))
     truth.judge_rows("losses by row", loss)
     truth.judge_gradient("gradient by row", grad, factor.double())
+
+
+def truth_of(student: Tensor, teacher: Any, labels: Tensor | None, settings: dict[str, Any]) -> "Truth":
+    """What a call is judged by; the same for every backend and every reduction."""
+    with one_thread():
+        return Truth(*moved((student, teacher, labels, by_rows(settings)), "cpu"))
+
+
+def by_rows(settings: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in settings.items() if k not in ("reduction", "normalizer")} | {"reduction": "none"}
 
 
 @contextmanager
@@ -89,9 +105,9 @@ class Truth:
     truncated = False  # whether the gradients' rounding to bf16 is none
 
     def __init__(self, student: Tensor, teacher: Any, labels: Tensor | None, settings: dict[str, Any]) -> None:
-        wide = {k: _wide(v) for k, v in settings.items() if k != "inplace"} | {"backend": "reference"}
+        wide = {k: in_fp64(v) for k, v in settings.items() if k != "inplace"} | {"backend": "reference"}
         ones = student.new_ones(student.shape[:-1], dtype=F64)
-        self.loss, self.grad = run(_wide(student), _wide(teacher), labels, ones, **wide)
+        self.loss, self.grad = run(in_fp64(student), in_fp64(teacher), labels, ones, **wide)
         self.dtype, self.kind = student.dtype, F64 if student.dtype == F64 else F32
 
         vocab = settings.get("vocab_size") or student.shape[-1]
@@ -105,7 +121,7 @@ class Truth:
 
         info = torch.finfo(self.kind)
         self.floor = info.tiny
-        _, loss_off, grad_off = eager(s.double(), [t.double() for t in teachers], labels, _wide(options), self.kind)
+        _, loss_off, grad_off = eager(s.double(), [t.double() for t in teachers], labels, in_fp64(options), self.kind)
         loss_off, grad_off = loss_off * weight * info.eps, grad_off * weight.unsqueeze(-1) * info.eps
         if self.kind == F64:
             ratio = largest_z(s, teachers, options)
@@ -168,12 +184,12 @@ def divisor(
     return 1.0 / total if total else 0.0
 
 
-def _wide(value: Any) -> Any:
+def in_fp64(value: Any) -> Any:
     """Floating tensors, and what holds them, in fp64."""
     if isinstance(value, dict):
-        return {k: _wide(v) for k, v in value.items()}
+        return {k: in_fp64(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_wide(v) for v in value]
+        return [in_fp64(v) for v in value]
     return value.detach().double() if isinstance(value, Tensor) else value
 
 

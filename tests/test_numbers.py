@@ -1,172 +1,22 @@
-"""No number is further from the fp64 truth than eager PyTorch's, but for a few ulp: the rule is judge.py's."""
+"""Where digits cancel: near equality, in rows without a deviation, and in the scale of a gradient."""
 
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import pytest
 import torch
-from cases import (
-    BF16,
-    DIVERGENCES,
-    DTYPE_PAIRS,
-    DTYPES,
-    F16,
-    F32,
-    F64,
-    KINDS,
-    OFFSETS,
-    ROWS,
-    SCALES,
-    SMALL_VOCABS,
-    TEMPERATURES,
-    THINNED,
-    VOCABS,
-    batch,
-    combined,
-    divergences_for,
-    labels_for,
-    name,
-    thinned_to,
-)
-from gpu import INTERPRETED
+from cases import BF16, DIVERGENCES, F16, F32, F64, ON_GPU, batch, dtypes_for, labels_for, name
 from judge import judge, run
 
+import kdfast
+
 LINEAR = ("forward_kl", "reverse_kl", "symmetric_kl", "dkd")
-MAIN = ((F32, F32), (BF16, BF16))  # for Triton every length; what other pairs add is their loads, short rows and long
-PROMISED = (1, 2, 7, 127, 1000, 4097, 32000, 50257, 151936)  # lengths that get two divergences of Triton's, not one
 
 
-def _divergences(backend: str, vocab: int, pair: tuple[torch.dtype, torch.dtype]) -> Sequence[str]:
-    """All; for Triton others of them at each length, since no divergence knows of lengths."""
-    turn = VOCABS.index(vocab) + DTYPE_PAIRS.index(pair)
-    if backend not in THINNED:
-        return DIVERGENCES
-    return DIVERGENCES[turn % 5 :: 5] if pair in MAIN and vocab in PROMISED else (DIVERGENCES[turn % 11],)
-
-
-@thinned_to(lambda vocab, pair: pair in MAIN or vocab in SMALL_VOCABS)
-@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=name)
-@pytest.mark.parametrize("vocab", VOCABS)
-def test_every_length_and_dtype(backend: str, vocab: int, pair: tuple[torch.dtype, torch.dtype]) -> None:
-    rows = 1 if vocab > 100_000 else 3
-    student, teacher, labels = batch(rows, vocab, *pair)
-    for divergence in _divergences(backend, vocab, pair):
-        judge(student, teacher, labels, backend=backend, divergence=divergence, temperature=2)
-
-
-@thinned_to(lambda temperature, dtype: dtype == F32 or temperature in (2, 0.1))  # a temperature meets fp32, or fp64
-@pytest.mark.parametrize("dtype", (F32, BF16, F64), ids=name)  # F16 differs from BF16 in its rounding alone
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_every_temperature(backend: str, temperature: float, dtype: torch.dtype) -> None:
-    # the teacher's own: a different one, and 1, where only the student's is tempered
-    ways = (
-        (True, {}),
-        (False, {"t_squared": False}),
-        (False, {"teacher_temperature": 1.5}),
-        (True, {"teacher_temperature": 1}),
-    )
-    turn = TEMPERATURES.index(temperature)
-    for vocab, divergence, (labelled, options) in combined(
-        backend, SMALL_VOCABS, divergences_for(backend)[:-1], ways, turn=turn
-    ):
-        student, teacher, labels = batch(3, vocab, dtype)
-        settings = {"backend": backend, "divergence": divergence, "temperature": temperature} | options
-        # Triton: the same arithmetic by row, which it would compile again
-        judge(student, teacher, labels_for(divergence, labels, labelled), by_row=backend not in THINNED, **settings)
-
-
-@thinned_to(lambda temperature, dtype: dtype != BF16 or temperature == 1)  # whose arithmetic is fp32's
-@pytest.mark.parametrize("dtype", (F32, BF16, F64), ids=name)
-@pytest.mark.parametrize("temperature", (0.5, 1, 3.7))  # sharper, none, softer
-def test_logits_of_every_size(backend: str, temperature: float, dtype: torch.dtype) -> None:
-    for divergence, vocab in combined(backend, divergences_for(backend), SMALL_VOCABS, turn=temperature == 1):
-        for scale in SCALES:
-            inputs = batch(3, vocab, dtype, scale=scale)
-            judge(*inputs, backend=backend, divergence=divergence, temperature=temperature)
-        for offset in OFFSETS:
-            # the offset of one side alone: nothing may lean on both sides' maxima being near each other
-            student, _, labels = batch(3, vocab, dtype, offset=offset)
-            for teacher in (batch(3, vocab, dtype, offset=offset).teacher, batch(3, vocab, dtype).teacher):
-                judge(student, teacher, labels, backend=backend, divergence=divergence, temperature=temperature)
-
-
-def _rising(x: torch.Tensor) -> torch.Tensor:
-    return x + torch.linspace(0, 200, x.shape[-1])
-
-
-def _falling(x: torch.Tensor) -> torch.Tensor:
-    return x + torch.linspace(200, 0, x.shape[-1])
-
-
-def _first_block(value: float):
-    def change(x: torch.Tensor) -> torch.Tensor:
-        x = x.clone()
-        x[..., :2048] = value
-        return x
-
-    return change
-
-
-# Kernels go through a row in blocks and merge what they have at one maximum with what they find at another.
-ROW_SHAPES = {
-    "rising": _rising,  # each block's sums are rescaled away by the next
-    "falling": _falling,  # each next block adds nothing
-    "first block masked by -1e4": _first_block(-1e4),  # a mask's usual sentinel
-    "first block masked by the smallest number": _first_block(torch.finfo(F16).min),  # another, and it is finite
-    "one class above all, in the last block": lambda x: torch.cat([x[..., :-1], x[..., -1:] + 90], -1),
-}
-
-
-@thinned_to(lambda dtype: dtype in (F32, F64))  # the arithmetic's two
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("shape", ROW_SHAPES)
-def test_blocks_of_different_size(backend: str, shape: str, dtype: torch.dtype) -> None:
-    student, teacher, labels = batch(2, 5000, F32)  # two blocks of 2048, and a short one
-    labels = labels.clamp_min(2048)  # a masked label's loss is the sentinel itself: no number to judge
-    both = [ROW_SHAPES[shape](x).to(dtype) for x in (student, teacher)]
-    for divergence, temperature in combined(backend, divergences_for(backend), (2, 0.5), turn=dtype.itemsize == 4):
-        judge(*both, labels, backend=backend, divergence=divergence, temperature=temperature)
-
-
-@thinned_to(lambda dtype, divergence: not INTERPRETED and (dtype == BF16 or divergence in KINDS))  # it takes an hour
-@pytest.mark.parametrize("dtype", (F32, BF16), ids=name)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_many_long_rows(backend: str, divergence: str, dtype: torch.dtype) -> None:
-    # Triton splits no more than 64 rows, and of more than 32768 classes
-    rows = 65 if backend != "cuda" else 2  # whose kernels take no number of rows for another
-    judge(*batch(rows, 33_000, dtype), backend=backend, divergence=divergence, temperature=2)
-
-
-@pytest.mark.parametrize("rows", ROWS)
-def test_every_number_of_rows(backend: str, rows: int) -> None:
-    for vocab in (7, 1000):  # many rows to a chunk of work, and few
-        for dtype in (F32, BF16):
-            judge(*batch(rows, vocab, dtype), backend=backend, temperature=2)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_inplace_is_the_same_to_the_bit(backend: str, dtype: torch.dtype) -> None:
-    for divergence, vocab in combined(backend, divergences_for(backend), SMALL_VOCABS):
-        student, teacher, labels = batch(3, vocab, dtype)
-        for reduction, factor in (("mean", None), ("none", torch.tensor([1.0, -2.0, 0.5]))):
-            settings = {"backend": backend, "divergence": divergence, "temperature": 2, "reduction": reduction}
-            factor = factor if factor is None else factor.to(F64 if dtype == F64 else F32)
-            fresh = run(student, teacher, labels, factor, **settings)
-            assert all(map(torch.equal, fresh, run(student, teacher, labels, factor, inplace=True, **settings)))
-
-
-def test_any_number_of_threads_gives_the_same_bits(cpu: str) -> None:
-    # one row that is split, rows fewer than threads, rows that do not divide by them
-    for rows, vocab in ((1, 151936), (3, 50257), (65, 1000), (257, 7)):
-        for dtype in (F32, BF16):
-            inputs = batch(rows, vocab, dtype)
-            results = []
-            for threads in (1, 2, 3, 5):
-                torch.set_num_threads(threads)
-                results.append(run(*inputs, temperature=2, backend=cpu))
-            for loss, grad in results[1:]:
-                assert torch.equal(loss, results[0][0])
-                assert torch.equal(grad, results[0][1])
+def by_row(
+    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor | None, **settings: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return run(student, teacher, labels, torch.ones(student.shape[0]), reduction="none", **settings)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES[1:-1])
@@ -193,7 +43,60 @@ def test_near_equality_a_divergence_keeps_its_digits(backend: str, divergence: s
             assert loss.min() >= -1e-9
 
 
-def by_row(
-    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor | None, **settings: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return run(student, teacher, labels, torch.ones(student.shape[0]), reduction="none", **settings)
+def test_a_row_of_one_class_or_of_equal_logits_has_a_deviation_of_0(backend: str) -> None:
+    """z is 0 then, q is uniform, and the deviation has no gradient: (g - mean g) / 1e-7."""
+    for vocab, dtype in ((1, F32), (2, BF16), (17, F64), (100, F16), (2500, F32)):
+        if dtype not in dtypes_for(backend):
+            continue
+        for value in (0.0, 3.3, -7.1):  # no binary fractions: their mean is another number
+            _, teacher, _ = batch(2, vocab, dtype)
+            student = torch.full_like(teacher, value)
+            settings = {"standardize": True, "temperature": 2, "reduction": "sum", "backend": backend}
+            settings["t_squared"] = False
+            # of 2 / 1e-7 fp16 has only infinities
+            loss, grad = run(student.float() if dtype == F16 else student, teacher, **settings)
+            t = teacher.double()
+            deviation = t.std(-1, correction=min(1, vocab - 1), keepdim=True)
+            p = torch.softmax((t - t.mean(-1, True)) / (1e-7 + deviation) / 2, -1)
+            want = (1 / vocab - p) / 2 / 1e-7
+            fine = 64 * torch.finfo(F64 if dtype == F64 else F32).eps
+            coarse = torch.finfo(BF16).eps if dtype == BF16 else fine
+            torch.testing.assert_close(grad.double(), want, rtol=coarse, atol=fine / 1e-7)
+            assert loss.item() == pytest.approx(2 * math.log(vocab), rel=64 * torch.finfo(F32).eps, abs=1e-5)
+            # and the teacher's
+            loss, grad = run(teacher, student, **settings)
+            assert loss.isfinite()
+            assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16, F16, F64), ids=name)
+def test_grad_output_scales_the_gradient(backend: str, dtype: torch.dtype) -> None:
+    if dtype not in dtypes_for(backend):
+        return
+    for factor in (1.0, -1.0, 0.0, 3.0, 1e-3):
+        leaf = batch(3, 100, dtype).student.requires_grad_()
+        _, teacher, labels = batch(3, 100, dtype)
+        (factor * kdfast.kd_loss(leaf, teacher, labels, temperature=2, backend=backend)).backward()
+        _, grad = run(leaf.double(), teacher.double(), labels, temperature=2, backend="reference")
+        # made, rounded, scaled, rounded: one ulp where one rounding would be half; and fp32's errors, in ulps of 1
+        fine = 16 * torch.finfo(F64 if dtype == F64 else F32).eps * abs(factor)
+        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # fp16's: its numbers end there
+        torch.testing.assert_close(leaf.grad.double(), factor * grad, rtol=torch.finfo(dtype).eps, atol=fine + smallest)
+
+
+def test_a_standardized_offset_keeps_its_digits(backend: str) -> None:
+    """Of each side another, far from 0: means and deviations must not lose the digits."""
+    for vocab in (17, 2049) if backend not in ON_GPU else (100,):
+        for dtype in (F32, F64) if backend not in ON_GPU else (F32,):
+            student, _, labels = batch(3, vocab, dtype, offset=1000.0)
+            teacher = batch(3, vocab, dtype, offset=-300.0).teacher
+            for divergence in ("cross_entropy", "dkd"):
+                settings = {"standardize": True, "divergence": divergence, "temperature": 2}
+                judge(student, teacher, labels, backend=backend, **settings)
+
+
+def test_dkd_where_the_label_takes_everything(backend: str) -> None:
+    for scale in (2.0, 30.0):
+        student, teacher, labels = batch(3, 100, scale=scale)
+        labels[0] = teacher[0].argmax()  # the others are far below it
+        judge(student, teacher, labels, backend=backend, divergence="dkd", temperature=2)

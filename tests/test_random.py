@@ -5,6 +5,8 @@ Run as a program this file makes many calls, right ones and wrong ones, from a s
 
 import collections
 import contextlib
+import datetime
+import os
 import random
 import subprocess
 import sys
@@ -13,28 +15,33 @@ from typing import Any
 import gpu  # before anything that imports Triton
 import hypothesis.strategies as st
 import torch
-from cases import DIVERGENCES, DTYPES, ENSEMBLES, F32, F64, REDUCTIONS, TARGETS, as_target, batch
-from hypothesis import HealthCheck, given, settings
+from cases import DIVERGENCES, DTYPES, ENSEMBLES, F32, F64, REDUCTIONS, TARGETS, as_target, batch, dtypes_for
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from judge import judge
 from torch import Tensor
 
 import kdfast
 from kdfast import divergences
 
-CALLS = {"reference": 10_000, "cpu": 10_000, "triton": 200}  # a call that Triton has not compiled for takes a second
+# Drawn anew each day; the report's head shows it. An earlier day's failure is repeated with this variable.
+SEED = int(os.environ.get("KDFAST_TEST_SEED") or f"{datetime.date.today():%Y%m%d}")
+# Examples that are judged, in `make test` and in `make test-full`: nearly each of Triton's is compiled, for a second.
+EXAMPLES = {"reference": (20, 100), "cpu": (150, 1000), "triton": (6, 40), "cuda": (60, 400)}
+# Calls that must not crash.
+CALLS = {"reference": (500, 5000), "cpu": (3000, 10_000), "triton": (30, 200)}
 ERRORS = (TypeError, ValueError, RuntimeError, IndexError)  # what kd_loss documents
 
 
 @st.composite
-def calls(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def calls(draw: Any, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Valid arguments of kd_loss, of which each combination makes sense."""
     shape = draw(st.sampled_from([(), (1,), (5,), (2, 3), (2, 1, 2)]))
     rows = torch.Size(shape).numel()
     vocab = draw(st.integers(1, 70) | st.integers(2040, 2060))  # around vectors; around a block
     padding, teacher_padding = draw(st.sampled_from([(None, None), (0, 0), (3, 0), (0, 5), (8, 1)]))
-    dtype, seed = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 2**20))
+    dtype, number = draw(st.sampled_from(dtypes)), draw(st.integers(0, 2**20))
     scale, offset = draw(st.sampled_from([0.1, 1.0, 3.0, 20.0])), draw(st.sampled_from([0.0, -50.0, 300.0]))
-    student, _, labels = batch(rows, vocab, dtype, scale=scale, offset=offset, seed=seed)
+    student, _, labels = batch(rows, vocab, dtype, scale=scale, offset=offset, seed=number)
 
     def padded(x: Tensor, by: int | None) -> Tensor:
         x = torch.nn.functional.pad(x, (0, by or 0), value=9.0)
@@ -55,8 +62,8 @@ def calls(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         options["teacher_temperature"] = draw(temperatures)
     count = draw(st.sampled_from([1, 1, 2, 3]))
     options["ensemble"] = "geometric" if mse and count > 1 else draw(st.sampled_from(ENSEMBLES))
-    kinds = [draw(st.sampled_from(DTYPES)) for _ in range(count)]
-    teachers = [batch(rows, vocab, kind, scale=scale, seed=seed + i).teacher for i, kind in enumerate(kinds)]
+    kinds = [draw(st.sampled_from(dtypes)) for _ in range(count)]
+    teachers = [batch(rows, vocab, kind, scale=scale, seed=number + i).teacher for i, kind in enumerate(kinds)]
     teachers = [as_target(t, options["target"], 2) for t in teachers]
     if options["target"] == "probs":  # none rounded to 0, where a KL is infinite: see test_limits.py
         teachers = [t.clamp_min(torch.finfo(t.dtype).tiny) for t in teachers]
@@ -101,16 +108,17 @@ def calls(draw: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (padded(student, padding), teacher, given_labels), options
 
 
-# derandomized: the same 300 examples each time, some 5 s; for Triton 30, since nearly each compiles kernels of its own
-def test_any_valid_call_gives_the_references_numbers(backend: str) -> None:
+def test_any_valid_call_gives_the_references_numbers(backend: str, full: bool) -> None:
+    @seed(SEED)
     @settings(
         deadline=None,
-        derandomize=True,
         database=None,
-        max_examples=30 if backend == "triton" else 300,
+        max_examples=EXAMPLES[backend][full],
         suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],  # a smaller example would be compiled, and judged, again and again
+        print_blob=True,
     )
-    @given(call=calls())
+    @given(call=calls(dtypes_for(backend)))
     def check(call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
         inputs, options = call
         judge(*inputs, backend=backend, **options)
@@ -165,14 +173,14 @@ def _pools(
     }
 
 
-def many_calls(backend: str, seed: int) -> None:
+def many_calls(backend: str, number_of_calls: int) -> None:
     """Prints how many calls went well and how many raised each error; anything but the documented errors ends it."""
     dtypes = DTYPES if backend != "triton" else (F32,)  # each pair would be compiled for
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
+    rng = random.Random(SEED)
+    torch.manual_seed(SEED)
     torch.set_num_threads(1 if backend == "reference" else 2)
     counts: collections.Counter[str] = collections.Counter()
-    for number in range(CALLS[backend]):
+    for number in range(number_of_calls):
         shape = rng.choice([(), (0,), (1,), (4,), (2, 3), (33,)])
         vocab = rng.choice([1, 2, 7, 17, 33, 100])
         pools = _pools(rng, shape, vocab, dtypes)
@@ -192,17 +200,17 @@ def many_calls(backend: str, seed: int) -> None:
     print(" ".join(f"{name}={count}" for name, count in sorted(counts.items())))
 
 
-def test_thousands_of_calls_do_not_crash(backend: str) -> None:
-    command = [sys.executable, "-X", "faulthandler", __file__, backend, "20150309"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr[-3000:]}"
+def test_thousands_of_calls_do_not_crash(backend: str, full: bool) -> None:
+    number = CALLS[backend][full]
+    command = [sys.executable, "-X", "faulthandler", __file__, backend, str(number)]
+    environment = os.environ | {"KDFAST_TEST_SEED": str(SEED)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, f"seed {SEED}, exit {done.returncode}\n{done.stdout}\n{done.stderr[-3000:]}"
     counts = {name: int(count) for name, count in (pair.split("=") for pair in done.stdout.split())}
-    calls = CALLS[backend]
-    assert sum(counts.values()) == calls
-    assert counts["fine"] > 0.3 * calls  # the right calls are not lost among the wrong ones
-    for error in ERRORS:
-        unseen = gpu.ON_DEVICE and backend == "triton" and error is IndexError  # a label's value: it is not looked at
-        assert unseen or counts.get(error.__name__, 0) > 0.002 * calls, counts
+    assert sum(counts.values()) == number
+    assert counts["fine"] > 0.3 * number  # the right calls are not lost among the wrong ones
+    for error in ERRORS if number >= 3000 else ():
+        assert counts.get(error.__name__, 0) > 0.001 * number, counts
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ template <class L>
 __device__ inline void measure_tensors(BlockTeam& team, const PreparedRow& row, const RowOf& r,
                                        const Part<BlockTeam>& part, L& lines, Scaling* scalings) {
   const RowsArgs& a = row.a;
-  if (team.thread() <= kMostTeachers) scalings[team.thread()] = {0, 1, 0, 0};
+  if (team.thread() <= kMostTeachers) scalings[team.thread()] = {0, 1, 0, 0, 0};
   __syncthreads();
   if (r.n == 0) return;
   const bool softmaxed = row.mixed() && a.target == Target::kLogits;
@@ -56,8 +56,9 @@ __device__ inline void measure_tensors(BlockTeam& team, const PreparedRow& row, 
       add(x);
     }
     if (sums) {
-      const float log_sum = team.join(sum, lines, r.scale).log();
-      if (team.thread() == 0) scalings[k].log_sum = log_sum;
+      const LogSum found = team.join(sum, lines, r.scale);
+      if (team.thread() == 0)
+        scalings[k].high = finite(found.value[0]), scalings[k].log_sum = log2f(found.value[1]);
     } else {
       const Scaling found = scaling_of(team.join(moments, lines, r.scale), first[0]);
       if (team.thread() == 0) scalings[k] = found;

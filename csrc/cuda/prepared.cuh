@@ -76,16 +76,15 @@ struct LogSum {
 #pragma unroll
     for (int i = 0; i < N; ++i) value[1] += fast_exp2(__fmaf_rn(x[i], slope, -finite(high)));
   }
-  __device__ float log() const { return finite(value[0]) + log2f(value[1]); }
 };
 
 struct Scaling {  // of a tensor's logits over one row
   float mean, inverse, spread;
-  float log_sum;
+  float high, log_sum;  // the logarithm of its sum of exps, as two terms: one alone would round large logits
 };
 __device__ inline Scaling scaling_of(const Moments& x, float first) {
   const float freedom = fmaxf(x.value[0] - 1, 1.f), deviation = sqrtf(x.value[2] / freedom);
-  return {first + x.value[1], 1 / (deviation + 1e-7f), deviation == 0 ? 0 : 1 / (freedom * deviation), 0};
+  return {first + x.value[1], 1 / (deviation + 1e-7f), deviation == 0 ? 0 : 1 / (freedom * deviation), 0, 0};
 }
 
 // A row of all tensors, of which the student's has number 0 and the k-th teacher's k + 1.
@@ -142,11 +141,11 @@ struct PreparedRow {
       if (w == 0) continue;
       float x[N];
       standardized(x, k + 1, first);
-      const float log_sum = scalings[k + 1].log_sum;
+      const float high = scalings[k + 1].high, log_sum = scalings[k + 1].log_sum;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         if (mixed()) {
-          x[i] = a.target == Target::kLogits     ? fast_exp2(__fmaf_rn(x[i], member_slope, -log_sum))
+          x[i] = a.target == Target::kLogits     ? fast_exp2(__fmaf_rn(x[i], member_slope, -high) - log_sum)
                  : a.target == Target::kLogProbs ? fast_exp2(x[i] * kLog2E)
                                                  : x[i];
         } else if (a.target == Target::kProbs && a.n_teachers > 1) {

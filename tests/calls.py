@@ -1,0 +1,429 @@
+"""The one list of calls that every backend is held to: CALLS, `covering(AXES)` and then SPECIAL.
+
+`covering` finds few calls in which every two values of different axes meet at least once. It is deterministic, and its
+first calls meet the most new pairs, so that a prefix of the list is its best subset. `python tests/calls.py` prints the
+list. A new promise about numbers is a new value of an axis, or a call in SPECIAL, with its reason.
+"""
+
+import random
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from cases import BF16, DIVERGENCES, F16, F32, F64, as_target, batch, here, name
+from torch import Tensor
+
+from kdfast import divergences
+
+# --- how logits lie in memory ------------------------------------------------------------------------------------
+
+
+def _view(*size: int | None, take: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """x in a view of a larger tensor of NaN: a read beyond the view spoils the row."""
+
+    def place(x: Tensor) -> Tensor:
+        base = torch.full(_size(x), torch.nan, dtype=x.dtype)
+        take(base, *x.shape).copy_(x)
+        return take(base, *x.shape)
+
+    def _size(x: Tensor) -> tuple[int, int]:
+        return size[0] * len(x) + size[1], size[2] * x.shape[1] + size[3]
+
+    return place
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "padded rows": _view(1, 0, 1, 24, take=lambda b, r, v: b[:, :v]),  # a padded head, sliced
+    "odd padding": _view(1, 0, 1, 1, take=lambda b, r, v: b[:, :v]),  # each row aligned differently
+    "offset by one": _view(1, 1, 1, 0, take=lambda b, r, v: b.view(-1)[1 : 1 + r * v].view(r, v)),  # unaligned
+    "every second row": _view(2, 0, 1, 0, take=lambda b, r, v: b[::2]),
+    "every second class": _view(1, 0, 2, 0, take=lambda b, r, v: b[:, ::2]),
+    "transposed": lambda x: x.t().contiguous().t(),  # classes lie far apart
+    "one row expanded": lambda x: x[:1].expand(x.shape),
+}
+
+# --- what logits are ---------------------------------------------------------------------------------------------
+
+
+def _both(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return lambda s, t: (change(s), change(t))
+
+
+def _masked(value: float) -> Callable[[Tensor], Tensor]:
+    """The first block of classes, or the first third of a short row, has a sentinel for a logit."""
+
+    def change(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, : first_unmasked(x.shape[1])] = value
+        return x
+
+    return change
+
+
+def first_unmasked(vocab: int) -> int:
+    return 2048 if vocab > 2048 else vocab // 3
+
+
+def _ramp(start: float, end: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: x + torch.linspace(start, end, x.shape[-1], dtype=x.dtype)
+
+
+# Kernels go through a row in blocks and merge what they have at one maximum with what they find at another.
+LOGITS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "usual": lambda s, t: (s, t),
+    "large": lambda s, t: (15 * s, 15 * t),  # one class takes everything, exponentials underflow
+    "tiny": lambda s, t: (0.005 * s, 0.005 * t),  # all classes alike: q - p is a difference of near equals
+    "both up": lambda s, t: (s + 1000, t + 1000),  # exp of it overflows in every dtype
+    "student up": lambda s, t: (s + 1000, t),  # nothing may lean on both sides' maxima being near each other
+    "student down": lambda s, t: (s - 1e4, t),  # exp of it underflows
+    "rising": _both(_ramp(0, 200)),  # each block's sums are rescaled away by the next
+    "falling": _both(_ramp(200, 0)),  # each next block adds nothing
+    "masked by -1e4": _both(_masked(-1e4)),  # a mask's usual sentinel
+    "masked by the least": _both(_masked(torch.finfo(F16).min)),  # another, and it is finite
+    "the last above all": lambda s, t: tuple(torch.cat([x[:, :-1], x[:, -1:] + 90], -1) for x in (s, t)),
+}
+FAR = ("both up", "student up", "student down")  # from 0
+MASKED = ("masked by -1e4", "masked by the least")
+STEEP = ("rising", "falling", "the last above all")
+
+
+# --- teachers ----------------------------------------------------------------------------------------------------
+
+
+class Teacher(NamedTuple):
+    target: str = "logits"
+    count: int | None = None  # of an ensemble
+    weights: list[float] | None = None
+    ensemble: str = "arithmetic"
+
+
+TEACHERS = {
+    "logits": Teacher(),
+    "probs": Teacher("probs"),
+    "log_probs": Teacher("log_probs"),
+    "a list of one": Teacher(count=1),
+    "arithmetic": Teacher(count=2, weights=[3, 1]),
+    "geometric": Teacher(count=2, weights=[3, 1], ensemble="geometric"),
+    "arithmetic probs": Teacher("probs", 3, [1, 0, 2]),  # one of them has no weight
+    "geometric probs": Teacher("probs", 2, None, "geometric"),
+    "arithmetic log_probs": Teacher("log_probs", 4, [0.1, 0.2, 0.3, 0.4]),
+    "geometric log_probs": Teacher("log_probs", 2, None, "geometric"),
+}
+SEVERAL = tuple(k for k, v in TEACHERS.items() if v.count and v.count > 1)
+OTHER_DTYPES = (None, BF16, F16, F32)  # of an ensemble each teacher may have a dtype of its own; None: the call's
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+def _rows(rows: int) -> Tensor:
+    return torch.arange(rows, dtype=F64)
+
+
+# Which rows count: labels that are ignored, and weights; the first row always counts, and its weight is not 1.
+KEPT: dict[str, tuple[int | None, Callable[[int], Tensor | None]]] = {
+    "all": (None, lambda rows: None),
+    "some ignored": (-100, lambda rows: None),
+    "ignored by 0": (0, lambda rows: None),  # an ignore_index that is a class
+    "weighted": (None, lambda rows: 0.25 + (_rows(rows) % 4).to(F32)),
+    "some of weight 0": (-100, lambda rows: (2 - _rows(rows) % 3).to(F32)),
+    "weighted in bf16": (None, lambda rows: (0.3 + _rows(rows) % 3).to(BF16)),
+    "weighted in fp64": (-100, lambda rows: 0.3 + _rows(rows) % 5),
+    "whole weights": (None, lambda rows: (3 - _rows(rows) % 3).to(torch.int64)),
+    "a mask": (None, lambda rows: _rows(rows) % 3 != 1),
+}
+
+
+def _per_row(*values: float, dtype: torch.dtype = F32) -> Callable[[int], Tensor]:
+    return lambda rows: torch.tensor([values[i % len(values)] for i in range(rows)], dtype=dtype)
+
+
+ALL_OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 20.0, "teacher_softcap": 30.0, "standardize": True}
+
+AXES: dict[str, dict[str, Any]] = {
+    "divergence": {d: {"divergence": d} for d in DIVERGENCES},
+    "shape": {
+        shape: shape
+        for shape in (
+            "3x1",  # one class has probability 1, and every softmax's gradient is 0
+            "2x2",  # the least that has a gradient
+            "257x7",  # less than any vector; many rows to a chunk of work
+            "17x15",  # one short of an AVX-512 vector of fp32; rows by columns have a last group that is not full
+            "3x16",  # exactly one, or two of AVX2, or four of SSE
+            "3x17",  # a vector and a tail of one
+            "1x31",  # the same around a vector of 16-bit numbers
+            "5x33",
+            "5x100",  # CIFAR-100: vectors and a tail
+            "3x127",  # one short of eight vectors: unrolled loops end in a tail
+            "65x1000",  # ImageNet; one more than a round chunk of rows
+            "2x2047",  # one short of a kernel's block of classes
+            "3x2048",  # exactly a block
+            "5x2049",  # a second block of one class
+            "2x4097",  # two blocks and one class
+            "1x32000",  # Llama 2
+            "2x40001",  # odd, so that 16-bit rows begin off every alignment; so long that Triton splits it
+            "1x151936",  # Qwen 2.5: long enough to be split over threads
+        )
+    },
+    "dtypes": {
+        "-".join(map(name, dict.fromkeys(pair))): pair
+        for pair in (
+            *((dtype, dtype) for dtype in (F32, BF16, F16, F64)),
+            (BF16, F32),  # autocast's student, a teacher kept in fp32
+            (F32, BF16),  # a student in training, a teacher loaded small
+            (F16, BF16),  # the two 16-bit formats meet: neither may be read as the other
+            (F32, F64),  # the wider teacher does not widen the sums
+            (F64, F32),  # fp64 sums over fp32 reads
+        )
+    },
+    "teacher": TEACHERS,
+    "temperature": {
+        "T 1": {"temperature": 1},  # no tempering; soft and hard term share their exponentials
+        "T 2": {"temperature": 2},  # whole: a kernel may take exp(z) as exp(z / T) ** T
+        "T 3": {"temperature": 3, "t_squared": False},
+        "T 4": {"temperature": 4},  # the usual one for images
+        "T 20": {"temperature": 20},  # the paper's for MNIST: whole, but too large a power
+        "T 3.7": {"temperature": 3.7},  # not whole
+        "T 0.5": {"temperature": 0.5, "t_squared": False},  # sharpens: z / T is larger than z
+        "T 0.1": {"temperature": 0.1},  # logits / T reach 100: most exponentials underflow
+        "T 100": {"temperature": 100},  # q - p is all cancellation
+        "T by row": {"temperature": _per_row(1.0, 2.0, 3.7, 0.5, 20.0)},
+        "T 2 of 1.5": {"temperature": 2, "teacher_temperature": 1.5},  # the teacher's own
+        "T 2.5 of 1": {"temperature": 2.5, "teacher_temperature": 1},  # where only the student's is tempered
+        "T 2.5 of rows": {"temperature": 2.5, "teacher_temperature": _per_row(2.0, 1.0, 3.0, dtype=F64)},
+        "T by row of rows": {
+            "temperature": _per_row(1.0, 2.0, 3.7, dtype=BF16),
+            "teacher_temperature": _per_row(2.0, 0.5),
+        },
+    },
+    "terms": {
+        "default terms": {},
+        "no labels": {},
+        "alpha 0": {"alpha": 0},
+        "alpha 0.25": {"alpha": 0.25},
+        "alpha 1": {"alpha": 1},
+        "1 + 1": {"alpha": 1, "hard_weight": 1},  # timm's and DKD's
+        "0.7 + 0": {"alpha": 0.7, "hard_weight": 0},
+        "0 + 2.5": {"alpha": 0, "hard_weight": 2.5},
+        "100 + 0.5": {"alpha": 100, "hard_weight": 0.5},  # a large one
+    },
+    "kept": KEPT,
+    "reduction": {
+        "mean": {},
+        "sum": {"reduction": "sum"},
+        "batchmean": {"reduction": "batchmean"},
+        "none": {"reduction": "none"},
+        "normalizer 17": {"normalizer": 17},
+        "a normalizer of fp64": {"normalizer": torch.tensor(0.3, dtype=F64)},
+        "a normalizer of int64": {"normalizer": torch.tensor(3)},
+    },
+    "option": {
+        "no option": {},
+        "smoothing": {"label_smoothing": 0.1},  # the usual one
+        "all smoothed": {"label_smoothing": 1.0},  # nothing is left of the label
+        "small z-loss": {"z_loss": 1e-4},  # PaLM's
+        "z-loss": {"z_loss": 1.0},  # outweighs the other terms
+        "cap": {"softcap": 30.0},  # Gemma 2's final logits
+        "caps": {"softcap": 0.5, "teacher_softcap": 0.5},  # saturate: most gradients vanish
+        "a teacher's cap": {"teacher_softcap": 30.0},
+        "a large cap": {"softcap": 1e4},  # does nothing
+        "standardized": {"standardize": True},
+        "all options": ALL_OPTIONS,
+    },
+    # of the divergences that have one; dkd_weights of dkd
+    "beta": {
+        "default beta": {},
+        "another beta": {"beta": 0.3, "dkd_weights": (2.0, 1.0)},  # ImageNet's weights are all small
+        "beta 0": {"beta": 0, "dkd_weights": (1.0, 0.0)},  # the target class alone
+        "beta 1": {"beta": 1, "dkd_weights": (0.0, 8.0)},  # the others alone
+    },
+    "logits": LOGITS,
+    "layout": LAYOUTS,
+    "teacher's layout": {f"teacher {k}": v for k, v in LAYOUTS.items()},
+    # classes beyond vocab_size, the student's and the teacher's, of values that would take every softmax over
+    "padding": {"no padding": None, "+0 +24": (0, 24), "+24 +0": (24, 0), "+24 +8": (24, 8), "+1 +0": (1, 0)},
+    "dimensions": {"rows": lambda x: x, "(1, rows)": lambda x: x.unsqueeze(0), "(rows, 1)": lambda x: x.unsqueeze(1)},
+    "output": {
+        "a new gradient": {},
+        "inplace": {"inplace": True},
+        "metrics": {"return_metrics": True},
+        "metrics inplace": {"inplace": True, "return_metrics": True},
+    },
+}
+SIXTEEN = ("bfloat16", "float16", "bfloat16-float32", "float16-bfloat16", "float32-bfloat16")
+STANDARDIZED = ("standardized", "all options")
+NOT_LOGITS = tuple(k for k, v in TEACHERS.items() if v.target != "logits")
+MIXED = tuple(k for k in SEVERAL if k.startswith("arithmetic"))
+CAPPED = ("cap", "caps", "a teacher's cap", "all options")
+# Two values that cannot meet, and why.
+NEVER = (
+    (("logit_mse",), ("probs", "log_probs", "arithmetic", *(k for k in SEVERAL if k != "geometric"))),  # has no p
+    (("dkd",), ("no labels", "alpha 0", "0 + 2.5")),  # it is of labels; and without its term it is nothing
+    (("no labels",), ("smoothing", "all smoothed", "all options", "some ignored", "ignored by 0")),
+    (("no labels",), ("some of weight 0", "weighted in fp64")),  # which ignore labels as well
+    ((*STANDARDIZED, "caps", "a teacher's cap"), NOT_LOGITS),
+    (tuple(k for k in AXES["temperature"] if " of " in k), NOT_LOGITS),
+    (MIXED, ("T 0.1", "large", *STEEP, *MASKED)),  # eager PyTorch's p underflows: no yardstick for its logarithm
+    (("dkd",), ("3x1",)),  # of which no class is left beside the label: see test_limits.py
+    ((*FAR, *MASKED), (*CAPPED, *STANDARDIZED)),  # to a cap, and beside a sentinel, all logits are alike
+    (MASKED, ("smoothing", "all smoothed")),  # the loss would be the sentinel itself: no number to judge
+    (STANDARDIZED, ("3x1", "2x2")),  # z is 0, or +-sqrt(1/2), whatever the logits: see test_numbers.py
+    (FAR, SIXTEEN),  # of 16 bits they would be a few numbers only
+    (("one row expanded",), ("inplace", "metrics inplace")),  # memory that rows share cannot be written
+    # known: where abs(z) reaches 2000 it is rounded before the maximum is subtracted, and entropies lose 3e-5
+    (("T 0.1",), STEEP[:2]),
+)  # fmt: skip
+
+
+class Call(NamedTuple):
+    """Names of values, one an axis."""
+
+    values: tuple[str, ...]
+
+    def __getitem__(self, axis: str) -> Any:  # type: ignore[override]
+        return AXES[axis][self.named(axis)]
+
+    def named(self, axis: str) -> str:
+        return self.values[list(AXES).index(axis)]
+
+    @property
+    def id(self) -> str:
+        """The values that are not their axis's first."""
+        first = [next(iter(axis)) for axis in AXES.values()]
+        shown = [v for i, (v, usual) in enumerate(zip(self.values, first, strict=True)) if v != usual or i < 3]
+        return ", ".join(shown)
+
+    def arguments(self) -> tuple[tuple[Tensor, Any, Tensor | None], dict[str, Any]]:
+        """(student, teacher, labels) and the keywords of kd_loss."""
+        rows, vocab = map(int, self.named("shape").split("x"))
+        dtype, teacher_dtype = self["dtypes"]
+        kind: Teacher = self["teacher"]
+        settings: dict[str, Any] = {**self["divergence"], **self["terms"], **self["reduction"], **self["output"]}
+        settings |= {k: v(rows) if callable(v) else v for k, v in self["temperature"].items()}
+        settings |= self["option"] | self._beta()
+        mse, hard_alone = self.named("divergence") == "logit_mse", settings.get("alpha") == 0
+        if mse:  # which has none
+            settings = {k: v for k, v in settings.items() if "temperature" not in k}
+        at = settings.get("teacher_temperature", settings.get("temperature", 1.0))
+
+        student, teachers, labels = self._drawn(rows, vocab, kind.count or 1)
+        student = student.to(dtype)
+        teachers = [
+            as_target(t, kind.target, at).to(OTHER_DTYPES[i % 4] or teacher_dtype) for i, t in enumerate(teachers)
+        ]
+        if kind.target == "probs":  # none is 0 in fp32, where a KL is infinite: see test_limits.py
+            teachers = [t.clamp_min(max(torch.finfo(x).tiny for x in (t.dtype, F32))) for t in teachers]
+        ignored, weight = KEPT[self.named("kept")]
+        if ignored is not None:
+            settings["ignore_index"] = ignored
+            labels = torch.where(labels == ignored, vocab - 1, labels) if vocab > 1 else labels.fill_(0)
+            labels[1::4] = ignored
+            if vocab == 1 and ignored == 0:
+                labels, settings["ignore_index"] = labels, -100
+        settings["weight"] = weight(rows)
+        if self["padding"] is not None:
+            more, teachers_more = self["padding"]
+            settings["vocab_size"] = vocab
+            student = torch.nn.functional.pad(student, (0, more), value=1e4)
+            teachers = [torch.nn.functional.pad(t, (0, teachers_more), value=torch.nan) for t in teachers]
+        student = self["layout"](student)
+        teachers[0] = self["teacher's layout"](teachers[0])
+        settings["target"] = kind.target
+        if kind.count:
+            settings |= {"ensemble": kind.ensemble, "teacher_weights": kind.weights}
+        shaped = self["dimensions"]
+        teacher: Any = [shaped(t) for t in teachers] if kind.count else shaped(teachers[0])
+        settings = {k: shaped(v) if isinstance(v, Tensor) and v.dim() else v for k, v in settings.items()}
+        given = None if self.named("terms") == "no labels" else shaped(labels)
+        if hard_alone and not settings.get("return_metrics") and rows % 2:
+            teacher, settings["teacher_weights"] = None, None
+        arguments = (shaped(student), teacher, given)
+        return here(arguments), here({k: v for k, v in settings.items() if v is not None})
+
+    def _beta(self) -> dict[str, Any]:
+        """beta or dkd_weights, where the divergence has them."""
+        divergence = self.named("divergence")
+        entry, wanted = divergences.DIVERGENCES.get(divergence), "dkd_weights" if divergence == "dkd" else "beta"
+        has = wanted == "dkd_weights" or (entry is not None and entry.beta is not None)
+        return {k: v for k, v in self["beta"].items() if has and k == wanted}
+
+    def _drawn(self, rows: int, vocab: int, count: int) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Logits of a student and of teachers, in fp64, and labels."""
+        student, teacher, labels = batch(rows, vocab, F64)
+        student, teacher = self["logits"](student, teacher)
+        others = [batch(rows, vocab, F64, seed=i).teacher for i in range(1, count)]
+        teachers = [teacher, *(self["logits"](t, t)[1] for t in others)]
+        if self.named("logits") in MASKED:  # nor is the label one of the masked classes
+            labels = labels.clamp_min(first_unmasked(vocab))
+        return student, teachers, labels
+
+
+def call(**values: str) -> Call:
+    """A call of these values, and of the first of each other axis."""
+    names = {axis.replace(" ", "_").replace("'", ""): axis for axis in AXES}
+    chosen = {names[key]: value for key, value in values.items()}
+    assert all(axis == "shape" or value in AXES[axis] for axis, value in chosen.items()), values
+    return Call(tuple(chosen.get(axis, next(iter(AXES[axis]))) for axis in AXES))
+
+
+# What no pair of values shows.
+SPECIAL = (
+    # Triton splits no more than 64 rows, and of more than 32768 classes: here are more rows
+    call(shape="65x33000", dtypes="bfloat16", temperature="T 2"),
+    # an arithmetic ensemble whose blocks differ in size, with divergences that need no logarithm of p
+    call(shape="2x4097", teacher="arithmetic", logits="rising", temperature="T 2"),
+    call(divergence="jsd", shape="5x2049", teacher="arithmetic", logits="masked by -1e4", temperature="T 2"),
+)
+
+
+def covering(axes: dict[str, dict[str, Any]], seed: int = 0) -> list[Call]:
+    """Few calls in which every pair of values of different axes, NEVER apart, meets at least once.
+
+    Greedy: each call begins with the value that most pairs are still open for, and takes axis after axis, in a random
+    order, the value that closes most pairs with those it has; of some such calls the best is kept.
+    """
+    rng = random.Random(seed)
+    values = [(axis, value) for axis, names in enumerate(axes.values()) for value in names]
+    of_axis = [np.array([i for i, (axis, _) in enumerate(values) if axis == a]) for a in range(len(axes))]
+    may = np.ones((len(values), len(values)), bool)
+    for lefts, rights in NEVER:
+        left, right = (np.array([value in side for _, value in values]) for side in (lefts, rights))
+        may &= ~(np.outer(left, right) | np.outer(right, left))
+    axis_of = np.array([axis for axis, _ in values])
+    open_pairs = may & (axis_of[:, None] != axis_of[None, :])
+    calls = []
+    while open_pairs.any():
+        best: tuple[int, list[int]] = (0, [])
+        first = int(open_pairs.sum(1).argmax())
+        for _ in range(12):
+            chosen = [first]
+            rest = [a for a in range(len(axes)) if a != axis_of[first]]
+            rng.shuffle(rest)
+            closed = 0
+            for axis in rest:
+                candidates = of_axis[axis][may[of_axis[axis]][:, chosen].all(1)]
+                if not len(candidates):
+                    break
+                gains = open_pairs[candidates][:, chosen].sum(1) + 0.5 * (open_pairs[candidates].sum(1) > 0)
+                pick = rng.choice(np.flatnonzero(gains == gains.max()).tolist())
+                closed += int(open_pairs[candidates[pick]][chosen].sum())
+                chosen.append(int(candidates[pick]))
+            if len(chosen) == len(axes) and closed > best[0]:
+                best = closed, chosen
+        closed, chosen = best
+        assert chosen, f"no call meets {values[first]}"
+        open_pairs[np.ix_(chosen, chosen)] = False
+        calls.append(Call(tuple(values[i][1] for i in sorted(chosen))))
+    return calls
+
+
+@lru_cache
+def all_calls() -> list[Call]:
+    return [*covering(AXES), *SPECIAL]
+
+
+if __name__ == "__main__":
+    for number, each in enumerate(all_calls()):
+        print(number, each.id)

@@ -1,0 +1,107 @@
+"""How metrics are judged: by judge.py's rule, against the recipes of eager.py in fp64."""
+
+import math
+from typing import Any
+
+import torch
+from cases import F32, F64, moved
+from eager import DEFAULTS, eager, entropies, largest_z, mixture, softcapped, standardized, temperatures
+from judge import by_rows, in_fp64, one_thread
+from torch import Tensor
+
+import kdfast
+
+ALONE = {"hard_weight": 0, "z_loss": 0.0}  # the soft term by itself
+FIELDS = ("soft", "hard", "kl", "student_entropy", "teacher_entropy", "agreement", "accuracy")
+NAN = math.nan
+
+
+def measured(student: Tensor, teacher: Any, labels: Tensor | None = None, **settings: Any) -> dict[str, Tensor]:
+    _, metrics = kdfast.kd_loss(student, teacher, labels, return_metrics=True, **settings)
+    assert isinstance(metrics, kdfast.KDMetrics)
+    assert metrics._fields == FIELDS
+    return metrics._asdict()
+
+
+def of_rows(
+    student: Tensor, teachers: list[Tensor], labels: Tensor | None, settings: dict[str, Any], kind: torch.dtype
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each row's metrics by the recipes of eager.py, and A of judge.py, in eps."""
+    o = DEFAULTS | {k: v for k, v in settings.items() if k in DEFAULTS}
+    if o["divergence"] == "logit_mse":
+        o |= {"temperature": 1.0, "teacher_temperature": None, "t_squared": False}
+    nan = torch.full_like(student[..., 0], NAN)
+    nothing = (nan, nan)
+    best, unclear = _argmax([student], o["softcap"], o, kind)
+    found = dict.fromkeys(FIELDS, nothing)
+    of_q, of_q_off, of_p, of_p_off = entropies(student, teachers, o, kind)
+    found["student_entropy"] = of_q, of_q_off
+    if labels is not None:
+        found["hard"] = eager(student, [], labels, o | {"alpha": 0, "hard_weight": 1, "z_loss": 0}, kind)[:2]
+        found["accuracy"] = (best == labels).to(nan.dtype), unclear.to(nan.dtype)
+    if teachers:
+        found["soft"] = eager(student, teachers, labels, o | ALONE | {"alpha": 1}, kind)[:2]
+        kl = o | ALONE | {"alpha": 1, "divergence": "forward_kl", "beta": None, "t_squared": False}
+        found["kl"] = eager(student, teachers, None, kl, kind)[:2]
+        found["teacher_entropy"] = of_p, of_p_off
+        best_of_p, p_unclear = _argmax(teachers, o["teacher_softcap"], o, kind)
+        found["agreement"] = (best == best_of_p).to(nan.dtype), (unclear | p_unclear).to(nan.dtype)
+    return {k: (value, off.nan_to_num(0)) for k, (value, off) in found.items()}
+
+
+def _argmax(logits: list[Tensor], cap: float | None, o: dict[str, Any], kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of one side's logits, or of an ensemble's p; and whether the largest two are too near to tell apart: a cap that
+    saturates makes them equal."""
+    z = [softcapped(x, cap) for x in logits]
+    if len(z) > 1:
+        z = [standardized(x) for x in z] if o["standardize"] else z
+        shown = mixture(z, temperatures(logits[0], o)[1], o)[0]
+    else:
+        shown = z[0].z
+    largest = shown.topk(min(2, shown.shape[-1]), -1).values
+    near = largest[..., 0] - largest[..., -1] <= 64 * torch.finfo(kind).eps * largest[..., 0].abs()
+    return (logits[0] if len(z) == 1 else shown).argmax(-1), near & bool(cap or len(z) > 1) & (shown.shape[-1] > 1)
+
+
+def judge_metrics(
+    student: Tensor, teacher: Any, labels: Tensor | None = None, *, backend: str, **settings: Any
+) -> dict[str, Tensor]:
+    """Every metric is no further from fp64 than A and eager PyTorch in fp32 allow; shares are exact."""
+    got = measured(student, teacher, labels, backend=backend, **settings)
+    kind = F64 if student.dtype == F64 else F32
+    student, teacher, labels, settings = moved((student, teacher, labels, settings), "cpu")
+    vocab = settings.get("vocab_size") or student.shape[-1]
+    teachers = [] if teacher is None else [teacher] if isinstance(teacher, Tensor) else list(teacher)
+    s, teachers = student.detach()[..., :vocab], [t[..., :vocab] for t in teachers]
+    keep = torch.ones(s.shape[:-1], dtype=torch.bool)
+    if labels is not None:
+        keep = labels != settings.get("ignore_index", -100)
+    weight = keep.double()
+    if settings.get("weight") is not None:
+        weight, keep = weight * settings["weight"].double(), keep & (settings["weight"] != 0)
+    with one_thread():
+        truth = of_rows(s.double(), [t.double() for t in teachers], labels, settings, kind)
+        plain = of_rows(s.float(), [t.float() for t in teachers], labels, settings, kind)
+        if teachers:  # eager's own is NaN where a probability underflows
+            rows = {k: v for k, v in by_rows(settings).items() if k not in ("return_metrics", "vocab_size")}
+            rows |= ALONE | {"alpha": 1, "label_smoothing": 0.0, "weight": None, "backend": "reference"}
+            given = [t.double() for t in teachers] if len(teachers) > 1 else teachers[0].double()
+            truth["soft"] = kdfast.kd_loss(s.double(), given, labels, **in_fp64(rows)), truth["soft"][1]
+        rounded = largest_z(s, teachers, DEFAULTS | {k: v for k, v in settings.items() if k in DEFAULTS}).squeeze(-1)
+    for field, (want, off) in truth.items():
+        assert got[field].dtype == kind, field
+        assert not got[field].requires_grad, field
+        allowed = off * torch.finfo(kind).eps
+        # as judge.py has it: eager's error, or the truth's own; shares have none
+        allowed = allowed * (1 + rounded) if kind == F64 else allowed + (plain[field][0] - want).abs().nan_to_num(0)
+        allowed = off if field in ("agreement", "accuracy") else allowed
+        want = torch.where(keep, want, NAN)
+        if settings.get("reduction") != "none":
+            total = weight.sum()
+            want, allowed = (torch.where(keep, x * weight, 0).sum() / total for x in (want, allowed))
+            allowed = allowed + 4 * torch.finfo(kind).eps * want.abs().nan_to_num(0)  # its sum, and its quotient
+        assert got[field].shape == want.shape, field
+        off_by = (got[field].cpu().double() - want).abs()
+        right = (off_by <= allowed) | (want.isnan() & got[field].cpu().isnan())
+        assert right.all(), f"{field}: {got[field]} instead of {want}, {allowed} allowed"
+    return got
