@@ -37,10 +37,13 @@ $(VENV)/.extra-%: $(VENV)/.torch pyproject.toml
 	KDFAST_BUILD_EXT=0 $(PIP) --no-build-isolation -e '.[$*]'
 	@touch $@
 
-# Triton where torch did not bring it, which the CPU builds do not: the one that torch 2.13.0 is made for.
+# Triton where torch did not bring it, which the CPU builds do not: the one that torch 2.13.0 is made for. No extra asks
+# for it: pip would put it in place of torch's own, CUDA's or ROCm's, and then bring another torch that goes with it.
 $(VENV)/.triton: $(VENV)/.torch
-	$(PY) -c 'import triton' 2> /dev/null || $(PIP) triton==3.7.1
+	$(PY) -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("triton"))' || $(PIP) triton==3.7.1
 	@touch $@
+
+$(VENV)/.extra-test: $(VENV)/.triton
 
 # Without what it depends on: its torch and triton would replace those of a ROCm build.
 $(VENV)/.liger: $(VENV)/.torch

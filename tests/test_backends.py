@@ -15,6 +15,7 @@ import gpu  # before anything that imports Triton
 import pytest
 import torch
 from cases import BF16, F16, F32, F64, batch
+from hanging import SECONDS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kdfast
@@ -28,7 +29,7 @@ def run(code: str, *flags: str, path: Path | None = None, **environment: str) ->
     search = os.pathsep.join(filter(None, [str(path or PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, *flags, "-c", code]
     environment = {**os.environ, "PYTHONPATH": search, **environment}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=path)
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment, cwd=path)
 
 
 def run_well(*arguments: str, **options) -> str:
@@ -121,8 +122,10 @@ def test_a_triton_that_is_of_no_use_is_an_error_that_says_why_and_no_obstacle_to
     stub, words = USELESS_TRITONS[what]
     if stub:
         (tmp_path / "triton.py").write_text(stub)
-    elif gpu.ON_DEVICE or importlib.util.find_spec("triton") is None:
-        pytest.skip("needs a Triton, and no GPU")
+    elif gpu.ON_DEVICE:
+        pytest.skip("there is a GPU, on which Triton can launch")
+    elif importlib.util.find_spec("triton") is None:
+        pytest.skip("there is no Triton")
     search = os.pathsep.join(map(str, (tmp_path, PACKAGE.parent)))
     out = run_well(
         "import sys, torch, kdfast\n"
@@ -134,7 +137,8 @@ def test_a_triton_that_is_of_no_use_is_an_error_that_says_why_and_no_obstacle_to
         "facts = kdfast.backends()\n"
         "print(facts['triton']['why_not'])\n"
         "assert facts['triton'] == facts['triton'] | {'compiled': True, 'usable': False, 'device': None}\n"
-        "assert facts['by_device']['cuda'] == 'reference'\n",
+        "usable = facts['cuda']['usable']\n"
+        "assert facts['by_device']['cuda'] == ('cuda' if usable else 'reference')\n",
         PYTHONPATH=search,
         TRITON_INTERPRET="0",
     )
@@ -149,19 +153,35 @@ def test_the_triton_backend_refuses_tensors_of_a_device_that_it_does_not_launch_
     s, t, _ = batch(2, 5)
     with pytest.raises(RuntimeError, match="backend: 'triton' is not usable here: Triton launches on cuda .*on cpu"):
         kdfast.kd_loss(s, t, backend="triton")
-    facts = kdfast.backends()
-    assert facts["triton"] == {"compiled": True, "usable": True, "why_not": None, "device": "cuda"}
-    assert facts["by_device"] == facts["by_device"] | {"cuda": "triton"}
+    for failure, expected in (("it is not usable", "triton"), (None, "cuda")):
+        monkeypatch.setattr(choice, "cuda_failure", lambda device, failure=failure: failure)
+        facts = kdfast.backends()
+        assert facts["triton"] == {"compiled": True, "usable": True, "why_not": None, "device": "cuda"}
+        assert facts["by_device"] == facts["by_device"] | {"cuda": expected}
 
 
 def test_the_cuda_backend_says_why_it_is_not_usable():
-    if gpu.ON_DEVICE:
-        pytest.skip("there is a GPU")
     facts = kdfast.backends()["cuda"]
-    words = "built without CUDA|torch sees no CUDA device" if facts["compiled"] else "nvcc was not found, or with"
+    if facts["usable"]:
+        pytest.skip("it is usable here")
+    if not facts["compiled"]:
+        words = "nvcc was not found, or with KDFAST_CUDA=0"
+    elif torch.version.cuda is None:
+        words = "built without CUDA"
+    elif not torch.cuda.is_available():
+        words = "torch sees no CUDA device"
+    else:
+        words = "could not be loaded|the driver knows no later one|there is a device of capability"
     assert re.search(words, facts["why_not"])
     s, t, _ = batch(2, 5)
     with pytest.raises(RuntimeError, match=f"backend: 'cuda' is not usable here: .*({words})"):
+        kdfast.kd_loss(s, t, backend="cuda")
+
+
+def test_usable_cuda_kernels_refuse_tensors_of_another_device_and_name_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(choice, "_load_cuda", lambda: None)
+    s, t, _ = batch(2, 5)
+    with pytest.raises(RuntimeError, match="backend: 'cuda' is not usable here: it takes CUDA tensors, not cpu ones"):
         kdfast.kd_loss(s, t, backend="cuda")
 
 
@@ -270,7 +290,9 @@ def test_importing_kdfast_warns_of_nothing():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_importing_kdfast_adds_little_to_importing_torch():
-    code = "import time, torch; a = time.perf_counter(); import kdfast; print(time.perf_counter() - a)"
-    seconds = min(float(run_well(code)) for _ in range(3))  # the best of three: others may use the machine
-    assert seconds < 0.3
+def test_importing_kdfast_loads_no_package_that_torch_has_not_loaded():
+    """Triton and Dynamo, each of which takes longer than all of kdfast, wait for the first call that needs them."""
+    code = "import sys, torch; before = set(sys.modules); import kdfast; print(*set(sys.modules) - before)"
+    loaded = run_well(code).split()
+    assert "kdfast.ops" in loaded
+    assert not [name for name in loaded if name.split(".")[0] not in ("kdfast", *sys.stdlib_module_names)]

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hanging import SECONDS
 
 import kdfast
 from kdfast.divergences import names
 
 ROOT = Path(__file__).parent.parent
 MISSING = [name for name in ("sklearn", "matplotlib", "rich", "tokenizers") if importlib.util.find_spec(name) is None]
-SECONDS = 240  # within which each must be done, on a busy machine too
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: pip install 'kdfast[demo]'")
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases import BF16, F16, F32, F64, batch
+from hanging import SECONDS
 from torch import Tensor
 
 from kdfast import kd_loss, tempered_softmax
@@ -28,7 +29,6 @@ SHAPES = (
     (2, 151936, BF16),
 )
 COUNTS = (1, 2, 3, 5)  # of threads: one, this machine's least, and numbers that divide neither rows nor blocks
-SECONDS = 30  # within which a child must be done; it needs one or two of them, and more under a sanitizer
 
 
 def loss_and_gradient(student: Tensor, teacher: Any, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
