@@ -5,7 +5,7 @@ Rows 1024, H = 512 for the student and 1024 for the teacher, T = 2, alpha = 0.9 
 candidates
     products      the four products that must be done, each whole, its result in fresh memory: two give logits, of one
                   of which the other two make the gradients in hidden states and weight
-    fp32 products the same of fp32 factors: for 16-bit heads on a CPU without instructions for them
+    fp32 products the same of fp32 factors: what a 16-bit head's are on a CPU, for their logits are rounded nowhere
     kdfast        linear_kd_loss and backward
     eager         two heads, the recipe of candidates.py, backward
     kdfast jsd    the generalised Jensen-Shannon divergence, beta = 0.5

@@ -53,10 +53,9 @@ def linear_kd_loss(
             tensor. float16's gradients are never narrower than float32 until backward has a loss scaler's factor.
         **settings: every other keyword of :func:`kd_loss`, with the same meaning, but ``inplace``.
 
-    Logits are float32 (float64 of float64 heads) and are rounded nowhere before the softmax, but on CPUs that have
-    instructions for matrices of a 16-bit dtype: PyTorch's product gives that dtype there. Under autocast hidden states,
-    weights and biases are cast as F.linear casts them. In messages ``student_logits`` and ``teacher`` are the heads'
-    products.
+    Logits are float32 (float64 of float64 heads) and are rounded nowhere before the softmax, whatever the device. Under
+    autocast hidden states, weights and biases are cast as F.linear casts them. In messages ``student_logits`` and
+    ``teacher`` are the heads' products.
 
     Returns:
         As kd_loss. A scalar loss computes its gradients in forward, and backward at most scales them; ``"none"``

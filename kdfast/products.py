@@ -1,17 +1,22 @@
-"""A head's products with a chunk of rows, by the library's matrix product, logits in fp32 where it gives them.
+"""A head's products with a chunk of rows, by the library's matrix product; logits are rounded nowhere.
 
     s = h W^T + b        the chunk's logits, (rows, V)
     d h = g W            from their gradient g, (rows, H)
     d W += g^T h         (V, H)
 
-Where logits of a 16-bit head are rounded:
+What a 16-bit head's products are:
 
-    a GPU                    nowhere before the softmax: 16-bit factors, fp32 sums, fp32 results. g is rounded once, to
-                             the head's dtype, as a factor of its products
-    a CPU with instructions  to the head's dtype as they leave the product, which PyTorch's CPU product has no other
-    for that dtype           result for; g likewise
-    any other CPU            nowhere: slices of the head are widened, and everything is fp32, which is faster there by
-                             far than PyTorch's 16-bit product (6 to 100 times on AVX2)
+    on a GPU       16-bit factors, fp32 sums, fp32 results. g is rounded once, to the head's dtype, as a factor of its
+                   products
+    anywhere else  fp32: a slice of the head at a time is widened
+
+PyTorch's CPU product of 16-bit factors rounds its result to their dtype: of bf16 logits of size 100 that costs up to
+0.25, of larger ones 0.5. Where a CPU has instructions for bf16 matrices, fp32 products cost time: on two cores of a
+Sapphire Rapids 132 ms for 512 rows, V = 32000, H = 1024, where the bf16 product takes 24. With
+torch.backends.mkldnn.matmul.fp32_precision = "bf16" PyTorch takes 52 for fp32 logits of bf16 factors. That setting is
+not used here because it holds for all threads: while one thread had it set around its own products, 86 of another's 90
+fp32 products came out by it as well, and torch.get_float32_matmul_precision() raised there. Whoever sets it for the
+whole process has it here too: bf16 heads' logits lose nothing by it; their g is then rounded as on a GPU.
 """
 
 from collections.abc import Iterator
@@ -23,7 +28,7 @@ SLICE = 4096  # classes that are widened, or multiplied, at a time: a few MB bes
 
 
 class Head:
-    """The products in the head's own dtype."""
+    """The products in the head's own dtype, which is no 16-bit one."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias  # (V, H), (V,)
@@ -113,15 +118,4 @@ def head(weight: Tensor, bias: Tensor | None) -> Head:
     """The products that suit the weight's dtype and device."""
     if weight.dtype.itemsize > 2:
         return Head(weight, bias)
-    if weight.device.type == "cuda":
-        return TensorCoreHead(weight, bias)
-    if weight.device.type == "cpu" and not _instructions_for(weight.dtype):
-        return WidenedHead(weight, bias)
-    return Head(weight, bias)
-
-
-def _instructions_for(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of a 16-bit dtype by instructions made for it."""
-    if dtype == torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.cpu._is_amx_fp16_supported()
+    return TensorCoreHead(weight, bias) if weight.device.type == "cuda" else WidenedHead(weight, bias)

@@ -6,7 +6,7 @@ import gpu  # before anything that imports Triton
 import pytest
 import torch
 from cases import BF16, F16, F32, F64, name
-from linear_cases import VOCAB, Case, fused, many, off, plain
+from linear_cases import VOCAB, Case, check, fused, many, off, plain
 from torch import Tensor
 
 import kdfast
@@ -26,25 +26,16 @@ def test_a_16_bit_heads_gradient_is_added_up_in_fp32_unless_asked_otherwise(cpu:
     assert errors[BF16] > 4 * errors[F32]  # rounded 150 times
 
 
-@pytest.fixture
-def with_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU that has instructions for 16-bit matrices."""
-    monkeypatch.setattr(products, "_instructions_for", lambda dtype: True)
-
-
+@pytest.mark.parametrize("reduction", ["mean", "none"])  # one pass over the chunks, and two
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=name)
-def test_with_instructions_for_16_bits_products_round_to_them(
-    cpu: str, dtype: torch.dtype, with_instructions: None
-) -> None:
-    case = many(dtype)
-    case.bias = torch.linspace(-1, 1, VOCAB).to(dtype)
-    assert products.head(case.weight, None).logits_dtype == dtype
-    loss, grads, _ = fused(case, case.labels, chunk_rows=7, temperature=2.0)
-    truth = plain(case, case.labels, F64, temperature=2.0)
-    assert loss == pytest.approx(float(truth[0]), rel=torch.finfo(dtype).eps)
-    for got, want in zip(grads, truth[1], strict=True):
-        assert got.dtype == dtype
-        assert off(got, want) < 2 * torch.finfo(dtype).eps
+def test_logits_of_16_bit_heads_are_rounded_nowhere(cpu: str, dtype: torch.dtype, reduction: str) -> None:
+    """Judged against the fp64 products of the same factors, where rounding to bf16 would cost logits up to 0.5."""
+    case = Case(dtype)
+    case.hidden, case.teacher_hidden = 32 * case.hidden, 32 * case.teacher_hidden
+    assert case.teacher_logits(F64).abs().max() > 128
+    grad = torch.linspace(-1, 2, len(case.hidden)) if reduction == "none" else None
+    settings = {"temperature": 10.0, "reduction": reduction, "grad": grad, "chunk_rows": 4, "backend": cpu}
+    check(case, case.labels, **settings)
 
 
 @pytest.fixture
@@ -65,7 +56,6 @@ def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for overload, function in (("mm.dtype", mm), ("mm.dtype_out", mm_out), ("addmm.dtype_out", addmm_out)):
             library.impl(overload, function, "CPU")
         monkeypatch.setattr(products, "WidenedHead", products.TensorCoreHead)
-        monkeypatch.setattr(products, "_instructions_for", lambda dtype: False)
         monkeypatch.setattr(chunks, "_may_look", lambda x: False)
         yield
 
@@ -106,8 +96,9 @@ def test_a_loss_scaler_in_float16_loses_no_gradient(backend: str) -> None:
         assert off(leaf.grad, want * 65536) < 0.1 * off(rounded, want * 65536), "rounded before it was scaled"
 
 
-def test_float16_loses_nothing_to_rows_weights_or_a_narrow_accumulator(cpu: str, with_instructions: None) -> None:
-    """Where its matrices are multiplied by instructions, gradients of logits are float16 factors."""
+@pytest.mark.skipif(gpu.ON_DEVICE, reason="here all tests of this file run on a GPU's own products")
+def test_float16_loses_nothing_to_rows_weights_or_a_narrow_accumulator(cpu: str, tensor_cores: None) -> None:
+    """There gradients of logits are float16 factors."""
     case = many(F16)
     for power in (-24, 17):  # which alone would underflow, overflow
         weight = torch.linspace(0.5, 1, 600) * 2.0**power
