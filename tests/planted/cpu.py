@@ -82,9 +82,10 @@ OF_ROWS = [
     Mutant("mse-about-the-first-blocks-mean", LOSS,
            "(x.teacher_running - x.teacher_sum * mean) / (2 * n)", "x.teacher_running / (2 * n)",
            "logit_mse of long rows is centred on the mean of their first 2048 classes.", CALLS),
-    Mutant("mse-of-an-infinity-is-infinite", LOSS,
-           "terms.soft == terms.soft ? -mean : terms.soft;", "-mean;",
-           "A row with an infinity has a gradient that is NaN here and there.", LIMITS),
+    # logit_mse of standardised logits
+    Mutant("mse-gradient-of-unscaled-logits", LOSS,
+           "c.soft = a.alpha / n * scale.student_unit;", "c.soft = a.alpha / n;",
+           "logit_mse's gradient in standardised logits is taken for that in the logits.", OPTIONS),
     Mutant("one-standardised-class", LOSS,
            "if (n == 1) c.soft = 0;", "",
            "A standardised row of one class has a gradient of 1e7 times its rounding.", OPTIONS),
@@ -373,9 +374,8 @@ OF_CALLS = [
 # ---- the build ----
 
 OF_BUILD = [
-    Mutant("weak-symbol", "csrc/rows.h",
-           "KDFAST_ALWAYS_INLINE int64_t offset(int64_t row) const",
-           "__attribute__((noinline)) int64_t offset(int64_t row) const",
+    Mutant("weak-symbol", "csrc/cpu/row_kernels.h",
+           "__attribute__((always_inline)) bool kept(", "__attribute__((noinline)) bool kept(",
            "The linker keeps one of the instruction sets' functions for all of them.", BUILD, isas="all"),
     Mutant("finite-math", "CMakeLists.txt",
            "${flags_${isa}} -fno-math-errno", "${flags_${isa}} -ffinite-math-only -fno-math-errno",

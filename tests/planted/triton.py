@@ -40,9 +40,9 @@ OF_NUMBERS = [
     Mutant("triton-symmetric-psi", DIVERGENCES,
            "masked(q, log_q - log_p + 1) - beta * p", "masked(q, log_q - log_p + 1) - (1 - beta) * p",
            "Symmetric KL's gradient weighs the teacher with the other share.", CALLS),
-    Mutant("triton-log-ratio-of-nothing", DIVERGENCES,
-           "return tl.where(b < NOTHING, 0, ratio)", "return ratio",
-           "JSD is NaN where neither gives a class a probability.", LIMITS),
+    Mutant("triton-series-too-far", DIVERGENCES,
+           "tl.abs(w) < 0.125", "tl.abs(w) < 0.5",
+           "A series of four terms is taken where it wants more of them.", CALLS),
     # log-probabilities of one teacher
     Mutant("triton-given-logarithms-to-base-e", _in("teachers"),
            "return probabilities[0], tiles[0] * LOG2E", "return probabilities[0], tiles[0]",
@@ -157,9 +157,6 @@ OF_SPEED = [
     Mutant("triton-scaled-by-1", REDUCTIONS,
            "if by != 1:", "if by == by:",
            "backward() of the loss itself reads and writes the whole gradient.", TRAFFIC),
-    Mutant("triton-segments-of-no-whole-tiles", LAUNCH,
-           "segment = triton.cdiv(triton.cdiv(vocab, wanted), tile) * tile", "segment = triton.cdiv(vocab, wanted)",
-           "Segments of a split row begin off the vectors that the kernel takes them to begin at.", CALLS),
 ]  # fmt: skip
 
 MUTANTS = [*OF_NUMBERS, *OF_MEMORY, *OF_SPEED]
