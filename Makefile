@@ -19,7 +19,7 @@ BUILT := $(VENV)/.built
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench gpu-check .gpu-check cuda-check .cuda-check lint format sanitize build-check arm-check clean
+.PHONY: help build demo test mutants bench gpu-check .gpu-check cuda-check .cuda-check lint format sanitize build-check arm-check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -63,6 +63,9 @@ demo: $(BUILT) $(VENV)/.extra-demo ## distill a small network from a large one o
 
 test: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-demo ## the whole test suite, the examples too
 	$(PY) -m pytest -n auto --dist worksteal $(ARGS)
+
+mutants: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-demo ## what the tests miss of the faults in tests/planted; takes hours, ARGS=--help
+	$(PY) tests/mutants.py $(ARGS)
 
 bench: $(BUILT) $(VENV)/.extra-demo ## kdfast beside its peers: table, CSV and picture; ARGS=--quick takes under a minute
 	$(PY) -m benchmarks $(ARGS)

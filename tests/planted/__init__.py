@@ -1,0 +1,11 @@
+"""Faults as developers make them, each at one place, for mutants.py to plant; no compiler and no import sees them.
+
+`text` is as short as occurs once, so that it survives most of what moves code.
+"""
+
+from planted import cpu, cuda, linear, package, triton
+from planted.mutant import Mutant
+
+MUTANTS = [*package.MUTANTS, *linear.MUTANTS, *triton.MUTANTS, *cuda.MUTANTS, *cpu.MUTANTS]
+
+__all__ = ["MUTANTS", "Mutant"]

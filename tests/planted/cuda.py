@@ -1,0 +1,115 @@
+"""The CUDA kernels and what launches them; without a device tests/emulated.py runs them."""
+
+from planted.mutant import Mutant
+
+CALLS, LIMITS, METRICS = ("test_calls.py", "test_limits.py"), ("test_limits.py",), ("test_metrics.py",)
+OPTIONS, LAYOUTS, DROPPED = ("test_calls.py",), ("test_layouts.py",), ("test_dropped_terms.py",)
+LAUNCHES, TRAFFIC = ("test_cuda_launches.py",), ("test_cuda_traffic.py",)
+
+
+def _in(name: str) -> str:
+    return f"csrc/cuda/{name}"
+
+
+REDUCE, STATISTICS, ROWS, GENERAL = (
+    _in(f"{name}.cuh") for name in ("reduce", "statistics", "row_kernels", "general_rows")
+)
+PASSES, PACKS, LAUNCH = _in("row_passes.cuh"), _in("packs.cuh"), _in("launch.cu")
+
+MUTANTS = [
+    # ---- how threads join what they have ----
+    Mutant("cuda-warps-read-unwritten-lines", REDUCE,
+           "    __syncthreads();\n    A y = A::nothing();", "    A y = A::nothing();",
+           "A warp reads what another one has not written yet.", CALLS),
+    Mutant("cuda-blocks-read-unwritten-lines", REDUCE,
+           "    cluster_arrive();\n    cluster_wait();\n    y = A::nothing();",
+           "    __syncthreads();\n    y = A::nothing();",
+           "A block of a cluster reads what another one has not written yet.", (*TRAFFIC, *CALLS)),
+    Mutant("cuda-lines-written-before-they-are-read", REDUCE,
+           "void meet() const {\n    __syncthreads();\n    if (blocks() == 1) return;",
+           "void meet() const {\n    if (blocks() == 1) return;",
+           "The next sums are written over lines that a warp still reads.", CALLS),
+    # clusters alone, and there what no other block knows
+    Mutant("cuda-warps-of-a-cluster", REDUCE,
+           "if (lane < blocks()) {", "if (lane < warps) {",
+           "Of more blocks than warps some are left out.", (*TRAFFIC, *CALLS)),
+    Mutant("cuda-parts-offset-negated", STATISTICS,
+           "D::over_teacher(value[kTeacherSum], ds, ds - dt)", "D::over_teacher(value[kTeacherSum], ds, dt - ds)",
+           "At a new offset a KL's running sum moves the wrong way.", CALLS),
+    Mutant("cuda-teachers-new-maximum", STATISTICS,
+           "if (high > value[kStudentOffset] || teacher_high > value[kTeacherOffset])",
+           "if (high > value[kStudentOffset])",
+           "Where the teacher alone has a new maximum its sums stay where they are.", CALLS),
+    # ---- memory ----
+    Mutant("cuda-copies-not-awaited", ROWS,
+           "await_copies<kAhead - 1>();", "await_copies<kAhead>();",
+           "Logits are read from shared memory before their copy has arrived.", CALLS),
+    Mutant("cuda-last-class-lost", ROWS,
+           "team.thread() < kHead ? at < head : at < n", "team.thread() < kHead ? at < head : at < n - 1",
+           "The last class of a row that ends within a pack is left out.", CALLS),
+    # rows shorter than what lies before the first vector
+    Mutant("cuda-head-longer-than-its-row", PACKS,
+           "return head < n ? head : n;", "return head;",
+           "Short rows that begin off a vector are read and written beyond their end.", LAYOUTS),
+    # bf16 alone, every other class
+    Mutant("cuda-bf16-with-its-neighbours-bits", PACKS,
+           "__uint_as_float(word[i] & 0xffff0000u)", "__uint_as_float(word[i])",
+           "Every other bf16 logit has its neighbour's bits below its own.", CALLS),
+    Mutant("cuda-dropped-row-keeps-its-memory", ROWS,
+           "zero_from(packs.grad, a.grad.dtype, r.n, a.width, team);",
+           "zero_from(packs.grad, a.grad.dtype, a.vocab, a.width, team);",
+           "A row that drops out has as its gradient what was in memory.", DROPPED),
+    # one alignment: 8 bytes apart
+    Mutant("cuda-teacher-half-a-pack-off", LAUNCH,
+           "((uintptr_t)a.data - (uintptr_t)b.data) % 16 == 0", "((uintptr_t)a.data - (uintptr_t)b.data) % 8 == 0",
+           "Teachers that lie 8 bytes off the student's vectors are read as if they lay alike.", LAYOUTS),
+    # fp16 alone, and reductions to one number
+    Mutant("cuda-grad-output-by-row", _in("call.h"),
+           'args_.row_scale_step = reduction_ == "none";', "args_.row_scale_step = 1;",
+           "A mean's fp16 gradient reads a gradient of the loss for each row.", ("test_training.py", "test_calls.py")),
+    # in place, logit_mse, metrics
+    Mutant("cuda-metrics-write-a-gradient", _in("call.h"),
+           "a.grad.data = nullptr;", "",
+           "logit_mse's metrics overwrite the logits before its gradient is made of them.", METRICS),
+    # ---- numbers ----
+    Mutant("cuda-share-of-0-times-infinity", PASSES,
+           "if (share != 0)\n", "",
+           "Reverse KL is NaN where forward KL would be infinite.", LIMITS),
+    Mutant("cuda-z-loss-gradient-halved", PASSES,
+           "c.hard += factor * 2 * a.z_loss * lse;", "c.hard += factor * a.z_loss * lse;",
+           "z_loss has half of its gradient.", OPTIONS),
+    Mutant("cuda-ends-of-symmetric-kl-swapped", LAUNCH,
+           "Divergence::kForwardKL ? 1 : 0", "Divergence::kForwardKL ? 0 : 1",
+           "Forward and reverse KL are each other.", CALLS),
+    Mutant("cuda-smoothing-takes-the-plain-kernel", LAUNCH,
+           "a.standardize || a.label_smoothing != 0 || a.metrics", "a.standardize || a.metrics",
+           "Label smoothing is ignored where nothing else needs the general kernel.", OPTIONS),
+    Mutant("cuda-standardised-hard-exponents", GENERAL,
+           "scale.hard_ratio /= scale.inverse;", "scale.hard_ratio *= scale.inverse;",
+           "Beside a standardised soft term the hard term is of scaled logits.", OPTIONS),
+    Mutant("cuda-moments-joined-unweighted", _in("prepared.cuh"),
+           "squares + d * d * (value[0] * share)", "squares + d * d * share",
+           "The deviation of a row is off where its parts have different means.", OPTIONS),
+    Mutant("cuda-last-of-equal-maxima", _in("measures.cuh"),
+           "__float_as_int(at_bits) < __float_as_int(value[i + 1])",
+           "__float_as_int(at_bits) > __float_as_int(value[i + 1])",
+           "The last of equal maxima counts as the argmax.", METRICS),
+    Mutant("cuda-dropped-rows-spoil-metrics", _in("reductions.cu"),
+           "if (w == 0) continue;  // its metrics are NaN", "",
+           "The metrics' means are NaN where a row drops out.", METRICS),
+    Mutant("cuda-mean-over-nothing", _in("reductions.cu"),
+           "a.divisor ? *a.divisor == 0 ? 0 : a.scale / *a.divisor : a.scale",
+           "a.divisor ? a.scale / *a.divisor : a.scale",
+           "A mean over no row is NaN.", DROPPED),
+    # ---- speed alone: numbers stay right ----
+    Mutant("cuda-scaled-by-1", _in("reductions.cu"),
+           "if (factor == 1) return;", "",
+           "backward() of the loss itself reads and writes the whole gradient.", TRAFFIC),
+    Mutant("cuda-few-rows-undivided", LAUNCH,
+           "return 2 * (int64_t)a.rows * blocks <= device.multiprocessors",
+           "return 4 * (int64_t)a.rows * blocks <= device.multiprocessors",
+           "Few and long rows have half of the blocks that they could have.", LAUNCHES),
+    Mutant("cuda-no-smaller-cluster", LAUNCH,
+           "if (!fits(kept, launch, device, place)) continue;", "if (!fits(kept, launch, device, place)) break;",
+           "Where the largest cluster finds no room rows are read twice.", LAUNCHES),
+]  # fmt: skip

@@ -1,0 +1,66 @@
+"""The fused linear losses."""
+
+from planted.mutant import Mutant
+
+LINEAR, DTYPES, PRODUCTS = ("test_linear.py",), ("test_linear_dtypes.py",), ("test_linear_products.py",)
+OPS, CHUNKS, HEADS = "kdfast/linear_ops.py", "kdfast/chunks.py", "kdfast/products.py"
+
+MUTANTS = [
+    # more than one chunk
+    Mutant("linear-last-chunks-gradient", OPS,
+           "self.weight[: chunks.vocab], self.first)", "self.weight[: chunks.vocab], True)",
+           "The weight's gradient is that of the last chunk.", LINEAR),
+    # fp16 alone
+    Mutant("linear-fp16-gradient-undivided", OPS,
+           "total = total if divisor is None else total.div_(divisor)", "",
+           "A mean's fp16 gradient is the sum's.", DTYPES),
+    # chunks of different weights
+    Mutant("linear-metrics-of-chunks-unweighted", OPS,
+           "torch.where(total == 0, 0, metrics * total)", "torch.where(total == 0, 0, metrics)",
+           "Metrics of several chunks are summed without their weights.", LINEAR),
+    # reduction "none" with metrics and dropped rows
+    Mutant("linear-dropped-rows-metrics-are-0", OPS,
+           "chunks.rows), math.nan)\n\n    def add", "chunks.rows), 0.0)\n\n    def add",
+           "The metrics of a row that drops out are 0 and not NaN.", LINEAR),
+    Mutant("linear-narrow-accumulator", OPS,
+           "wide = torch.promote_types(grad_dtype(weight.dtype), heads.accumulate_dtype)",
+           "wide = grad_dtype(weight.dtype)",
+           "A 16-bit weight's gradient is rounded after each chunk.", DTYPES),
+    Mutant("linear-hidden-gradient-in-order", OPS,
+           "self.hidden[chunk.rows] = student.to_hidden(gradient)",
+           "self.hidden[: len(gradient)] = student.to_hidden(gradient)",
+           "The hidden states' gradient of every chunk goes to the first rows.", LINEAR),
+    # fp16 alone, weights of which none is 1
+    Mutant("linear-fp16-weights-scaled-once", CHUNKS,
+           "_replace(weight=weight / largest), total / largest", "_replace(weight=weight / largest), total",
+           "fp16 losses with weights above or below 1 are off by the largest of them.", DTYPES),
+    # a GPU's way alone
+    Mutant("linear-gpu-dropped-rows-multiplied", CHUNKS,
+           "hidden = torch.where(kept.unsqueeze(-1), hidden, 0)", "pass",
+           "On a GPU a row that drops out takes part with whatever it holds.", DTYPES),
+    # a 16-bit head without instructions for it, more than 4096 classes, a bias
+    Mutant("linear-widened-bias-of-the-first-slice", HEADS,
+           "torch.addmm(self.bias[part], hidden", "torch.addmm(self.bias[: len(weight)], hidden",
+           "Each slice of a widened head has the first one's bias.", (*DTYPES, *LINEAR)),
+    # an accumulator wider than the weight, more than one chunk
+    Mutant("linear-wide-accumulator-keeps-the-last", HEADS,
+           "total[part].copy_(product) if first else total[part].add_(product)", "total[part].copy_(product)",
+           "A 16-bit weight's gradient is that of the last chunk.", DTYPES),
+    Mutant("linear-bias-wants-what-the-weight-wants", "kdfast/linear.py",
+           "grad_bias=_wants_grad(student[2])", "grad_bias=_wants_grad(student[2]) and _wants_grad(student[1])",
+           "A bias in training above a frozen weight gets no gradient.", (*PRODUCTS, *LINEAR)),
+    # ---- speed and memory alone: numbers stay right ----
+    Mutant("linear-chunks-and-a-rest", CHUNKS,
+           "size = math.ceil(count / max(1, math.ceil(count / self.at_once)))", "size = self.at_once",
+           "The last chunk is whatever is left, however few rows.", PRODUCTS),
+    Mutant("linear-dropped-rows-multiplied", CHUNKS,
+           "elif not kept.all():", "elif not kept.any():",
+           "Rows that drop out take part in all products.", PRODUCTS),
+    Mutant("linear-teachers-view-copied", CHUNKS,
+           "return teacher[torch.unravel_index(index, teacher.shape[:-1])]",
+           "return teacher.reshape(-1, teacher.shape[-1])[index]",
+           "A teacher that is a view is copied whole, for each chunk.", LINEAR),
+    Mutant("linear-logits-of-every-chunk-are-new", CHUNKS,
+           "logits = room[: len(hidden)]", "logits = torch.empty_like(room[: len(hidden)])",
+           "There are three and four chunks' logits where two would do.", ("test_memory.py",)),
+]  # fmt: skip

@@ -1,0 +1,162 @@
+"""The Triton kernels and what launches them."""
+
+from planted.mutant import Mutant
+
+CALLS, LIMITS, METRICS = ("test_calls.py", "test_limits.py"), ("test_limits.py",), ("test_metrics.py",)
+OPTIONS, FAULTS, LAYOUTS = ("test_calls.py", "test_random.py"), ("test_triton_faults.py",), ("test_layouts.py",)
+LAUNCHES, STATIC, TRAFFIC = ("test_triton_launches.py",), ("test_triton_static.py",), ("test_triton_traffic.py",)
+DROPPED = ("test_dropped_terms.py",)
+
+
+def _in(name: str) -> str:
+    return f"kdfast/triton/{name}.py"
+
+
+STATISTICS, PASSES, DIVERGENCES = _in("statistics"), _in("row_passes"), _in("divergences")
+
+OF_NUMBERS = [
+    Mutant("triton-parts-offsets-swapped", STATISTICS,
+           "functions[k](total, dt, ds, beta)", "functions[k](total, ds, dt, beta)",
+           "At a new offset the running sums take the student's for the teacher's.", CALLS),
+    # rows of several tiles, where a later one is above the first
+    Mutant("triton-mass-at-an-old-offset", STATISTICS,
+           "teacher.mass * tl.exp2(dt) + tl.sum(p, 1)", "teacher.mass + tl.sum(p, 1)",
+           "A lane's sum of the teacher's exps stays at the offset that it had.", CALLS),
+    Mutant("triton-lanes-hard-sums-unmoved", STATISTICS,
+           "hard = scaled(hard, hard_shift(old, new, row, SPEC))", "hard = scaled(hard, ds)",
+           "Lanes' sums at temperature 1 are joined as those at T.", CALLS),
+    # T = 3 and 4 alone
+    Mutant("triton-power-by-squaring", STATISTICS,
+           "power = power * e", "power = power * power",
+           "At T = 3 and 4 the hard term takes the 4th and the 8th power.", CALLS),
+    Mutant("triton-smoothing-moved-once", STATISTICS,
+           "smooth = sums_of((smooth[0] + smooth[1] * moved_by, smooth[1]))",
+           "smooth = sums_of((smooth[0], smooth[1]))",
+           "Label smoothing's sums are joined at different offsets.", OPTIONS),
+    Mutant("triton-reverse-psi-sum", DIVERGENCES,
+           "return student + 1", "return student",
+           "Reverse KL's gradient does not sum to 0.", CALLS),
+    # beta alone: at its default, 1/2, both are equal
+    Mutant("triton-symmetric-psi", DIVERGENCES,
+           "masked(q, log_q - log_p + 1) - beta * p", "masked(q, log_q - log_p + 1) - (1 - beta) * p",
+           "Symmetric KL's gradient weighs the teacher with the other share.", CALLS),
+    Mutant("triton-series-too-far", DIVERGENCES,
+           "tl.abs(w) < 0.125", "tl.abs(w) < 0.5",
+           "A series of four terms is taken where it wants more of them.", CALLS),
+    # log-probabilities of one teacher
+    Mutant("triton-given-logarithms-to-base-e", _in("teachers"),
+           "return probabilities[0], tiles[0] * LOG2E", "return probabilities[0], tiles[0]",
+           "Given log-probabilities count as logarithms to base 2.", CALLS),
+    # standardize with z_loss
+    Mutant("triton-z-loss-of-centred-logits", PASSES,
+           "lse += row.scaling.mean", "lse += 0",
+           "z_loss beside standardised logits is of centred ones.", OPTIONS),
+    Mutant("triton-gradient-sees-no-smoothing", PASSES,
+           "label = hard * (1 - factors.smoothing)", "label = hard",
+           "The gradient at a smoothed label is that of a whole one.", OPTIONS),
+    Mutant("triton-softcap-slope-of-a-mask", _in("logits"),
+           "tl.where(x == -INF, 0, (1 - x) * (1 + x))", "(1 - x) * (1 + x)",
+           "A masked class under a softcap has the gradient NaN.", LIMITS),
+    Mutant("triton-deviation-of-the-population", _in("logits"),
+           "tl.maximum(count - 1, 1)", "tl.maximum(count, 1)",
+           "Logits are standardised by the population's deviation.", OPTIONS),
+    Mutant("triton-dkd-without-others", _in("dkd"),
+           "others = tl.where(mass == 0, 0, others)", "",
+           "dkd is NaN where no class is left beside the label.", LIMITS),
+    Mutant("triton-last-of-equal-maxima", _in("metrics"),
+           "tl.min(tl.where(best.value == value, best.at, NO_CLASS), 0)",
+           "tl.max(tl.where(best.value == value, best.at, -1), 0)",
+           "The last of equal maxima counts as the argmax.", METRICS),
+    # rows that begin off a vector, a tie with a class of their head
+    Mutant("triton-tie-within-a-lane", _in("metrics"),
+           "better = (value > best.value) | ((value == best.value) & (at < best.at))", "better = value > best.value",
+           "Of equal maxima that one lane meets the first met counts, not the first class.", METRICS),
+    Mutant("triton-softmax-gradient-without-t", _in("softmax_kernels"),
+           "return tiles[0] * (tiles[1] - sums) * (1 / row.temperature)", "return tiles[0] * (tiles[1] - sums)",
+           "The gradient of tempered_softmax lacks its 1 / T.", ("test_tempered_softmax.py",)),
+]  # fmt: skip
+
+TILES, PER_ROW, KERNELS, REDUCTIONS = _in("tiles"), _in("per_row"), _in("row_kernels"), _in("reductions")
+
+OF_MEMORY = [
+    Mutant("triton-tail-counted-twice", TILES,
+           "there = words < (n - head) // VEC * VEC // pair", "there = words < (n - head) // pair",
+           "Classes after the last whole vector count twice.", CALLS),
+    Mutant("triton-last-class-lost", TILES,
+           "tl.where(lane < 2 * VEC, lane < head, classes < n)",
+           "tl.where(lane < 2 * VEC, lane < head, classes < n - 1)",
+           "The last class of a row that ends within a vector is left out.", CALLS),
+    # tensors of more than 2^31 elements
+    Mutant("triton-row-offset-in-32-bits", TILES,
+           "(row % inner).to(tl.int64) * stride", "(row % inner) * stride",
+           "Rows beyond 2^31 elements are read elsewhere.", FAULTS),
+    # bf16 and fp16, a teacher that lies otherwise than the student
+    Mutant("triton-unaligned-pairs-sign", TILES,
+           "(low.to(tl.int32) & 0xFFFF)", "low.to(tl.int32)",
+           "Of unaligned 16-bit pairs a negative first number spoils the second.", LAYOUTS),
+    # few and long rows that begin off a vector
+    Mutant("triton-segments-overlap", PER_ROW,
+           "tl.where(part == 0, 0, tl.minimum(head + part * segment, vocab))",
+           "tl.where(part == 0, 0, tl.minimum(part * segment, vocab))",
+           "Segments of a split row that begins off a vector have classes in common.", CALLS),
+    Mutant("triton-label-behind-the-last", PER_ROW,
+           "(wide >= 0) & (wide < vocab)", "(wide >= 0) & (wide <= vocab)",
+           "The label V is taken for a class.", FAULTS),
+    Mutant("triton-label-of-a-split-row", REDUCTIONS,
+           "label = tl.where((wide >= 0) & (wide < vocab), wide, -1).to(tl.int32)", "label = wide.to(tl.int32)",
+           "A label beyond the classes of a split row is read where it points.", FAULTS),
+    # few and long rows whose number is no power of 2
+    Mutant("triton-rows-joined-twice", REDUCTIONS,
+           "kept = _weights(per_row[1], per_row[2], row, there,",
+           "kept = _weights(per_row[1], per_row[2], row, at >= 0,",
+           "The last of three split rows counts twice in the mean.", CALLS),
+    Mutant("triton-dropped-rows-spoil-metrics", REDUCTIONS,
+           "tl.where((w != 0)[None, :], values * w[None, :], 0)", "values * w[None, :]",
+           "The metrics' means are NaN where a row drops out.", METRICS),
+    # short rows that drop out
+    Mutant("triton-dropped-row-keeps-its-memory", KERNELS,
+           "mask=there)\n    zero(out + n, width - n, LANES, VEC)",
+           "mask=there)\n    zero(out + vocab, width - vocab, LANES, VEC)",
+           "A short row that drops out has as its gradient what was in memory.", DROPPED),
+    # few and long rows that drop out
+    Mutant("triton-dropped-split-row", KERNELS,
+           "tl.where(kept, segments - 1, 0)", "segments - 1",
+           "Of a split row that drops out the first segments' gradient is what was in memory.", DROPPED),
+    # few and long rows under an ensemble
+    Mutant("triton-table-of-several-teachers", _in("tables"),
+           "mass = _column(row, 3 if k == 0 else 5 + 3 * k)", "mass = _column(row, 3 if k == 0 else 4 + 3 * k)",
+           "In split rows the further teachers' sums are read off their offsets.", CALLS),
+    # one layout: rows apart by no whole vector
+    Mutant("triton-aligned-by-the-first-row", _in("matrices"),
+           "% vec, *strides]", "% vec]",
+           "Rows whose first one is aligned count as aligned, all of them.", LAYOUTS),
+    # fp16 alone, whose gradient is made in backward
+    Mutant("triton-fp16-mean-uncounted", _in("call"),
+           'if self.settings.reduction == "mean":\n                self._count()',
+           'if self.settings.reduction == "sum":\n                self._count()',
+           "A mean's fp16 gradient is divided by what was in memory.", ("test_training.py", "test_calls.py")),
+    Mutant("triton-autotuned-in-place", _in("call"),
+           "run(choice, torch.empty_like(output))", "run(choice, output)",
+           "What is measured in place takes the gradient of a gradient.", LAUNCHES),
+]  # fmt: skip
+
+LAUNCH = _in("launch")
+
+# ---- speed and memory alone: numbers stay right ----
+
+OF_SPEED = [
+    Mutant("triton-options-have-room", LAUNCH,
+           "return (MOST_ROOM, ROOM_BESIDE_OPTIONS,", "return (MOST_ROOM, MOST_ROOM,",
+           "Kernels with an option spill registers.", STATIC),
+    Mutant("triton-half-the-programs", LAUNCH,
+           "65536 // (2 * lanes)", "65536 // lanes",
+           "One program of a long row has all registers of a multiprocessor.", STATIC),
+    Mutant("triton-longest-kept-row-is-swept", LAUNCH,
+           "if vectors > room.lanes * most:", "if vectors >= room.lanes * most:",
+           "Rows that just fit into the registers are read twice.", TRAFFIC),
+    Mutant("triton-scaled-by-1", REDUCTIONS,
+           "if by != 1:", "if by == by:",
+           "backward() of the loss itself reads and writes the whole gradient.", TRAFFIC),
+]  # fmt: skip
+
+MUTANTS = [*OF_NUMBERS, *OF_MEMORY, *OF_SPEED]
