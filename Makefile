@@ -12,17 +12,19 @@ export KDFAST_BUILD_EXT ?= 1
 export KDFAST_STRICT ?= 1
 
 CSRC := $(shell find csrc -type f)
-CPP = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
-PYTHON_FILES := $(wildcard setup.py kdfast tests benchmarks examples)
+CPP = $(shell find csrc tests tools benchmarks -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.inc' \
+    -o -name '*.cu' -o -name '*.cuh')
+PYTHON_FILES := $(wildcard setup.py kdfast tests tools benchmarks examples)
 BUILT := $(VENV)/.built
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench gpu-check .gpu-check cuda-check .cuda-check lint format sanitize build-check arm-check clean
+.PHONY: help build demo test emulator-test bench gpu-check .gpu-check cuda-check .cuda-check lint format sanitize \
+    build-check arm-check clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 # -- set-up ------------------------------------------------------------------------------------------------------------
 
@@ -60,6 +62,9 @@ demo: $(BUILT) $(VENV)/.extra-demo ## distill a small network from a large one o
 
 test: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-demo ## the whole test suite, the examples too
 	$(PY) -m pytest -n auto --dist worksteal $(ARGS)
+
+emulator-test: $(VENV)/.extra-test ## the own tests of the emulator that runs GPU kernels on the CPU, tools/ptxemu
+	PTXEMU_CACHE=$(CURDIR)/build/ptxemu $(PY) -m pytest tools/ptxemu/tests $(ARGS)
 
 bench: $(BUILT) $(VENV)/.extra-demo ## kdfast beside its peers: table, CSV and picture; ARGS=--quick takes under a minute
 	$(PY) -m benchmarks $(ARGS)
@@ -112,7 +117,7 @@ SANITIZE_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 sanitize: $(VENV)/.extra-test ## the suite over C++ built with ASan and UBSan (GCC)
 	rm -rf build/sanitize
 	CXX=g++ KDFAST_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-lib build/sanitize
-	cp -R $(wildcard tests benchmarks examples pyproject.toml) build/sanitize
+	cp -R $(wildcard tests tools benchmarks examples pyproject.toml) build/sanitize
 	cd build/sanitize && $(SANITIZE_ENV) $(CURDIR)/$(PY) -m pytest -p no:cacheprovider $(ARGS)
 
 # The wheel as a user's pip builds it, isolated, then in a venv that shares nothing but torch with .venv; the same for
