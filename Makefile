@@ -12,17 +12,19 @@ export KDFAST_BUILD_EXT ?= 1
 export KDFAST_STRICT ?= 1
 
 CSRC := $(shell find csrc -type f)
-CPP = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
-PYTHON_FILES := $(wildcard setup.py kdfast tests benchmarks examples)
+CPP = $(shell find csrc tests tools benchmarks -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.inc' \
+    -o -name '*.cu' -o -name '*.cuh')
+PYTHON_FILES := $(wildcard setup.py kdfast tests tools benchmarks examples)
 BUILT := $(VENV)/.built
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help build demo test mutants bench gpu-check .gpu-check cuda-check .cuda-check lint format sanitize build-check arm-check clean
+.PHONY: help build demo test test-full emulator-test mutants bench gpu-check .gpu-check cuda-check .cuda-check lint \
+    format sanitize build-check arm-check clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 # -- set-up ------------------------------------------------------------------------------------------------------------
 
@@ -61,8 +63,16 @@ build: $(BUILT) ## compile the C++ operators into kdfast/
 demo: $(BUILT) $(VENV)/.extra-demo ## distill a small network from a large one on real images, with a table and a picture
 	$(PY) examples/distill_digits.py
 
-test: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-demo ## the whole test suite, the examples too
-	$(PY) -m pytest -n auto --dist worksteal $(ARGS)
+# The suite's own report says how long a test took: a promise that takes long asks for a cheaper proof.
+PYTEST := $(PY) -m pytest -n auto --dist worksteal
+test: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-demo ## every promise on every backend at least once
+	$(PYTEST) $(ARGS)
+
+test-full: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-demo ## the whole list of calls on every backend, both architectures of GPUs
+	$(PYTEST) --full $(ARGS)
+
+emulator-test: $(VENV)/.extra-test ## the own tests of the emulator that runs GPU kernels on the CPU, tools/ptxemu
+	PTXEMU_CACHE=$(CURDIR)/build/ptxemu $(PY) -m pytest tools/ptxemu/tests $(ARGS)
 
 mutants: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-demo ## what the tests miss of the faults in tests/planted; takes hours, ARGS=--help
 	$(PY) tests/mutants.py $(ARGS)
@@ -118,7 +128,7 @@ SANITIZE_ENV = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 sanitize: $(VENV)/.extra-test ## the suite over C++ built with ASan and UBSan (GCC)
 	rm -rf build/sanitize
 	CXX=g++ KDFAST_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-lib build/sanitize
-	cp -R $(wildcard tests benchmarks examples pyproject.toml) build/sanitize
+	cp -R $(wildcard tests tools benchmarks examples pyproject.toml) build/sanitize
 	cd build/sanitize && $(SANITIZE_ENV) $(CURDIR)/$(PY) -m pytest -p no:cacheprovider $(ARGS)
 
 # The wheel as a user's pip builds it, isolated, then in a venv that shares nothing but torch with .venv; the same for

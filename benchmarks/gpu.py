@@ -21,6 +21,7 @@ from pathlib import Path
 from benchmarks.gpu_cases import CASES, DRY_CASES
 
 RESULTS = Path(__file__).with_name("results")
+TOOLS = Path(__file__).parents[1] / "tools"
 REPEATS, LEAST_REPEATS, DRY_REPEATS = 50, 30, 2
 
 
@@ -44,13 +45,13 @@ def _arguments() -> argparse.Namespace:
 
 def _replace_gpu() -> str:
     """Has Triton's kernels run on CPU tensors, from before Triton is first imported; returns what runs them."""
-    folder = os.environ.get("KDFAST_PTXEMU")
-    if not folder:
+    if not ((TOOLS / "ptxemu").is_dir() and importlib.util.find_spec("numpy")):
         os.environ["TRITON_INTERPRET"] = "1"
         return "Triton's interpreter"
     os.environ.pop("TRITON_INTERPRET", None)
     if importlib.util.find_spec("triton"):  # without it, kdfast says itself what is missing
-        sys.path.insert(0, folder)
+        os.environ.setdefault("PTXEMU_CACHE", str(TOOLS.with_name("build") / "ptxemu"))
+        sys.path.insert(0, str(TOOLS))
         from ptxemu import triton_driver  # an emulator of GPU kernels
 
         triton_driver.activate(cap=90)
