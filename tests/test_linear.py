@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BF16, DIVERGENCES, DTYPES, F32, F64, REDUCTIONS, THINNED, as_target, here, labels_for
+from cases import BF16, DIVERGENCES, DTYPES, F32, F64, REDUCTIONS, ON_GPU, as_target, here, labels_for
 from linear_cases import (
     HIDDEN,
     ROWS,
@@ -32,7 +32,7 @@ CHUNKS = (
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_every_divergence_is_kd_losses(backend: str, divergence: str) -> None:
     grid = [(d, r) for d in DTYPES for r in ("mean", "none")]
-    for dtype, reduction in grid if backend not in THINNED else [grid[DIVERGENCES.index(divergence) % len(grid)]]:
+    for dtype, reduction in grid if backend not in ON_GPU else [grid[DIVERGENCES.index(divergence) % len(grid)]]:
         case = Case(dtype)
         grad = None if reduction == "mean" else torch.linspace(-1, 2, ROWS)
         for labels in (case.labels, labels_for(divergence, case.labels)):
@@ -42,7 +42,7 @@ def test_every_divergence_is_kd_losses(backend: str, divergence: str) -> None:
 
 def test_metrics_of_a_loss_without_a_soft_term_change_no_gradient(backend: str) -> None:
     case = Case(F64)
-    for teacher in (None, case.teacher_logits()) if backend not in THINNED else (None,):
+    for teacher in (None, case.teacher_logits()) if backend not in ON_GPU else (None,):
         for reduction, grad in (("none", torch.linspace(-1, 2, ROWS)), ("mean", None)):
             settings = {"alpha": 0, "temperature": 2.0, "reduction": reduction, "return_metrics": True, "grad": grad}
             check(case, case.labels, teacher, chunk_rows=4, backend=backend, **settings)
@@ -79,7 +79,7 @@ def test_every_option_is_kd_losses(backend: str, option: str) -> None:
     case = Case()
     case.labels[case.labels < 0] = 3
     for i, reduction in enumerate(REDUCTIONS if "normalizer" not in option else ("mean",)):
-        if backend in THINNED and i:
+        if backend in ON_GPU and i:
             continue
         settings = {"temperature": 2.0, "reduction": reduction, "return_metrics": True} | here(OPTIONS[option])
         grad = torch.linspace(-1, 2, ROWS) if reduction == "none" else None
@@ -103,7 +103,7 @@ def test_leading_dimensions_are_rows_and_batchmean_divides_by_the_first(backend:
     shaped = copy.copy(case)
     shaped.hidden, shaped.teacher_hidden = case.hidden.view(3, 4, -1), case.teacher_hidden.view(3, 4, -1)
     shaped.labels = case.labels.view(3, 4)
-    for reduction in ("batchmean", "none") if backend not in THINNED else ("batchmean",):
+    for reduction in ("batchmean", "none") if backend not in ON_GPU else ("batchmean",):
         grad = torch.linspace(-1, 2, 12).view(3, 4) if reduction == "none" else None
         loss, grads, metrics = check(
             shaped, shaped.labels, grad=grad, reduction=reduction, chunk_rows=5, return_metrics=True, backend=backend
@@ -174,7 +174,7 @@ def test_padded_heads_are_cut_to_vocab_size_and_their_gradient_is_0(backend: str
 def test_without_a_teachers_head_the_teacher_is_whatever_kd_loss_takes(
     backend: str, target: str, several: bool
 ) -> None:
-    for dtype in (F32, BF16) if backend not in THINNED else (F32,):
+    for dtype in (F32, BF16) if backend not in ON_GPU else (F32,):
         case = Case(dtype)
         teacher: Any = as_target(case.teacher_logits(F32), target, 2.0)
         if several:

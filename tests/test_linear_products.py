@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BF16, F32, THINNED, name
+from cases import BF16, F32, ON_GPU, name
 from linear_cases import HIDDEN, VOCAB, Case, fused, square
 from torch import Tensor
 
@@ -93,7 +93,7 @@ def test_under_no_grad_there_are_two_products_and_a_teacher_that_is_not_read_has
 
 
 def test_backward_multiplies_nothing_and_scales_what_forward_made(backend: str) -> None:
-    for dtype in (F32, BF16) if backend not in THINNED else (F32,):
+    for dtype in (F32, BF16) if backend not in ON_GPU else (F32,):
         case = square(dtype)
         _, want, _ = fused(case, case.labels, backend=backend)
         leaves = case.leaves()

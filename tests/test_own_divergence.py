@@ -10,7 +10,7 @@ from typing import Any
 import eager
 import pytest
 import torch
-from cases import BF16, F32, F64, SCALES, SMALL_VOCABS, batch, thinned_to
+from cases import BF16, F32, F64, batch, name
 from judge import judge, run
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -66,14 +66,12 @@ def gradient(p: Tensor, q: Tensor) -> Tensor:
     return psi - q * psi.sum(-1, True)
 
 
-@thinned_to(lambda dtype, vocab: dtype == F32 or vocab == 17)
 @on_reference_and_triton
-@pytest.mark.parametrize("vocab", SMALL_VOCABS)
-@pytest.mark.parametrize("dtype", (F32, BF16, F64), ids=str)
+@pytest.mark.parametrize(("vocab", "dtype"), [(17, F32), (17, BF16), (17, F64), (2049, F32)], ids=name)
 def test_it_is_as_near_the_truth_as_the_others(backend: str, dtype: torch.dtype, vocab: int) -> None:
     settings = {"backend": backend, "divergence": NAME}
     judge(*batch(3, vocab, dtype), temperature=2, **settings)
-    for scale in SCALES:  # not sharper: Triton's interpreter has no fused multiply-add, and is off by ulps of |z|
+    for scale in (30.0, 0.01):  # not sharper: Triton's interpreter has no fused multiply-add, and is off by ulps of |z|
         judge(*batch(3, vocab, dtype, scale=scale)[:2], temperature=3.7, **settings)
 
 

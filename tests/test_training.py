@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from cases import BF16, F16, F32, F64, THINNED
+from cases import BF16, F16, F32, F64, ON_GPU
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -137,7 +137,7 @@ def test_accumulated_gradients_with_a_normalizer_are_the_big_batchs(as_tensor, b
 
 
 def _rank(rank: int, folder: str, backend: str) -> None:
-    with gpu.kernels() if backend in THINNED else contextlib.nullcontext():  # in a process of its own
+    with gpu.kernels() if backend in ON_GPU else contextlib.nullcontext():  # in a process of its own
         _train_rank(rank, folder, backend)
 
 

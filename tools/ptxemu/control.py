@@ -374,6 +374,7 @@ class ControlCompiler:
         slots = np.flatnonzero(np.repeat(done, m.cluster))
         m.sync_blocks(slots)
         m.cluster_time[done] = m.time
+        m.met_time[m.first + slots] = m.time
         m.time += 1
         woken = np.flatnonzero((m.state == CLUSTER) & done[c_of])
         m.state[woken] = RUN

@@ -115,6 +115,7 @@ class Machine:
         total = self.bx.size
         self.fence_time = np.full(total + 1, -1, np.int64)
         self.atom_time = np.full(total + 1, -1, np.int64)
+        self.met_time = np.full(total + 1, -1, np.int64)  # when a barrier of the block's cluster was last complete
         for r in self.prog.mod.regions.values():
             r.reset()
             self.gmem.regions[r.id] = r
@@ -426,6 +427,7 @@ class Machine:
         c.regions, c.nregions = ctypes.addressof(table), len(found)
         c.stats, c.races = self.options.stats, self.options.global_races
         c.fence_time, c.atom_time = self.fence_time.ctypes.data, self.atom_time.ctypes.data
+        c.met_time = self.met_time.ctypes.data
         c.params, c.nparams = self.params.ctypes.data, self.params.shape[0]
         c.cluster = self.cluster
 
@@ -458,7 +460,7 @@ class Machine:
             sh = r.shadow
             if sh is not None and (not t.shadowed or t.log != sh.log):
                 t.shadowed, t.log = 1, sh.log
-                for name in ("w_id", "w_time", "w_strong", "r_id", "r_time", "r_many"):
+                for name in ("w_id", "w_time", "w_strong", "r_id", "r_time", "r_many", "r_far"):
                     setattr(t, name, getattr(sh, name).ctypes.data)
         c.sm_copies = self.smem.copies
         sh = self.smem.shadow

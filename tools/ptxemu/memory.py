@@ -37,6 +37,7 @@ class Shadow:
         self.r_id = np.full(n, -1, np.int32)
         self.r_time = np.full(n, -1, np.int32)
         self.r_many = np.full(n, -1, np.int32)
+        self.r_far = np.full(n, -1, np.int32)
         self.group = np.zeros(n, np.int32)  # cp.async group that wrote it, 0 for other writes
 
     def granules(self, off, width):
@@ -44,7 +45,7 @@ class Shadow:
         log = width.bit_length() - 1
         while self.log > log:
             self.log -= 1
-            for name in ("w_id", "w_time", "w_strong", "r_id", "r_time", "r_many", "group"):
+            for name in ("w_id", "w_time", "w_strong", "r_id", "r_time", "r_many", "r_far", "group"):
                 setattr(self, name, np.repeat(getattr(self, name), 2))
         g = off >> self.log
         k = width >> self.log
@@ -216,8 +217,10 @@ class GlobalMemory:
     # ---- races between thread blocks ----
     def unordered(self, m, other, when, cta):
         """Accesses of block `other` at time `when` not ordered before the present ones of `cta`
-        through a fence (or releasing atomic) on one side and an atomic on the other."""
-        return (other != cta) & ~((m.fence_time[other] >= when) & (m.atom_time[cta] > when))
+        through a fence (or releasing atomic) on one side and an atomic on the other, or through a
+        barrier of the cluster that both are in."""
+        met = (other // m.cluster == cta // m.cluster) & (m.met_time[cta] > when)
+        return (other != cta) & ~((m.fence_time[other] >= when) & (m.atom_time[cta] > when)) & ~met
 
     def race_read(self, m, tids, r, off, width, ins, strong):
         sh = r.shadow
@@ -237,16 +240,20 @@ class GlobalMemory:
                 self.report_race(m, ins, tids, bad, k, r, off, w, "read of bytes written by")
         if strong:
             return
-        # r_many: time of the last read by another block than the latest reader
+        # r_many: time of the last read by another block than the latest reader; r_far: by one of another cluster
         old, when = sh.r_id[g], sh.r_time[g]
         other = (old >= 0) & (old != cta)
         if other.any():
             sh.r_many[g[other]] = when[other]
+            far = other & (old // m.cluster != cta // m.cluster)
+            sh.r_far[g[far]] = when[far]
         sh.r_id[g] = cta
         sh.r_time[g] = m.time
         other = sh.r_id[g] != cta
         if other.any():
             sh.r_many[g[other]] = m.time
+            far = other & (sh.r_id[g] // m.cluster != cta // m.cluster)
+            sh.r_far[g[far]] = m.time
 
     def race_write(self, m, tids, r, off, width, ins, strong, view, idx, v, atomic=False):
         sh = r.shadow
@@ -271,8 +278,10 @@ class GlobalMemory:
         many = sh.r_many[g] >= 0
         if bad.any() or many.any():
             bad &= self.unordered(m, rd, sh.r_time[g], c)
-            # earlier readers: the writer must at least have executed an atomic since
-            bad |= many & (m.atom_time[c] <= sh.r_many[g])
+            # earlier readers: the writer must at least have executed an atomic since, or, where all are of its
+            # cluster, have met them
+            met = (sh.r_far[g] < 0) & (rd // m.cluster == c // m.cluster) & (m.met_time[c] > sh.r_many[g])
+            bad |= many & (m.atom_time[c] <= sh.r_many[g]) & ~met
             if bad.any():
                 self.report_race(m, ins, tids, bad, k, r, off, rd, "write over bytes read by")
         if not atomic:

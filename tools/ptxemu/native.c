@@ -51,7 +51,7 @@ typedef struct {
   s64 bytes[2], sectors[2];  // loads, stores
   s32 *w_id, *w_time;
   u8* w_strong;
-  s32 *r_id, *r_time, *r_many;
+  s32 *r_id, *r_time, *r_many, *r_far;
   s64 shadowed;
 } Region;
 
@@ -66,7 +66,7 @@ typedef struct {
   s64* index;   // N
   Region* regions;
   s32 *slot_of, *cta_of;
-  s64 *fence_time, *atom_time, *bar_time, *warp_time, *cluster_time;
+  s64 *fence_time, *atom_time, *met_time, *bar_time, *warp_time, *cluster_time;
   u8* sm;
   s64 sm_size, sm_stride, sm_shadowed, sm_log, sm_copies;
   s32 *s_w_id, *s_w_time;
@@ -525,8 +525,11 @@ static Region* region_of(Machine* m, u64 id) {
   return 0;
 }
 
+static int of_one_cluster(Machine* m, s32 a, s32 b) { return a / m->cluster == b / m->cluster; }
+
 static int unordered(Machine* m, s32 other, s32 when, s32 cta) {
-  return other != cta && !(m->fence_time[other] >= when && m->atom_time[cta] > when);
+  return other != cta && !(m->fence_time[other] >= when && m->atom_time[cta] > when) &&
+         !(of_one_cluster(m, other, cta) && m->met_time[cta] > when);
 }
 
 // Offsets into the one allocation that all lie in, or 0.
@@ -592,7 +595,10 @@ static void global_read_note(Machine* m, Region* r, const s64* sel, s64 n, const
   for (s64 i = 0; i < n; i++) {
     s32 cta = m->cta_of[thread(sel, i)];
     for (s64 g = off[i] >> r->log, end = g + k; g < end; g++)
-      if (r->r_id[g] >= 0 && r->r_id[g] != cta) r->r_many[g] = r->r_time[g];
+      if (r->r_id[g] >= 0 && r->r_id[g] != cta) {
+        r->r_many[g] = r->r_time[g];
+        if (!of_one_cluster(m, r->r_id[g], cta)) r->r_far[g] = r->r_time[g];
+      }
   }
   for (s64 i = 0; i < n; i++) {
     s32 cta = m->cta_of[thread(sel, i)];
@@ -603,7 +609,10 @@ static void global_read_note(Machine* m, Region* r, const s64* sel, s64 n, const
   for (s64 i = 0; i < n; i++) {
     s32 cta = m->cta_of[thread(sel, i)];
     for (s64 g = off[i] >> r->log, end = g + k; g < end; g++)
-      if (r->r_id[g] != cta) r->r_many[g] = (s32)m->time;
+      if (r->r_id[g] != cta) {
+        r->r_many[g] = (s32)m->time;
+        if (!of_one_cluster(m, r->r_id[g], cta)) r->r_far[g] = (s32)m->time;
+      }
   }
 }
 
@@ -621,7 +630,9 @@ static int global_write_clean(Machine* m, Region* r, const s64* sel, s64 n, cons
       s32 w = r->w_id[g], rd = r->r_id[g], many = r->r_many[g];
       if (w >= 0 && w != cta && unordered(m, w, r->w_time[g], cta) && !(strong && r->w_strong[g])) return 0;
       if (rd >= 0 && rd != cta && unordered(m, rd, r->r_time[g], cta)) return 0;
-      if (many >= 0 && m->atom_time[cta] <= many) return 0;
+      if (many >= 0 && m->atom_time[cta] <= many &&
+          !(r->r_far[g] < 0 && of_one_cluster(m, rd, cta) && m->met_time[cta] > many))
+        return 0;
     }
   }
   if (several && !strong) {  // two blocks at one place in this very instruction: w_id is taken back then

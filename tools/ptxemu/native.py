@@ -48,7 +48,7 @@ class RegionC(ctypes.Structure):
         *_fields("data read_sectors written_sectors", P),
         ("bytes", I64 * 2),
         ("sectors", I64 * 2),
-        *_fields("w_id w_time w_strong r_id r_time r_many", P),
+        *_fields("w_id w_time w_strong r_id r_time r_many r_far", P),
         ("shadowed", I64),
     ]
 
@@ -57,7 +57,7 @@ class MachineC(ctypes.Structure):
     _fields_ = [
         *_fields("N time last_sync cluster stats races nregions", I64),
         *_fields(
-            "uni uval width place arena scratch index regions slot_of cta_of fence_time atom_time bar_time "
+            "uni uval width place arena scratch index regions slot_of cta_of fence_time atom_time met_time bar_time "
             "warp_time cluster_time sm",
             P,
         ),

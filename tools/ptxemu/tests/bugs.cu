@@ -119,3 +119,13 @@ __global__ void __cluster_dims__(2, 1, 1) cluster_early_exit(int* y) {
   y[blockIdx.x * blockDim.x + threadIdx.x] = *cl.map_shared_rank(&s, cl.block_rank() ^ 1);
 }
 #endif
+
+#if __CUDA_ARCH__ >= 900
+// as in kernels.cu, but blocks of the next cluster read the number too, which none of them has met
+__global__ void __cluster_dims__(2, 1, 1) cluster_write_seen_elsewhere(int* y) {
+  auto cl = cg::this_cluster();
+  const int x = *y;
+  cl.sync();
+  if (blockIdx.x == 3 && threadIdx.x == 0) *y = x + 1;
+}
+#endif

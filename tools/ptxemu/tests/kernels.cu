@@ -225,3 +225,14 @@ __global__ void __cluster_dims__(2, 1, 1) cluster_atomic(int* y) {
   if (cl.block_rank() == 0 && threadIdx.x == 0) y[blockIdx.x / 2] = acc;
 }
 #endif
+
+#if __CUDA_ARCH__ >= 900
+// all blocks of a cluster read a number, and after they have met one of them writes it
+__global__ void __cluster_dims__(4, 1, 1) cluster_read_then_write(int* y) {
+  auto cl = cg::this_cluster();
+  int* mine = y + blockIdx.x / 4;
+  const int x = *mine;
+  cl.sync();
+  if (cl.block_rank() == 2 && threadIdx.x == 0) *mine = x + 1;
+}
+#endif

@@ -193,6 +193,9 @@ def test_cluster(good90):
     assert (y == x.reshape(4, 512).sum(1)).all()
     z = np.zeros(3, np.int32)
     clean(good90.launch("cluster_atomic", 6, 64, (z,)))
+    read = np.zeros(4, np.int32)
+    clean(good90.launch("cluster_read_then_write", 16, 32, (read,)))
+    assert (read == 1).all()
     assert (z == 2 * 63 * 32).all()
 
 
@@ -239,6 +242,7 @@ CASES = [
     ("copy_no_wait", 1, 32, lambda: (f32(), f32()), {}, "copy_not_awaited"),
     ("traps", 1, 32, lambda: (np.arange(32, dtype=np.int32),), {}, "trap"),
     ("half_warp_shuffle", 1, 32, lambda: (i32(),), {}, "shfl_inactive"),
+    ("cluster_write_seen_elsewhere", 4, 32, lambda: (i32(),), {}, "global_race"),
     ("cluster_no_sync", 4, 32, lambda: (i32(),), {}, "shared_race"),
     ("cluster_early_exit", 4, 32, lambda: (i32(),), {}, "cluster_exit"),
 ]
