@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BF16, DIVERGENCES, DTYPES, F32, F64, REDUCTIONS, ON_GPU, as_target, here, labels_for
+from cases import BF16, DIVERGENCES, DTYPES, F32, F64, ON_GPU, REDUCTIONS, as_target, here, labels_for
 from linear_cases import (
     HIDDEN,
     ROWS,

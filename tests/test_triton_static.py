@@ -42,6 +42,8 @@ ROWS = [
     for vocab, dtype in ((2048, BF16), *LONGEST[divergence], *SWEPT)
     if vocab == 2048 or dtype in DTYPES_OF[divergence]
 ]
+# The most tiles of the commonest dtype, and the most sums of the dtype with the widest loads.
+FAST = (("cross_entropy", 32768, BF16), ("jsd", 40000, F32))
 SETTINGS: dict[str, Any] = {"backend": "triton"}
 
 
@@ -96,22 +98,27 @@ def registers(kernel: Any, arch: int) -> tuple[int, int]:
     return found.registers, found.spill_bytes
 
 
-def assert_nothing_spills(kernels: list[Any]) -> None:
+def assert_nothing_spills(kernels: list[Any], full: bool = True) -> None:
     assert kernels
     for kernel in kernels:
-        for arch in ARCHITECTURES:
+        for arch in ARCHITECTURES if full else (90,):
             assert registers(kernel, arch)[1] == 0, f"{kernel.name} on sm_{arch}, {kernel.src.signature}"
 
 
-@pytest.mark.parametrize("divergence, vocab, dtype", ROWS, ids=name)
-def test_no_kernel_spills(compiled: Any, divergence: str, vocab: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("divergence", "vocab", "dtype"),
+    [pytest.param(*row, marks=() if row in FAST else pytest.mark.full) for row in ROWS],
+    ids=name,
+)
+def test_no_kernel_spills(compiled: Any, divergence: str, vocab: int, dtype: torch.dtype, full: bool) -> None:
     teacher = batch(1, vocab, dtype).teacher
     everything(dtype, vocab, teacher, divergence=divergence, temperature=3.7)  # not whole: the most arithmetic
     kernels = compiled()
     assert any(kernel.name == "loss_grad_short" for kernel in kernels) == (vocab < 40000)
-    assert_nothing_spills(kernels)
+    assert_nothing_spills(kernels, full)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("target", ["probs", "log_probs"])
 @pytest.mark.parametrize("vocab", (16384, 40000))
 def test_nor_with_given_probabilities(compiled: Any, vocab: int, target: str) -> None:
@@ -120,6 +127,7 @@ def test_nor_with_given_probabilities(compiled: Any, vocab: int, target: str) ->
     assert_nothing_spills(compiled())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("count, ensemble", [(2, "geometric"), (8, "arithmetic")])  # 8: the most, of most sums
 def test_nor_with_ensembles(compiled: Any, count: int, ensemble: str) -> None:
     for vocab in (2048, 40000):
@@ -128,6 +136,7 @@ def test_nor_with_ensembles(compiled: Any, count: int, ensemble: str) -> None:
     assert_nothing_spills(compiled())
 
 
+@pytest.mark.full
 def test_nor_with_a_teacher_of_another_dtype(compiled: Any) -> None:
     for dtype, other in ((BF16, F32), (F32, BF16), (F16, BF16)):
         for vocab in (16384, 40000):
@@ -135,6 +144,7 @@ def test_nor_with_a_teacher_of_another_dtype(compiled: Any) -> None:
     assert_nothing_spills(compiled())
 
 
+@pytest.mark.full
 def test_nor_does_tempered_softmax(compiled: Any) -> None:
     for dtype in (BF16, F32):
         for vocab in (16384, 40000):
@@ -156,16 +166,16 @@ def test_two_programs_of_the_long_kernel_fit_into_a_multiprocessor(compiled: Any
             assert 65536 // (allotted * 32 * kernel.metadata.num_warps) >= 2
 
 
-@pytest.mark.parametrize("arch", AMD)
+@pytest.mark.parametrize("arch", [AMD[0], pytest.param(AMD[1], marks=pytest.mark.full)])
 def test_every_kernel_compiles_for_amd_without_spills(
-    compiled: Any, arch: str, monkeypatch: pytest.MonkeyPatch
+    compiled: Any, arch: str, full: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 
     monkeypatch.setattr(launch, "facts", lambda device: launch.Facts(64, 304, 4 << 20))  # an MI300X
-    for dtype in (BF16, F32):
-        for vocab in (2048, 32768, 40000):
+    for dtype in (BF16, F32) if full else (BF16,):
+        for vocab in (2048, 32768, 40000) if full else (2048, 40000):
             everything(dtype, vocab, batch(1, vocab, dtype).teacher, temperature=3.7)
     p = torch.ops.kdfast_triton.tempered_softmax(batch(1, 1000, BF16).student, None, 2.0, False, BF16)
     torch.ops.kdfast_triton.tempered_softmax(batch(1, 40000, BF16).student, None, 2.0, False, BF16)
@@ -189,9 +199,11 @@ OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_nor_do_options(compiled: Any, option: str) -> None:
+@pytest.mark.parametrize(
+    "option", [pytest.param(o, marks=() if o == "together" else pytest.mark.full) for o in OPTIONS]
+)
+def test_nor_do_options(compiled: Any, option: str, full: bool) -> None:
     vocab, settings = OPTIONS[option]
     student, teacher, labels = batch(1, vocab, BF16)
     kdfast.kd_loss(student.requires_grad_(), teacher, labels, temperature=3.7, **SETTINGS | settings)
-    assert_nothing_spills(compiled())
+    assert_nothing_spills(compiled(), full)
