@@ -127,6 +127,8 @@ class Truth:
             ratio = largest_z(s, teachers, options)
             self.loss_off = loss_off * (1 + ratio.squeeze(-1))
         else:
+            # the products with the terms' weights and with the row's, half an ulp each
+            loss_off = loss_off + 2 * info.eps * self.loss.abs().nan_to_num(0, 0)
             leaf = s.float().requires_grad_()
             loss, _, _ = eager(leaf, [t.float() for t in teachers], labels, options)
             (grad,) = torch.autograd.grad((loss * weight).sum(), leaf)
