@@ -77,16 +77,13 @@ LOGITS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "tiny": lambda s, t: (0.005 * s, 0.005 * t),  # all classes alike: q - p is a difference of near equals
     "large": lambda s, t: (15 * s, 15 * t),  # one class takes everything, exponentials underflow
     "both up": lambda s, t: (s + 1000, t + 1000),  # exp of it overflows in every dtype
-    "student up": lambda s, t: (s + 1000, t),  # nothing may lean on both sides' maxima being near each other
-    "student down": lambda s, t: (s - 1e4, t),  # exp of it underflows
+    "student down": lambda s, t: (s - 1e4, t),  # it underflows, and nothing may lean on maxima near each other
     "rising": _both(_ramp(0, 200)),  # each block's sums are rescaled away by the next
     "falling": _both(_ramp(200, 0)),  # each next block adds nothing
-    "masked by -1e4": _both(_masked(-1e4)),  # a mask's usual sentinel
-    "masked by the least": _both(_masked(torch.finfo(F16).min)),  # another, and it is finite
+    "masked": _both(_masked(torch.finfo(F16).min)),  # by a usual sentinel, which is finite
     "the last above all": lambda s, t: tuple(torch.cat([x[:, :-1], x[:, -1:] + 90], -1) for x in (s, t)),
 }
-FAR = ("both up", "student up", "student down")  # from 0
-MASKED = ("masked by -1e4", "masked by the least")
+FAR = ("both up", "student down")  # from 0
 EXTREME = tuple(LOGITS)[2:]  # all but "usual" and "tiny"
 
 
@@ -267,11 +264,11 @@ NEVER = (
     (STANDARDIZED, ("3x1", "2x2")),  # z is 0, or +-sqrt(1/2), whatever the logits: see test_numbers.py
     (("one row expanded",), ("inplace", "metrics inplace")),  # memory that rows share cannot be written
     (FAR, SIXTEEN),  # of 16 bits they would be a few numbers only
-    (MASKED, ("smoothing", "all smoothed")),  # the loss would be the sentinel itself: no number to judge
+    (("masked",), ("smoothing", "all smoothed")),  # the loss would be the sentinel itself: no number to judge
     # Where logits are extreme, a second extreme costs digits that judge.py's rule does not count: z = x / T is rounded
     # before the maximum is subtracted, the mean of several logits is too, and eager PyTorch's p underflows.
     (EXTREME, (*SEVERAL, *CAPPED, *STANDARDIZED, "all smoothed", "a large cap", "T 0.1", "T 0.5", "T 100")),
-    (FAR, ("dkd",)),
+    (EXTREME, ("dkd",)),  # whose others underflow beside a label: see test_limits.py
     (MIXED, ("T 0.1",)),
 )  # fmt: skip
 
@@ -354,7 +351,7 @@ class Call(NamedTuple):
         student, teacher = self["logits"](student, teacher)
         others = [batch(rows, vocab, F64, seed=i).teacher for i in range(1, count)]
         teachers = [teacher, *(self["logits"](t, t)[1] for t in others)]
-        if self.named("logits") in MASKED:  # nor is the label one of the masked classes
+        if self.named("logits") == "masked":  # nor is the label one of the masked classes
             labels = labels.clamp_min(first_unmasked(vocab))
         return student, teachers, labels
 
@@ -373,7 +370,7 @@ SPECIAL = (
     call(shape="65x33000", dtypes="bfloat16", temperature="T 2"),
     # an arithmetic ensemble whose blocks differ in size, with divergences that need no logarithm of p
     call(shape="2x4097", teacher="arithmetic", logits="rising", temperature="T 2"),
-    call(divergence="jsd", shape="5x2049", teacher="arithmetic", logits="masked by -1e4", temperature="T 2"),
+    call(divergence="jsd", shape="5x2049", teacher="arithmetic", logits="masked", temperature="T 2"),
 )
 
 
