@@ -1,7 +1,8 @@
-"""The CUDA backend on CPU tensors: its glue and launchers compiled for the host, its kernels' PTX on the emulator.
+"""The CUDA backend on CPU tensors: its glue and launchers as they are, its kernels' PTX on the emulator.
 
-`compiled()` compiles csrc/cuda once per state of the sources, into build/emulated; the operators of `kdfast_cuda` are
-then registered for the CPU, and what they launch comes to `_launch` below.
+`compiled()` compiles csrc/cuda once per state of the sources, into build/emulated, with cpp/cuda_stub.cpp in the place
+of the CUDA runtime; the operators of `kdfast_cuda` are then registered for the CPU, and what they launch comes to
+`_launch` below.
 """
 
 import ctypes
@@ -27,13 +28,18 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc"
 BUILD = ROOT / "build" / "emulated"
 LIBRARY = BUILD / "libkdfast_emulated.so"
+STUB = Path(__file__).parent / "cpp" / "cuda_stub.cpp"
 STORAGES = {"bf16": "__nv_bfloat16", "fp16": "__half", "fp32": "float", "general": "General"}
-FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC", "-DKDFAST_EMULATED")
+FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC")
 UNITS = {
     **{f"rows_{k}": ("rows.cu", f"-DKDFAST_STORAGE={s}", f"-DKDFAST_STORAGE_NAME={k}") for k, s in STORAGES.items()},
     "reductions": ("reductions.cu",),
     "launch": ("launch.cu",),
 }  # fmt: skip
+WRAPPED = (  # calls of ops.cpp that come to the stub first
+    "aoti_torch_get_data_ptr", "torch_get_mutable_data_ptr", "torch_get_const_data_ptr", "aoti_torch_get_device_index",
+    "dlopen", "dlsym",
+)  # fmt: skip
 
 
 def why_not() -> str | None:
@@ -87,16 +93,16 @@ def _compile_unit(name: str, file: str, *flags: str) -> None:
 
 
 def _compile_library() -> None:
-    sources = [SOURCES / "cuda" / file for file in ("ops.cpp", *{unit[0] for unit in UNITS.values()})]
+    sources = [STUB, *(SOURCES / "cuda" / file for file in ("ops.cpp", *sorted({unit[0] for unit in UNITS.values()})))]
     if _changed("library", *sources):
         package = Path(torch.__file__).parent
-        definitions = ("-DKDFAST_EMULATED", "-DKDFAST_CUDA_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000")
-        runtime = Path(str(shutil.which("nvcc"))).resolve().parents[1]
-        static = next(iter(sorted(runtime.rglob("libcudart_static.a"))))
-        objects = [BUILD / f"{name}.o" for name in UNITS]
-        options = ("-std=c++17", "-O1", "-shared", "-fPIC", *definitions, "-isystem", package / "include")
-        libraries = (static, package / "lib" / "libtorch_cpu.so", "-ldl", "-lrt", "-lpthread")
-        _run(["g++", *options, "-o", LIBRARY, sources[0], *objects, *libraries])
+        options = ("-std=c++17", "-O1", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", package / "include")
+        objects = [BUILD / f"{name}.o" for name in ("stub", *UNITS)]
+        _run(["nvcc", "-c", STUB, *options, "-Xcompiler=-fPIC", "-o", objects[0]])  # it knows where CUDA's headers are
+        # -Bsymbolic: the stub's functions, whatever else in the process has their names
+        linking = ("-shared", "-fPIC", "-Wl,-Bsymbolic", *(f"-Wl,--wrap={name}" for name in WRAPPED))
+        libraries = (package / "lib" / "libtorch_cpu.so", "-ldl")
+        _run(["g++", *options, *linking, "-DKDFAST_CUDA_KEY=CPU", "-o", LIBRARY, sources[1], *objects, *libraries])
     _made("library", *sources)
 
 
@@ -112,20 +118,25 @@ def compiled() -> Path:
     return LIBRARY
 
 
-def _unit_of(kernel: str) -> str:
-    if kernel.startswith("general_rows"):
-        return "rows_general"
-    return next((f"rows_{k}" for k, storage in STORAGES.items() if f"<{storage}," in kernel), "reductions")
-
-
 _LAUNCH = ctypes.CFUNCTYPE(
-    None, ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64
+    ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64,
+    ctypes.POINTER(ctypes.c_void_p),
 )  # fmt: skip
 _SEEN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
+USUAL_SHARED = 48 << 10  # what a kernel may have of shared memory without being allowed more
+INVALID_VALUE, OUT_OF_RESOURCES, LAUNCH_FAILURE = 1, 701, 719  # of cudaError_t
+
+
+class Launch(NamedTuple):
+    kernel: str
+    grid: int
+    block: int
+    cluster: int  # blocks
+    shared: int  # bytes
 
 
 class Planned(NamedTuple):
-    launched: tuple[str, int, int, int, int]  # kernel, blocks, threads, blocks of a cluster, bytes of shared memory
+    launched: Launch
     findings: tuple[()] = ()
 
 
@@ -134,18 +145,20 @@ class Emulator:
         path = compiled()
         torch.ops.load_library(str(path))
         self.library = ctypes.CDLL(str(path))
+        self.demangle = self.library["__cxa_demangle"]
+        self.demangle.restype = ctypes.c_char_p
         self.reports: list[Any] = []
         self.errors: list[BaseException] = []
         self.spans: dict[int, int] = {}
-        self.capability = 0
+        self.capability, self.most_blocks = 90, 16
         self.running = True
         self.callbacks = (_LAUNCH(self._launch), _SEEN(self._saw))  # kept alive
-        for name, callback in zip(("kdfast_launch", "kdfast_seen"), self.callbacks, strict=True):
+        for name, callback in zip(("stub_launch", "stub_seen"), self.callbacks, strict=True):
             ctypes.c_void_p.in_dll(self.library, name).value = ctypes.cast(callback, ctypes.c_void_p).value
-        self.set_capability(90)
 
-    def set_capability(self, capability: int) -> None:
-        self.capability = ctypes.c_int.in_dll(self.library, "kdfast_capability").value = capability
+    def use(self, capability: int) -> None:
+        self.capability = capability
+        self.library.stub_use(capability, self.most_blocks)
 
     @lru_cache  # noqa: B019
     def module(self, unit: str, capability: int) -> Any:
@@ -154,53 +167,76 @@ class Emulator:
         return load_ptx((BUILD / f"{unit}.{capability}.ptx").read_text(), capability)
 
     @lru_cache  # noqa: B019
-    def kernels(self, unit: str, capability: int) -> dict[str, str]:
-        """{name as the launchers have it: mangled name}."""
-        mangled = list(self.module(unit, capability).kernels())
-        done = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True)
-        readable = (re.sub(r"\(anonymous namespace\)::|kdfast::|^void ", "", name) for name in done.stdout.split("\n"))
-        return dict(zip((name.split("(")[0].replace(" ", "") for name in readable), mangled, strict=False))
+    def units(self, capability: int) -> dict[str, str]:
+        """{mangled name of a kernel: its unit}."""
+        found = {unit: (BUILD / f"{unit}.{capability}.ptx").read_text() for unit in UNITS}
+        return {name: unit for unit, ptx in found.items() for name in re.findall(r"\.entry (\w+)\(", ptx)}
+
+    @lru_cache  # noqa: B019
+    def readable(self, kernel: bytes) -> str:
+        name = self.demangle(kernel, None, None, None).decode()
+        return re.sub(r"\(anonymous namespace\)::|kdfast::|^void ", "", name).split("(")[0]
 
     def _saw(self, data: int | None, size: int) -> None:
         if data is None:  # a new call: what the one before it saw may be gone
             self.spans.clear()
-        elif size:
-            self.spans[data] = max(size, self.spans.get(data, 0))
-
-    def _launch(self, name: bytes, grid: int, block: int, cluster: int, shared: int, argument: int, size: int) -> None:
-        if not self.running:
-            self.reports.append(Planned((name.decode(), grid, block, cluster, shared)))
             return
+        for start, length in list(self.spans.items()):  # what lies where this does is gone
+            if start < data + size and data < start + length:
+                del self.spans[start]
+        self.spans[data] = size
+
+    def _launch(
+        self, name: bytes, grid: int, block: int, cluster: int, shared: int, allowed: int, arguments: Any
+    ) -> int:
+        launch = Launch(self.readable(name), grid, block, cluster, shared)
+        if not self.running:
+            self.reports.append(Planned(launch))
+            return 0
         try:
-            self.run(name.decode(), grid, block, cluster, shared, ctypes.string_at(argument, size))
+            return self.run(name.decode(), launch, allowed, arguments)
         except BaseException as error:  # cannot pass through C
             self.errors.append(error)
+            return LAUNCH_FAILURE
 
-    def run(self, name: str, grid: int, block: int, cluster: int, shared: int, argument: bytes) -> None:
-        from ptxemu import machine, parser
+    def run(self, name: str, launch: Launch, allowed: int, arguments: Any) -> int:
+        """Runs a kernel; what a device refuses for what the kernel is, it refuses too."""
+        from ptxemu import machine
+
+        module = self.module(self.units(self.capability)[name], self.capability)
+        entry = module.mod.find_entry(name)
+        program = machine.program_for(module.mod, entry)
+        if launch.block > np.prod(entry.directives.get(".maxntid", launch.block)):
+            return OUT_OF_RESOURCES
+        if launch.shared + program.static_shared > max(allowed + program.static_shared, USUAL_SHARED):
+            return INVALID_VALUE
+        if allowed + program.static_shared > self.library.stub_shared():
+            return INVALID_VALUE
+        memory, words = self.translated(entry.params, arguments)
+        blocks = (launch.grid, 1, 1), (launch.block, 1, 1)
+        options = machine.Options()
+        report = machine.Machine(
+            program, *blocks, words, memory.gmem, launch.shared, (launch.cluster, 1, 1), options
+        ).launch()
+        report.launched = launch
+        self.reports.append(report)
+        return 0
+
+    def translated(self, params: Any, arguments: Any) -> tuple[Any, Any]:
+        """Memory and arguments as the emulator takes them: a pointer is in what was seen, or points nowhere."""
         from ptxemu.triton_driver import Memory, bytes_at
 
-        unit = _unit_of(name)
-        module = self.module(unit, self.capability)
-        entry = module.mod.find_entry(self.kernels(unit, self.capability)[name.replace(" ", "")])
         memory = Memory()
-        words = np.frombuffer(bytearray(argument), np.uint64).copy()
-        for at, word in enumerate(words):  # the pointers among them
+        given = b"".join(ctypes.string_at(arguments[i], each.size) for i, each in enumerate(params))
+        words = np.frombuffer(bytearray(given), np.uint64)
+        for at, word in enumerate(words.tolist()):
             for start, length in self.spans.items():
                 if start <= word < start + length:
                     if start not in memory.known:
                         memory.known[start] = memory.gmem.add(f"at{start:x}", bytes_at(start, length))
-                    words[at] = memory.known[start].base + int(word) - start
+                    words[at] = memory.known[start].base + word - start
                     break
-        program = machine.program_for(module.mod, entry)
-        running = machine.Machine(
-            program, (grid, 1, 1), (block, 1, 1), words.view(np.uint8), memory.gmem, shared, (cluster, 1, 1),
-            machine.Options(),
-        )  # fmt: skip
-        report = running.launch()
-        report.kernel = parser.demangle(entry.name)
-        report.launched = (name, grid, block, cluster, shared)
-        self.reports.append(report)
+        return memory, words.view(np.uint8)
 
 
 @lru_cache
@@ -216,26 +252,28 @@ def kernels(capability: int = 90, run: bool = True) -> Iterator[list[Any]]:
     """
     e = emulator()
     before, failure = e.capability, choice.cuda_failure
-    e.set_capability(capability)
+    e.use(capability)
     e.reports, e.errors, e.spans, e.running = [], [], {}, run
     choice.cuda_failure = lambda device: None
     try:
         yield e.reports
     finally:
-        e.set_capability(before)
+        e.use(before)
         choice.cuda_failure = failure
-    if e.errors:
-        raise e.errors[0]
+        if e.errors:
+            raise e.errors[0]
     found = [f"{report.launched}: {finding}" for report in e.reports for finding in report.findings]
     assert not found, "\n".join(found)
+    assert e.library.cudaGetLastError() == 0, "an error was left to be found by others"
+    assert e.library.stub_device() == 0, "another device was left current"
 
 
 @contextmanager
 def clusters_of(most: int) -> Iterator[None]:
     """As if the device had no room for clusters of more blocks."""
-    value = ctypes.c_int.in_dll(emulator().library, "kdfast_most_blocks")
-    before, value.value = value.value, most
+    e = emulator()
+    before, e.most_blocks = e.most_blocks, most
     try:
         yield
     finally:
-        value.value = before
+        e.most_blocks = before

@@ -10,34 +10,13 @@
 #include "../tensors.h"
 #include "launch.h"
 
-#ifdef KDFAST_EMULATED  // tests: who runs the kernels is told of all memory that they may touch
-extern "C" {
-void (*kdfast_seen)(const void* data, int64_t bytes) = nullptr;
-}
-#endif
-
 namespace kdfast {
 namespace {
 
-inline const Tensor& seen(const Tensor& t) {
-#ifdef KDFAST_EMULATED
-  int64_t offset = 0, bytes = 0;
-  aoti_torch_get_storage_offset(t.get(), &offset);
-  aoti_torch_get_storage_size(t.get(), &bytes);
-  const int64_t element = t.scalar_type() == ScalarType::Long ? 8 : bytes_of(dtype_of(t));
-  if (bytes) kdfast_seen((const char*)t.data_ptr() - offset * element, bytes);
-#endif
-  return t;
-}
-inline float* floats(const Tensor& t) { return (float*)seen(t).mutable_data_ptr(); }
+inline float* floats(const Tensor& t) { return (float*)t.mutable_data_ptr(); }
 
 // The current stream, which torch's CUDA library knows; it is loaded wherever there are CUDA tensors.
 inline void* current_stream(int device) {
-#ifdef KDFAST_EMULATED
-  (void)device;
-  kdfast_seen(nullptr, 0);  // a new call
-  return nullptr;
-#else
   using Get = AOTITorchError (*)(int32_t, void**);
   static const Get get = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
@@ -48,7 +27,6 @@ inline void* current_stream(int device) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
   return stream;
-#endif
 }
 inline Place place_of(const Tensor& t) {
   const int device = std::max(0, (int)t.get_device_index());
@@ -91,7 +69,7 @@ class Call {
     a.geometric = ensemble == "geometric";
     if (labels) {
       held_.push_back(torch::stable::contiguous(*labels));
-      a.labels = (const int64_t*)seen(held_.back()).const_data_ptr();
+      a.labels = (const int64_t*)held_.back().const_data_ptr();
     }
     a.weight = by_row(weight);
     a.temperatures = by_row(temperatures);
@@ -187,7 +165,7 @@ class Call {
       fail<std::invalid_argument>(
           "kdfast: float64 logits, but the CUDA kernels take float32, bfloat16 and float16");
     }
-    return matrix(seen(t));
+    return matrix(t);
   }
   Tensor new_floats(const std::vector<int64_t>& shape) const {
     return torch::stable::new_empty(student_, shape, ScalarType::Float);

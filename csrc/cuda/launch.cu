@@ -23,15 +23,6 @@
 
 #include "launch.h"
 
-#ifdef KDFAST_EMULATED  // tests: kernels run elsewhere
-extern "C" {
-void (*kdfast_launch)(const char* name, int grid, int block, int cluster, int64_t shared,
-                      const void* argument, int64_t bytes) = nullptr;
-int kdfast_capability = 90;
-int kdfast_most_blocks = 16;  // that clusters can have
-}
-#endif
-
 namespace kdfast {
 namespace {
 
@@ -54,21 +45,6 @@ struct Launch {
   int64_t shared;
 };
 
-#ifdef KDFAST_EMULATED
-Device device_of(int) {
-  return {kdfast_capability, 132, kdfast_capability >= 90 ? 227 << 10 : 163 << 10, 50 << 20};
-}
-struct DeviceScope {
-  explicit DeviceScope(int) {}
-};
-bool fits(const Kernel&, const Launch& l, const Device&, const Place&) {
-  return l.cluster <= kdfast_most_blocks;
-}
-template <class Args>
-void run(const Kernel& kernel, const Launch& l, const Args& args, const Device&, const Place&) {
-  kdfast_launch(kernel.name, l.grid, l.block, l.cluster, l.shared, &args, sizeof args);
-}
-#else
 void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("kdfast: ") + what + ": " + cudaGetErrorString(error));
@@ -159,7 +135,6 @@ void run(const Kernel& kernel, const Launch& l, const Args& args, const Device& 
   void* pointers[] = {(void*)&args};
   check(cudaLaunchKernelExC(&config.config, kernel.function, pointers), kernel.name);
 }
-#endif
 
 // ---- which kernel ----
 

@@ -64,7 +64,7 @@ void scale_(Tensor grad, Tensor factor) {
   if (view.numel() == 0) return;
   const Place place = place_of(grad);
   const Tensor by = torch::stable::to(factor, ScalarType::Float);
-  launch_scale({matrix(seen(view)), (int)rows_of(view), (int)classes_of(view), floats(by)}, place);
+  launch_scale({matrix(view), (int)rows_of(view), (int)classes_of(view), floats(by)}, place);
   if (view.get() != grad.get()) torch::stable::copy_(grad, view);
 }
 
