@@ -305,12 +305,13 @@ def chosen(options: argparse.Namespace) -> list[Mutant]:
 
 def run_all(options: argparse.Namespace, mutants: list[Mutant]) -> int:
     results = WORK / ("results.csv" if not options.shard else f"results-{options.shard.replace('/', '-of-')}.csv")
+    ran = f"{options.tier} {options.tests}".strip()  # a result of fewer tests is none of the tier
     done: dict[str, list[str]] = {}
     if not (options.resume or options.only):
         results.unlink(missing_ok=True)
     if options.resume and results.exists():
         with open(results, newline="") as file:
-            done = {row[0]: row for row in csv.reader(file) if row[4:] == [options.tier]}
+            done = {row[0]: row for row in csv.reader(file) if row[4:] == [ran]}
     copy = Copy(options.jobs)
     tests = Tests(options.tier, options.jobs, shlex.split(options.tests), options.limit)
     to_do = [m for m in mutants if m.name not in done]
@@ -323,7 +324,7 @@ def run_all(options: argparse.Namespace, mutants: list[Mutant]) -> int:
         started = time.monotonic()
         result, by = outcome(copy, tests, m)
         seconds = f"{time.monotonic() - started:.0f}"
-        done[m.name] = [m.name, result, by, seconds, options.tier]
+        done[m.name] = [m.name, result, by, seconds, ran]
         with open(results, "a", newline="") as file:
             csv.writer(file).writerow(done[m.name])
         print(f"{result:14} {m.name}{f'  by {by}' if result == 'caught' else ''}  {seconds} s", flush=True)
