@@ -1,5 +1,7 @@
 """What all tests share: the backends, the two tiers, the seed, the threads, and what GPU kernels run on."""
 
+import datetime
+import os
 from collections.abc import Iterator
 
 import emulated
@@ -23,7 +25,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("KDFAST_TEST_SEED", f"{datetime.date.today():%Y%m%d}")  # one for all processes
     config.addinivalue_line("markers", "full: of `make test-full` alone, for another test has the same promise")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"kdfast: random calls are drawn from KDFAST_TEST_SEED={os.environ['KDFAST_TEST_SEED']}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

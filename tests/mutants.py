@@ -5,7 +5,7 @@
 
 The faults are listed in planted/. The copy is build/mutants/tree; it is kept, so that a build compiles what changed.
 A fault in C++ is compiled first, for the best instruction set that this machine has or, where it says so, for all; one
-in CUDA's kernels goes through emulated.py, and is left out where KDFAST_PTXEMU does not name the emulator. Then run the
+in CUDA's kernels goes through emulated.py, and is left out where there is no nvcc. Then run the
 test files that are most likely to find it, for the backend that it is in, and after those the whole tier, each until a
 test fails. Results go to build/mutants/results.csv as they come.
 """
@@ -138,8 +138,6 @@ class Copy:
             "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
             "TRITON_CACHE_DIR": str(WORK / "triton"),  # what faults make is nobody else's
         }
-        if "KDFAST_PTXEMU" in os.environ:
-            self.environment["KDFAST_PTXEMU"] = str(Path(os.environ["KDFAST_PTXEMU"]).resolve())
         self.installed = ""  # which build's library, without a fault, the package has
         sync()
 
@@ -297,8 +295,8 @@ def chosen(options: argparse.Namespace) -> list[Mutant]:
         if not 1 <= part <= count:
             sys.exit(f"mutants: --shard {options.shard}: the first number must be in [1, {count}]")
         mutants = mutants[part - 1 :: count]
-    if "KDFAST_PTXEMU" not in os.environ and any(map(is_cuda, mutants)):
-        print(f"without KDFAST_PTXEMU nothing runs CUDA's kernels: {sum(map(is_cuda, mutants))} faults are left out")
+    if shutil.which("nvcc") is None and any(map(is_cuda, mutants)):
+        print(f"without nvcc nothing compiles CUDA's kernels: {sum(map(is_cuda, mutants))} faults are left out")
         mutants = [m for m in mutants if not is_cuda(m)]
     return mutants
 
