@@ -39,7 +39,8 @@ def eager(
     # of ignored rows any label: their weight is 0
     index = None if labels is None else labels.clamp(0, s.shape[-1] - 1).unsqueeze(-1)
     capped = softcapped(s, o["softcap"])
-    parts = [[0 * s[..., 0], 0 * s[..., 0], torch.zeros_like(s)]]
+    nothing = 0 * s[..., 0].nan_to_num(0, 0, 0)  # with a graph
+    parts = [[nothing, nothing, torch.zeros_like(s)]]
     if alpha:
         student, z = capped, [softcapped(t, o["teacher_softcap"]) for t in teachers]
         if o["standardize"]:

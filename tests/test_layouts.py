@@ -47,6 +47,13 @@ def test_any_number_of_dimensions(backend: str, shape: tuple[int, ...]) -> None:
             judge(student, teacher, labels, backend=backend, reduction=reduction, weight=weight, temperature=T)
 
 
+def test_slices_of_four_dimensions(backend: str) -> None:
+    """Which no matrix of rows has the strides of: sequences without their last position, of a few heads."""
+    student, teacher, labels = batch(2 * 3 * 5, 33)
+    student, teacher = (x.view(2, 3, 5, 33)[:, :2, :-1] for x in (student, teacher))
+    judge(student, teacher, labels.view(2, 3, 5)[:, :2, :-1], backend=backend, temperature=2)
+
+
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
 def test_no_rows_are_no_loss(backend: str, shape: tuple[int, ...]) -> None:
     for dtype in dtypes_for(backend):

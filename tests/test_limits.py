@@ -71,8 +71,9 @@ def test_a_masked_class_has_its_limit(backend: str, divergence: str, full: bool)
     settings: dict[str, Any] = {"backend": backend, "divergence": divergence, "temperature": 2}
     for vocab, dtype in shapes(backend, full):
         student, teacher, labels = batch(ROWS, vocab, dtype)
-        masked = [1, 2, vocab - 1]
-        labels = torch.where(torch.isin(labels, torch.tensor(masked)), 0, labels)
+        # a whole block, or some classes; and the last one
+        masked = [*range(2048), vocab - 1] if vocab > 2048 else [1, 2, vocab - 1]
+        labels = torch.where(torch.isin(labels, torch.tensor(masked)), 3 if vocab < 2048 else 2050, labels)
         labels[OF_STUDENT] = 0
         s, t = student.clone(), teacher.clone()
         s[BOTH, masked] = t[BOTH, masked] = -INF
@@ -112,6 +113,23 @@ def test_a_masked_class_has_its_limit(backend: str, divergence: str, full: bool)
         else:  # q = 0 adds no infinity
             judge(*(x[[CLEAN, OF_STUDENT]] for x in (s, t, labels)), **settings)
             assert grad[OF_STUDENT, 2] == 0
+
+
+def test_a_given_probability_of_0_is_a_masked_class(backend: str) -> None:
+    for vocab in VOCABS:
+        student, teacher, labels = batch(ROWS, vocab)
+        labels[:] = 0
+        p = torch.softmax(teacher / 2, -1)
+        p[1, 2] = p[2, vocab - 1] = 0
+        for divergence in ("forward_kl", "reverse_kl", "jsd"):
+            for target, given in (("probs", p), ("log_probs", p.log())):
+                settings = {"backend": backend, "divergence": divergence, "temperature": 2, "target": target}
+                if divergence in OVER_P:
+                    loss, grad = both_ways(student, given, labels, **settings)
+                    assert loss.isinf().tolist() == [False, True, True, False]
+                    assert grad[[0, 3]].isfinite().all()
+                else:
+                    judge(student, given, labels, **settings)
 
 
 SPOILERS = {

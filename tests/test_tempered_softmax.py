@@ -1,19 +1,44 @@
 """tempered_softmax is softmax(logits / T) in every dtype, with its gradient and its gradient's gradient."""
 
+import gpu  # before anything that imports Triton
 import pytest
 import torch
-from cases import DTYPES, F32, F64, OFFSETS, SMALL_VOCABS, TEMPERATURES, VOCABS, batch, name
+from cases import BF16, DTYPES, F32, F64, batch, name
+from conftest import why_not
 from judge import _within, half_ulp
 from torch import Tensor
 
 from kdfast import tempered_softmax
 
+# Around vectors of each instruction set, around a block of 2048 classes, two blocks and one class, an odd long one.
+VOCABS = (1, 2, 7, 16, 17, 33, 100, 2047, 2049, 4097, 50257)
+
 
 def _check(logits: Tensor, temperature: float | Tensor, log: bool, out_dtype: torch.dtype | None) -> None:
-    """Forward by the rule of judge.py; backward likewise, against its formula over the stored output."""
+    """Forward and backward as they are called, forward by the reference, and backward with a graph, which it makes."""
     leaf = logits.detach().requires_grad_()
     out = tempered_softmax(leaf, temperature, log=log, out_dtype=out_dtype)
     dtype = logits.dtype if out_dtype is None else out_dtype
+    factor = torch.linspace(-1, 1, logits.shape[-1], dtype=dtype).expand_as(logits)
+    (grad,) = torch.autograd.grad(out, leaf, factor, retain_graph=True)
+    (differentiable,) = torch.autograd.grad(out, leaf, factor, create_graph=True)  # made by the reference
+    _judge(logits, temperature, log, dtype, out.detach(), factor, grad, differentiable.detach())
+    rows, number = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, temperature)
+    _judge(
+        logits, temperature, log, dtype, torch.ops.kdfast_reference.tempered_softmax(logits, rows, number, log, dtype)
+    )
+
+
+def _judge(
+    logits: Tensor,
+    temperature: float | Tensor,
+    log: bool,
+    dtype: torch.dtype,
+    out: Tensor,
+    factor: Tensor | None = None,
+    *grads: Tensor,
+) -> None:
+    """Forward by the rule of judge.py; gradients likewise, against their formula over the stored output."""
     assert out.dtype == dtype
     T = temperature.double().unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
     z = logits.double() / T
@@ -26,29 +51,25 @@ def _check(logits: Tensor, temperature: float | Tensor, log: bool, out_dtype: to
     size = 8 + log_p.abs() + torch.where(p > 0, z.abs(), 0).amax(-1, True)
     want, allowed = (log_p, size * eps) if log else (p, p * size * eps + floor)
     rounding = half_ulp(want, dtype)
-    _within("forward", out.detach(), want, allowed + rounding)
-    rows, number = (temperature, 1.0) if isinstance(temperature, Tensor) else (None, temperature)
-    plain = torch.ops.kdfast_reference.tempered_softmax(logits, rows, number, log, dtype)
-    _within("reference's forward", plain, want, allowed + rounding)
+    _within("forward", out, want, allowed + rounding)
+    if factor is None:
+        return
 
-    factor = torch.linspace(-1, 1, logits.shape[-1], dtype=dtype).expand_as(logits)
-    (grad,) = torch.autograd.grad(out, leaf, factor, retain_graph=True)
-    (differentiable,) = torch.autograd.grad(out, leaf, factor, create_graph=True)  # made by the reference
-    assert grad.dtype == differentiable.dtype == logits.dtype
-    y, g = out.detach().double(), factor.double()
+    y, g = out.double(), factor.double()
     terms = (g.abs() + y.exp() * g.abs().sum(-1, True)) if log else y * (g.abs() + (y * g.abs()).sum(-1, True))
     want = (g - y.exp() * g.sum(-1, True)) / T if log else y * (g - (y * g).sum(-1, True)) / T
     wide = F64 if F64 in (logits.dtype, dtype) and logits.dtype.itemsize > 2 else F32
     # of the terms: exp's 8 eps, and what rounds sums; log p as an argument of exp is off by |log p| eps
     allowed = terms / T * (8 + log_p.abs()) * torch.finfo(wide).eps + floor
     allowed = allowed + half_ulp(want, logits.dtype)
-    _within("backward", grad, want, allowed)
-    _within("backward under create_graph", differentiable.detach(), want, allowed)
+    for grad in grads:
+        assert grad.dtype == logits.dtype
+        _within("backward", grad, want, allowed)
 
 
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("vocab", [v for v in VOCABS if v < 100_000])
+@pytest.mark.parametrize("vocab", VOCABS)
 def test_every_length_and_dtype(vocab: int, dtype: torch.dtype, log: bool) -> None:
     for out_dtype in (None, *DTYPES):
         _check(batch(2, vocab, dtype).student, 2, log, out_dtype)
@@ -57,11 +78,24 @@ def test_every_length_and_dtype(vocab: int, dtype: torch.dtype, log: bool) -> No
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_every_temperature_and_size(dtype: torch.dtype, log: bool) -> None:
-    for vocab in SMALL_VOCABS:
-        for temperature in (*TEMPERATURES, torch.tensor([1.0, 3.7])):
+    for vocab in (17, 2049):  # a tail; a second block
+        for temperature in (1, 3, 0.1, 100, torch.tensor([1.0, 3.7])):
             _check(batch(2, vocab, dtype).student, temperature, log, None)
-            for offset in OFFSETS:
+            for offset in (1000.0, -1e4):  # exp of it overflows in every dtype; and underflows
                 _check(batch(2, vocab, dtype, offset=offset).student, temperature, log, F32)
+
+
+@pytest.mark.skipif(why_not("triton") is not None, reason=str(why_not("triton")))
+@pytest.mark.parametrize(("vocab", "dtype", "log"), [(100, F32, True), (2049, BF16, False), (40_001, F32, False)])
+def test_tritons_kernels_give_it_too(vocab: int, dtype: torch.dtype, log: bool) -> None:
+    ops = torch.ops.kdfast_triton
+    with gpu.kernels():
+        logits = batch(2, vocab, dtype).student
+        for temperature, rows in ((2.0, None), (1.0, torch.tensor([1.0, 3.7]))):
+            out = ops.tempered_softmax(logits, rows, temperature, log, dtype)
+            factor = torch.linspace(-1, 1, vocab, dtype=dtype).expand_as(logits).contiguous()
+            grad = ops.tempered_softmax_backward(factor, out, rows, temperature, log, dtype)
+            _judge(logits, temperature if rows is None else rows, log, dtype, out, factor, grad)
 
 
 def test_shapes_and_strides() -> None:
