@@ -133,8 +133,10 @@ THE_SAME_WAY = (
     "bfloat16",  # Python asks for float16 alone
     "log_probs",  # as "probs"
     "logit_mse",  # as any other divergence but dkd
+    "batchmean",  # which has a test of its own with dynamic=True
+    "inplace",  # which is one of Inductor's
     "metrics none",  # as "none", and as "metrics"
-    "metrics inplace",
+    "metrics inplace",  # as "inplace none", and as "metrics"
 )
 EVERY_CALL = CALLS | SOFTMAX_CALLS
 
