@@ -1,11 +1,12 @@
 """When a gradient is made, what is allocated for it, and what autograd is told about it."""
 
 import gc
+import itertools
 import weakref
 
 import pytest
 import torch
-from cases import BF16, F16, F32, batch
+from cases import BACKENDS, BF16, F16, F32, THINNED, batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,6 +14,13 @@ from kdfast import kd_loss, tempered_softmax
 
 ROWS, VOCAB = 5, 1000
 SCALAR = ("mean", "sum", "batchmean")
+
+# What autograd.py decides, before or after a kernel: Triton's and CUDA's, which take a compilation, in the full tier.
+whatever_the_kernels = pytest.mark.parametrize(
+    "backend",
+    [pytest.param(name, marks=pytest.mark.full) if name in THINNED else name for name in BACKENDS],
+    indirect=True,
+)
 
 
 class Allocations(TorchDispatchMode):
@@ -89,7 +97,15 @@ def test_inplace_makes_no_tensor_of_the_logits_size_and_hands_on_their_own_stora
     torch.testing.assert_close(s.grad, expected)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("backend", "reduction"),
+    [
+        # of Triton the kernels with all options, the slowest to compile, once
+        pytest.param(*pair, marks=pytest.mark.full if pair == ("triton", "none") else ())
+        for pair in itertools.product(BACKENDS, ("mean", "none"))
+    ],
+    indirect=["backend"],
+)
 def test_options_and_metrics_make_no_tensor_of_the_logits_size(reduction, backend):
     s, t, y = data()
     settings = EVERY_OPTION | {"reduction": reduction, "backend": backend, "return_metrics": True}
@@ -191,6 +207,7 @@ def test_rowwise_losses_take_any_grad_output(dtype, backend):
     assert torch.equal(summed, ones)
 
 
+@whatever_the_kernels
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_double_backward_is_a_clear_error(inplace, reduction, backend):
@@ -209,6 +226,7 @@ def test_tempered_softmax_is_twice_differentiable():
         assert torch.autograd.gradgradcheck(lambda z, log=log, T=temperature: tempered_softmax(z, T, log=log), logits)
 
 
+@whatever_the_kernels
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_teacher_made_under_inference_mode_is_as_good_as_any(reduction, backend):
     s, t, y = data()
@@ -220,6 +238,7 @@ def test_a_teacher_made_under_inference_mode_is_as_good_as_any(reduction, backen
     assert torch.equal(gradient(loss, s), expected)
 
 
+@whatever_the_kernels
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_teacher_that_requires_grad_gets_none_and_is_not_an_obstacle(reduction, backend):
     s, t, y = data()
@@ -234,6 +253,7 @@ def test_a_teacher_that_requires_grad_gets_none_and_is_not_an_obstacle(reduction
     assert not kd_loss(s.detach(), teacher, y, reduction=reduction, backend=backend).requires_grad
 
 
+@whatever_the_kernels
 @pytest.mark.parametrize("what", ["student", "teacher", "labels", "weight"])
 def test_what_changed_between_forward_and_a_backward_that_reads_it_is_an_error(what, backend):
     s, t, y = data()

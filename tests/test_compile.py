@@ -1,6 +1,8 @@
 """torch.compile, torch.export and opcheck: a compiled call is one graph that gives what eager gives."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +68,11 @@ SOFTMAX_CALLS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def tiers(fast: Collection[str], names: Iterable[str]) -> list[Any]:
+    """The names as parameters, all but `fast` of the full tier alone."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.full) for name in names]
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
@@ -96,31 +103,84 @@ def check_compiled(call: Callable[..., Tensor], compiler: str, backend: str | No
     torch.testing.assert_close(value_and_gradient(compiled, s, t, y, w, backend), expected)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_a_compiled_call_is_one_graph_with_eager_loss_and_gradient(name, backend):
-    check_compiled(CALLS[name], "aot_eager", backend)
+# rows, vocab: each new shape differs from all before it in both, and the last has fewer of both than the first
+SHAPES = [(6, 11), (7, 64), (33, 12), (5, 9)]
 
 
-@pytest.mark.parametrize("name", SOFTMAX_CALLS)
-def test_compiled_tempered_softmax_is_one_graph_with_eager_values_and_gradient(name):
-    check_compiled(SOFTMAX_CALLS[name], "aot_eager", None)
+def check_compiled_once_for_all_shapes(call: Callable[..., Tensor], backend: str | None) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for shape in SHAPES:
+        tensors = batch(*shape)
+        for tensor in tensors:
+            for dimension in range(tensor.dim()):
+                torch._dynamo.mark_dynamic(tensor, dimension)
+        s, *rest = tensors
+        leaf = s.clone().requires_grad_()
+        for dimension in (0, 1):
+            torch._dynamo.mark_dynamic(leaf, dimension)
+        loss = compiled(leaf, *rest, backend)
+        loss.sum().backward()
+        torch.testing.assert_close((loss.detach(), leaf.grad), value_and_gradient(call, s, *rest, backend))
+    assert counter.frame_count == 1
 
 
-# one with the gradient in forward, one in backward, and one whose clone inductor itself has to take out or keep
-@pytest.mark.parametrize("name", ["default", "temperature per row", "inplace"])
-def test_inductor_agrees_with_eager(name, backend):
+# Dynamo sees one opaque operator, and nothing of a backend but its namespace: so calls are compiled on what the device
+# gets. In the full tier alone are those whose way through kdfast's own Python another one goes as well.
+THE_SAME_WAY = (
+    "soft alone",  # as "default", with no labels
+    "sum of weighted rows",  # as "KDLoss", which has weights too
+    "bfloat16",  # Python asks for float16 alone
+    "log_probs",  # as "probs"
+    "logit_mse",  # as any other divergence but dkd
+    "batchmean",  # which has a test of its own with dynamic=True
+    "inplace",  # which is one of Inductor's
+    "metrics none",  # as "none", and as "metrics"
+    "metrics inplace",  # as "inplace none", and as "metrics"
+)
+EVERY_CALL = CALLS | SOFTMAX_CALLS
+
+
+@pytest.mark.parametrize("name", tiers(EVERY_CALL.keys() - set(THE_SAME_WAY), EVERY_CALL))
+def test_a_call_of_marked_dynamic_sizes_is_one_graph_for_all_shapes_with_eager_loss_and_gradient(name):
+    check_compiled_once_for_all_shapes(EVERY_CALL[name], None)
+
+
+# of a backend by name its namespace is traced, and its own check of whether it is usable
+@pytest.mark.parametrize("name", tiers(["default"], ["default", "inplace none"]))
+def test_it_is_so_on_every_backend(name, backend):
+    check_compiled_once_for_all_shapes(CALLS[name], backend)
+
+
+@pytest.mark.full  # what is known of sizes leaves less to go wrong; it is known in Inductor's tests too
+@pytest.mark.parametrize("name", EVERY_CALL)
+def test_a_call_of_known_sizes_is_one_graph_with_eager_loss_and_gradient(name):
+    check_compiled(EVERY_CALL[name], "aot_eager", None)
+
+
+# one with the gradient in forward, one whose clone Inductor itself has to take out or keep, and one in backward
+@pytest.mark.parametrize("name", tiers(["default", "inplace"], ["default", "inplace", "temperature per row"]))
+def test_inductor_agrees_with_eager(name):
     # its cache knows the graph but not kdfast's version: what an older one left there would be run
     with torch._inductor.utils.fresh_cache():
-        check_compiled(CALLS[name], "inductor", backend)
+        check_compiled(CALLS[name], "inductor", None)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_compiled_under_no_grad_makes_no_gradient(name, backend):
+@pytest.mark.full  # Inductor, as Dynamo, sees no more of a backend than its namespace
+def test_inductor_agrees_with_eager_on_every_backend(backend):
+    with torch._inductor.utils.fresh_cache():
+        check_compiled(CALLS["default"], "inductor", backend)
+
+
+# whose gradient would come in forward, in backward, there for its dtype, into the logits; and metrics; then all others
+@pytest.mark.parametrize("name", tiers(["default", "none", "float16", "inplace", "metrics"], CALLS))
+def test_compiled_under_no_grad_makes_no_gradient(name):
     s, t, y, w = batch()
+    s.requires_grad_()
     recorder = EagerAndRecordGraphs()
     with torch.no_grad():
-        expected = CALLS[name](s, t, y, w, backend)
-        loss = torch.compile(CALLS[name], fullgraph=True, backend=recorder)(s, t, y, w, backend)
+        expected = CALLS[name](s, t, y, w, None)
+        loss = torch.compile(CALLS[name], fullgraph=True, backend=recorder)(s, t, y, w, None)
     torch.testing.assert_close(loss, expected)
     (graph,) = recorder.graphs
     called = [str(node.target) for node in graph.graph.nodes if str(node.target).startswith("kdfast")]
@@ -147,39 +207,18 @@ def test_a_compiled_training_step_calls_one_kernel_and_saves_its_gradient_alone(
     assert sorted(shapes) == [(), s.shape], "backward takes the finished gradient and grad_output, and no logits"
 
 
-# rows, vocab: each new shape differs from all before it in both, and the last has fewer of both than the first
-SHAPES = [(6, 11), (7, 64), (33, 12), (5, 9)]
-
-
-@pytest.mark.parametrize("name", [*CALLS, *SOFTMAX_CALLS])
-def test_marked_dynamic_sizes_compile_once_for_all_shapes(name, backend):
-    call = (CALLS | SOFTMAX_CALLS)[name]
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(call, fullgraph=True, backend=counter)
-    for shape in SHAPES:
-        tensors = batch(*shape)
-        for tensor in tensors:
-            for dimension in range(tensor.dim()):
-                torch._dynamo.mark_dynamic(tensor, dimension)
-        s, *rest = tensors
-        leaf = s.clone().requires_grad_()
-        for dimension in (0, 1):
-            torch._dynamo.mark_dynamic(leaf, dimension)
-        loss = compiled(leaf, *rest, backend)
-        loss.sum().backward()
-        torch.testing.assert_close((loss.detach(), leaf.grad), value_and_gradient(call, s, *rest, backend))
-    assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("name", ["default", "none", "batchmean", "inplace none", "arithmetic ensemble"])
-def test_dynamic_true_never_compiles_again_after_the_first_shape(name, backend):
+# the first divides by a size in Python; then one of each kind of gradient, and a list of tensors
+@pytest.mark.parametrize(
+    "name", tiers(["batchmean"], ["batchmean", "default", "none", "inplace none", "arithmetic ensemble"])
+)
+def test_dynamic_true_never_compiles_again_after_the_first_shape(name):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(CALLS[name], fullgraph=True, backend=counter, dynamic=True)
     counts = []
     for shape in SHAPES:
         s, *rest = batch(*shape)
-        expected = value_and_gradient(CALLS[name], s, *rest, backend)
-        torch.testing.assert_close(value_and_gradient(compiled, s, *rest, backend), expected)
+        expected = value_and_gradient(CALLS[name], s, *rest, None)
+        torch.testing.assert_close(value_and_gradient(compiled, s, *rest, None), expected)
         counts.append(counter.frame_count)
     assert counts == [counts[0]] * len(SHAPES)
 
@@ -254,19 +293,17 @@ def heads_for(logits: Tensor, inputs: Inputs, of_teacher: bool) -> tuple[Heads, 
     return heads, inputs._replace(teachers=[]) if of_teacher else inputs
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "mean",
-        "rows, with all there is",
-        "every option and metrics",
-        "padded bfloat16",
-        "transposed float64",
-        "no rows",
-    ],
+KINDS = (
+    "mean",
+    "rows, with all there is",  # no reduction, and each tensor that may be None
+    "every option and metrics",
+    "padded bfloat16",
+    "transposed float64",  # whose gradient is laid out otherwise
+    "no rows",
 )
-@pytest.mark.parametrize("name", SCHEMAS)
-def test_opcheck_finds_nothing_in_any_operator(name, backend, kind):
+
+
+def check_operator(name: str, backend: str | None, kind: str, *checks: str) -> None:
     s, inputs, settings = op_arguments(kind)
     ops = namespace(backend, s)
     if "loss_grad" in name and settings.reduction == "none":
@@ -285,4 +322,28 @@ def test_opcheck_finds_nothing_in_any_operator(name, backend, kind):
         "grad": (s, stats, torch.ones_like(loss), *inputs, *settings),
         "grad_": (s, stats, torch.ones_like(loss), *inputs, *settings),
     }.get(name, (s, *inputs, *settings))
-    torch.library.opcheck(getattr(ops, name).default, arguments)
+    torch.library.opcheck(getattr(ops, name).default, arguments, test_utils=checks)
+
+
+# What a backend's own code decides on: what it writes to and returns, and the shapes, dtypes and strides of that. Two
+# kinds show it of Triton, which compiles some five kernels for each and makes all outputs in the same lines.
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [
+        *itertools.product(("reference", "cpu"), KINDS),
+        *(("triton", kind) for kind in ("mean", "no rows")),
+        *(pytest.param("triton", kind, marks=pytest.mark.full) for kind in KINDS if kind not in ("mean", "no rows")),
+    ],
+    indirect=["backend"],
+)
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_backends_operators_do_as_their_schemas_and_fakes_say(name, backend, kind):
+    check_operator(name, backend, kind, "test_schema", "test_faketensor")
+
+
+# What is one code for all backends: no operator has a derivative of its own, and AOTAutograd makes of it at sizes it
+# does not know what eager does; with one reduction and the other, in the full tier with the other kinds of arguments.
+@pytest.mark.parametrize("kind", tiers(["mean", "rows, with all there is"], KINDS))
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_opcheck_finds_nothing_in_any_operator(name, kind):
+    check_operator(name, None, kind, "test_autograd_registration", "test_aot_dispatch_dynamic")

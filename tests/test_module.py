@@ -1,4 +1,7 @@
-"""KDLoss as a module: copied, stored and shown as nn.Module's own losses are."""
+"""KDLoss as a module: copied, stored and shown as nn.Module's own losses are.
+
+It calls kd_loss, and no backend knows of it: the one that the device gets stands for all.
+"""
 
 import copy
 import io
@@ -7,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import batch, here
+from cases import batch
 from torch import nn
 
 from kdfast import KDLoss, kd_loss
@@ -36,31 +39,38 @@ def saved_and_loaded(module: nn.Module) -> nn.Module:
     ],
     ids=["number", "tensor", "options"],
 )
-def test_a_copy_gives_the_same_loss(copied: Callable[[nn.Module], nn.Module], more, backend):
+def test_a_copy_gives_the_same_loss(copied: Callable[[nn.Module], nn.Module], more):
     s, t, y = batch(5, 100)
-    loss = KDLoss(**SETTINGS | here(more), backend=backend)
+    loss = KDLoss(**SETTINGS | more)
     assert torch.equal(copied(loss)(s, t, y), loss(s, t, y))
 
 
-def test_the_module_is_kd_loss_with_its_settings(backend):
+def test_the_module_is_kd_loss_with_its_settings():
     s, t, y = batch(5, 100)
     weight = torch.rand(5)
-    ours = KDLoss(**SETTINGS, backend=backend)(s, t, y, weight=weight)
-    assert torch.equal(ours, kd_loss(s, t, y, weight=weight, **SETTINGS, backend=backend))
-    loss, metrics = KDLoss(**SETTINGS, return_metrics=True, label_smoothing=0.1, backend=backend)(s, t, y)
-    same, others = kd_loss(s, t, y, return_metrics=True, label_smoothing=0.1, **SETTINGS, backend=backend)
+    ours = KDLoss(**SETTINGS)(s, t, y, weight=weight)
+    assert torch.equal(ours, kd_loss(s, t, y, weight=weight, **SETTINGS))
+    loss, metrics = KDLoss(**SETTINGS, return_metrics=True, label_smoothing=0.1)(s, t, y)
+    same, others = kd_loss(s, t, y, return_metrics=True, label_smoothing=0.1, **SETTINGS)
     assert torch.equal(loss, same)
     assert all(map(torch.equal, metrics, others))
-    ours = KDLoss(backend=backend)(s, t, y, normalizer=3)
-    assert torch.equal(ours, kd_loss(s, t, y, normalizer=3, backend=backend))
+    ours = KDLoss()(s, t, y, normalizer=3)
+    assert torch.equal(ours, kd_loss(s, t, y, normalizer=3))
 
 
-def test_a_setting_changed_between_calls_counts(backend):
+def test_the_modules_backend_is_the_calls():
+    s = torch.empty(2, 5, device="meta")
+    KDLoss(backend="reference")(s, s)
+    with pytest.raises(RuntimeError, match="backend: 'cpu' takes CPU tensors"):
+        KDLoss(backend="cpu")(s, s)
+
+
+def test_a_setting_changed_between_calls_counts():
     s, t, y = batch(5, 100)
-    loss = KDLoss(temperature=2.0, backend=backend)
+    loss = KDLoss(temperature=2.0)
     loss(s, t, y)
     loss.temperature = 4.0  # a schedule
-    assert torch.equal(loss(s, t, y), kd_loss(s, t, y, temperature=4.0, backend=backend))
+    assert torch.equal(loss(s, t, y), kd_loss(s, t, y, temperature=4.0))
 
 
 def test_the_module_has_nothing_to_train_and_nothing_to_store():
