@@ -63,12 +63,18 @@ build: $(BUILT) ## compile the C++ operators into kdfast/
 demo: $(BUILT) $(VENV)/.extra-demo ## distill a small network from a large one on real images, with a table and a picture
 	$(PY) examples/distill_digits.py
 
+# What tests run CUDA's kernels with: their PTX and their launchers, compiled for the host. Where there is no nvcc, nothing.
+EMULATED := $(VENV)/.emulated
+$(EMULATED): $(BUILT) $(VENV)/.extra-test $(CSRC) tests/emulated.py $(wildcard tests/cpp/*)
+	cd tests && PYTHONPATH=.. ../$(PY) -c 'import emulated; emulated.why_not() or emulated.compiled()'
+	@touch $@
+
 # The suite's own report says how long a test took: a promise that takes long asks for a cheaper proof.
 PYTEST := $(PY) -m pytest -n auto --dist worksteal
-test: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-demo ## every promise on every backend at least once
+test: $(EMULATED) $(VENV)/.extra-demo ## every promise on every backend at least once
 	$(PYTEST) $(ARGS)
 
-test-full: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-demo ## the whole list of calls on every backend, both architectures of GPUs
+test-full: $(EMULATED) $(VENV)/.extra-demo ## the whole list of calls on every backend, both architectures of GPUs
 	$(PYTEST) --full $(ARGS)
 
 emulator-test: $(VENV)/.extra-test ## the own tests of the emulator that runs GPU kernels on the CPU, tools/ptxemu

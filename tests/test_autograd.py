@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from cases import BACKENDS, BF16, F16, F32, THINNED, batch
+from cases import BACKENDS, BF16, F16, F32, ON_GPU, batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +18,7 @@ SCALAR = ("mean", "sum", "batchmean")
 # What autograd.py decides, before or after a kernel: Triton's and CUDA's, which take a compilation, in the full tier.
 whatever_the_kernels = pytest.mark.parametrize(
     "backend",
-    [pytest.param(name, marks=pytest.mark.full) if name in THINNED else name for name in BACKENDS],
+    [pytest.param(name, marks=pytest.mark.full) if name in ON_GPU else name for name in BACKENDS],
     indirect=True,
 )
 

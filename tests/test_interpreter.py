@@ -10,8 +10,7 @@ import pytest
 HERE = Path(__file__).parent
 # Limits and dropped rows: a tail and rows of several tiles; and calls of the list, by their numbers.
 SUBSET = (
-    "test_limits.py::test_a_masked_class_has_its_limit[triton-cross_entropy]",
-    "test_limits.py::test_a_masked_class_has_its_limit[triton-jsd]",
+    "test_limits.py::test_a_given_probability_of_0_is_a_masked_class[triton-jsd-probs-5000]",
     "test_dropped_terms.py::test_dropped_rows_may_hold_anything[triton-reverse_kl]",
     "test_dropped_terms.py::test_a_teacher_of_weight_0_is_not_read[triton-geometric]",
     "test_layouts.py::test_any_number_of_dimensions[triton-shape2]",

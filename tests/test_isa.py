@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = [str(HERE / f"test_{name}.py") for name in ("calls", "limits", "numbers")]
+FILES = [str(HERE / f"test_{name}.py") for name in ("calls", "limits")]
 
 
 def _isas() -> list[str]:

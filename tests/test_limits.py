@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BF16, DIVERGENCES, F16, F32, F64, arithmetics, batch
+from cases import BF16, DIVERGENCES, F16, F32, F64, ON_GPU, arithmetics, batch
 from judge import judge, run
 from torch import Tensor
 
@@ -21,7 +21,7 @@ CLEAN, BOTH, OF_TEACHER, OF_STUDENT = range(ROWS)  # rows, by who masks classes 
 
 def shapes(backend: str, full: bool) -> Iterator[tuple[int, torch.dtype]]:
     """(vocab, dtype): infinities meet the arithmetic, fp32's or fp64's; those of 16 bits are loaded like any number."""
-    for dtype in arithmetics(backend):
+    for dtype in arithmetics(backend) if full or backend not in ON_GPU else (F32,):
         for vocab in VOCABS if dtype == F32 or backend == "cpu" or full else VOCABS[:1]:
             yield vocab, dtype
     if backend == "cpu" or full:
@@ -115,21 +115,23 @@ def test_a_masked_class_has_its_limit(backend: str, divergence: str, full: bool)
             assert grad[OF_STUDENT, 2] == 0
 
 
-def test_a_given_probability_of_0_is_a_masked_class(backend: str) -> None:
-    for vocab in VOCABS:
-        student, teacher, labels = batch(ROWS, vocab)
-        labels[:] = 0
-        p = torch.softmax(teacher / 2, -1)
-        p[1, 2] = p[2, vocab - 1] = 0
-        for divergence in ("forward_kl", "reverse_kl", "jsd"):
-            for target, given in (("probs", p), ("log_probs", p.log())):
-                settings = {"backend": backend, "divergence": divergence, "temperature": 2, "target": target}
-                if divergence in OVER_P:
-                    loss, grad = both_ways(student, given, labels, **settings)
-                    assert loss.isinf().tolist() == [False, True, True, False]
-                    assert grad[[0, 3]].isfinite().all()
-                else:
-                    judge(student, given, labels, **settings)
+@pytest.mark.parametrize(
+    ("divergence", "target", "vocab"),
+    [("reverse_kl", "probs", 7), ("reverse_kl", "log_probs", 5000), ("forward_kl", "probs", 7), ("jsd", "probs", 5000)],
+)
+def test_a_given_probability_of_0_is_a_masked_class(backend: str, divergence: str, target: str, vocab: int) -> None:
+    student, teacher, labels = batch(ROWS, vocab)
+    labels[:] = 0
+    p = torch.softmax(teacher / 2, -1)
+    p[1, 2] = p[2, vocab - 1] = 0
+    given = p if target == "probs" else p.log()
+    settings = {"backend": backend, "divergence": divergence, "temperature": 2, "target": target}
+    if divergence in OVER_P:
+        loss, grad = both_ways(student, given, labels, **settings)
+        assert loss.isinf().tolist() == [False, True, True, False]
+        assert grad[[0, 3]].isfinite().all()
+    else:
+        judge(student, given, labels, **settings)
 
 
 SPOILERS = {

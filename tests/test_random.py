@@ -11,10 +11,11 @@ import subprocess
 import sys
 from typing import Any
 
+import emulated
 import gpu  # before anything that imports Triton
 import hypothesis.strategies as st
 import torch
-from cases import DIVERGENCES, DTYPES, ENSEMBLES, F32, F64, REDUCTIONS, TARGETS, as_target, batch, dtypes_for
+from cases import DIVERGENCES, ENSEMBLES, F32, F64, ON_GPU, REDUCTIONS, TARGETS, as_target, batch, dtypes_for
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from judge import judge
 from torch import Tensor
@@ -26,7 +27,7 @@ SEED = int(os.environ["KDFAST_TEST_SEED"])  # another one each day: conftest.py 
 # Examples that are judged, in `make test` and in `make test-full`: nearly each of Triton's is compiled, for a second.
 EXAMPLES = {"reference": (20, 100), "cpu": (150, 1000), "triton": (6, 40), "cuda": (60, 400)}
 # Calls that must not crash.
-CALLS = {"reference": (500, 5000), "cpu": (3000, 10_000), "triton": (30, 200)}
+CALLS = {"reference": (500, 5000), "cpu": (3000, 10_000), "triton": (30, 200), "cuda": (150, 1500)}
 ERRORS = (TypeError, ValueError, RuntimeError, IndexError)  # what kd_loss documents
 
 
@@ -171,9 +172,15 @@ def _pools(
     }
 
 
+def kernels_of(backend: str) -> Any:
+    if backend == "cuda" and not gpu.ON_DEVICE:
+        return emulated.kernels()
+    return gpu.kernels() if backend in ON_GPU else contextlib.nullcontext()
+
+
 def many_calls(backend: str, number_of_calls: int) -> None:
     """Prints how many calls went well and how many raised each error; anything but the documented errors ends it."""
-    dtypes = DTYPES if backend != "triton" else (F32,)  # each pair would be compiled for
+    dtypes = dtypes_for(backend) if backend != "triton" else (F32,)  # each pair would be compiled for
     rng = random.Random(SEED)
     torch.manual_seed(SEED)
     torch.set_num_threads(1 if backend == "reference" else 2)
@@ -211,5 +218,5 @@ def test_thousands_of_calls_do_not_crash(backend: str, full: bool) -> None:
 
 
 if __name__ == "__main__":
-    with gpu.kernels() if sys.argv[1] == "triton" else contextlib.nullcontext():
+    with kernels_of(sys.argv[1]):
         many_calls(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,85 @@
+"""What only rows on a GPU meet: offsets of 64 bits, labels that nobody waits to check, a kernel's most teachers.
+
+The known faults of other libraries, by their public trackers' numbers, and the tests that would have found them: logits
+rounded to bf16 (Liger#1432), a temperature on one side (trl#5731): test_calls.py. An ignore_index that is not used
+(Liger#974), 0 / 0 of no row (LMOps#38): test_dropped_terms.py. NaN from -inf (trl#5594, Liger#1453): test_limits.py.
+Phantom classes of a padded vocabulary (trl#3028, torchtune#2598): test_calls.py.
+"""
+
+from typing import Any
+
+import gpu
+import pytest
+import torch
+from cases import BF16, F32, F64, batch
+from judge import judge, run
+
+import kdfast
+
+VOCABS = (1000, 40000)  # a row in registers; one in two sweeps, split over programs
+SETTINGS: dict[str, Any] = {"backend": "triton"}
+
+
+on_triton = pytest.mark.parametrize("backend", ("triton",), indirect=True)
+
+
+@on_triton
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_a_row_beyond_two_to_the_31_is_itself(backend: str, vocab: int) -> None:
+    """Row offsets of 32 bits wrap around."""
+    student, teacher, labels = batch(2, vocab, BF16)
+    loss, grad = run(student, teacher, labels, **SETTINGS)
+    apart = torch.empty(2**31 + 2 * vocab, dtype=BF16)  # 4 GB, of which two rows are touched
+    far = apart.as_strided((2, vocab), (2**31 + 16, 1))
+    far.copy_(student)
+    with gpu.kernels(stats=False, global_races=False):  # which would keep accounts of all 4 GB
+        found = kdfast.kd_loss(far.requires_grad_(), teacher, labels, **SETTINGS)
+        (found_grad,) = torch.autograd.grad(found, far)
+    assert torch.equal(found, loss)
+    assert torch.equal(found_grad, grad)
+
+
+@pytest.mark.parametrize("backend", ("triton", "cuda"), indirect=True)
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("label", [-1, 10**6, 2**32])  # the last one would be 0 in 32 bits
+def test_a_label_out_of_range_spoils_its_row_alone(
+    backend: str, vocab: int, label: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU nobody waits to raise: the row is NaN, and nothing else is lost."""
+    from kdfast import reference
+
+    monkeypatch.setattr(reference, "check_values", lambda *args: None)  # as for tensors of a GPU
+    student, teacher, labels = batch(3, vocab, BF16)
+    ones = torch.ones(3)
+    want, want_grad = run(student, teacher, labels, ones, reduction="none", backend=backend)
+    labels = labels.clone()
+    labels[1] = label
+    for hard in ({}, {"alpha": 1.0}):
+        loss, grad = run(student, teacher, labels, ones, reduction="none", **{"backend": backend} | hard)
+        assert loss[1].isnan()
+        assert grad[1].isnan().all()
+        assert loss[[0, 2]].isfinite().all()
+        total, whole = run(student, teacher, labels, reduction="sum", **{"backend": backend} | hard)
+        assert total.isnan(), "it is seen"
+        assert whole[1].isnan().all()
+        assert torch.equal(whole[[0, 2]].isfinite(), torch.ones_like(whole[[0, 2]], dtype=torch.bool))
+        if not hard:
+            assert torch.equal(loss[[0, 2]], want[[0, 2]])
+            assert torch.equal(grad[[0, 2]], want_grad[[0, 2]])
+
+
+@on_triton
+def test_more_teachers_than_fit_is_an_error_that_says_how_many_do(backend: str) -> None:
+    student, teacher, _ = batch(1, 1000, F32)
+    kdfast.kd_loss(student, [teacher] * 8, backend="triton")
+    with pytest.raises(ValueError, match="teacher: 9 teachers, but the Triton kernels take at most 8"):
+        kdfast.kd_loss(student, [teacher] * 9, backend="triton")
+
+
+@on_triton
+def test_fp64_has_fp64s_digits(backend: str) -> None:
+    """Triton hands Python's floats to a kernel as fp32."""
+    for vocab in (33, 20000):
+        student, teacher, labels = batch(2, vocab, F64)
+        others = [batch(2, vocab, F64, seed=seed).teacher for seed in (1, 2)]
+        judge(student, [teacher, *others], labels, teacher_weights=[1, 1, 1], temperature=3.7, alpha=0.7, **SETTINGS)
