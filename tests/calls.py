@@ -1,4 +1,4 @@
-"""The one list of calls that every backend is held to: CALLS, `covering(AXES)` and then SPECIAL.
+"""The one list of calls that every backend is held to: `covering(AXES)`, and then SPECIAL.
 
 `covering` finds few calls in which every two values of different axes meet at least once. It is deterministic, and its
 first calls meet the most new pairs, so that a prefix of the list is its best subset. `python tests/calls.py` prints the
@@ -7,6 +7,7 @@ list. A new promise about numbers is a new value of an axis, or a call in SPECIA
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -273,12 +274,13 @@ NEVER = (
 )  # fmt: skip
 
 
-class Call(NamedTuple):
+@dataclass(frozen=True)
+class Call:
     """Names of values, one an axis."""
 
     values: tuple[str, ...]
 
-    def __getitem__(self, axis: str) -> Any:  # type: ignore[override]
+    def __getitem__(self, axis: str) -> Any:
         return AXES[axis][self.named(axis)]
 
     def named(self, axis: str) -> str:
