@@ -239,6 +239,7 @@ class Tests(NamedTuple):
     jobs: int
     extra: list[str]
     limit: float
+    likely: bool  # these alone
 
     def first_that_fails(self, copy: Copy, m: Mutant | None, isas: str) -> str | None:
         """Its name, or None; the likely ones first, and of those the likely backend's."""
@@ -247,7 +248,8 @@ class Tests(NamedTuple):
         if m and first and not named and "-k" not in self.extra:
             others = [each for each in BACKENDS if each != backend_of(m)]
             focus = ["-k", " and ".join(f"not {each}" for each in others)] if backend_of(m) else []
-            if failed := self._run(copy, isas, [*first, *focus]):
+            failed = self._run(copy, isas, [*first, *focus])
+            if failed or self.likely:
                 return failed
         rest = sorted(f"tests/{path.name}" for path in (TREE / "tests").glob("test_*.py") if path.name not in NOT_RUN)
         files = [] if named else [*first, *(each for each in rest if each not in first)]
@@ -279,6 +281,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="processes of tests, and of the compiler")
     parser.add_argument("--tests", default="", metavar="ARGS", help="further arguments of pytest; files: these alone")
     parser.add_argument("--limit", type=float, default=3600, help="seconds in which a run of pytest must be done")
+    parser.add_argument("--likely", action="store_true", help="the likely files alone: quick, and too many survive")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run was")
     parser.add_argument("--no-baseline", action="store_true", help="take it that the tests pass without a fault")
     parser.add_argument("--check", action="store_true", help="see whether the list fits the sources, and nothing else")
@@ -303,7 +306,7 @@ def chosen(options: argparse.Namespace) -> list[Mutant]:
 
 def run_all(options: argparse.Namespace, mutants: list[Mutant]) -> int:
     results = WORK / ("results.csv" if not options.shard else f"results-{options.shard.replace('/', '-of-')}.csv")
-    ran = f"{options.tier} {options.tests}".strip()  # a result of fewer tests is none of the tier
+    ran = f"{options.tier}{' likely' if options.likely else ''} {options.tests}".strip()  # fewer tests are no tier
     done: dict[str, list[str]] = {}
     if not (options.resume or options.only):
         results.unlink(missing_ok=True)
@@ -311,7 +314,7 @@ def run_all(options: argparse.Namespace, mutants: list[Mutant]) -> int:
         with open(results, newline="") as file:
             done = {row[0]: row for row in csv.reader(file) if row[4:] == [ran]}
     copy = Copy(options.jobs)
-    tests = Tests(options.tier, options.jobs, shlex.split(options.tests), options.limit)
+    tests = Tests(options.tier, options.jobs, shlex.split(options.tests), options.limit, options.likely)
     to_do = [m for m in mutants if m.name not in done]
     for isas in sorted({"best", *(m.isas for m in to_do if is_compiled(m))}):
         copy.build_sound(isas)

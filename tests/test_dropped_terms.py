@@ -73,9 +73,10 @@ def test_alpha_0_reads_no_teacher(backend: str) -> None:
 def test_a_teacher_of_weight_0_is_not_read(backend: str, ensemble: str) -> None:
     student, teacher, labels = batch(5, 100)
     want = run(student, [teacher], labels, ensemble=ensemble, backend=backend)
-    teachers = [torch.full_like(teacher, NAN), teacher]
-    found = run(student, teachers, labels, ensemble=ensemble, teacher_weights=[0, 2], backend=backend)
-    assert all(map(torch.equal, found, want))
+    unread = torch.full_like(teacher, NAN)
+    for teachers, weights in (([unread, teacher], [0, 2]), ([teacher, unread], [2, 0])):
+        found = run(student, teachers, labels, ensemble=ensemble, teacher_weights=weights, backend=backend)
+        assert all(map(torch.equal, found, want))
 
 
 def test_a_loss_without_any_term_is_0(backend: str) -> None:

@@ -206,6 +206,13 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
         for argument, value in (("standardize", True), ("teacher_softcap", 30.0))
         for target in ("probs", "log_probs")
     ),
+    (
+        "normalizer",
+        torch.tensor(2.0, requires_grad=True),
+        {},
+        RuntimeError,
+        "requires grad, but kd_loss has no derivative",
+    ),
     ("normalizer", 3, {"reduction": "sum"}, ValueError, "given with reduction='sum'; it takes the place of the mean's"),
     ("normalizer", 3, {"reduction": "none"}, ValueError, "given with reduction='none'; it takes the place"),
     # --- ensembles
