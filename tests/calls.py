@@ -379,7 +379,7 @@ SPECIAL = (
     call(shape="2x40001", temperature="T 2", option="standardized", dtypes="float32-bfloat16"),
     # few and long rows of a number that is no power of 2; and of an ensemble, whose table has more columns
     call(shape="3x40001", temperature="T 2", dtypes="bfloat16", kept="weighted"),
-    call(shape="2x40001", temperature="T 2", dtypes="bfloat16", teacher="arithmetic log_probs", reduction="none"),
+    call(shape="2x40001", temperature="T 2", dtypes="bfloat16", teacher="arithmetic", reduction="none"),
     # 16-bit pairs that lie otherwise than the student's
     call(shape="5x2049", temperature="T 2", dtypes="bfloat16", teachers_layout="teacher odd padding"),
     # an arithmetic ensemble whose blocks differ in size, with divergences that need no logarithm of p

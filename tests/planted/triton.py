@@ -3,7 +3,11 @@
 from planted.mutant import Mutant
 
 CALLS, LIMITS, METRICS = ("test_calls.py", "test_limits.py"), ("test_limits.py",), ("test_metrics.py",)
-OPTIONS, FAULTS, LAYOUTS = ("test_calls.py", "test_random.py"), ("test_gpu_rows.py",), ("test_layouts.py",)
+OPTIONS, FAULTS, LAYOUTS = (
+    ("test_calls.py", "test_random.py"),
+    ("test_gpu_rows.py",),
+    ("test_calls.py", "test_layouts.py"),
+)
 LAUNCHES, STATIC, TRAFFIC = ("test_triton_launches.py",), ("test_triton_static.py",), ("test_triton_traffic.py",)
 DROPPED = ("test_dropped_terms.py",)
 
