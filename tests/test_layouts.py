@@ -49,9 +49,9 @@ def test_any_number_of_dimensions(backend: str, shape: tuple[int, ...]) -> None:
 
 def test_slices_of_four_dimensions(backend: str) -> None:
     """Which no matrix of rows has the strides of: sequences without their last position, of a few heads."""
-    student, teacher, labels = batch(2 * 3 * 5, 33)
-    student, teacher = (x.view(2, 3, 5, 33)[:, :2, :-1] for x in (student, teacher))
-    judge(student, teacher, labels.view(2, 3, 5)[:, :2, :-1], backend=backend, temperature=2)
+    student, teacher, labels = batch(2 * 4 * 5, 33)
+    student, teacher = (x.view(2, 4, 5, 33)[:, :3, :-1] for x in (student, teacher))
+    judge(student, teacher, labels.view(2, 4, 5)[:, :3, :-1], backend=backend, temperature=2)
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
