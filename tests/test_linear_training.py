@@ -111,39 +111,37 @@ def test_checkpointing_the_trunk_changes_no_gradient(backend: str) -> None:
     torch.testing.assert_close(gradients(model), unfused_gradients(case))
 
 
-def _rank(rank: int, folder: str) -> None:
+def _rank(rank: int, folder: str, kind: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     case = Case()
     x, hidden, weight, labels = batch(case)
     mine = slice(0, 6) if rank == 0 else slice(6, None)  # 5 tokens that count on one, 7 on the other
+    model: Any = Model()
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2,))
+        fully_shard(model.trunk, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        with pytest.raises(TypeError, match="^student_weight: is a DTensor"):
+            kdfast.linear_kd_loss(x, model.head.weight, hidden, weight)
     tokens = (labels != -100).sum()
-    for kind, wrapped in (("ddp", nn.parallel.DistributedDataParallel), ("fsdp", _sharded)):
-        model = wrapped(Model())
-        if kind == "fsdp":
-            with pytest.raises(TypeError, match="^student_weight: is a DTensor"):
-                kdfast.linear_kd_loss(x, model.head.weight, hidden, weight)
-        # both average over the ranks, hence the tokens of all of them by their number
-        model(x[mine], hidden[mine], weight, labels[mine], normalizer=tokens / 2).backward()
-        grads = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients(model)]
-        torch.save(grads, f"{folder}/{kind}{rank}.pt")
+    # both average over the ranks, hence the tokens of all of them by their number
+    model(x[mine], hidden[mine], weight, labels[mine], normalizer=tokens / 2).backward()
+    grads = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients(model)]
+    torch.save(grads, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def _sharded(model: Model) -> Model:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (2,))
-    fully_shard(model.trunk, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def test_processes_get_the_gradients_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
-    for kind in ("ddp", "fsdp"):
-        for rank in range(2):
-            torch.testing.assert_close(torch.load(tmp_path / f"{kind}{rank}.pt"), unfused_gradients(Case()))
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_processes_get_the_gradients_of_one(tmp_path: Path, kind: str) -> None:
+    torch.multiprocessing.spawn(_rank, (str(tmp_path), kind), nprocs=2)
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), unfused_gradients(Case()))
 
 
 def test_a_teacher_in_training_gets_no_graph(cpu: str) -> None:
