@@ -21,7 +21,7 @@ from kdfast import divergences
 # --- how logits lie in memory ------------------------------------------------------------------------------------
 
 
-def _view(*size: int | None, take: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _view(*size: int, take: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """x in a view of a larger tensor of NaN: a read beyond the view spoils the row."""
 
     def place(x: Tensor) -> Tensor:
@@ -53,15 +53,11 @@ def _both(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], tupl
     return lambda s, t: (change(s), change(t))
 
 
-def _masked(value: float) -> Callable[[Tensor], Tensor]:
-    """The first block of classes, or the first third of a short row, has a sentinel for a logit."""
-
-    def change(x: Tensor) -> Tensor:
-        x = x.clone()
-        x[:, : first_unmasked(x.shape[1])] = value
-        return x
-
-    return change
+def _masked(x: Tensor) -> Tensor:
+    """The first block of classes, or the first third of a short row, has a usual sentinel for a logit; it is finite."""
+    x = x.clone()
+    x[:, : first_unmasked(x.shape[1])] = torch.finfo(F16).min
+    return x
 
 
 def first_unmasked(vocab: int) -> int:
@@ -81,7 +77,7 @@ LOGITS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "student down": lambda s, t: (s - 1e4, t),  # it underflows, and nothing may lean on maxima near each other
     "rising": _both(_ramp(0, 200)),  # each block's sums are rescaled away by the next
     "falling": lambda s, t: (_ramp(200, 0)(s), _ramp(0, 200)(t)),  # each next block adds nothing; the teacher's rises
-    "masked": _both(_masked(torch.finfo(F16).min)),  # by a usual sentinel, which is finite
+    "masked": _both(_masked),
     "the last above all": lambda s, t: tuple(torch.cat([x[:, :-1], x[:, -1:] + 90], -1) for x in (s, t)),
 }
 FAR = ("both up", "student down")  # from 0
@@ -301,8 +297,7 @@ class Call:
         settings: dict[str, Any] = {**self["divergence"], **self["terms"], **self["reduction"], **self["output"]}
         settings |= {k: v(rows) if callable(v) else v for k, v in self["temperature"].items()}
         settings |= self["option"] | self._beta()
-        mse, hard_alone = self.named("divergence") == "logit_mse", settings.get("alpha") == 0
-        if mse:  # which has none
+        if self.named("divergence") == "logit_mse":  # which has none
             settings = {k: v for k, v in settings.items() if "temperature" not in k}
         at = settings.get("teacher_temperature", settings.get("temperature", 1.0))
 
@@ -315,11 +310,10 @@ class Call:
             teachers = [t.clamp_min(max(torch.finfo(x).tiny for x in (t.dtype, F32))) for t in teachers]
         ignored, weight = KEPT[self.named("kept")]
         if ignored is not None:
+            ignored = ignored if vocab > 1 else -100  # of one class, 0 would be all rows
             settings["ignore_index"] = ignored
-            labels = torch.where(labels == ignored, vocab - 1, labels) if vocab > 1 else labels.fill_(0)
+            labels = torch.where(labels == ignored, vocab - 1, labels)
             labels[1::4] = ignored
-            if vocab == 1 and ignored == 0:
-                labels, settings["ignore_index"] = labels, -100
         settings["weight"] = weight(rows)
         if self["padding"] is not None:
             more, teachers_more = self["padding"]
@@ -335,7 +329,7 @@ class Call:
         teacher: Any = [shaped(t) for t in teachers] if kind.count else shaped(teachers[0])
         settings = {k: shaped(v) if isinstance(v, Tensor) and v.dim() else v for k, v in settings.items()}
         given = None if self.named("terms") == "no labels" else shaped(labels)
-        if hard_alone and not settings.get("return_metrics") and rows % 2:
+        if settings.get("alpha") == 0 and not settings.get("return_metrics") and rows % 2:  # which needs no teacher
             teacher, settings["teacher_weights"] = None, None
         arguments = (shaped(student), teacher, given)
         return here(arguments), here({k: v for k, v in settings.items() if v is not None})

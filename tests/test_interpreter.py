@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hanging import SECONDS
 
 HERE = Path(__file__).parent
 # Limits and dropped rows: a tail and rows of several tiles; and calls of the list, by their numbers.
@@ -21,7 +22,7 @@ def test_a_part_of_the_suite_passes_in_tritons_interpreter() -> None:
     pytest.importorskip("triton")
     environment = os.environ | {"KDFAST_TEST_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(HERE / test) for test in SUBSET)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     outcome = done.stdout.splitlines()[-1]
     assert outcome.startswith(f"{len(SUBSET)} passed"), outcome

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hanging import SECONDS
 
 HERE = Path(__file__).parent
 FILES = [str(HERE / f"test_{name}.py") for name in ("calls", "limits")]
@@ -22,7 +23,8 @@ def _isas() -> list[str]:
 
 def _run(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"KDFAST_CPU_ISA": isa}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
 
 
 @pytest.mark.parametrize("isa", _isas())

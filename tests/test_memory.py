@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cases import BF16, F16, F32, name
+from hanging import SECONDS
 
 import kdfast
 from kdfast import products
@@ -88,7 +89,7 @@ print(json.dumps(needs))
 )
 def test_each_call_needs_no_more_memory_than_the_gradient_it_returns(cpu: str) -> None:
     command = [sys.executable, "-c", SCRIPT, *CASES, PLAIN]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=120).stdout
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=SECONDS).stdout
     needs = dict(zip([*CASES, PLAIN], json.loads(out), strict=True))
     assert needs.pop(PLAIN) > 3, "what plain PyTorch makes is not seen"
     too_many = {case: need for case, need in needs.items() if need > CASES[case] + SLACK}

@@ -1,11 +1,12 @@
 """Where digits cancel: near equality, in rows without a deviation, and in the scale of a gradient."""
 
+import itertools
 import math
 from typing import Any
 
 import pytest
 import torch
-from cases import BF16, DIVERGENCES, F16, F32, F64, ON_GPU, batch, dtypes_for, labels_for, name
+from cases import BF16, DIVERGENCES, F16, F32, F64, ON_GPU, batch, dtypes_for, labels_for
 from judge import judge, run
 
 import kdfast
@@ -69,11 +70,8 @@ def test_a_row_of_one_class_or_of_equal_logits_has_a_deviation_of_0(backend: str
             assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", (F32, BF16, F16, F64), ids=name)
-def test_grad_output_scales_the_gradient(backend: str, dtype: torch.dtype) -> None:
-    if dtype not in dtypes_for(backend):
-        return
-    for factor in (1.0, -1.0, 0.0, 3.0, 1e-3):
+def test_grad_output_scales_the_gradient(backend: str) -> None:
+    for dtype, factor in itertools.product(dtypes_for(backend), (1.0, -1.0, 0.0, 3.0, 1e-3)):
         leaf = batch(3, 100, dtype).student.requires_grad_()
         _, teacher, labels = batch(3, 100, dtype)
         (factor * kdfast.kd_loss(leaf, teacher, labels, temperature=2, backend=backend)).backward()

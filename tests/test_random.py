@@ -16,6 +16,7 @@ import gpu  # before anything that imports Triton
 import hypothesis.strategies as st
 import torch
 from cases import DIVERGENCES, ENSEMBLES, F32, F64, ON_GPU, REDUCTIONS, TARGETS, as_target, batch, dtypes_for
+from hanging import SECONDS
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from judge import judge
 from torch import Tensor
@@ -211,7 +212,7 @@ def many_calls(backend: str, number_of_calls: int) -> None:
 def test_thousands_of_calls_do_not_crash(backend: str, full: bool) -> None:
     number = CALLS[backend][full]
     command = [sys.executable, "-X", "faulthandler", __file__, backend, str(number)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, f"seed {SEED}, exit {done.returncode}\n{done.stdout}\n{done.stderr[-3000:]}"
     counts = {name: int(count) for name, count in (pair.split("=") for pair in done.stdout.split())}
     assert sum(counts.values()) == number
