@@ -134,6 +134,7 @@ def _rank(rank: int, folder: str, kind: str) -> None:
     model(x[mine], hidden[mine], weight, labels[mine], normalizer=tokens / 2).backward()
     grads = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients(model)]
     torch.save(grads, f"{folder}/{rank}.pt")
+    dist.barrier()  # a rank that leaves while the other still reads from it makes that one abort
     dist.destroy_process_group()
 
 

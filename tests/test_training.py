@@ -153,6 +153,7 @@ def _train_rank(rank: int, folder: str, backend: str) -> None:
     # DDP averages over the ranks, hence the tokens of all of them by their number
     kd_loss(model(x), t, y, temperature=2.0, normalizer=tokens / 2, backend=backend).backward()
     torch.save(gradients(model), f"{folder}/{rank}.pt")
+    dist.barrier()  # a rank that leaves while the other still reads from it makes that one abort
     dist.destroy_process_group()
 
 
