@@ -1,16 +1,16 @@
 """When a gradient is made, what is allocated for it, and what autograd is told about it."""
 
 import gc
-import itertools
 import weakref
 
 import pytest
 import torch
+from calls import ALL_OPTIONS
 from cases import BACKENDS, BF16, F16, F32, ON_GPU, batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdfast import kd_loss, tempered_softmax
+from kdfast import kd_loss
 
 ROWS, VOCAB = 5, 1000
 SCALAR = ("mean", "sum", "batchmean")
@@ -47,68 +47,42 @@ def storage(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
-EVERY_OPTION = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 20.0, "teacher_softcap": 30.0, "standardize": True}
-
-
 def data(dtype: torch.dtype = F32) -> tuple[Tensor, Tensor, Tensor]:
     s, t, y = batch(ROWS, VOCAB, dtype)
     y[1] = -100
     return s.requires_grad_(), t, y
 
 
-def gradient(loss: Tensor, *inputs: Tensor, grad_loss: Tensor | None = None) -> Tensor:
-    return torch.autograd.grad(loss, inputs, grad_loss)[0]
+def gradient(loss: Tensor, s: Tensor, grad_loss: Tensor | None = None) -> Tensor:
+    return torch.autograd.grad(loss, s, grad_loss)[0]
 
 
 # reductions that make the gradient in forward, and those that make it in backward; fp16 always does the latter
-@pytest.mark.parametrize(("reduction", "dtype"), [("mean", F32), ("sum", BF16), ("none", F32), ("mean", F16)])
-def test_forward_and_backward_make_one_tensor_of_the_logits_size_which_becomes_the_leafs_grad(
-    reduction, dtype, backend
+@pytest.mark.parametrize(
+    ("reduction", "dtype"), [("mean", F32), ("sum", BF16), ("batchmean", F32), ("none", F32), ("mean", F16)]
+)
+@pytest.mark.parametrize("factor", [1, 3])  # by which a gradient that is there already is scaled where it lies
+@pytest.mark.parametrize("inplace", [False, True])
+def test_one_tensor_of_the_logits_size_is_made_or_none_in_place_and_it_becomes_the_leafs_grad(
+    inplace, factor, reduction, dtype, backend
 ):
     s, t, y = data(dtype)
+    settings = {"reduction": reduction, "backend": backend}
+    expected = factor * gradient(kd_loss(s, t, y, **settings).sum(), s)
+    logits = s.clone() if inplace else s
     with Allocations() as allocations:
-        loss = kd_loss(s, t, y, reduction=reduction, backend=backend)
-        loss.backward(torch.ones_like(loss))
-    assert allocations.shapes == [s.shape], allocations.made
-    assert storage(s.grad) == allocations.made[0][2]
+        (kd_loss(logits, t, y, inplace=inplace, **settings) * factor).sum().backward()
+    assert allocations.shapes == ([] if inplace else [s.shape]), allocations.made
+    assert storage(s.grad) == (storage(logits) if inplace else allocations.made[0][2])
+    # of 16-bit logits both round once more where they are scaled
+    torch.testing.assert_close(s.grad, expected, rtol=1e-6 if dtype == F32 else 1e-2, atol=1e-6)
 
 
-@pytest.mark.parametrize("reduction", SCALAR)
-def test_a_gradient_made_in_forward_is_scaled_where_it_lies(reduction, backend):
-    s, t, y = data()
-    expected = 3 * gradient(kd_loss(s, t, y, reduction=reduction, backend=backend), s)
-    with Allocations() as allocations:
-        (kd_loss(s, t, y, reduction=reduction, backend=backend) * 3).backward()
-    assert allocations.shapes == [s.shape], allocations.made
-    torch.testing.assert_close(s.grad, expected)
-
-
+@whatever_the_kernels
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_inplace_makes_no_tensor_of_the_logits_size_and_hands_on_their_own_storage(reduction, backend):
-    s, t, y = data()
-    expected = gradient(kd_loss(s, t, y, reduction=reduction, backend=backend).sum(), s)
-    logits = s.clone()
-    logits.register_hook(lambda grad: seen.append(storage(grad)))
-    seen: list[int] = []
-    with Allocations() as allocations:
-        kd_loss(logits, t, y, reduction=reduction, inplace=True, backend=backend).sum().backward()
-    assert allocations.shapes == [], allocations.made
-    assert seen == [storage(logits)] == [storage(s.grad)]
-    torch.testing.assert_close(s.grad, expected)
-
-
-@pytest.mark.parametrize(
-    ("backend", "reduction"),
-    [
-        # of Triton the kernels with all options, the slowest to compile, once
-        pytest.param(*pair, marks=pytest.mark.full if pair == ("triton", "none") else ())
-        for pair in itertools.product(BACKENDS, ("mean", "none"))
-    ],
-    indirect=["backend"],
-)
 def test_options_and_metrics_make_no_tensor_of_the_logits_size(reduction, backend):
     s, t, y = data()
-    settings = EVERY_OPTION | {"reduction": reduction, "backend": backend, "return_metrics": True}
+    settings = ALL_OPTIONS | {"reduction": reduction, "backend": backend, "return_metrics": True}
     with Allocations() as allocations:
         loss, _ = kd_loss(s, t, y, **settings)
         loss.sum().backward()
@@ -160,12 +134,13 @@ def test_a_loss_whose_gradient_came_in_forward_lets_go_of_logits_and_teacher(bac
 
 
 @pytest.mark.parametrize("reduction", [*SCALAR, "none"])
-def test_gradients_of_two_calls_add_up(reduction, backend):
+def test_gradients_of_a_branch_of_the_whole_and_of_another_call_add_up(reduction, backend):
     s, t, y = data()
-    for teacher, factor in ((t, 1), (t.flip(0), -0.5)):
-        kd_loss(s, teacher, y, reduction=reduction, backend=backend).sum().mul(factor).backward()
     first, second = (kd_loss(s, x, y, reduction=reduction, backend=backend).sum() for x in (t, t.flip(0)))
-    torch.testing.assert_close(gradient(first - 0.5 * second, s), s.grad)
+    one, other = (gradient(kd_loss(s, x, y, reduction=reduction, backend=backend).sum(), s) for x in (t, t.flip(0)))
+    (first * 2).backward(retain_graph=True)
+    (first * 5 + first - 0.5 * second).backward()
+    torch.testing.assert_close(s.grad, 8 * one - 0.5 * other)
 
 
 @pytest.mark.parametrize("reduction", [*SCALAR, "none"])
@@ -183,28 +158,11 @@ def test_backward_may_run_twice_with_retain_graph_and_gives_the_same_gradient_tw
         loss.backward()
 
 
-def test_a_branch_and_the_whole_may_be_backpropagated_one_after_the_other(backend):
-    s, t, y = data()
-    loss = kd_loss(s, t, y, backend=backend)
-    alone = gradient(kd_loss(s, t, y, backend=backend), s)
-    (loss * 2).backward(retain_graph=True)
-    (loss * 5 + loss).backward()
-    torch.testing.assert_close(s.grad, 8 * alone)
-
-
 @pytest.mark.parametrize("dtype", [F32, F16])
-def test_rowwise_losses_take_any_grad_output(dtype, backend):
+def test_an_expanded_gradient_of_losses_by_row_is_as_good_as_a_contiguous_one(dtype, backend):
     s, t, y = data(dtype)
-    grad_loss = torch.randn(ROWS)
-    ours = gradient(kd_loss(s, t, y, reduction="none", backend=backend), s, grad_loss=grad_loss)
-    wide = s.detach().double().requires_grad_()
-    truth = kd_loss(wide, t.double(), y, reduction="none", backend="reference")
-    truth = gradient(truth, wide, grad_loss=grad_loss.double())
-    torch.testing.assert_close(ours, truth.to(dtype), rtol=1e-5 if dtype == F32 else 1e-3, atol=1e-7)
-    # one number for all rows, which is not contiguous: sum() hands it on expanded
-    summed = gradient(kd_loss(s, t, y, reduction="none", backend=backend).sum(), s)
-    ones = gradient(kd_loss(s, t, y, reduction="none", backend=backend), s, grad_loss=torch.ones(ROWS))
-    assert torch.equal(summed, ones)
+    summed, loss = (kd_loss(s, t, y, reduction="none", backend=backend) for _ in range(2))
+    assert torch.equal(gradient(summed.sum(), s), gradient(loss, s, torch.ones(ROWS)))
 
 
 @whatever_the_kernels
@@ -217,13 +175,6 @@ def test_double_backward_is_a_clear_error(inplace, reduction, backend):
     for coefficient in (grad_loss, grad_loss.clone().requires_grad_()):  # a constant, and one that has a graph
         with pytest.raises(RuntimeError, match="differentiable once.*create_graph"):
             torch.autograd.grad(loss, s, coefficient, create_graph=True)
-
-
-def test_tempered_softmax_is_twice_differentiable():
-    for log in (False, True):
-        logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
-        temperature = torch.tensor([0.5, 1.0, 3.7])
-        assert torch.autograd.gradgradcheck(lambda z, log=log, T=temperature: tempered_softmax(z, T, log=log), logits)
 
 
 @whatever_the_kernels

@@ -1,5 +1,6 @@
 """backends(), and what happens where there are no fast kernels: one warning, and the same numbers."""
 
+import functools
 import importlib.util
 import os
 import re
@@ -9,7 +10,6 @@ import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import gpu  # before anything that imports Triton
 import pytest
@@ -77,28 +77,20 @@ def test_the_cpu_backend_is_what_a_cpu_tensor_gets(cpu):
     assert "CPU" in kinds, "the C++ kernels register for the CPU"
 
 
-def test_an_unknown_backend_is_an_error_that_names_those_there_are():
-    s, t, _ = batch(2, 5)
-    with pytest.raises(ValueError, match="backend: 'gpu' is not one of None, 'reference', 'cpu', 'triton', 'cuda'"):
-        kdfast.kd_loss(s, t, backend="gpu")
-
-
-def test_the_cpu_backend_refuses_tensors_of_another_device_and_names_it():
-    s = torch.empty(2, 5, device="meta")
-    with pytest.raises(RuntimeError, match="backend: 'cpu' .*meta"):
-        kdfast.kd_loss(s, s, backend="cpu")
-
-
-def test_asking_for_kernels_that_are_not_there_is_an_error_that_says_why(without_kernels):
-    done = run(
-        "import torch, kdfast\n"
-        "assert not kdfast.backends()['cpu']['usable'] and kdfast.backends()['by_device']['cpu'] == 'reference'\n"
-        "try: kdfast.kd_loss(torch.ones(2, 3), torch.ones(2, 3), backend='cpu')\n"
-        "except RuntimeError as error: print(error)",
-        path=without_kernels,
-    )
-    assert "backend: 'cpu' is not usable here: the compiled extension is missing" in done.stdout, done.stderr
-    assert "pip install" in done.stdout, "it says how to get them"
+@pytest.mark.parametrize(
+    ("backend", "device", "words"),
+    [
+        ("cpu", "meta", "takes CPU tensors, but student_logits is on meta"),
+        ("cuda", "cpu", "is not usable here: it takes CUDA tensors, not cpu ones"),
+    ],
+)
+def test_a_usable_backend_refuses_tensors_of_another_device_and_names_it(backend, device, words, monkeypatch):
+    monkeypatch.setattr(choice, "_load_cuda", lambda: None)
+    s = torch.empty(2, 5, device=device)
+    kdfast.KDLoss(backend="reference")(s, s)
+    for loss in (kdfast.KDLoss(backend=backend), functools.partial(kdfast.kd_loss, backend=backend)):
+        with pytest.raises(RuntimeError, match=f"^backend: '{backend}' {words}"):
+            loss(s, s)
 
 
 # how Triton may be of no use: what stands for it (None: itself), and what is said of that
@@ -178,44 +170,37 @@ def test_the_cuda_backend_says_why_it_is_not_usable():
         kdfast.kd_loss(s, t, backend="cuda")
 
 
-def test_usable_cuda_kernels_refuse_tensors_of_another_device_and_name_it(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(choice, "_load_cuda", lambda: None)
-    s, t, _ = batch(2, 5)
-    with pytest.raises(RuntimeError, match="backend: 'cuda' is not usable here: it takes CUDA tensors, not cpu ones"):
-        kdfast.kd_loss(s, t, backend="cuda")
+BOTH = ("cuda", "triton")
 
 
-def of_gpu(monkeypatch: pytest.MonkeyPatch, capability: int, rows: int, vocab: int, *usable: str, **change: Any) -> str:
-    """The backend of a loss on a device that is not there."""
-    for name in ("cuda", "triton"):
-        monkeypatch.setattr(
-            choice, f"{name}_failure", lambda device, name=name: None if name in usable else "it is not"
-        )
+@pytest.mark.parametrize(
+    ("usable", "capability", "rows", "vocab", "change", "expected"),
+    [
+        (BOTH, 90, 4096, 32000, {}, "cuda"),
+        (BOTH, 90, 8, 151936, {}, "cuda"),
+        (BOTH, 80, 4096, 151936, {}, "cuda"),
+        (BOTH, 80, 8, 151936, {}, "triton"),  # split over the device
+        (["cuda"], 80, 8, 151936, {}, "cuda"),  # a preference, and there is no other
+        (BOTH, 80, 8, 32000, {}, "cuda"),
+        (BOTH, 90, 4096, 32000, {"dtype": F64}, "triton"),
+        (BOTH, 90, 4096, 32000, {"divergence": "a program's own"}, "triton"),
+        (BOTH, 90, 4096, 32000, {"divergence": None}, "cuda"),
+        (BOTH, 90, 4096, 32000, {"name": "tempered_softmax"}, "triton"),  # which has no CUDA kernel
+        (["cuda"], 90, 5, 100, {"name": "tempered_softmax"}, "reference"),
+        (["cuda"], 90, 5, 100, {"dtype": F64}, "reference"),
+        (["triton"], 90, 5, 100, {}, "triton"),
+        (["cuda"], 90, 5, 100, {}, "cuda"),
+        ([], 90, 5, 100, {}, "reference"),
+    ],
+)
+def test_cuda_tensors_get_cuda_or_triton_by_one_table(usable, capability, rows, vocab, change, expected, monkeypatch):
+    for name in BOTH:
+        why_not = None if name in usable else "it is not"
+        monkeypatch.setattr(choice, f"{name}_failure", lambda device, why_not=why_not: why_not)
     monkeypatch.setattr(choice, "_capability", lambda device: capability)
     about = {"name": "loss_grad", "dtype": BF16, "divergence": "jsd"} | change
     logits = torch.empty(rows, vocab, dtype=about["dtype"], device="meta")
-    return choice.of_gpu(about["name"], logits, [logits], about["divergence"])
-
-
-def test_cuda_tensors_get_cuda_or_triton_by_one_table(monkeypatch: pytest.MonkeyPatch):
-    for capability, rows, vocab, change, expected in (
-        (90, 4096, 32000, {}, "cuda"),
-        (90, 8, 151936, {}, "cuda"),
-        (80, 4096, 151936, {}, "cuda"),
-        (80, 8, 151936, {}, "triton"),  # split over the device
-        (80, 8, 32000, {}, "cuda"),
-        (90, 4096, 32000, {"dtype": F64}, "triton"),
-        (90, 4096, 32000, {"divergence": "a program's own"}, "triton"),
-        (90, 4096, 32000, {"divergence": None}, "cuda"),
-        (90, 4096, 32000, {"name": "tempered_softmax"}, "triton"),  # which has no CUDA kernel
-    ):
-        assert of_gpu(monkeypatch, capability, rows, vocab, "cuda", "triton", **change) == expected
-    assert of_gpu(monkeypatch, 90, 5, 100, "triton") == "triton"
-    assert of_gpu(monkeypatch, 90, 5, 100, "cuda") == "cuda"
-    assert of_gpu(monkeypatch, 90, 5, 100, "cuda", name="tempered_softmax") == "reference"
-    assert of_gpu(monkeypatch, 90, 5, 100, "cuda", dtype=F64) == "reference"
-    assert of_gpu(monkeypatch, 80, 8, 151936, "cuda") == "cuda", "a preference, and there is no other"
-    assert of_gpu(monkeypatch, 90, 5, 100) == "reference"
+    assert choice.of_gpu(about["name"], logits, [logits], about["divergence"]) == expected
 
 
 def test_a_library_that_does_not_load_is_a_reason_and_not_a_crash(without_kernels):
@@ -225,36 +210,37 @@ def test_a_library_that_does_not_load_is_a_reason_and_not_a_crash(without_kernel
     assert "could not be loaded" in out
 
 
-# prints the warnings of every kind of call; `options` stands before it
-EVERY_CALL = """
+# prints the warnings of every kind of call, by the reference by name, then by default; then why there are no kernels
+WITHOUT_KERNELS = """
 import warnings, torch, kdfast
+assert not kdfast.backends()["cpu"]["usable"] and kdfast.backends()["by_device"]["cpu"] == "reference"
 student, teacher = torch.randn(2, 4, 9)
 student.requires_grad_()
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    kdfast.backends()
-    for reduction in ("mean", "none", "mean", "none"):
-        kdfast.kd_loss(student, teacher, reduction=reduction, **options).sum().backward()
-    with torch.no_grad():
-        kdfast.kd_loss(student, teacher, **options)
-        if not options:
-            kdfast.tempered_softmax(student)
-loss = kdfast.kd_loss(student, teacher, **options), kdfast.kd_loss(student, teacher, backend="reference")
-torch.testing.assert_close(*loss)
-for warning in caught:
-    print(warning.category.__name__, warning.message)
+for options in ({"backend": "reference"}, {}):
+    print(options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        kdfast.backends()
+        for reduction in ("mean", "none", "mean", "none"):
+            kdfast.kd_loss(student, teacher, reduction=reduction, **options).sum().backward()
+        with torch.no_grad():
+            kdfast.kd_loss(student, teacher, **options)
+            if not options:
+                kdfast.tempered_softmax(student)
+    for warning in caught:
+        print(warning.category.__name__, warning.message)
+torch.testing.assert_close(kdfast.kd_loss(student, teacher), kdfast.kd_loss(student, teacher, backend="reference"))
+try: kdfast.kd_loss(student, teacher, backend="cpu")
+except RuntimeError as error: print(error)
 """
 
 
-def test_without_kernels_one_warning_says_so_and_the_numbers_are_right(without_kernels):
-    lines = run_well("options = {}" + EVERY_CALL, path=without_kernels).splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("UserWarning kdfast: no fast kernels for cpu tensors")
-    assert "pip install" in lines[0], "it says how to get them"
-
-
-def test_the_reference_asked_for_by_name_never_warns(without_kernels):
-    assert run_well("options = {'backend': 'reference'}" + EVERY_CALL, path=without_kernels) == ""
+def test_without_kernels_one_warning_says_so_where_they_are_not_asked_for_and_an_error_where_they_are(without_kernels):
+    by_name, by_default, warning, error = run_well(WITHOUT_KERNELS, path=without_kernels).splitlines()
+    assert (by_name, by_default) == ("{'backend': 'reference'}", "{}"), "the reference asked for by name never warns"
+    assert warning.startswith("UserWarning kdfast: no fast kernels for cpu tensors")
+    assert error.startswith("backend: 'cpu' is not usable here: the compiled extension is missing")
+    assert "pip install" in warning and "pip install" in error, "they say how to get them"
 
 
 def test_the_cpu_backend_never_warns(cpu):
@@ -285,14 +271,11 @@ def test_tensors_without_data_give_the_right_shapes_dtypes_and_devices(where, dt
     assert not [str(w.message) for w in recwarn if "kdfast" in str(w.message)]
 
 
-def test_importing_kdfast_warns_of_nothing():
-    done = run("import kdfast", "-W", "error")
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_importing_kdfast_loads_no_package_that_torch_has_not_loaded():
+def test_importing_kdfast_warns_of_nothing_and_loads_no_package_that_torch_has_not_loaded():
     """Triton and Dynamo, each of which takes longer than all of kdfast, wait for the first call that needs them."""
     code = "import sys, torch; before = set(sys.modules); import kdfast; print(*set(sys.modules) - before)"
-    loaded = run_well(code).split()
+    done = run(code, "-W", "error")
+    assert (done.returncode, done.stderr) == (0, "")
+    loaded = done.stdout.split()
     assert "kdfast.ops" in loaded
     assert not [name for name in loaded if name.split(".")[0] not in ("kdfast", *sys.stdlib_module_names)]

@@ -27,7 +27,7 @@ built_here = pytest.mark.skipif(
     not MODULE.exists() or not (PACKAGE.parent / "CMakeLists.txt").exists(),
     reason="kdfast is an installed or a pure-Python package here, not a compiled checkout",
 )
-from_checkout = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there is no checkout around the tests")
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there is no checkout around the tests")
 
 
 def run(*command: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -117,7 +117,6 @@ def wheel(request, tmp_path_factory):
     return request.param, path
 
 
-@from_checkout
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     kind, path = wheel
     sources = [source for pattern in ("*.py", "*.pyi", "py.typed") for source in PACKAGE.rglob(pattern)]
@@ -131,7 +130,6 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert path.name.endswith("-py3-none-any.whl") == (kind == "reference")
 
 
-@from_checkout
 def test_wheel_works_and_warns_once_where_it_is_pure_python(wheel, tmp_path):
     kind, path = wheel
     with zipfile.ZipFile(path) as archive:
@@ -141,7 +139,6 @@ def test_wheel_works_and_warns_once_where_it_is_pure_python(wheel, tmp_path):
     assert str(tmp_path) in done.stdout
 
 
-@from_checkout
 @pytest.mark.parametrize(("insist", "status"), [("", 0), ("1", 1)])
 def test_without_a_compiler_the_install_is_pure_python_unless_the_compiled_one_is_insisted_on(insist, status, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "CXX"}
@@ -153,7 +150,6 @@ def test_without_a_compiler_the_install_is_pure_python_unless_the_compiled_one_i
     assert ("PURE PYTHON" in done.stderr) == (status == 0)
 
 
-@from_checkout
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("wanted", ("0", ""))
 def test_cuda_kernels_are_built_where_nvcc_is_found_unless_they_are_not_wanted(wanted, tmp_path):
@@ -168,7 +164,6 @@ def test_cuda_kernels_are_built_where_nvcc_is_found_unless_they_are_not_wanted(w
         assert CUDA_LIBRARY.exists(), "nvcc is here, and no library that it made"
 
 
-@from_checkout
 def test_failing_compiler_fails_the_install(tmp_path):
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)

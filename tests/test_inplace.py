@@ -1,6 +1,5 @@
 """inplace=True: the gradient takes the logits' place, and whoever still needed them hears of it."""
 
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -20,16 +19,6 @@ def data(dtype: torch.dtype = F32) -> tuple[Tensor, Tensor, Tensor]:
     s, t, y = batch(ROWS, VOCAB, dtype)
     y[1] = -100
     return s.requires_grad_(), t, y
-
-
-@EITHER
-def test_the_gradient_is_the_same_as_out_of_place(reduction, dtype, backend):
-    s, t, y = data(dtype)
-    (kd_loss(s, t, y, reduction=reduction, backend=backend) * 3).sum().backward()
-    expected, s.grad = s.grad, None
-    (kd_loss(s.clone(), t, y, reduction=reduction, inplace=True, backend=backend) * 3).sum().backward()
-    # of 16-bit logits both round once more where they are scaled
-    torch.testing.assert_close(s.grad, expected, rtol=1e-6 if dtype == F32 else 1e-2, atol=1e-6)
 
 
 @EITHER
@@ -69,35 +58,34 @@ def test_a_second_backward_is_a_clear_error_and_the_first_gradient_stays(reducti
     assert torch.equal(s.grad, first)
 
 
+A_LEAF = r"a leaf \(or a view of one\) that requires grad"
+EXPANDED = r"expanded.*single memory location.*clone\(\) it first"
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
-    "view",
+    ("view", "why"),
     [
-        lambda x: x,
-        lambda x: x.view(2, 3, VOCAB),
-        lambda x: x[1:, 2:],
-        lambda x: x.detach().requires_grad_(),  # shares the leaf's storage and is a leaf itself
+        (lambda x: x, A_LEAF),
+        (lambda x: x.view(2, 3, VOCAB), A_LEAF),
+        (lambda x: x[1:, 2:], A_LEAF),
+        (lambda x: x.detach().requires_grad_(), A_LEAF),  # shares the leaf's storage and is a leaf itself
+        (lambda x: (x * 1)[:1].expand(ROWS, VOCAB), EXPANDED),
+        (lambda x: (x * 1)[:1].expand(ROWS, VOCAB)[1:], EXPANDED),
     ],
-    ids=["the leaf", "a view", "a slice", "a detached leaf"],
+    ids=["the leaf", "a view", "a slice", "a detached leaf", "expanded", "a slice of expanded"],
 )
-def test_a_leaf_or_its_view_is_an_error_before_anything_is_written(view, reduction, backend):
-    s = data()[0]
-    student = view(s)
-    before = s.detach().clone()
-    with pytest.raises(RuntimeError, match="inplace: student_logits is a leaf"):
+def test_what_cannot_be_overwritten_is_an_error_before_anything_is_written(view, why, reduction, backend):
+    student = view(data()[0])
+    before = student.detach().clone()
+    with pytest.raises(RuntimeError, match=f"^inplace: student_logits is {why}"):
         kd_loss(student, student.detach() + 1, reduction=reduction, inplace=True, backend=backend)
-    assert torch.equal(s.detach(), before)
+    assert torch.equal(student.detach(), before)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_expanded_logits_are_an_error_before_anything_is_written(reduction, backend):
-    row = torch.randn(1, VOCAB, requires_grad=True) * 1
-    before = row.detach().clone()
-    for student in (row.expand(ROWS, VOCAB), row.expand(ROWS, VOCAB)[1:]):
-        with pytest.raises(RuntimeError, match="inplace: student_logits is expanded.*single memory location"):
-            kd_loss(student, torch.zeros(student.shape), reduction=reduction, inplace=True, backend=backend)
-    assert torch.equal(row.detach(), before)
-    # one row, expanded to one row, has no location twice
+def test_one_row_expanded_to_one_row_has_no_location_twice(reduction, backend):
+    row = data()[0][:1] * 1
     kd_loss(row.expand(1, VOCAB), torch.zeros(1, VOCAB), reduction=reduction, inplace=True, backend=backend)
 
 
@@ -114,26 +102,21 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
 
 
 # Reductions and dtypes choose the kernels that meet a layout. Triton compiles for how a layout is aligned: in the fast
-# tier it meets each one in place, where it is read and written, in fp32 and in 16 bits.
+# tier it meets each one in fp32 and in 16 bits. Layouts that are read alone are an axis of calls.py.
 KERNELS = (("mean", F32), ("none", F32), ("mean", BF16), ("mean", F16))
-IN_EVERY_TIER = {("mean", F32, True), ("none", F32, True), ("mean", BF16, True), ("mean", F32, False)}
 VIEWS = [
-    pytest.param(
-        backend, layout, *kernel, inplace,
-        marks=() if backend != "triton" or (*kernel, inplace) in IN_EVERY_TIER else pytest.mark.full,
-    )
-    for backend, layout, kernel, inplace in itertools.product(BACKENDS, LAYOUTS, KERNELS, (False, True))
-]  # fmt: skip
+    pytest.param(*view, marks=pytest.mark.full if view[0] == "triton" and view[-1] == F16 else ())
+    for view in ((backend, layout, *kernel) for backend in BACKENDS for layout in LAYOUTS for kernel in KERNELS)
+]
 
 
-@pytest.mark.parametrize(("backend", "layout", "reduction", "dtype", "inplace"), VIEWS, indirect=["backend"])
-def test_views_of_any_layout_get_their_gradient_and_their_neighbours_are_left_alone(
-    layout, reduction, dtype, inplace, backend
+@pytest.mark.parametrize(("backend", "layout", "reduction", "dtype"), VIEWS, indirect=["backend"])
+def test_views_of_any_layout_become_their_gradient_and_their_neighbours_are_left_alone(
+    layout, reduction, dtype, backend
 ):
     s, t, y = data(dtype)
     shape, view = LAYOUTS[layout]
-    whole = torch.full(shape, 7.0, dtype=dtype)
-    teacher = torch.full(shape, 7.0, dtype=dtype)
+    whole, teacher = (torch.full(shape, 7.0, dtype=dtype) for _ in range(2))
     student_shape = view(whole).shape
     view(whole).copy_(s.detach().view(student_shape))
     view(teacher).copy_(t.view(student_shape))
@@ -141,37 +124,17 @@ def test_views_of_any_layout_get_their_gradient_and_their_neighbours_are_left_al
     kd_loss(s, t, y, reduction=reduction, backend=backend).sum().backward()
 
     big = whole.clone()
-    loss = kd_loss(
-        view(big), view(teacher), y.view(student_shape[:-1]), reduction=reduction, inplace=inplace, backend=backend
-    )
-    assert loss.shape == (student_shape[:-1] if reduction == "none" else ())
+    labels = y.view(student_shape[:-1])
+    loss = kd_loss(view(big), view(teacher), labels, reduction=reduction, inplace=True, backend=backend)
+    assert loss.shape == (labels.shape if reduction == "none" else ())
     loss.sum().backward()
     torch.testing.assert_close(view(whole.grad), s.grad.view(student_shape))
+    torch.testing.assert_close(view(big.detach()), s.grad.view(student_shape))
     untouched = torch.ones(shape, dtype=torch.bool)
     view(untouched).fill_(False)
     assert whole.grad[untouched].eq(0).all()
     assert big.detach()[untouched].eq(7).all()
     assert torch.equal(view(teacher), t.view(student_shape)), "the teacher is only read"
-    if inplace:
-        torch.testing.assert_close(view(big.detach()), s.grad.view(student_shape))
-    else:
-        assert torch.equal(big, whole)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_expanded_teachers_labels_and_weights_are_right(reduction, backend):
-    s, t, y = data()
-    one = {"weight": torch.tensor(0.5), "temperature": torch.tensor(2.0)}
-    short = {name: value.expand(ROWS) for name, value in one.items()}
-    full = {name: value.contiguous() for name, value in short.items()}
-    gradients = []
-    for teacher, labels, rest in (
-        (t[:1].expand(ROWS, VOCAB), y[:1].expand(ROWS), short),
-        (t[:1].repeat(ROWS, 1), y[:1].repeat(ROWS), full),
-    ):
-        loss = kd_loss(s, teacher, labels, reduction=reduction, backend=backend, **rest).sum()
-        gradients.append(torch.autograd.grad(loss, s)[0])
-    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

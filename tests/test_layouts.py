@@ -8,32 +8,24 @@ import torch
 from cases import DIVERGENCES, F16, F32, F64, REDUCTIONS, batch, dtypes_for, labels_for
 from judge import judge, run
 
-import kdfast
-
 ROWS, VOCAB = 6, 1000
 
 
-def test_labels_and_weights_of_any_strides(backend: str) -> None:
+@pytest.mark.parametrize("expanded", [False, True])
+def test_labels_and_row_values_of_any_strides(backend: str, expanded: bool) -> None:
     student, teacher, labels = batch(ROWS, VOCAB)
     wide_labels = torch.full((2 * ROWS,), 10**6)  # not a label
     wide_labels[::2] = labels
-    weight = torch.tensor(0.5).expand(ROWS)
-    temperature = torch.arange(1.0, 2 * ROWS + 1)[::2]
-    judge(student, teacher, wide_labels[::2], backend=backend, weight=weight, temperature=temperature)
+    labels, temperature = wide_labels[::2], torch.arange(1.0, 2 * ROWS + 1)[::2]
+    if expanded:
+        labels, temperature = (x[1].expand(ROWS) for x in (labels, temperature))
+    settings = {"weight": torch.tensor(0.5).expand(ROWS), "temperature": temperature}
+    judge(student, teacher, labels, backend=backend, reduction="none" if expanded else "mean", **settings)
 
 
-def test_the_gradient_of_a_slice_reaches_the_padded_logits(backend: str) -> None:
+def test_vocab_size_cuts_an_ensemble_of_which_one_is_padded(backend: str) -> None:
     student, teacher, labels = batch(ROWS, VOCAB)
-    leaf = torch.nn.functional.pad(student, (0, 24), value=5.0).requires_grad_()
-    kdfast.kd_loss(leaf[:, :VOCAB], teacher, labels, backend=backend).backward()
-    _, want = run(student, teacher, labels, backend=backend)
-    assert torch.equal(leaf.grad[:, :VOCAB], want)
-    assert leaf.grad[:, VOCAB:].eq(0).all()
-
-
-def test_vocab_size_cuts_an_ensemble_of_different_widths(backend: str) -> None:
-    student, teacher, labels = batch(ROWS, VOCAB)
-    others = [torch.nn.functional.pad(teacher, (0, 24), value=torch.nan), batch(ROWS, VOCAB + 8).teacher]
+    others = [torch.nn.functional.pad(teacher, (0, 24), value=torch.nan), batch(ROWS, VOCAB - 3).teacher]
     judge(student, others, labels.clamp_max(VOCAB - 4), backend=backend, vocab_size=VOCAB - 3)
 
 

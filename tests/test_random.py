@@ -51,16 +51,18 @@ def calls(draw: Any, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[Any, ...], 
         drawn = draw(st.lists(values, min_size=rows, max_size=rows))
         return torch.tensor(drawn, dtype=draw(st.sampled_from(kinds))).view(shape)
 
+    def perhaps(argument: str, values: st.SearchStrategy[Any]) -> None:
+        if draw(st.booleans()):
+            options[argument] = draw(values)
+
     temperatures = st.sampled_from([1.0, 2.0, 3.0, 4.0, 0.5, 20.0]) | st.floats(0.3, 30)
     # dkd is of the classes beside the label: see test_limits.py
     options: dict[str, Any] = {"divergence": draw(st.sampled_from([d for d in DIVERGENCES if vocab > 1 or d != "dkd"]))}
     mse, entry = options["divergence"] == "logit_mse", divergences.DIVERGENCES.get(options["divergence"])
-    if entry is not None and entry.beta is not None and draw(st.booleans()):
-        options["beta"] = draw(st.sampled_from([0.0, 0.5, 1.0]) | st.floats(0.01, 0.99))
+    if entry is not None and entry.beta is not None:
+        perhaps("beta", st.sampled_from([0.0, 0.5, 1.0]) | st.floats(0.01, 0.99))
     options["temperature"] = per_row(temperatures) if draw(st.booleans()) else draw(temperatures)
     options["target"] = "logits" if mse else draw(st.sampled_from(TARGETS))
-    if options["target"] == "logits" and draw(st.booleans()):
-        options["teacher_temperature"] = draw(temperatures)
     count = draw(st.sampled_from([1, 1, 2, 3]))
     # known: where p of an arithmetic mixture underflows, KL(q, p) is infinite on a GPU
     geometric = count > 1 and (mse or scale == 20.0)
@@ -72,8 +74,8 @@ def calls(draw: Any, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[Any, ...], 
         teachers = [t.clamp_min(torch.finfo(t.dtype).tiny) for t in teachers]
     teachers = [padded(t, teacher_padding) for t in teachers]
     teacher: Any = teachers[0] if count == 1 and draw(st.booleans()) else teachers
-    if isinstance(teacher, list) and draw(st.booleans()):
-        options["teacher_weights"] = [draw(st.floats(0.1, 3)) for _ in teachers]
+    if isinstance(teacher, list):
+        perhaps("teacher_weights", st.lists(st.floats(0.1, 3), min_size=count, max_size=count))
 
     given_labels = None
     if options["divergence"] == "dkd" or draw(st.booleans()):
@@ -81,31 +83,25 @@ def calls(draw: Any, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[Any, ...], 
         options["ignore_index"] = draw(st.sampled_from([-100, 0, -1]))
         given_labels = torch.where(ignored, options["ignore_index"], labels).view(shape)
         options["alpha"] = draw(st.none() | st.sampled_from([0.0, 1.0]) | st.floats(0.01, 1))
-        if draw(st.booleans()):
-            options["hard_weight"] = draw(st.sampled_from([0.0, 1.0]) | st.floats(0.01, 10))
-        if draw(st.booleans()):
-            options["label_smoothing"] = draw(st.sampled_from([0.0, 0.1, 1.0]) | st.floats(0.01, 1))
-    if options["divergence"] == "dkd" and draw(st.booleans()):
+        perhaps("hard_weight", st.sampled_from([0.0, 1.0]) | st.floats(0.01, 10))
+        perhaps("label_smoothing", st.sampled_from([0.0, 0.1, 1.0]) | st.floats(0.01, 1))
+    if options["divergence"] == "dkd":
         weights = st.sampled_from([0.0, 1.0, 8.0]) | st.floats(0.01, 10)
-        options["dkd_weights"] = (draw(weights), draw(weights))
+        perhaps("dkd_weights", st.tuples(weights, weights))
     caps = st.sampled_from([30.0, 0.5, 1e4]) | st.floats(1, 100)
-    if draw(st.booleans()):
-        options["z_loss"] = draw(st.sampled_from([0.0, 1e-4]) | st.floats(0.01, 1))
-    if draw(st.booleans()):
-        options["softcap"] = draw(caps)
+    perhaps("z_loss", st.sampled_from([0.0, 1e-4]) | st.floats(0.01, 1))
+    perhaps("softcap", caps)
     if options["target"] == "logits":
-        if draw(st.booleans()):
-            options["teacher_softcap"] = draw(caps)
+        perhaps("teacher_temperature", temperatures)
+        perhaps("teacher_softcap", caps)
         # logits that a format makes equal are 1e-7 apart from having no deviation, and have no digits
         options["standardize"] = offset == 0 and vocab > 2 and draw(st.booleans())
     if draw(st.booleans()):
-        options["return_metrics"] = True
-    if draw(st.booleans()):
         options["weight"] = per_row(st.sampled_from([0.0, 1.0]) | st.floats(0.01, 10))
     options["t_squared"], options["reduction"] = draw(st.booleans()), draw(st.sampled_from(REDUCTIONS))
-    options["inplace"] = draw(st.booleans())
-    if options["reduction"] == "mean" and draw(st.booleans()):
-        options["normalizer"] = draw(st.floats(0.5, 100))
+    options["inplace"], options["return_metrics"] = draw(st.booleans()), draw(st.booleans())
+    if options["reduction"] == "mean":
+        perhaps("normalizer", st.floats(0.5, 100))
     if padding is not None:
         options["vocab_size"] = vocab
     return (padded(student, padding), teacher, given_labels), options
