@@ -21,27 +21,19 @@ from kdfast import divergences
 # --- how logits lie in memory ------------------------------------------------------------------------------------
 
 
-def _view(*size: int, take: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _view(size: Callable[..., tuple[int, int]], take: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
     """x in a view of a larger tensor of NaN: a read beyond the view spoils the row."""
-
-    def place(x: Tensor) -> Tensor:
-        base = torch.full(_size(x), torch.nan, dtype=x.dtype)
-        take(base, *x.shape).copy_(x)
-        return take(base, *x.shape)
-
-    def _size(x: Tensor) -> tuple[int, int]:
-        return size[0] * len(x) + size[1], size[2] * x.shape[1] + size[3]
-
-    return place
+    return lambda x: take(torch.full(size(*x.shape), torch.nan, dtype=x.dtype), *x.shape).copy_(x)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
-    "padded rows": _view(1, 0, 1, 24, take=lambda b, r, v: b[:, :v]),  # a padded head, sliced
-    "odd padding": _view(1, 0, 1, 1, take=lambda b, r, v: b[:, :v]),  # each row aligned differently
-    "offset by one": _view(1, 1, 1, 0, take=lambda b, r, v: b.view(-1)[1 : 1 + r * v].view(r, v)),  # unaligned
-    "every second row": _view(2, 0, 1, 0, take=lambda b, r, v: b[::2]),
-    "every second class": _view(1, 0, 2, 0, take=lambda b, r, v: b[:, ::2]),
+    "padded rows": _view(lambda r, v: (r, v + 24), lambda b, r, v: b[:, :v]),  # a padded head, sliced
+    "odd padding": _view(lambda r, v: (r, v + 1), lambda b, r, v: b[:, :v]),  # each row aligned differently
+    # unaligned
+    "offset by one": _view(lambda r, v: (r + 1, v), lambda b, r, v: b.view(-1)[1 : 1 + r * v].view(r, v)),
+    "every second row": _view(lambda r, v: (2 * r, v), lambda b, r, v: b[::2]),
+    "every second class": _view(lambda r, v: (r, 2 * v), lambda b, r, v: b[:, ::2]),
     "transposed": lambda x: x.t().contiguous().t(),  # classes lie far apart
     "one row expanded": lambda x: x[:1].expand(x.shape),
 }
@@ -337,9 +329,9 @@ class Call:
     def _beta(self) -> dict[str, Any]:
         """beta or dkd_weights, where the divergence has them."""
         divergence = self.named("divergence")
-        entry, wanted = divergences.DIVERGENCES.get(divergence), "dkd_weights" if divergence == "dkd" else "beta"
-        has = wanted == "dkd_weights" or (entry is not None and entry.beta is not None)
-        return {k: v for k, v in self["beta"].items() if has and k == wanted}
+        entry = divergences.DIVERGENCES.get(divergence)
+        has = {"beta": entry is not None and entry.beta is not None, "dkd_weights": divergence == "dkd"}
+        return {k: v for k, v in self["beta"].items() if has[k]}
 
     def _drawn(self, rows: int, vocab: int, count: int) -> tuple[Tensor, list[Tensor], Tensor]:
         """Logits of a student and of teachers, in fp64, and labels."""

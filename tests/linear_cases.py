@@ -31,15 +31,23 @@ class Case:
             setattr(self, field, here(value if value is None else value.to(dtype)))
         labels = torch.randint(vocab, (rows,), generator=made["generator"], device="cpu")
         labels[rows // 3] = -100
-        self.labels = here(labels)
+        self.labels, self.teacher_bias = here(labels), None
 
     def leaves(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         student = (self.hidden, self.weight, self.bias)
         return [x.detach().to(dtype or x.dtype, copy=True).requires_grad_() for x in student if x is not None]
 
     def teacher_logits(self, dtype: torch.dtype | None = None) -> Tensor:
-        hidden, weight = (x.to(dtype or x.dtype) for x in (self.teacher_hidden, self.teacher_weight))
-        return hidden @ weight.T
+        head = (self.teacher_hidden, self.teacher_weight, self.teacher_bias)
+        return F.linear(*(x if x is None else x.to(dtype or x.dtype) for x in head))
+
+    def loss(self, leaves: list[Tensor], labels: Tensor | None, teacher: Any = None, **settings: Any) -> Any:
+        """The fused loss of what `leaves` returns; without a teacher, of its hidden states and head."""
+        settings["student_bias"] = leaves[2] if len(leaves) > 2 else None
+        if teacher is not None:
+            return kdfast.linear_kd_loss(*leaves[:2], teacher, None, labels, **settings)
+        head = self.teacher_hidden, self.teacher_weight
+        return kdfast.linear_kd_loss(*leaves[:2], *head, labels, teacher_bias=self.teacher_bias, **settings)
 
 
 Results = tuple[Tensor, list[Tensor], Any]
@@ -50,10 +58,7 @@ def fused(
 ) -> Results:
     """Loss, gradients in hidden states, weight and bias, and metrics."""
     leaves = case.leaves()
-    teacher = (case.teacher_hidden, case.teacher_weight) if teacher is None else (teacher, None)
-    bias = leaves[2] if len(leaves) > 2 else None
-    loss = kdfast.linear_kd_loss(*leaves[:2], *teacher, labels, student_bias=bias, **settings)
-    return finished(loss, leaves, grad)
+    return finished(case.loss(leaves, labels, teacher, **settings), leaves, grad)
 
 
 def plain(
@@ -75,6 +80,8 @@ def plain(
 
 def finished(loss: Any, leaves: list[Tensor], grad: Tensor | None) -> Results:
     loss, metrics = loss if isinstance(loss, tuple) else (loss, ())
+    if grad is None and loss.dim():  # of rows: factors of both signs
+        grad = torch.linspace(-1, 2, loss.numel()).view(loss.shape)
     loss.backward(grad if grad is None else grad.to(loss.dtype))
     return loss.detach(), [x.grad for x in leaves], metrics
 

@@ -40,23 +40,22 @@ def assert_png(file: Path) -> None:
     assert file.stat().st_size > 5000, f"{file} is next to empty"
 
 
-def test_distill_digits_ends_with_a_table_and_a_picture(tmp_path):
-    printed = run(tmp_path, str(ROOT / "examples" / "distill_digits.py"), "--quick")
-    assert "teacher" in printed.lower()
-    assert_png(tmp_path / "distill_digits.png")
-
-
-def test_distill_digits_compares_every_divergence(tmp_path):
-    printed = run(tmp_path, str(ROOT / "examples" / "distill_digits.py"), "--compare", "--quick", "--seeds", "2")
-    for name in names():
-        assert name in printed
-    assert_png(tmp_path / "distill_digits_compare.png")
-
-
-def test_distill_mnist_sets_its_figures_beside_the_papers(tmp_path):
-    printed = run(tmp_path, str(ROOT / "examples" / "distill_mnist.py"), "--quick")
-    for figure in ("67", "146", "74"):  # the paper's test errors of teacher, student alone, distilled student
-        assert figure in printed
+@pytest.mark.parametrize(
+    ("arguments", "words", "picture"),
+    [
+        pytest.param(("distill_digits.py",), ["teacher"], "distill_digits.png", id="digits"),
+        pytest.param(
+            ("distill_digits.py", "--compare", "--seeds", "2"), names(), "distill_digits_compare.png", id="compare"
+        ),
+        # the paper's test errors of teacher, student alone, distilled student
+        pytest.param(("distill_mnist.py",), ["67", "146", "74"], None, id="mnist"),
+    ],
+)
+def test_an_example_ends_with_a_table_and_a_picture(tmp_path, arguments, words, picture):
+    printed = run(tmp_path, str(ROOT / "examples" / arguments[0]), *arguments[1:], "--quick").lower()
+    assert [word for word in words if word not in printed] == []
+    if picture:
+        assert_png(tmp_path / picture)
 
 
 def test_distill_lm_has_two_curves_that_lie_on_each_other(tmp_path):
@@ -75,24 +74,22 @@ def test_the_linear_benchmark_says_time_memory_and_shares(tmp_path):
     assert "(16, 300) fp32: " in run(tmp_path, "-m", "benchmarks.linear", "--vocab", "300", "--growth", "16", "32")
 
 
-def test_benchmarks_write_a_table_a_csv_and_a_plot(tmp_path):
-    # one small case, its floor alone, one round: that it runs, not how fast
+# small cases and one round: that they run, not how fast
+@pytest.mark.parametrize(
+    ("arguments", "kinds"),
+    [
+        (("benchmarks", "--case", "8x10-fp32", "--only", "eager", "--rounds", "1"), ("csv",)),
+        (("benchmarks.gpu", "--case", "4x300-bf16", "--dry-run", "--repeats", "1"), ("csv", "md")),
+    ],
+    ids=["of the CPU", "of a GPU, dry"],
+)
+def test_benchmarks_write_tables_and_a_plot(tmp_path, arguments, kinds):
+    if "--dry-run" in arguments:
+        pytest.importorskip("triton")
     out = tmp_path / "results"
-    printed = run(
-        tmp_path, "-m", "benchmarks", "--case", "8x10-fp32", "--only", "eager", "--rounds", "1", "--out", str(out)
-    )
-    assert "8x10" in printed
-    (csv,) = out.glob("*.csv")
-    assert len(csv.read_text().splitlines()) >= 2, "a head and a line"
+    assert arguments[2].split("-")[0] in run(tmp_path, "-m", *arguments, "--out", str(out))
+    for kind in kinds:
+        (table,) = out.glob(f"*.{kind}")
+        assert len(table.read_text().splitlines()) >= 2, "a head and a line"
     (png,) = out.glob("*.png")
-    assert_png(png)
-
-
-def test_the_gpu_benchmark_runs_dry(tmp_path):
-    pytest.importorskip("triton")
-    printed = run(tmp_path, "-m", "benchmarks.gpu", "--dry-run", "--case", "4x300-bf16", "--repeats", "1", "--out", ".")
-    assert "4x300" in printed
-    for kind in ("md", "csv", "png"):
-        assert list(tmp_path.glob(f"*.{kind}")), f"no report as {kind}"
-    (png,) = tmp_path.glob("*.png")
     assert_png(png)

@@ -9,7 +9,6 @@ from cases import BF16, F16, F32, F64, name
 from linear_cases import VOCAB, Case, check, fused, many, off, plain
 from torch import Tensor
 
-import kdfast
 from kdfast import chunks, products
 
 
@@ -28,14 +27,15 @@ def test_a_16_bit_heads_gradient_is_added_up_in_fp32_unless_asked_otherwise(cpu:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])  # one pass over the chunks, and two
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=name)
-def test_logits_of_16_bit_heads_are_rounded_nowhere(cpu: str, dtype: torch.dtype, reduction: str) -> None:
+def test_logits_of_16_bit_heads_are_rounded_nowhere(
+    cpu: str, dtype: torch.dtype, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Judged against the fp64 products of the same factors, where rounding to bf16 would cost logits up to 0.5."""
+    monkeypatch.setattr(products, "SLICE", 16)  # of 50 classes: four slices are widened
     case = Case(dtype)
     case.hidden, case.teacher_hidden = 32 * case.hidden, 32 * case.teacher_hidden
     assert case.teacher_logits(F64).abs().max() > 128
-    grad = torch.linspace(-1, 2, len(case.hidden)) if reduction == "none" else None
-    settings = {"temperature": 10.0, "reduction": reduction, "grad": grad, "chunk_rows": 4, "backend": cpu}
-    check(case, case.labels, **settings)
+    check(case, case.labels, temperature=10.0, reduction=reduction, chunk_rows=4, backend=cpu)
 
 
 @pytest.fixture
@@ -69,8 +69,7 @@ def test_tensor_cores_round_no_logits_and_dropped_rows_are_zeros_there(
     case = many(dtype)
     case.bias = torch.linspace(-1, 1, VOCAB).to(dtype)
     case.labels[100:200] = -100
-    grad = torch.linspace(-1, 2, 600) if reduction == "none" else None
-    settings = {"temperature": 2.0, "reduction": reduction, "return_metrics": True, "grad": grad}
+    settings = {"temperature": 2.0, "reduction": reduction, "return_metrics": True}
     truth = plain(case, case.labels, F64, **settings)
     case.hidden[150] = float("nan")  # of a row that is ignored
     loss, grads, metrics = fused(case, case.labels, chunk_rows=7, **settings)
@@ -86,9 +85,7 @@ def test_a_loss_scaler_in_float16_loses_no_gradient(backend: str) -> None:
     scaler = torch.amp.GradScaler(case.hidden.device.type)  # its first factor is 65536
     total = 2**20
     leaves = case.leaves()
-    teacher = case.teacher_hidden, case.teacher_weight
-    loss = kdfast.linear_kd_loss(*leaves, *teacher, case.labels, normalizer=total, chunk_rows=4, backend=backend)
-    scaler.scale(loss).backward()
+    scaler.scale(case.loss(leaves, case.labels, normalizer=total, chunk_rows=4, backend=backend)).backward()
     _, truth, _ = plain(case, case.labels, F64, normalizer=total)
     for leaf, want in zip(leaves, truth, strict=True):
         torch.testing.assert_close(leaf.grad.double(), want * 65536, rtol=2.0**-10, atol=2.0**-24)

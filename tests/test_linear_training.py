@@ -10,11 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import F64
-from linear_cases import (
-    HIDDEN,
-    VOCAB,
-    Case,
-)
+from linear_cases import HIDDEN, VOCAB, Case
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -37,10 +33,6 @@ class Model(nn.Module):
         head = self.head
         return self.loss(hidden, head.weight, teacher_hidden, teacher_weight, labels, student_bias=head.bias, **more)
 
-    def unfused(self, x: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor) -> Tensor:
-        logits = self.head(self.trunk(x))
-        return kdfast.kd_loss(logits, teacher_hidden @ teacher_weight.T, labels, temperature=2.0, backend="reference")
-
 
 def batch(case: Case) -> tuple[Tensor, ...]:
     return case.hidden, case.teacher_hidden, case.teacher_weight, case.labels
@@ -52,7 +44,8 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 def unfused_gradients(case: Case) -> list[Tensor]:
     model = Model()
-    model.unfused(*batch(case)).backward()
+    logits = model.head(model.trunk(case.hidden))
+    kdfast.kd_loss(logits, case.teacher_logits(), case.labels, temperature=2.0, backend="reference").backward()
     return gradients(model)
 
 
@@ -147,10 +140,10 @@ def test_processes_get_the_gradients_of_one(tmp_path: Path, kind: str) -> None:
 
 def test_a_teacher_in_training_gets_no_graph(cpu: str) -> None:
     case = Case()
-    teacher = [x.clone().requires_grad_() for x in (case.teacher_hidden, case.teacher_weight, torch.zeros(VOCAB))]
-    loss, metrics = kdfast.linear_kd_loss(
-        case.hidden, case.weight, *teacher[:2], case.labels, teacher_bias=teacher[2], return_metrics=True
-    )
+    case.teacher_bias = torch.zeros(VOCAB, requires_grad=True)
+    case.teacher_hidden.requires_grad_()
+    case.teacher_weight.requires_grad_()
+    loss, metrics = case.loss([case.hidden, case.weight], case.labels, return_metrics=True)
     assert not loss.requires_grad
     assert not metrics.kl.requires_grad
 
@@ -159,10 +152,9 @@ def test_double_backward_is_an_error(cpu: str) -> None:
     case = Case()
     for reduction in ("mean", "none"):
         leaves = case.leaves()
-        teacher = case.teacher_hidden, case.teacher_weight
-        loss = kdfast.linear_kd_loss(*leaves[:2], *teacher, case.labels, reduction=reduction).sum()
+        loss = case.loss(leaves, case.labels, reduction=reduction).sum()
         with pytest.raises(RuntimeError, match="differentiable once"):
-            torch.autograd.grad(loss, leaves[:2], create_graph=True)
+            torch.autograd.grad(loss, leaves, create_graph=True)
 
 
 def test_the_module_is_linear_kd_loss_with_its_settings_and_can_be_copied(cpu: str) -> None:

@@ -20,23 +20,27 @@ from hanging import SECONDS
 import kdfast
 from kdfast import products
 
-# case: how many tensors of the logits' size it may need beside its inputs
-CASES = {
-    "no_grad": 0,
-    "none, forward": 0,
-    "none, with backward": 1,
-    "none, inplace, with backward": 0,
-    "default": 1,
-    "default, loss * 3": 1,
-    "inplace": 0,
-    "an ensemble under no_grad": 0,
-    "no_grad, options, metrics": 0,
-    "none, forward, options, metrics": 0,
-    "default, options, metrics": 1,
-    "inplace, options, metrics": 0,
-    "inplace, dkd, metrics": 0,
-}
-PLAIN = "no_grad by the reference"  # the last: the next call would take unseen what this one gives back
+OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0, "teacher_softcap": 30.0, "standardize": True}
+MEASURED = {"return_metrics": True}
+ROWS, INPLACE = {"reduction": "none"}, {"inplace": True}
+# how many tensors of the logits' size a call may need beside its inputs; what it does with its loss; its settings
+CASES: tuple[tuple[int, str, dict[str, Any]], ...] = (
+    (0, "no_grad", {}),
+    (0, "forward", ROWS),
+    (1, "backward", ROWS),
+    (0, "backward", ROWS | INPLACE),
+    (1, "backward", {}),
+    (1, "backward of loss * 3", {}),
+    (0, "backward", INPLACE),
+    (0, "no_grad", {"ensemble": "arithmetic"}),
+    (0, "no_grad", OPTIONS | MEASURED),
+    (0, "forward", ROWS | OPTIONS | MEASURED),
+    (1, "backward", OPTIONS | MEASURED),
+    (0, "backward", INPLACE | OPTIONS | MEASURED),
+    (0, "backward", INPLACE | MEASURED | {"divergence": "dkd"}),
+    # what plain PyTorch makes; the last, for the next call would take unseen what this one gives back
+    (3, "no_grad", {"backend": "reference"}),
+)
 SLACK = 0.15  # of such a tensor: scratch of the threads, the allocator's rounding
 
 # A peak never comes down again, so nothing that was made is given back before the end.
@@ -49,36 +53,26 @@ def peak():
         (line,) = (line for line in status if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
-def run(case, student, teacher, labels):
-    reduction = "none" if case.startswith("none") else "mean"
-    teacher = [teacher, teacher] if "ensemble" in case else teacher
-    options = {}
-    if "options" in case:
-        options = dict(label_smoothing=0.1, z_loss=1e-4, softcap=30.0, teacher_softcap=30.0, standardize=True)
-    if "dkd" in case:
-        options["divergence"] = "dkd"
-    with torch.set_grad_enabled("no_grad" not in case):
-        loss = kd_loss(student, teacher, labels, temperature=2.0, reduction=reduction, inplace="inplace" in case,
-                       backend="reference" if "reference" in case else "cpu", return_metrics="metrics" in case,
-                       **options)
-    if "metrics" in case:
+def run(how, settings, student, teacher, labels):
+    teacher = [teacher, teacher] if "ensemble" in settings else teacher
+    with torch.set_grad_enabled(how != "no_grad"):
+        loss = kd_loss(student, teacher, labels, **{"backend": "cpu", "temperature": 2.0} | settings)
+    if "return_metrics" in settings:
         loss, metrics = loss
         kept.append(metrics)
-    if "no_grad" in case or "forward" in case:
-        return loss
-    return torch.autograd.grad(loss.sum() * (3 if "3" in case else 1), student)
+    return torch.autograd.grad(loss.sum() * (3 if "3" in how else 1), student) if "backward" in how else loss
 
 rows, vocab = 1024, 16384
 teacher, kept, needs = torch.randn(rows, vocab), [], []
 labels = torch.randint(vocab, (rows,))
-for case in sys.argv[1:]:
+for _, how, settings in json.loads(sys.argv[1]):
     student = teacher.flip(0).requires_grad_()
-    if "inplace" in case:
+    if "inplace" in settings:
         student = student.clone()
     for _ in range(2):  # libraries and threads make what they keep
-        kept.append(run(case, student[:8] * 1, teacher[:8], labels[:8]))
+        kept.append(run(how, settings, student[:8] * 1, teacher[:8], labels[:8]))
     before = peak()
-    kept.append((run(case, student, teacher, labels), student))
+    kept.append((run(how, settings, student, teacher, labels), student))
     needs.append((peak() - before) / (4 * rows * vocab))
 print(json.dumps(needs))
 """
@@ -88,11 +82,11 @@ print(json.dumps(needs))
     "asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer keeps memory that was given back"
 )
 def test_each_call_needs_no_more_memory_than_the_gradient_it_returns(cpu: str) -> None:
-    command = [sys.executable, "-c", SCRIPT, *CASES, PLAIN]
+    command = [sys.executable, "-c", SCRIPT, json.dumps(CASES)]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=SECONDS).stdout
-    needs = dict(zip([*CASES, PLAIN], json.loads(out), strict=True))
-    assert needs.pop(PLAIN) > 3, "what plain PyTorch makes is not seen"
-    too_many = {case: need for case, need in needs.items() if need > CASES[case] + SLACK}
+    *needs, plain = json.loads(out)
+    assert plain > CASES[-1][0], "what plain PyTorch makes is not seen"
+    too_many = [(need, *case) for need, case in zip(needs, CASES, strict=False) if need > case[0] + SLACK]
     assert not too_many, f"in tensors of the logits' size: {too_many}"
 
 

@@ -12,10 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdfast
 from kdfast import reference
+from kdfast.losses import settled
 from kdfast.triton import autotune, launch, ops, row_kernels
 
 pytestmark = pytest.mark.skipif(not gpu.EMULATED, reason=gpu.NEEDS_EMULATOR)
 SETTINGS: dict[str, Any] = {"backend": "triton", "temperature": 2}
+SETTLED = {k: v for k, v in kdfast.kd_loss.__kwdefaults__.items() if k not in ("backend", "inplace")}
 
 
 @pytest.mark.parametrize(
@@ -36,16 +38,18 @@ def test_fifty_shapes_take_a_handful_of_kernels() -> None:
     shapes = [(1 + 7 * i % 13, 1 + int(1.27**i)) for i in range(2, 44)]
     shapes += [(1, 50257), (70, 33000), (2, 40000), (16, 32), (32, 16), (1, 1), (128, 128), (5, 151936)]
     assert len(set(shapes)) == 50
-    caches = [kernel.device_caches for kernel in (row_kernels.loss_grad_short, row_kernels.loss_grad_long)]
-    caches += [kernel.device_caches for kernel in (row_kernels.stats, row_kernels.grad)]
-    for cache in caches:
-        for each in cache.values():
-            each[0].clear()
+    kernels = row_kernels.loss_grad_short, row_kernels.loss_grad_long, row_kernels.stats, row_kernels.grad
+
+    def caches() -> list[Any]:
+        return [each[0] for kernel in kernels for each in kernel.device_caches.values()]
+
+    for cache in caches():
+        cache.clear()
     with gpu.kernels():
         for rows, vocab in shapes:
             student, teacher, labels = batch(rows, vocab, BF16)
             kdfast.kd_loss(student.requires_grad_(), teacher, labels, **SETTINGS)
-    assert sum(len(each[0]) for cache in caches for each in cache.values()) <= 12
+    assert 0 < sum(map(len, caches())) <= 12
 
 
 class NoWaiting(TorchDispatchMode):
@@ -60,7 +64,8 @@ class NoWaiting(TorchDispatchMode):
 def test_the_host_never_waits(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher, labels = batch(3, vocab, BF16)
     monkeypatch.setattr(reference, "check_values", lambda *args: None)  # which looks at tensors of the CPU alone
-    inputs, settings = captured(student, teacher, labels, weight=torch.rand(3), normalizer=torch.tensor(2.0))
+    given = {"temperature": 2, "weight": torch.rand(3), "normalizer": torch.tensor(2.0)}
+    inputs, settings = settled(student, teacher, labels, **SETTLED | given)
     with gpu.kernels(), NoWaiting():
         loss, grad, _ = ops.loss_grad(student, inputs, settings)
         ops.scale_(grad, torch.ones(()))
@@ -71,35 +76,22 @@ def test_the_host_never_waits(vocab: int, monkeypatch: pytest.MonkeyPatch) -> No
         loss.item()
 
 
-def captured(student: torch.Tensor, teacher: Any, labels: Any, **settings: Any) -> Any:
-    """A call's arguments as the operators take them."""
-    with pytest.MonkeyPatch.context() as patch:
-        seen: list[Any] = []
-        patch.setattr("kdfast.losses.row_loss", lambda student, *args: (seen.extend(args), None))
-        kdfast.kd_loss(student, teacher, labels, **SETTINGS | settings)
-    return seen[:2]
-
-
-def test_without_autotuning_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("inplace", [False, True])
+def test_autotuning_where_it_is_wanted_measures_once_and_stays_right(
+    monkeypatch: pytest.MonkeyPatch, inplace: bool
+) -> None:
     monkeypatch.delenv("KDFAST_AUTOTUNE", raising=False)
     monkeypatch.setattr(autotune, "_best", {})
-    student, teacher, labels = batch(2, 1000, F32)
-    with gpu.kernels():
-        run(student, teacher, labels, **SETTINGS)
-    assert not autotune._best
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-def test_autotuning_measures_once_and_stays_right(monkeypatch: pytest.MonkeyPatch, inplace: bool) -> None:
-    monkeypatch.setenv("KDFAST_AUTOTUNE", "1")
-    monkeypatch.setattr(autotune, "_best", {})
-    student, teacher, labels = batch(2, 3000, F32)
+    inputs, settings = batch(2, 3000, F32), {"inplace": inplace, "reduction": "sum", **SETTINGS}
     with gpu.kernels() as reports:
-        judge(student, teacher, labels, inplace=inplace, reduction="sum", **SETTINGS)
+        run(*inputs, **settings)
+        assert not autotune._best
+        monkeypatch.setenv("KDFAST_AUTOTUNE", "1")
+        judge(*inputs, **settings)
         (choice,) = autotune._best.values()
         assert isinstance(choice[0], launch.Plan)
         measured = len(reports)
-        run(student, teacher, labels, inplace=inplace, reduction="sum", **SETTINGS)
+        run(*inputs, **settings)
     assert len(reports) - measured <= 4
 
 

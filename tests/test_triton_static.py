@@ -65,12 +65,14 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield take
 
 
-def everything(dtype: torch.dtype, vocab: int, teacher: Any, **settings: Any) -> None:
-    """All of a loss's kernels: gradients in forward and in backward, rows split and whole.
+def everything(dtype: torch.dtype, vocab: int, *teachers: torch.dtype, **settings: Any) -> None:
+    """All of a loss's kernels: gradients in forward and in backward, rows split and whole. One teacher, or several.
 
     Where rows are kept in registers the kernel that keeps them: the others have the fewer threads the shorter they are.
     """
     student, _, labels = batch(1, vocab, dtype)
+    several = [batch(1, vocab, each, seed=i).teacher for i, each in enumerate(teachers or (dtype,))]
+    teacher = several if len(several) > 1 else as_target(several[0], settings.get("target", "logits"), 2)
     long = vocab > launch.SPLIT_CLASSES
     for split in (0, launch.SPLIT_ROWS) if long else (0,):
         with pytest.MonkeyPatch.context() as patch:
@@ -111,36 +113,28 @@ def assert_nothing_spills(kernels: list[Any], full: bool = True) -> None:
     ids=name,
 )
 def test_no_kernel_spills(compiled: Any, divergence: str, vocab: int, dtype: torch.dtype, full: bool) -> None:
-    teacher = batch(1, vocab, dtype).teacher
-    everything(dtype, vocab, teacher, divergence=divergence, temperature=3.7)  # not whole: the most arithmetic
+    everything(dtype, vocab, divergence=divergence, temperature=3.7)  # not whole: the most arithmetic
     kernels = compiled()
     assert any(kernel.name == "loss_grad_short" for kernel in kernels) == (vocab < 40000)
     assert_nothing_spills(kernels, full)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("target", ["probs", "log_probs"])
-@pytest.mark.parametrize("vocab", (16384, 40000))
-def test_nor_with_given_probabilities(compiled: Any, vocab: int, target: str) -> None:
-    teacher = as_target(batch(1, vocab, BF16).teacher, target, 2)
-    everything(BF16, vocab, teacher, divergence="reverse_kl", temperature=3.7, target=target)
-    assert_nothing_spills(compiled())
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("count, ensemble", [(2, "geometric"), (8, "arithmetic")])  # 8: the most, of most sums
-def test_nor_with_ensembles(compiled: Any, count: int, ensemble: str) -> None:
-    for vocab in (2048, 40000):
-        teachers = [batch(1, vocab, BF16, seed=seed).teacher for seed in range(count)]
-        everything(BF16, vocab, teachers, divergence="reverse_kl", ensemble=ensemble, temperature=2)
-    assert_nothing_spills(compiled())
-
-
-@pytest.mark.full
-def test_nor_with_a_teacher_of_another_dtype(compiled: Any) -> None:
-    for dtype, other in ((BF16, F32), (F32, BF16), (F16, BF16)):
-        for vocab in (16384, 40000):
-            everything(dtype, vocab, batch(1, vocab, dtype, other).teacher, temperature=3.7)
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "teachers", "settings"),
+    [
+        (16384, BF16, (BF16,), {"divergence": "reverse_kl", "temperature": 3.7, "target": "probs"}),
+        (16384, BF16, (BF16,), {"divergence": "reverse_kl", "temperature": 3.7, "target": "log_probs"}),
+        (2048, BF16, 2 * (BF16,), {"divergence": "reverse_kl", "temperature": 2, "ensemble": "geometric"}),
+        # the most teachers, of most sums
+        (2048, BF16, 8 * (BF16,), {"divergence": "reverse_kl", "temperature": 2, "ensemble": "arithmetic"}),
+        *((16384, *pair, {"temperature": 3.7}) for pair in ((BF16, (F32,)), (F32, (BF16,)), (F16, (BF16,)))),
+    ],
+    ids=name,
+)
+def test_nor_with_other_teachers(compiled: Any, vocab: int, dtype: Any, teachers: Any, settings: Any) -> None:
+    for each in (vocab, 40000):
+        everything(dtype, each, *teachers, **settings)
     assert_nothing_spills(compiled())
 
 
@@ -157,7 +151,7 @@ def test_nor_does_tempered_softmax(compiled: Any) -> None:
 
 def test_two_programs_of_the_long_kernel_fit_into_a_multiprocessor(compiled: Any) -> None:
     for dtype in (BF16, F32):
-        everything(dtype, 40000, batch(1, 40000, dtype).teacher, divergence="reverse_kl", temperature=3.7)
+        everything(dtype, 40000, divergence="reverse_kl", temperature=3.7)
     kernels = [kernel for kernel in compiled() if kernel.name == "loss_grad_long"]
     assert len(kernels) == 2
     for kernel in kernels:
@@ -176,7 +170,7 @@ def test_every_kernel_compiles_for_amd_without_spills(
     monkeypatch.setattr(launch, "facts", lambda device: launch.Facts(64, 304, 4 << 20))  # an MI300X
     for dtype in (BF16, F32) if full else (BF16,):
         for vocab in (2048, 32768, 40000) if full else (2048, 40000):
-            everything(dtype, vocab, batch(1, vocab, dtype).teacher, temperature=3.7)
+            everything(dtype, vocab, temperature=3.7)
     p = torch.ops.kdfast_triton.tempered_softmax(batch(1, 1000, BF16).student, None, 2.0, False, BF16)
     torch.ops.kdfast_triton.tempered_softmax(batch(1, 40000, BF16).student, None, 2.0, False, BF16)
     torch.ops.kdfast_triton.tempered_softmax_backward(p, p, None, 2.0, False, BF16)

@@ -7,7 +7,7 @@ import gpu
 import pytest
 import torch
 from cases import BF16, F32, batch, name
-from traffic import ROWS, asked, assert_the_same_bits_without_atomics, per_pair, wide_share
+from traffic import ROWS, asked, assert_the_same_bits_without_atomics, per_pair, scaling, wide_share
 from traffic import traffic as traffic_of
 
 import kdfast
@@ -34,9 +34,8 @@ LONG = (
     151936,
     262144,  # Gemma's, the longest that is promised
 )
-ALIGNED = (4096, 32000, 151936)
+LEAST_WIDE = {4096: 0.99, 32000: 0.99, 151936: 0.99, 50257: 0.95, 151665: 0.95}  # odd ones have ends
 traffic = partial(traffic_of, "triton")
-SETTINGS: dict[str, Any] = {"temperature": 2, "backend": "triton"}
 
 
 @pytest.fixture(params=["split", "whole"])
@@ -88,33 +87,16 @@ def test_without_a_gradient_nothing_is_written(capability: int, vocab: int) -> N
 
 
 @pytest.mark.parametrize("dtype", (BF16, F32), ids=name)
-@pytest.mark.parametrize("vocab", ALIGNED)
-def test_aligned_rows_are_accessed_in_16_byte_pieces(capability: int, vocab: int, dtype: torch.dtype) -> None:
-    assert wide_share(traffic(capability, vocab, dtype)) >= 0.99
-
-
-@pytest.mark.parametrize("dtype", (BF16, F32), ids=name)
-@pytest.mark.parametrize("vocab", (50257, 151665))
-def test_so_are_all_but_the_ends_of_rows_that_begin_anywhere(capability: int, vocab: int, dtype: torch.dtype) -> None:
-    assert wide_share(traffic(capability, vocab, dtype)) >= 0.95
+@pytest.mark.parametrize("vocab", LEAST_WIDE)
+def test_rows_are_accessed_in_16_byte_pieces(capability: int, vocab: int, dtype: torch.dtype) -> None:
+    assert wide_share(traffic(capability, vocab, dtype)) >= LEAST_WIDE[vocab]
 
 
 @pytest.mark.parametrize("vocab", (4096, 50257))
 def test_backward_with_a_gradient_of_1_moves_nothing_but_that_1(capability: int, vocab: int) -> None:
-    student, teacher, labels = batch(ROWS, vocab, BF16)
-    with gpu.kernels(capability) as reports:
-        loss = kdfast.kd_loss(student.requires_grad_(), teacher, labels, **SETTINGS)
-        forward = len(reports)
-        loss.backward()
-        once_more = kdfast.kd_loss(student, teacher, labels, **SETTINGS) * 3
-        middle = len(reports)
-        once_more.backward()
-    assert forward <= 3
-    (scale,) = reports[forward : forward + 1]
-    assert scale.store_sectors == 0
-    assert set(scale.arrays) >= {"factor"}
-    assert sum(a.load_sectors for key, a in scale.arrays.items() if key != "factor") == 0
-    assert reports[middle].store_sectors > 0, "another factor does scale"
+    arrays = scaling("triton", capability, vocab).arrays
+    assert "factor" in arrays
+    assert sum(a.load_sectors for key, a in arrays.items() if key != "factor") == 0
 
 
 @pytest.mark.parametrize("settings", [{}, {"reduction": "none"}, {"divergence": "reverse_kl"}], ids=name)
@@ -128,21 +110,17 @@ def test_in_place_nothing_of_the_logits_size_is_allocated(
     capability: int, vocab: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, teacher, labels = batch(ROWS, vocab, BF16)
-    x = student.requires_grad_() * 1
-    sizes = []
-    new_empty = torch.Tensor.new_empty
-
-    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
-        sizes.append(new_empty(*args, **kwargs).numel())
-        return new_empty(*args, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", watched)
-    with gpu.kernels(capability):
-        kdfast.kd_loss(x, teacher, labels, inplace=True, **SETTINGS).backward()
-    assert 0 < max(sizes) < vocab
-    with gpu.kernels(capability):
-        kdfast.kd_loss(student, teacher, labels, **SETTINGS)
-    assert max(sizes) == ROWS * vocab, "the watch sees the gradient where one is made"
+    new_empty, made = torch.Tensor.new_empty, []
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: made.append(new_empty(*a, **k)) or made[-1])
+    largest = []
+    for inplace in (True, False):
+        made.clear()
+        with gpu.kernels(capability):
+            logits = student.requires_grad_() * 1
+            kdfast.kd_loss(logits, teacher, labels, inplace=inplace, backend="triton").backward()
+        largest.append(max(x.numel() for x in made))
+    assert 0 < largest[0] < vocab
+    assert largest[1] == ROWS * vocab, "the watch sees the gradient where one is made"
 
 
 @pytest.mark.parametrize("vocab", (8192, 50257))  # the longest that stays in registers with metrics; one in two sweeps

@@ -4,34 +4,46 @@ Bytes are sectors of 32, per bf16 pair of logits, less 256 bytes a row for label
 is 2 reads and 1 write: 6 bytes.
 """
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import emulated
 import gpu
 import torch
 from cases import BF16, batch
+from torch import Tensor
 
 import kdfast
 
 ROWS = 2
 
 
-def kernels(backend: str, capability: int) -> AbstractContextManager[Any]:
-    """Runs a backend's launches as on a device of this capability; gives the list of their reports."""
-    return (emulated if backend == "cuda" else gpu).kernels(capability)
+def launches(
+    backend: str,
+    capability: int,
+    vocab: int,
+    dtype: torch.dtype = BF16,
+    grad: bool = True,
+    factor: float | None = None,
+    **settings: Any,
+) -> tuple[list[Any], list[Any], list[Tensor]]:
+    """The reports of a forward pass, and of a backward pass by a factor where one is given; loss and gradient.
 
-
-def traffic(
-    backend: str, capability: int, vocab: int, dtype: torch.dtype = BF16, grad: bool = True, **settings: Any
-) -> Any:
-    """The reports of a forward pass."""
+    As on a device of this capability.
+    """
     student, teacher, labels = batch(ROWS, vocab, dtype)
-    with kernels(backend, capability) as reports:
-        kdfast.kd_loss(
-            student.requires_grad_(grad), teacher, labels, **{"temperature": 2, "backend": backend} | settings
-        )
-    return reports
+    with (emulated if backend == "cuda" else gpu).kernels(capability) as reports:
+        settings = {"temperature": 2, "backend": backend} | settings
+        loss = kdfast.kd_loss(student.requires_grad_(grad), teacher, labels, **settings)
+        forward = len(reports)
+        if factor is None:
+            return reports, [], []
+        loss.backward(torch.full_like(loss, factor))
+    return reports[:forward], reports[forward:], [loss.detach(), student.grad]
+
+
+def traffic(backend: str, capability: int, vocab: int, *others: Any, **settings: Any) -> list[Any]:
+    """The reports of a forward pass."""
+    return launches(backend, capability, vocab, *others, **settings)[0]
 
 
 def asked(report: Any) -> int:
@@ -49,13 +61,15 @@ def wide_share(reports: Any) -> float:
 
 
 def assert_the_same_bits_without_atomics(backend: str, capability: int, vocab: int, **settings: Any) -> None:
-    student, teacher, labels = batch(ROWS, vocab, BF16)
-    found = []
-    with kernels(backend, capability) as reports:
-        for _ in range(2):
-            leaf = student.clone().requires_grad_()
-            loss = kdfast.kd_loss(leaf, teacher, labels, temperature=2, backend=backend, **settings)
-            loss.sum().backward()
-            found.append((loss.detach(), leaf.grad))
-    assert all(map(torch.equal, *found))
-    assert all(array.atomics == 0 for report in reports for array in report.arrays.values())
+    forward, backward, first = launches(backend, capability, vocab, factor=1.0, **settings)
+    *_, second = launches(backend, capability, vocab, factor=1.0, **settings)
+    assert all(map(torch.equal, first, second))
+    assert all(array.atomics == 0 for report in forward + backward for array in report.arrays.values())
+
+
+def scaling(backend: str, capability: int, vocab: int) -> Any:
+    """The launch of a backward pass that has nothing to do, for the gradient of the loss is 1; one of 3 does scale."""
+    (_, (by_1,), _), (_, (by_3,), _) = (launches(backend, capability, vocab, factor=k) for k in (1.0, 3.0))
+    assert by_3.store_sectors > 0
+    assert by_1.store_sectors == 0
+    return by_1
