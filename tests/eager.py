@@ -1,31 +1,16 @@
 """The usual recipes in plain PyTorch, written from F.kl_div and its like, and how far off careful arithmetic may be."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast import kd_loss
 from kdfast.divergences import settled
 
-DEFAULTS: dict[str, Any] = {
-    "temperature": 1.0,
-    "teacher_temperature": None,
-    "alpha": None,
-    "hard_weight": None,
-    "divergence": "cross_entropy",
-    "beta": None,
-    "target": "logits",
-    "t_squared": True,
-    "teacher_weights": None,
-    "ensemble": "arithmetic",
-    "label_smoothing": 0.0,
-    "z_loss": 0.0,
-    "softcap": None,
-    "teacher_softcap": None,
-    "standardize": False,
-    "dkd_weights": (1.0, 8.0),
-}
+DEFAULTS = {name: setting.default for name, setting in inspect.signature(kd_loss).parameters.items()}
 
 
 def eager(
