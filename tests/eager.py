@@ -1,39 +1,23 @@
 """The usual recipes in plain PyTorch, written from F.kl_div and its like, and how far off careful arithmetic may be."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast import kd_loss
 from kdfast.divergences import settled
 
-DEFAULTS: dict[str, Any] = {
-    "temperature": 1.0,
-    "teacher_temperature": None,
-    "alpha": None,
-    "hard_weight": None,
-    "divergence": "cross_entropy",
-    "beta": None,
-    "target": "logits",
-    "t_squared": True,
-    "teacher_weights": None,
-    "ensemble": "arithmetic",
-    "label_smoothing": 0.0,
-    "z_loss": 0.0,
-    "softcap": None,
-    "teacher_softcap": None,
-    "standardize": False,
-    "dkd_weights": (1.0, 8.0),
-}
+DEFAULTS = {name: setting.default for name, setting in inspect.signature(kd_loss).parameters.items()}
 
 
 def eager(
     s: Tensor, teachers: list[Tensor], labels: Tensor | None, options: dict[str, Any], kind: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses (...), unweighted; A (...) and A_i (..., V) of judge.py for arithmetic in `kind`, in its eps."""
-    o = options | {"smallest": torch.finfo(kind).tiny / torch.finfo(kind).eps, "kind": kind}
-    o["divergence"], o["beta"] = settled(o["divergence"], o["beta"])
+    o = _settled(options, kind)
     alpha = (1.0 if labels is None else 0.9) if o["alpha"] is None else o["alpha"]
     hard = (1.0 - alpha) if o["hard_weight"] is None else o["hard_weight"]
     # of ignored rows any label: their weight is 0
@@ -42,9 +26,7 @@ def eager(
     nothing = 0 * s[..., 0].nan_to_num(0, 0, 0)  # with a graph
     parts = [[nothing, nothing, torch.zeros_like(s)]]
     if alpha:
-        student, z = capped, [softcapped(t, o["teacher_softcap"]) for t in teachers]
-        if o["standardize"]:
-            student, z = standardized(capped), [standardized(t) for t in z]
+        student, *z = soft_logits(capped, teachers, o)
         if o["divergence"] == "logit_mse":
             loss, loss_off, grad_off = _logit_mse(student, weighted_logits(z, o["teacher_weights"]))
         else:
@@ -62,16 +44,19 @@ def eager(
     return loss, loss_off.detach(), grad_off.detach()
 
 
+def _settled(options: dict[str, Any], kind: torch.dtype) -> dict[str, Any]:
+    info = torch.finfo(kind)
+    divergence, beta = settled(options["divergence"], options["beta"])
+    return options | {"divergence": divergence, "beta": beta, "kind": kind, "smallest": info.tiny / info.eps}
+
+
 def entropies(
     s: Tensor, teachers: list[Tensor], options: dict[str, Any], kind: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of q and of p, (...), each with what it may be off by: without a teacher q's alone, twice."""
-    o = options | {"smallest": torch.finfo(kind).tiny / torch.finfo(kind).eps, "kind": kind}
-    student = softcapped(s, o["softcap"])
-    logits = [softcapped(t, o["teacher_softcap"]) for t in teachers] or [student]
-    if o["standardize"]:
-        student, logits = standardized(student), [standardized(t) for t in logits]
-    x, _ = pair(student, logits, o if teachers else o | {"target": "logits"})
+    o = _settled(options, kind)
+    student, *logits = soft_logits(softcapped(s, o["softcap"]), teachers, o)
+    x, _ = pair(student, logits or [student], o if teachers else o | {"target": "logits"})
     found = []
     for each in (x.swapped, x):
         off = _sized(each.p_off, 1 + each.log_p.abs()) + _sized(each.p, each.p_more)
@@ -92,6 +77,12 @@ def softcapped(z: Tensor, cap: float | None) -> Logits:
         return Logits(z, 0.0)
     capped = cap * torch.tanh(z / cap)
     return Logits(capped.masked_fill(z == -torch.inf, -torch.inf), 4 * capped.detach().abs())
+
+
+def soft_logits(student: Logits, teachers: list[Tensor], o: dict[str, Any]) -> list[Logits]:
+    """The student's, capped, and the teachers', as the soft term has them."""
+    capped = [student, *(softcapped(t, o["teacher_softcap"]) for t in teachers)]
+    return [standardized(x) for x in capped] if o["standardize"] else capped
 
 
 def _through_softcap(grad_off: Tensor, s: Tensor, cap: float) -> Tensor:
@@ -153,56 +144,27 @@ def pair(student: Logits, teachers: list[Logits], o: dict[str, Any]) -> tuple["P
     return Pair(p, log_q.exp(), log_p, log_q, p_shift, student.off / T, o), T
 
 
-class Pair(NamedTuple):
+class Pair:
     """What a divergence is over, each (..., V), and what the logits of p and q are off by, in eps, by their making."""
 
-    p: Tensor
-    q: Tensor
-    log_p: Tensor
-    log_q: Tensor
-    p_shift: Tensor
-    q_shift: Tensor
-    options: dict[str, Any]
-
-    @property
-    def p_more(self) -> Tensor:
-        """What log p is off by for it."""
-        return self.p_shift + _sized(self.p, self.p_shift).sum(-1, True)
-
-    @property
-    def q_more(self) -> Tensor:
-        return self.q_shift + _sized(self.q, self.q_shift).sum(-1, True)
-
-    @property
-    def p_off(self) -> Tensor:
-        return _off(self.p, self.log_p, self.options, self.p_more)
-
-    @property
-    def q_off(self) -> Tensor:
-        return _off(self.q, self.log_q, self.options, self.q_more)
-
-    @property
-    def logs(self) -> Tensor:
-        """The size of a term with both logarithms."""
-        return 1 + self.log_q.abs() + self.log_p.abs()
-
-    @property
-    def logs_off(self) -> Tensor:
-        """What their difference is off by."""
-        return self.logs + self.p_more + self.q_more
-
-    @property
-    def beta(self) -> float:
-        return self.options["beta"]
+    def __init__(
+        self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, p_shift: Tensor, q_shift: Tensor, o: dict[str, Any]
+    ) -> None:
+        self.p, self.q, self.log_p, self.log_q, self.p_shift, self.q_shift = p, q, log_p, log_q, p_shift, q_shift
+        self.options, self.beta = o, o["beta"]
+        # what log p and log q are off by for it, and what the two are off by
+        self.p_more, self.q_more = (shift + _mean(x, shift) for x, shift in ((p, p_shift), (q, q_shift)))
+        self.p_off, self.q_off = _off(p, log_p, o, self.p_more), _off(q, log_q, o, self.q_more)
+        self.logs = 1 + log_q.abs() + log_p.abs()  # the size of a term with both logarithms
+        self.logs_off = self.logs + self.p_more + self.q_more  # what their difference is off by
 
     @property
     def swapped(self) -> "Pair":
         return Pair(self.q, self.p, self.log_q, self.log_p, self.q_shift, self.p_shift, self.options)
 
 
-Terms = tuple[
-    Tensor, Tensor, Tensor, Tensor
-]  # phi, what it may be off by, the size of psi's terms, and what psi may be
+# phi, what it may be off by, the size of psi's terms, and what psi may be
+Terms = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _cross_entropy(x: Pair) -> Terms:
@@ -288,7 +250,7 @@ def _dkd(x: Pair, s: Tensor, t: Tensor, index: Tensor) -> tuple[Tensor, Tensor, 
     logs = [F.log_softmax(y.masked_fill(is_label, -torch.inf), -1) for y in (t, s)]
     among = Pair(logs[0].exp(), logs[1].exp(), *logs, x.p_shift, x.q_shift, x.options)
     p_shift, q_shift = (
-        torch.cat([a.expand(b.shape).gather(-1, index), _sized(b, a).sum(-1, True)], -1)
+        torch.cat([a.expand(b.shape).gather(-1, index), _mean(b, a)], -1)
         for a, b in ((x.p_shift, among.p), (x.q_shift, among.q))
     )
     binary = Pair(p, q, p.log(), q.log(), p_shift, q_shift, x.options)
@@ -304,27 +266,32 @@ def _dkd(x: Pair, s: Tensor, t: Tensor, index: Tensor) -> tuple[Tensor, Tensor, 
     return loss, off, torch.where(is_label, w * gap_off[..., :1], others_off)
 
 
-def _hard(s: Logits, index: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    e = o["label_smoothing"]
+def _untempered(s: Logits) -> tuple[Tensor, Tensor, Tensor]:
+    """log q1, q1, and what the mean logit by q1 is off by for the logits' making."""
     log_q = F.log_softmax(s.z, -1)
     q = log_q.detach().exp()
+    return log_q, q, _mean(q, s.off)
+
+
+def _hard(s: Logits, index: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    e = o["label_smoothing"]
+    log_q, q, mean_off = _untempered(s)
     loss = -log_q.gather(-1, index)
     if e:
         loss = (1 - e) * loss - e * log_q.mean(-1, True)
     target = torch.zeros_like(q).scatter(-1, index, 1 - e) + e / q.shape[-1]
-    more = s.off + _sized(q, s.off).sum(-1, True)
+    more = s.off + mean_off
     loss_off = 8 + loss + (target * more).sum(-1, True)
     return loss.squeeze(-1), loss_off.squeeze(-1), _off(q, log_q, o, more) + 8 * target
 
 
 def _z_loss(s: Logits, o: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """logsumexp(s)^2, whose gradient is 2 logsumexp(s) q1."""
-    log_q = F.log_softmax(s.z, -1)
-    q, z = log_q.detach().exp(), torch.logsumexp(s.z, -1, True)
-    more = s.off + _sized(q, s.off).sum(-1, True)
-    z_off = 8 + z.abs() + s.z.amax(-1, True).abs() + _sized(q, s.off).sum(-1, True)  # log of a sum, and the maximum
+    log_q, q, mean_off = _untempered(s)
+    z = torch.logsumexp(s.z, -1, True)
+    z_off = 8 + z.abs() + s.z.amax(-1, True).abs() + mean_off  # log of a sum, and the maximum
     loss_off = z_off * 2 * z.abs() + z.square()
-    grad_off = 2 * (z_off * q + z.abs() * _off(q, log_q, o, more))
+    grad_off = 2 * (z_off * q + z.abs() * _off(q, log_q, o, s.off + mean_off))
     return z.square().squeeze(-1), loss_off.squeeze(-1), grad_off
 
 
@@ -344,6 +311,11 @@ def _off(p: Tensor, log_p: Tensor, o: dict[str, Any], more: Tensor | float) -> T
 def _sized(p: Tensor, log: Tensor | float) -> Tensor:
     """p * log, and 0 where p is 0."""
     return (p * log).nan_to_num(0, 0)
+
+
+def _mean(p: Tensor, x: Tensor | float) -> Tensor:
+    """Of x by p, (..., 1)."""
+    return _sized(p, x).sum(-1, True)
 
 
 def temperatures(s: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -387,9 +359,9 @@ def mixture(teachers: list[Logits], at: Tensor, o: dict[str, Any]) -> tuple[Tens
 def largest_z(s: Tensor, teachers: list[Tensor], o: dict[str, Any]) -> Tensor:
     """The largest |z| of each row, (..., 1), of student and teachers, where the probability is not 0; at least 1."""
     T, at = temperatures(s.double(), o)
-    capped = [softcapped(s.double(), o["softcap"]), *(softcapped(t.double(), o["teacher_softcap"]) for t in teachers)]
-    student, *logits = [standardized(x) for x in capped] if o["standardize"] else capped
-    zs = [capped[0].z]  # the hard term's and z-loss's
+    capped = softcapped(s.double(), o["softcap"])
+    student, *logits = soft_logits(capped, [t.double() for t in teachers], o)
+    zs = [capped.z]  # the hard term's and z-loss's
     if o["divergence"] == "logit_mse":
         zs.append(torch.ones_like(s))
     else:

@@ -37,11 +37,11 @@ import kdfast
 def run(
     student: Tensor, teacher: Any, labels: Tensor | None = None, grad_loss: Tensor | None = None, **settings: Any
 ) -> tuple[Tensor, Tensor]:
-    """kd_loss and its gradient in the student's logits, which keep their strides."""
+    """kd_loss and its gradient in the student's logits, which keep their strides; of row losses that of their sum."""
     leaf = student.detach().requires_grad_()
     loss = kdfast.kd_loss(leaf.clone() if settings.get("inplace") else leaf, teacher, labels, **settings)
     loss = loss[0] if settings.get("return_metrics") else loss
-    loss.backward(grad_loss)
+    loss.backward(torch.ones_like(loss) if grad_loss is None else grad_loss)
     assert leaf.grad is not None
     return loss.detach(), leaf.grad
 
@@ -54,19 +54,23 @@ def judge(
     backend: str,
     by_row: bool = True,
     truth: "Truth | None" = None,
+    limits: bool = False,
     **settings: Any,
-) -> None:
-    """Runs the three kernels by the rule: loss and gradient in one; if `by_row`, statistics alone, then a gradient."""
+) -> "Truth":
+    """Runs the three kernels by the rule: loss and gradient in one; if `by_row`, statistics alone, then a gradient.
+
+    With `limits` the truth may be infinite or NaN, and then so is what is judged.
+    """
     if truth is None:
         truth = truth_of(student, teacher, labels, settings)
-    truth.truncated = backend == "triton" and INTERPRETED
+    truth.truncated, truth.limits = backend == "triton" and INTERPRETED, limits
     if settings.get("reduction") != "none":
-        scale = divisor(student, labels, **settings)
+        scale = divisor(student, labels, settings)
         loss, grad = run(student, teacher, labels, backend=backend, **settings)
         truth.judge_sum("loss and gradient in one", loss, scale)
         truth.judge_gradient("loss and gradient in one", grad, torch.full_like(truth.loss, scale))
         if not by_row:
-            return
+            return truth
         with torch.no_grad():
             loss = kdfast.kd_loss(student, teacher, labels, backend=backend, **settings | {"inplace": False})
             loss = loss[0] if settings.get("return_metrics") else loss
@@ -76,6 +80,7 @@ def judge(
     loss, grad = run(student, teacher, labels, factor.to(student.device), backend=backend, **by_rows(settings))
     truth.judge_rows("losses by row", loss)
     truth.judge_gradient("gradient by row", grad, factor.double())
+    return truth
 
 
 def truth_of(student: Tensor, teacher: Any, labels: Tensor | None, settings: dict[str, Any]) -> "Truth":
@@ -103,21 +108,15 @@ class Truth:
     """What each row's loss and gradient are, and how far off they may be. Of tensors on the CPU."""
 
     truncated = False  # whether the gradients' rounding to bf16 is none
+    limits = False  # whether what is no finite number here must be none there
 
     def __init__(self, student: Tensor, teacher: Any, labels: Tensor | None, settings: dict[str, Any]) -> None:
         wide = {k: in_fp64(v) for k, v in settings.items() if k != "inplace"} | {"backend": "reference"}
-        ones = student.new_ones(student.shape[:-1], dtype=F64)
-        self.loss, self.grad = run(in_fp64(student), in_fp64(teacher), labels, ones, **wide)
+        self.loss, self.grad = run(in_fp64(student), in_fp64(teacher), labels, **wide)
         self.dtype, self.kind = student.dtype, F64 if student.dtype == F64 else F32
 
-        vocab = settings.get("vocab_size") or student.shape[-1]
-        s = student.detach()[..., :vocab]
-        teachers = [] if teacher is None else [teacher] if isinstance(teacher, Tensor) else list(teacher)
-        teachers = [t[..., :vocab] for t in teachers]
-        weight = settings["weight"].double() if settings.get("weight") is not None else ones
-        if labels is not None:
-            weight = weight * (labels != settings.get("ignore_index", -100))
-        options = DEFAULTS | {k: v for k, v in settings.items() if k in DEFAULTS}
+        s, teachers = real_classes(student, teacher, settings)
+        weight, options = row_weights(student, labels, settings), DEFAULTS | settings
 
         info = torch.finfo(self.kind)
         self.floor = info.tiny
@@ -132,18 +131,18 @@ class Truth:
             leaf = s.float().requires_grad_()
             loss, _, _ = eager(leaf, [t.float() for t in teachers], labels, options)
             (grad,) = torch.autograd.grad((loss * weight).sum(), leaf)
-            missed = (grad - self.grad[..., :vocab]).abs() / (grad_off + self.floor)
+            missed = (grad - self.grad[..., : s.shape[-1]]).abs() / (grad_off + self.floor)
             ratio = missed.amax(-1, True).nan_to_num(0, 0)  # where eager itself breaks it excuses nothing
             self.loss_off = loss_off + (loss.detach() * weight - self.loss).abs().nan_to_num(0, 0)
-        self.grad_off = F.pad(grad_off * (1 + ratio), (0, student.shape[-1] - vocab))
+        self.grad_off = F.pad(grad_off * (1 + ratio), (0, student.shape[-1] - s.shape[-1]))
 
     def judge_rows(self, what: str, loss: Tensor) -> None:
         assert loss.dtype == self.kind, f"{what}: of {loss.dtype}"
-        _within(what, loss, self.loss, self.loss_off + self.floor)
+        _within(what, loss, self.loss, self.loss_off + self.floor, self.limits)
 
     def judge_sum(self, what: str, loss: Tensor, scale: float) -> None:
         assert loss.dtype == self.kind, f"{what}: of {loss.dtype}"
-        _within(what, loss, self.loss.sum() * scale, self.loss_off.sum() * scale + self.floor)
+        _within(what, loss, self.loss.sum() * scale, self.loss_off.sum() * scale + self.floor, self.limits)
 
     def judge_gradient(self, what: str, grad: Tensor, factor: Tensor) -> None:
         assert grad.dtype == self.dtype, f"{what}: of {grad.dtype}"
@@ -154,7 +153,10 @@ class Truth:
             ulps = 2 if self.truncated and self.dtype == BF16 else 1
             allowed = allowed + ulps * half_ulp(want, self.dtype)
         allowed = torch.where(self.grad_off * factor == 0, 0, allowed)  # padding and rows that dropped out: exactly 0
-        _within(what, grad, want, allowed)
+        if self.limits:  # where a loss is infinite its gradient is no number, of one kind or another
+            none = self.loss.isinf().unsqueeze(-1) & ~want.isfinite()
+            grad = torch.where(none & ~grad.to(want.device).isfinite(), want, grad.to(want))
+        _within(what, grad, want, allowed, self.limits)
 
 
 def half_ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -164,25 +166,27 @@ def half_ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
     return 0.5 * info.eps * power.clamp_min(info.smallest_normal)
 
 
-def divisor(
-    student: Tensor,
-    labels: Tensor | None,
-    *,
-    reduction: str = "mean",
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    normalizer: float | Tensor | None = None,
-    **others: Any,
-) -> float:
+def real_classes(student: Tensor, teacher: Any, settings: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    """The logits of the student and of each teacher, without their padding."""
+    vocab = settings.get("vocab_size") or student.shape[-1]
+    teachers = [] if teacher is None else [teacher] if isinstance(teacher, Tensor) else teacher
+    return student.detach()[..., :vocab], [t[..., :vocab] for t in teachers]
+
+
+def row_weights(student: Tensor, labels: Tensor | None, settings: dict[str, Any]) -> Tensor:
+    """In fp64; 0 of rows that drop out."""
+    weight = student.new_ones(student.shape[:-1], dtype=F64)
+    if labels is not None:
+        weight = weight * (labels != settings.get("ignore_index", -100))
+    return weight if settings.get("weight") is None else weight * settings["weight"].double()
+
+
+def divisor(student: Tensor, labels: Tensor | None, settings: dict[str, Any]) -> float:
     """What the sum of the rows' losses is multiplied by."""
-    if reduction == "sum":
-        return 1.0
-    kept = student.new_ones(student.shape[:-1], dtype=F64) if labels is None else (labels != ignore_index).double()
-    total = float((kept if weight is None else kept * weight.double()).sum())
-    if reduction == "batchmean":
-        total = float(student.shape[0]) if student.dim() > 1 else 1.0
-    if normalizer is not None:
-        total = float(normalizer)
+    reduction, normalizer = settings.get("reduction", "mean"), settings.get("normalizer")
+    total = float(row_weights(student, labels, settings).sum() if normalizer is None else normalizer)
+    if reduction != "mean":
+        total = student.shape[0] if reduction == "batchmean" and student.dim() > 1 else 1.0
     return 1.0 / total if total else 0.0
 
 
@@ -195,12 +199,14 @@ def in_fp64(value: Any) -> Any:
     return value.detach().double() if isinstance(value, Tensor) else value
 
 
-def _within(what: str, got: Tensor, want: Tensor, allowed: Tensor) -> None:
-    """|got - want| <= allowed, element by element; the message shows the worst."""
+def _within(what: str, got: Tensor, want: Tensor, allowed: Tensor, limits: bool = False) -> None:
+    """|got - want| <= allowed, element by element; the message shows the worst. With `limits` both may be no number."""
     assert got.shape == want.shape, f"{what}: of shape {tuple(got.shape)} instead of {tuple(want.shape)}"
     got, want, allowed = got.cpu(), want.cpu(), allowed.cpu()
     missed = (got.double() - want).abs()
     bad = ~(missed <= allowed)
+    if limits:
+        bad = torch.where(want.isfinite(), bad, (got != want) & ~(got.isnan() & want.isnan()))
     if bad.any():
         worst = int(torch.where(bad, missed / allowed.clamp_min(1e-300), 0).nan_to_num(torch.inf).argmax())
         a, b, c = (x.broadcast_to(want.shape).flatten()[worst].item() for x in (got, want, allowed))

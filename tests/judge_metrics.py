@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from cases import F32, F64, moved
 from eager import DEFAULTS, eager, entropies, largest_z, mixture, softcapped, standardized, temperatures
-from judge import by_rows, in_fp64, one_thread
+from judge import by_rows, in_fp64, one_thread, real_classes, row_weights
 from torch import Tensor
 
 import kdfast
@@ -27,7 +27,7 @@ def of_rows(
     student: Tensor, teachers: list[Tensor], labels: Tensor | None, settings: dict[str, Any], kind: torch.dtype
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Each row's metrics by the recipes of eager.py, and A of judge.py, in eps."""
-    o = DEFAULTS | {k: v for k, v in settings.items() if k in DEFAULTS}
+    o = DEFAULTS | settings
     if o["divergence"] == "logit_mse":
         o |= {"temperature": 1.0, "teacher_temperature": None, "t_squared": False}
     nan = torch.full_like(student[..., 0], NAN)
@@ -70,15 +70,9 @@ def judge_metrics(
     got = measured(student, teacher, labels, backend=backend, **settings)
     kind = F64 if student.dtype == F64 else F32
     student, teacher, labels, settings = moved((student, teacher, labels, settings), "cpu")
-    vocab = settings.get("vocab_size") or student.shape[-1]
-    teachers = [] if teacher is None else [teacher] if isinstance(teacher, Tensor) else list(teacher)
-    s, teachers = student.detach()[..., :vocab], [t[..., :vocab] for t in teachers]
-    keep = torch.ones(s.shape[:-1], dtype=torch.bool)
-    if labels is not None:
-        keep = labels != settings.get("ignore_index", -100)
-    weight = keep.double()
-    if settings.get("weight") is not None:
-        weight, keep = weight * settings["weight"].double(), keep & (settings["weight"] != 0)
+    s, teachers = real_classes(student, teacher, settings)
+    weight = row_weights(student, labels, settings)
+    keep = weight != 0
     with one_thread():
         truth = of_rows(s.double(), [t.double() for t in teachers], labels, settings, kind)
         plain = of_rows(s.float(), [t.float() for t in teachers], labels, settings, kind)
@@ -87,7 +81,7 @@ def judge_metrics(
             rows |= ALONE | {"alpha": 1, "label_smoothing": 0.0, "weight": None, "backend": "reference"}
             given = [t.double() for t in teachers] if len(teachers) > 1 else teachers[0].double()
             truth["soft"] = kdfast.kd_loss(s.double(), given, labels, **in_fp64(rows)), truth["soft"][1]
-        rounded = largest_z(s, teachers, DEFAULTS | {k: v for k, v in settings.items() if k in DEFAULTS}).squeeze(-1)
+        rounded = largest_z(s, teachers, DEFAULTS | settings).squeeze(-1)
     for field, (want, off) in truth.items():
         assert got[field].dtype == kind, field
         assert not got[field].requires_grad, field

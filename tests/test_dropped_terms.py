@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BF16, DIVERGENCES, ENSEMBLES, F16, F32, F64, ON_GPU, REDUCTIONS, as_target, batch, dtypes_for
+from cases import BF16, DIVERGENCES, ENSEMBLES, F16, F32, ON_GPU, REDUCTIONS, as_target, batch, dtypes_for
 from judge import judge, run
 
 NAN, INF = math.nan, math.inf
@@ -14,8 +14,12 @@ IGNORED, WEIGHTLESS = [1, 2, 3], [4, 5, 6]  # rows, which hold NaN, inf and -inf
 DROPPED = [*IGNORED, *WEIGHTLESS]
 
 
-def ones(reduction: str, dtype: torch.dtype, rows: int) -> torch.Tensor | None:
-    return torch.ones(rows, dtype=F64 if dtype == F64 else F32) if reduction == "none" else None
+def same(found: tuple[torch.Tensor, torch.Tensor], want: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    return all(map(torch.equal, found, want))
+
+
+def nothing(found: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    return not any(x.count_nonzero() for x in found)  # of which NaN is one
 
 
 def drop(backend: str, divergence: str, vocab: int, dtype: torch.dtype, reduction: str, **settings: Any) -> None:
@@ -27,11 +31,9 @@ def drop(backend: str, divergence: str, vocab: int, dtype: torch.dtype, reductio
     for row, value in zip(DROPPED, (NAN, INF, -INF) * 2, strict=True):
         s[row] = t[row] = value
     settings |= {"divergence": divergence, "weight": weight, "reduction": reduction, "backend": backend}
-    want = run(student, teacher, labels, ones(reduction, dtype, ROWS), **settings)
-    loss, grad = run(s, t, labels, ones(reduction, dtype, ROWS), **settings)
+    loss, grad = run(s, t, labels, **settings)
     assert loss.isfinite().all()
-    assert torch.equal(loss, want[0])
-    assert torch.equal(grad, want[1])
+    assert same((loss, grad), run(student, teacher, labels, **settings))
     assert grad[DROPPED].eq(0).all()
     if reduction == "none":
         assert loss[DROPPED].eq(0).all()
@@ -57,7 +59,7 @@ def test_so_they_may_in_every_dtype_and_with_every_other_setting(backend: str) -
     weight = torch.tensor([1.0, 0.0, 2.0])
     want = run(student, teacher, weight=weight, backend=backend)
     student[1] = teacher[1] = NAN
-    assert all(map(torch.equal, run(student, teacher, weight=weight, backend=backend), want))
+    assert same(run(student, teacher, weight=weight, backend=backend), want)
 
 
 def test_alpha_0_reads_no_teacher(backend: str) -> None:
@@ -65,8 +67,7 @@ def test_alpha_0_reads_no_teacher(backend: str) -> None:
         student, teacher, labels = batch(5, 100, dtype)
         want = run(student, None, labels, alpha=0, backend=backend)
         for unread in (teacher, torch.full_like(teacher, NAN), [teacher, torch.full_like(teacher, NAN)]):
-            found = run(student, unread, labels, alpha=0, backend=backend)
-            assert all(map(torch.equal, found, want))
+            assert same(run(student, unread, labels, alpha=0, backend=backend), want)
 
 
 @pytest.mark.parametrize("ensemble", ENSEMBLES)
@@ -75,8 +76,7 @@ def test_a_teacher_of_weight_0_is_not_read(backend: str, ensemble: str) -> None:
     want = run(student, [teacher], labels, ensemble=ensemble, backend=backend)
     unread = torch.full_like(teacher, NAN)
     for teachers, weights in (([unread, teacher], [0, 2]), ([teacher, unread], [2, 0])):
-        found = run(student, teachers, labels, ensemble=ensemble, teacher_weights=weights, backend=backend)
-        assert all(map(torch.equal, found, want))
+        assert same(run(student, teachers, labels, ensemble=ensemble, teacher_weights=weights, backend=backend), want)
 
 
 def test_a_loss_without_any_term_is_0(backend: str) -> None:
@@ -85,9 +85,7 @@ def test_a_loss_without_any_term_is_0(backend: str) -> None:
         for given, y in ((None, None), (teacher, None), (None, labels), (teacher, labels)):
             for reduction in REDUCTIONS:
                 settings = {"alpha": 0, "hard_weight": 0, "reduction": reduction, "backend": backend}
-                loss, grad = run(student, given, y, ones(reduction, dtype, 5), **settings)
-                assert loss.eq(0).all()
-                assert grad.eq(0).all()
+                assert nothing(run(student, given, y, **settings))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
@@ -95,16 +93,16 @@ def test_a_mean_over_nothing_is_0_with_a_graph(backend: str, reduction: str) -> 
     for dtype in (F32, F16):
         student, teacher, labels = batch(5, 100, dtype)
         student[0] = NAN
-        nothing = torch.full_like(labels, -100)
-        for y, weight in ((nothing, None), (labels, torch.zeros(5)), (None, torch.zeros(5)), (nothing, torch.ones(5))):
-            loss, grad = run(student, teacher, y, weight=weight, reduction=reduction, backend=backend)
-            assert loss == 0
-            assert grad.eq(0).all()
-        # rows of weight 0 beside ignored ones
-        labels[:3] = -100
-        loss, grad = run(student, teacher, labels, weight=torch.tensor([1.0, 1, 1, 0, 0]), backend=backend)
-        assert loss == 0
-        assert grad.eq(0).all()
+        ignored, some_ignored = torch.full_like(labels, -100), labels.clone()
+        some_ignored[:3] = -100
+        for y, weight in (
+            (ignored, None),
+            (labels, torch.zeros(5)),
+            (None, torch.zeros(5)),
+            (ignored, torch.ones(5)),
+            (some_ignored, torch.tensor([1.0, 1, 1, 0, 0])),  # rows of weight 0 beside ignored ones
+        ):
+            assert nothing(run(student, teacher, y, weight=weight, reduction=reduction, backend=backend))
 
 
 def test_a_label_of_a_dropped_row_is_checked_only_by_its_index(backend: str) -> None:
@@ -125,9 +123,3 @@ def test_soft_targets_need_not_sum_to_1(backend: str, target: str) -> None:
             given = (p if target == "probs" else p.log()).to(dtype)
             for divergence in ("cross_entropy", "forward_kl"):
                 judge(student, given, labels, target=target, divergence=divergence, temperature=2, backend=backend)
-            if target == "probs":
-                grad = run(student, given, backend=backend, target="probs", reduction="sum", temperature=2)[1]
-                q, P = torch.softmax(student.double() / 2, -1), given.double()
-                # T * (q * sum p - p): fp32's errors, 16 ulp of terms of size 2, and the gradient's rounding
-                bound = {"rtol": torch.finfo(dtype).eps, "atol": 32 * torch.finfo(F64 if dtype == F64 else F32).eps}
-                torch.testing.assert_close(grad.double(), 2 * (q * P.sum(-1, True) - P), **bound)
