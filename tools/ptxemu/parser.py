@@ -18,7 +18,7 @@ Operands are small tuples:
 """
 
 import re
-from functools import partial
+from functools import lru_cache, partial
 
 from .errors import PTXError
 
@@ -831,12 +831,7 @@ SPECIAL32 = set(_XYZ) | {
 }
 SPECIAL64 = {"%clock64", "%globaltimer", "%gridid", "%current_graph_exec"}
 
-_cache = {}
-
-
+@lru_cache(maxsize=64)  # a module with its programs takes some megabytes
 def parse(text):
-    """Parse PTX text (results are cached by text)."""
-    mod = _cache.get(text)
-    if mod is None:
-        mod = _cache[text] = Parser(text).parse()
-    return mod
+    """Parse PTX text; the latest results are kept."""
+    return Parser(text).parse()

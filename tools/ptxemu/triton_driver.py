@@ -18,7 +18,6 @@ from .errors import PTXError
 from .memory import GlobalMemory, bytes_at
 
 last = None
-history = []
 options = machine.Options()
 _recorders = []
 _ptx = {}
@@ -184,23 +183,15 @@ class Launcher:
         self.src, self.metadata = src, metadata
         self.names = list(src.signature.keys())
         self.signature = list(src.signature.values())
-        self.prog = None
-
-    def program(self):
-        if self.prog is None:
-            text = _ptx_of(self.metadata)
-            mod = parser.parse(text)
-            entry = mod.find_entry(self.metadata.name)
-            self.prog = machine.program_for(mod, entry)
-            self.text = text
-        return self.prog
 
     def __call__(self, gx, gy, gz, stream, function, kernel_metadata, launch_metadata, enter_hook, exit_hook, *args):
         global last
         if enter_hook is not None:
             enter_hook(launch_metadata)
-        prog = self.program()
         md = self.metadata
+        text = _ptx_of(md)
+        mod = parser.parse(text)
+        prog = machine.program_for(mod, mod.find_entry(md.name))
         num_ctas = getattr(md, "num_ctas", 1)
         mem = Memory()
         names = []
@@ -250,11 +241,9 @@ class Launcher:
             )
             rep = m.launch()
             rep.kernel = md.name
-            rep.ptx = self.text
+            rep.ptx = text
             rep.metadata = md
             last = rep
-            history.append(rep)
-            del history[:-200]
             for r in _recorders:
                 r.append(rep)
         if exit_hook is not None:
