@@ -12,8 +12,8 @@ export KDFAST_BUILD_EXT ?= 1
 export KDFAST_STRICT ?= 1
 
 CSRC := $(shell find csrc -type f)
-CPP = $(shell find csrc tests tools benchmarks -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.inc' \
-    -o -name '*.cu' -o -name '*.cuh')
+CPP = $(shell find csrc tests tools benchmarks -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' \
+    -o -name '*.cuh')
 PYTHON_FILES := $(wildcard setup.py kdfast tests tools benchmarks examples)
 BUILT := $(VENV)/.built
 
@@ -31,7 +31,7 @@ help: ## this list
 $(VENV)/.torch:
 	@echo "setting up $(VENV) with $(TORCH)"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(TORCH) numpy "setuptools>=77" cmake ninja pybind11
+	$(PIP) $(TORCH) numpy "setuptools>=77" cmake ninja
 	@touch $@
 
 # An extra of pyproject.toml, and kdfast itself, editable and not yet compiled.
@@ -154,7 +154,7 @@ build-check: $(VENV)/.torch ## a wheel, and a pure-Python install, each in an em
 arm-check: $(VENV)/.torch ## the kernels cross-compiled for 64-bit Arm, their check under emulation
 	@for need in aarch64-linux-gnu-g++:g++-aarch64-linux-gnu qemu-aarch64:qemu-user; do command -v $${need%%:*} \
 	    > /dev/null || { echo "arm-check needs $${need%%:*}: Debian's package $${need##*:}"; exit 1; }; done
-	$(CMAKE) -S . -B build/aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DKDFAST_PYTHON=OFF \
+	$(CMAKE) -S . -B build/aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static
 	$(VENV)/bin/cmake --build build/aarch64 --target kernel_check
 	qemu-aarch64 build/aarch64/kernel_check

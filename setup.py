@@ -19,6 +19,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -46,7 +47,7 @@ def why_pure_python() -> str | None:
         return f"the C++ kernels are built on Linux only so far, and this is {sys.platform}"
     if not os.environ.get("CXX") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         return "no C++ compiler (c++, g++, clang++, or the one that CXX names) was found"
-    missing = [name for name in ("cmake", "ninja", "pybind11") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("cmake", "ninja") if importlib.util.find_spec(name) is None]
     if missing:
         return f"the Python packages {', '.join(missing)} were not found"
     torch = torch_dir()
@@ -63,15 +64,12 @@ class CMakeBuild(build_ext):
             return
         import cmake
         import ninja
-        import pybind11
 
         sanitize = os.environ.get("KDFAST_SANITIZE", "")
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{'-sanitize' if sanitize else ''}"
         package = ROOT / "kdfast" if self.editable_mode or self.inplace else Path(self.build_lib) / "kdfast"
         settings = {
             "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR) / "ninja",
-            "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
             "TORCH_DIR": torch_dir(),
             "KDFAST_SANITIZE": sanitize,
             "KDFAST_CUDA": "OFF" if os.environ.get("KDFAST_CUDA") == "0" else "ON",
@@ -84,11 +82,17 @@ class CMakeBuild(build_ext):
         subprocess.run([tool, "--install", build, "--prefix", package.resolve()], check=True)
 
     def get_outputs(self) -> list[str]:
-        libraries = (Path(self.build_lib) / "kdfast").glob("*.so")
-        return sorted({*map(str, libraries), self.get_ext_fullpath("kdfast._C")})
+        return sorted(map(str, (Path(self.build_lib) / "kdfast").glob("*.so")))
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}  # an editable install's files are in place already
+
+
+class Wheel(bdist_wheel):
+    """The libraries are tied to no Python: one wheel serves all."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 reason = why_pure_python()
@@ -97,4 +101,7 @@ if reason and os.environ.get("KDFAST_BUILD_EXT") == "1":
 if reason:
     bar = "*" * 100
     print(f"{bar}\nkdfast: PURE PYTHON install, without the fast C++ kernels: {reason}\n{bar}", file=sys.stderr)
-setup(ext_modules=[] if reason else [Extension("kdfast._C", [])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[] if reason else [Extension("kdfast.libkdfast", [])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+)

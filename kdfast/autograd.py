@@ -8,6 +8,7 @@ from torch.autograd.graph import increment_version
 
 from kdfast import reference
 from kdfast.arguments import Heads, Inputs, Settings, measured_apart, relevant
+from kdfast.torch_private import graph_is_kept
 
 
 def row_loss(student: Tensor, inputs: Inputs, settings: Settings, ops: Any, inplace: bool) -> tuple[Tensor, Tensor]:
@@ -63,7 +64,7 @@ class GradInForward(torch.autograd.Function):
                     "logits' own storage. Use inplace=False to backpropagate with retain_graph=True"
                 )
             ctx.spent = True
-        elif torch._C._autograd._get_current_graph_task_keep_graph():
+        elif graph_is_kept():
             return grad * grad_loss, None, None, None, None  # this backward may run again
         ctx.ops.scale_(grad, grad_loss)
         return grad, None, None, None, None
@@ -122,7 +123,7 @@ class LinearGradInForward(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
         _no_double_backward()
         grads = [grad if want else None for grad, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
-        again = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+        again = torch.compiler.is_compiling() or graph_is_kept()
         for i, grad in enumerate(grads):
             if grad is None:
                 continue

@@ -1,7 +1,6 @@
 """Which backend a call gets: what is compiled, what is usable here, and why not the others."""
 
 import ctypes
-import platform
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdfast.divergences import names
+from kdfast.torch_private import constant_in_graphs
 
 # ---- of CUDA tensors ----
 
@@ -100,6 +100,30 @@ def _library(name: str) -> str | None:
 _cpu_failure: str | None = "its operators are not loaded yet"
 
 
+def _of_library(name: str) -> str:
+    """What a function of libkdfast.so returns that takes nothing and returns text."""
+    function = getattr(ctypes.CDLL(str(Path(__file__).with_name("libkdfast.so"))), f"kdfast_{name}")
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def _isas(kind: str) -> tuple[str, ...]:
+    return tuple(_of_library(f"{kind}_isas").split())
+
+
+def usable_isas() -> tuple[str, ...]:
+    """The compiled instruction sets that run here, best last."""
+    return _isas("usable")
+
+
+def isa() -> str:
+    """The instruction set that the CPU kernels use in this process."""
+    found = _of_library("isa")
+    if found not in usable_isas():  # the library's message: KDFAST_CPU_ISA names no usable set
+        raise ValueError(found)
+    return found
+
+
 def load() -> None:
     """Loads the CPU's operators, or finds out why not."""
     global _cpu_failure
@@ -161,9 +185,8 @@ def triton_failure(device: str) -> str | None:
     return None if works_on == device else f"Triton launches on {works_on} tensors here, not on {device} ones"
 
 
-# torch.compiler.assume_constant_result, which would import all of Dynamo with kdfast
-for _constant in (triton_failure, cuda_failure):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _function in (triton_failure, cuda_failure):
+    constant_in_graphs(_function)
 
 
 def why_not(device: str) -> str:
@@ -206,13 +229,9 @@ def backends() -> dict[str, Any]:
         Triton compiles when it is first called, so that it counts as compiled.
     """
     usable = _cpu_failure is None
-    cpu: dict[str, Any] = {"compiled": usable, "usable": usable, "why_not": _cpu_failure, "isa": None}
-    try:
-        from kdfast import _C
-
-        cpu |= {"isa": _C.isa() if usable else None, "build": _C.build()}
-    except ImportError as error:  # the operators do not need it: it belongs to one Python, they to none
-        cpu["build"] = {"why_not": str(error), "machine": platform.machine()}
+    cpu: dict[str, Any] = {"compiled": usable, "usable": usable, "why_not": _cpu_failure, "isa": None, "build": None}
+    if usable:
+        cpu |= {"isa": isa(), "build": {"compiler": _of_library("compiler"), "isas": _isas("compiled")}}
     failures = {device: triton_failure(device) for device in ("cuda", "cpu")}
     device = next((name for name, failure in failures.items() if failure is None), None)
     triton = {

@@ -220,7 +220,7 @@ class Copy:
 
 def other_isas() -> list[str]:
     """The instruction sets that the best one here can do without; avx512_bf16 has the other dtypes from avx512."""
-    code = "from kdfast import _C; print(*_C.usable_isas())"
+    code = "from kdfast import choice; print(*choice.usable_isas())"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )

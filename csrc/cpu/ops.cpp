@@ -206,8 +206,41 @@ Tensor tempered_softmax_backward(Tensor grad, Tensor output, std::optional<Tenso
   return run_softmax(a, y, temperatures, dtype, &RowKernels::softmax_backward);
 }
 
+// Names of instruction sets with spaces between, best last.
+template <class Predicate>
+std::string names_of_isas(Predicate wanted) {
+  std::string names;
+  for (Isa isa : kAllIsas) {
+    if (wanted(isa)) names += std::string(names.empty() ? "" : " ") + name(isa);
+  }
+  return names;
+}
+
 }  // namespace
 }  // namespace kdfast
+
+// For kdfast/choice.py: facts of the build, and the instruction set that the kernels above use.
+#define KDFAST_EXPORT extern "C" __attribute__((visibility("default")))
+KDFAST_EXPORT const char* kdfast_compiler() { return KDFAST_COMPILER; }
+KDFAST_EXPORT const char* kdfast_compiled_isas() {
+  static const std::string names = kdfast::names_of_isas(kdfast::compiled);
+  return names.c_str();
+}
+KDFAST_EXPORT const char* kdfast_usable_isas() {
+  static const std::string names = kdfast::names_of_isas(kdfast::usable);
+  return names.c_str();
+}
+// Where KDFAST_CPU_ISA names no usable set, the error's message.
+KDFAST_EXPORT const char* kdfast_isa() {
+  static const std::string name = [] {
+    try {
+      return std::string(kdfast::name(kdfast::chosen()));
+    } catch (const std::exception& error) {
+      return std::string(error.what());
+    }
+  }();
+  return name.c_str();
+}
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   KDFAST_REGISTER_LOSS(m);

@@ -1,10 +1,11 @@
 // The row kernels of one instruction set. This file is compiled once for each, with the compiler's flags for
 // it and KDFAST_ISA, its name; it exports one table.
+#include "row_kernels.h"
+
 #include <type_traits>
 
 #include "convert.h"
 #include "row_gradient.h"
-#include "row_kernels.h"
 #include "short_rows.h"
 #include "softmax_rows.h"
 #include "standardize.h"
