@@ -27,7 +27,7 @@ class Inputs(NamedTuple):
 
     teachers: list[Tensor]  # each (..., V), each of its own V and dtype
     labels: Tensor | None  # (...)
-    weight: Tensor | None  # (...)
+    row_weight: Tensor | None  # (...)
     normalizer: Tensor | None  # 0-dim
     temperatures: Tensor | None  # (...)
     teacher_temperatures: Tensor | None  # (...)
@@ -61,6 +61,19 @@ class Settings(NamedTuple):
     @property
     def reads_teacher(self) -> bool:
         return self.alpha != 0 or self.metrics
+
+
+# A row's statistics, with y = logit * log2(e) / T - offset and an offset near the row's largest y. A backend may choose
+# another offset than the maximum; log2(sum) + offset is the same everywhere.
+STATS = (
+    "student_offset",
+    "teacher_offset",
+    "student_sum",
+    "teacher_sum",
+    "hard_sum",
+    "teacher_running",
+    "student_running",
+)
 
 
 def relevant(inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:

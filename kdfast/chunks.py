@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast import reference
+from kdfast import rows
 from kdfast.arguments import Heads, Inputs, Settings
 from kdfast.products import head
 
@@ -70,18 +70,18 @@ class Chunks:
     def __init__(self, heads: Heads, inputs: Inputs, settings: Settings) -> None:
         vocab = len(heads.student_weight) if settings.vocab_size < 0 else settings.vocab_size
         settings = settings._replace(vocab_size=vocab)
-        reference.check_values(heads.student_hidden, inputs, settings)
+        rows.check_values(heads.student_hidden, inputs, settings)
         self.student = Side(heads.student_hidden, heads.student_weight, heads.student_bias, vocab)
         self.teacher = None
         if settings.reads_teacher and heads.teacher_hidden is not None and heads.teacher_weight is not None:
             self.teacher = Side(heads.teacher_hidden, heads.teacher_weight, heads.teacher_bias, vocab)
         self.hidden, self.shape = self.student.hidden, heads.student_hidden.shape[:-1]
         self.rows, self.vocab, self.at_once = len(self.hidden), vocab, heads.chunk_rows
-        self.loss_dtype = reference.loss_dtype(self.hidden)
+        self.loss_dtype = rows.loss_dtype(self.hidden)
         self.inputs = Inputs(
             [t.detach() for t in inputs.teachers],
             _column(inputs.labels),
-            _column(inputs.weight),
+            _column(inputs.row_weight),
             None,
             _column(inputs.temperatures),
             _column(inputs.teacher_temperatures),
@@ -92,9 +92,9 @@ class Chunks:
     def _drop(self, hidden: Tensor, inputs: Inputs, settings: Settings) -> None:
         """Which rows take part: all; on a CPU those that are kept; on a GPU all, the others as zeros."""
         self.kept = self.index = None
-        if inputs.labels is None and inputs.weight is None:
+        if inputs.labels is None and inputs.row_weight is None:
             return
-        kept = reference.kept_rows(hidden, inputs, settings).flatten()
+        kept = rows.kept_rows(hidden, inputs, settings).flatten()
         if not _may_look(hidden):
             self.kept = kept
         elif not kept.all():
@@ -104,16 +104,16 @@ class Chunks:
         """A chunk's settings, and what is left to divide by at the end."""
         self.divisor: Tensor | None = None
         if settings.reduction != "none":
-            total = reference.denominator(hidden, inputs, settings)
+            total = rows.denominator(hidden, inputs, settings)
             if inputs.normalizer is None:
                 total = torch.where(total == 0, 1, total)  # of no rows
             if hidden.dtype == torch.float16:
                 # neither a mean's gradient nor a row's weight is known to fit into a float16 factor of a product
-                if self.inputs.weight is not None and len(self.inputs.weight):
-                    weight = self.inputs.weight.to(total.dtype)
+                if self.inputs.row_weight is not None and len(self.inputs.row_weight):
+                    weight = self.inputs.row_weight.to(total.dtype)
                     largest = weight.max()
                     largest = torch.where(largest == 0, 1, largest)
-                    self.inputs, total = self.inputs._replace(weight=weight / largest), total / largest
+                    self.inputs, total = self.inputs._replace(row_weight=weight / largest), total / largest
                 self.divisor, settings = total, settings._replace(reduction="sum", divisor=0.0)
             else:
                 settings = settings._replace(reduction="mean", divisor=0.0)

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import reference
-from kdfast.arguments import Heads, Inputs, KDMetrics, Settings, measured_apart
+from kdfast.arguments import STATS, Heads, Inputs, KDMetrics, Settings, measured_apart
 from kdfast.chunks import Chunk, Chunks
 
 
@@ -42,7 +41,7 @@ def stats(ops: Any, heads: Heads, inputs: Inputs, settings: Settings) -> tuple[T
     """The loss under `reduction`, the row statistics of all rows, from which `grad` goes on, and the metrics."""
     chunks = Chunks(heads, inputs, settings)
     results = Results(chunks, settings)
-    collected = chunks.hidden.new_zeros((chunks.rows, len(reference.STATS)), dtype=chunks.loss_dtype)
+    collected = chunks.hidden.new_zeros((chunks.rows, len(STATS)), dtype=chunks.loss_dtype)
     for chunk in chunks:
         of_loss, left, apart = measured_apart(ops, chunk.logits, chunk.inputs, chunks.settings)
         loss, of_chunk, metrics = ops.stats(chunk.logits, *of_loss, *left)
@@ -136,7 +135,7 @@ class Results:
             return
         self.losses.append(loss)
         if self.wanted:  # means over the chunk, with the loss's weights
-            weight = chunk.inputs.weight
+            weight = chunk.inputs.row_weight
             weight = loss.new_ones(len(chunk.logits)) if weight is None else weight.to(loss.dtype)
             total = (weight if chunk.kept is None else torch.where(chunk.kept, weight, 0)).sum()
             self.weights.append(total)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import choice, linear_ops, reference
-from kdfast.arguments import Heads, Inputs, KDMetrics, Settings
+from kdfast import choice, cuda_ops, linear_ops, reference
+from kdfast.arguments import STATS, Heads, Inputs, KDMetrics, Settings
+from kdfast.rows import loss_dtype
 
 _TYPES = {
     list[Tensor]: "Tensor[]",
@@ -62,7 +63,7 @@ SCHEMAS = {
 
 def _new_loss(student: Tensor, settings: Settings) -> Tensor:
     shape = student.shape[:-1] if settings.reduction == "none" else ()
-    return student.new_empty(shape, dtype=reference.loss_dtype(student))
+    return student.new_empty(shape, dtype=loss_dtype(student))
 
 
 def _new_metrics(student: Tensor, settings: Settings) -> Tensor:
@@ -70,7 +71,7 @@ def _new_metrics(student: Tensor, settings: Settings) -> Tensor:
     shape = (0,)
     if settings.metrics:
         shape = (len(KDMetrics._fields), *(student.shape[:-1] if settings.reduction == "none" else ()))
-    return student.new_empty(shape, dtype=reference.loss_dtype(student))
+    return student.new_empty(shape, dtype=loss_dtype(student))
 
 
 def _new_grad(student: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def _new_grad(student: Tensor) -> Tensor:
 
 def _new_stats(student: Tensor) -> Tensor:
     rows = math.prod(student.shape[:-1])  # .numel() would fix a symbolic size
-    return student.new_empty((rows, len(reference.STATS)), dtype=reference.loss_dtype(student))
+    return student.new_empty((rows, len(STATS)), dtype=loss_dtype(student))
 
 
 def _new_head_gradients(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,6 +153,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
         output.shape, dtype=dtype
     ),
 }
+CUDA_KERNELS = ("loss_grad", "loss_grad_", "stats", "grad", "grad_", "scale_")
 _PLAIN = {"scale_", "tempered_softmax", "tempered_softmax_backward"}  # the operators that take no loss's arguments
 
 _NAMESPACES = ("kdfast", "kdfast_reference", "kdfast_triton", "kdfast_cuda")
@@ -161,6 +163,11 @@ _warned: set[str] = set()
 
 def _reference(name: str) -> Callable[..., Any]:
     function = getattr(reference, name)
+    return function if name in _PLAIN else _bundled(function)
+
+
+def _cuda(name: str) -> Callable[..., Any]:
+    function = getattr(cuda_ops, name)
     return function if name in _PLAIN else _bundled(function)
 
 
@@ -178,8 +185,8 @@ def _triton(name: str) -> Callable[..., Any]:
 
 def _gpu(name: str) -> Callable[..., Any]:
     """What CUDA and ROCm tensors get."""
-    cuda = getattr(torch.ops.kdfast_cuda, name).default
-    kernels = {"triton": _triton(name), "cuda": cuda, "reference": _with_warning(name)}
+    kernels = {"triton": _triton(name), "reference": _with_warning(name)}
+    kernels |= {"cuda": _cuda(name)} if name in CUDA_KERNELS else {}
 
     def plain(first: Tensor, *args: Any) -> Any:
         return kernels[choice.of_gpu(name, first, (), None)](first, *args)
@@ -224,6 +231,10 @@ def _linear(name: str, namespace: str) -> Callable[..., Any]:
     return _headed(call)
 
 
+_cuda_rows = torch.library.Library("kdfast_cuda_rows", "DEF")  # the CUDA kernels, which register themselves
+for _name in CUDA_KERNELS:
+    _cuda_rows.define(_name + SCHEMAS[_name])
+
 for _name, _schema in SCHEMAS.items():
     for _namespace, _library in _defined.items():
         _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -236,6 +247,8 @@ for _name, _schema in SCHEMAS.items():
     _defined["kdfast"].impl(_name, _gpu(_name), "CUDA")  # ROCm's tensors too
     _defined["kdfast_reference"].impl(_name, _reference(_name), "CompositeExplicitAutograd")
     _defined["kdfast_triton"].impl(_name, _triton(_name), "CompositeExplicitAutograd")
+    if _name in CUDA_KERNELS:
+        _defined["kdfast_cuda"].impl(_name, _cuda(_name), "CompositeExplicitAutograd")
 
 
 choice.load()  # what is compiled registers for the operators defined here

@@ -11,19 +11,15 @@ The functions named like the operators of ops.py are their plain implementation.
 """
 
 import math
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdfast.arguments import Inputs, KDMetrics, Settings
+from kdfast.arguments import STATS, Inputs, KDMetrics, Settings
 from kdfast.divergences import DIVERGENCES, times
-
-
-def loss_dtype(student: Tensor) -> torch.dtype:
-    """Losses and sums are fp32, for fp64 logits fp64."""
-    return torch.float64 if student.dtype == torch.float64 else torch.float32
+from kdfast.rows import check_values, divisor, kept_rows, loss_dtype, mean_metrics, no_metrics, row_weights
+from kdfast.torch_private import autograd_included
 
 
 def logit_mse(s: Tensor, t: Tensor) -> Tensor:
@@ -118,7 +114,7 @@ def row_losses(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
         z = torch.logsumexp(rows.s, -1)
         loss = loss + settings.z_loss * torch.where(z == -math.inf, math.nan, z).square()
     loss = torch.where(rows.keep, loss, 0)
-    return loss if inputs.weight is None else loss * torch.where(rows.keep, inputs.weight.to(loss.dtype), 0)
+    return loss if inputs.row_weight is None else loss * torch.where(rows.keep, inputs.row_weight.to(loss.dtype), 0)
 
 
 def _hard_losses(rows: _Rows, settings: Settings) -> Tensor:
@@ -234,85 +230,24 @@ def row_metrics(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
 def metrics(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """KDMetrics, (7,) or, with reduction "none", (7, ...); (0,) where they are not wanted."""
     if not settings.metrics:
-        return student.new_empty(0, dtype=loss_dtype(student))
-    rows = row_metrics(student, inputs, settings)
-    if settings.reduction == "none":
-        return rows
-    keep = kept_rows(student, inputs, settings)
-    weight = torch.where(keep, 1 if inputs.weight is None else inputs.weight, 0).to(rows.dtype)
-    total = torch.where(keep, rows * weight, 0).flatten(1).sum(1) if student.dim() > 1 else rows * weight
-    return total / weight.sum()  # 0 / 0 where no row is kept
-
-
-def kept_rows(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    """Which rows, (...), have a term in the loss: not ignored, and not of weight 0."""
-    keep = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
-    if inputs.labels is not None:
-        keep &= inputs.labels != settings.ignore_index
-    if inputs.weight is not None:
-        keep &= inputs.weight != 0
-    return keep
-
-
-def denominator(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    """What the sum of the rows' losses is divided by, 0-dim; 0 for a mean over nothing."""
-    one = student.new_ones((), dtype=loss_dtype(student))
-    if settings.reduction == "batchmean":
-        return one * (student.shape[0] if student.dim() > 1 else 1)
-    if settings.reduction != "mean":
-        return one
-    if inputs.normalizer is not None:
-        return inputs.normalizer.detach().to(one.dtype)
-    if settings.divisor:
-        return one * settings.divisor
-    keep = kept_rows(student, inputs, settings)
-    return (keep if inputs.weight is None else torch.where(keep, inputs.weight, 0)).sum(dtype=torch.float64).to(one)
-
-
-def check_values(student: Tensor, inputs: Inputs, settings: Settings) -> None:
-    """The errors that depend on a tensor's values. Not on a GPU, where looking would mean to wait for it."""
-    if student.device.type != "cpu":
-        return
-    vocab = settings.vocab_size if settings.vocab_size >= 0 else student.shape[-1]
-    if inputs.labels is not None:
-        labels = inputs.labels.flatten()
-        bad = ((labels < 0) | (labels >= vocab)) & (labels != settings.ignore_index)
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise IndexError(
-                f"labels: label {int(labels[row])} in row {row} is out of range: with V = {vocab} it must be in "
-                f"[0, {vocab - 1}] or ignore_index ({settings.ignore_index})"
-            )
-    for name, value, zero in (
-        ("weight", inputs.weight, True),
-        ("temperature", inputs.temperatures, False),
-        ("teacher_temperature", inputs.teacher_temperatures, False),
-    ):
-        if value is not None:
-            value = value.flatten().double()
-            bad = ~(((value >= 0) if zero else (value > 0)) & value.isfinite())
-            if bad.any():
-                row = int(bad.nonzero()[0])
-                rule = ">= 0" if zero else "> 0"
-                raise ValueError(f"{name}: {value[row].item():g} in row {row}, but it must be finite and {rule}")
+        return no_metrics(student)
+    return mean_metrics(row_metrics(student, inputs, settings), row_weights(inputs, settings), settings)
 
 
 def _reduced(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     rows = row_losses(student, inputs, settings)
     if settings.reduction == "none":
         return rows
-    divisor = denominator(student, inputs, settings)
-    return torch.where(divisor == 0, 0, rows.sum() / torch.where(divisor == 0, 1, divisor))
-
-
-def _autograd_included() -> AbstractContextManager[None]:
-    """An operator called from a compiled graph runs below autograd; its own gradients need it all the same."""
-    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    by = divisor(student, row_weights(inputs, settings), inputs, settings)
+    if by.tensor is None:
+        return rows.sum() / by.number
+    by_tensor = by.tensor.to(rows.dtype)
+    return torch.where(by_tensor == 0, 0, rows.sum() / torch.where(by_tensor == 0, 1, by_tensor))
 
 
 def _gradient(student: Tensor, inputs: Inputs, settings: Settings, grad_loss: Tensor | None) -> list[Tensor]:
     check_values(student, inputs, settings)
-    with torch.enable_grad(), _autograd_included():
+    with torch.enable_grad(), autograd_included():
         leaf = student.detach().requires_grad_()
         loss = _reduced(leaf, inputs, settings)
         if not loss.requires_grad:  # neither term has a weight
@@ -332,19 +267,6 @@ def loss_grad_(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Ten
     loss, grad, measured = loss_grad(student, inputs, settings)
     student.copy_(grad)
     return loss, measured
-
-
-# A row's statistics, with y = logit * log2(e) / T - offset and an offset near the row's largest y. A backend may choose
-# another offset than the maximum; log2(sum) + offset is the same everywhere.
-STATS = (
-    "student_offset",
-    "teacher_offset",
-    "student_sum",
-    "teacher_sum",
-    "hard_sum",
-    "teacher_running",
-    "student_running",
-)
 
 
 def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,7 +33,7 @@ STORAGES = {"bf16": "__nv_bfloat16", "fp16": "__half", "fp32": "float", "general
 FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC")
 UNITS = {
     **{f"rows_{k}": ("rows.cu", f"-DKDFAST_STORAGE={s}", f"-DKDFAST_STORAGE_NAME={k}") for k, s in STORAGES.items()},
-    "reductions": ("reductions.cu",),
+    "scale": ("scale.cu",),
     "launch": ("launch.cu",),
 }  # fmt: skip
 WRAPPED = (  # calls of ops.cpp that come to the stub first

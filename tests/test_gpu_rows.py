@@ -7,8 +7,10 @@ Phantom classes of a padded vocabulary (trl#3028, torchtune#2598): test_calls.py
 a kernel as fp32: test_calls.py, in fp64.
 """
 
+import re
 from typing import Any
 
+import emulated
 import gpu
 import pytest
 import torch
@@ -16,6 +18,7 @@ from cases import BF16, F32, batch
 from judge import run
 
 import kdfast
+from kdfast import rows
 
 VOCABS = (1000, 40000)  # a row in registers; one in two sweeps, split over programs
 SETTINGS: dict[str, Any] = {"backend": "triton"}
@@ -46,9 +49,7 @@ def test_a_label_out_of_range_spoils_its_row_alone(
     backend: str, vocab: int, label: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU nobody waits to raise: the row is NaN, and nothing else is lost."""
-    from kdfast import reference
-
-    monkeypatch.setattr(reference, "check_values", lambda *args: None)  # as for tensors of a GPU
+    monkeypatch.setattr(rows, "check_values", lambda *args: None)  # as for tensors of a GPU
     student, teacher, labels = batch(3, vocab, BF16)
     bad = labels.clone()
     bad[1] = vocab if label is None else label
@@ -62,6 +63,36 @@ def test_a_label_out_of_range_spoils_its_row_alone(
         want = run(student, teacher, labels, torch.ones(3), reduction="none", **settings)
         assert torch.equal(loss[[0, 2]], want[0][[0, 2]])
         assert torch.equal(grad[[0, 2]], want[1][[0, 2]])
+
+
+# What PyTorch does without a launch on a GPU: where a result has another dtype the CPU alone makes a copy.
+NO_LAUNCH = re.compile(
+    "aten::(.*empty.*|.*view.*|.*reshape.*|.*copy_?|as_strided|contiguous|detach|to|fill_|expand|flatten|unbind)"
+)
+
+
+@pytest.mark.parametrize("backend", ("triton", "cuda"), indirect=True)
+@pytest.mark.parametrize(
+    ("size", "vocab"), [(3, 1000), (3, 50257), (65, 33000)], ids=["short", "few and long", "many and long"]
+)
+def test_forward_takes_at_most_five_launches_and_backward_one(
+    backend: str, size: int, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six where Triton splits few and long rows that are both ignored and weighted."""
+    monkeypatch.setattr(rows, "check_values", lambda *args: None)  # as for tensors of a GPU
+    student, teacher, labels = batch(size, vocab, BF16)
+    student.requires_grad_()
+    for weight in (None, torch.rand(size), torch.rand(size) > 0.5):
+        with emulated.kernels(run=False) if backend == "cuda" else gpu.kernels() as reports:
+            with torch.autograd.profiler.profile() as profile:
+                loss = kdfast.kd_loss(student, teacher, labels, row_weight=weight, temperature=2, backend=backend)
+            forward = len(reports)
+            loss.backward()
+        names = [event.name for event in profile.function_events if event.name.startswith("aten::")]
+        by_torch = [name for name in names if not NO_LAUNCH.fullmatch(name)]
+        split = backend == "triton" and forward == 3 and weight is not None
+        assert 3 <= forward + len(by_torch) <= 5 + split, by_torch
+        assert len(reports) - forward <= 1
 
 
 @on_triton

@@ -15,6 +15,9 @@ KDFAST_ALWAYS_INLINE int part_of(int packs, int blocks) {
   return blocks == 1 ? packs : ((packs + blocks - 1) / blocks + 31) / 32 * 32;
 }
 
+// How a number per row is stored.
+enum class Number { kFloat, kBFloat16, kHalf, kBool };
+
 struct RowsArgs {
   int rows, vocab;
   int width;  // of the student with its padding: the gradient beyond vocab is 0
@@ -26,16 +29,18 @@ struct RowsArgs {
   bool geometric;
   Divergence divergence;  // kNone: no teacher is read
 
-  const int64_t* labels;  // (rows) or null, as are all that follow
-  const float *weight, *temperatures, *teacher_temperatures;
-  const float* row_scale;  // the gradient of row r is scale / divisor * row_scale[r * step] * dl_r/ds
+  const int64_t* labels;   // (rows) or null, as are all that follow
+  const void* row_weight;  // 0: the row is not kept
+  Number row_weight_type;
+  const float *temperatures, *teacher_temperatures;
+  const float*
+      row_scale;  // backward: what the gradient of row r is multiplied by stands at r * row_scale_step
   int row_scale_step;
-  const float* divisor;  // 0-dim or null; 0: the mean over no row is 0
-  float* losses;
-  float* metrics;      // (kMetrics, rows)
-  float* new_stats;    // (rows, kStats), in the order of Statistics
-  const float* stats;  // the same: passes A and B are not taken again
-  int64_t ignore_index;
+  const float* divisor;  // 0-dim or null: of the sum of losses, beside `scale`; 0 where no row is kept
+  float* losses;         // shares of the loss: row_weight * scale / divisor * l
+  float* metrics;        // (kMetrics, rows)
+  float* new_stats;      // (rows, kStats), in the order of Statistics
+  const float* stats;    // the same: passes A and B are not taken again
   float temperature, teacher_temperature;  // where there is none per row
   float alpha, hard_weight, z_loss, beta;
   float scale;
@@ -43,17 +48,6 @@ struct RowsArgs {
   float dkd_target, dkd_others;                     // weights
   bool t_squared, standardize;
   bool keep;  // whether there is shared memory for a row; of the general kernel
-};
-
-struct ReduceArgs {  // of a number per row
-  int rows;
-  const int64_t* labels;  // (rows) or null
-  const float* weight;    // (rows) or null
-  int64_t ignore_index;
-  const float* by_row;   // (rows), or metrics, (kMetrics, rows)
-  const float* divisor;  // as above
-  float scale;
-  float* out;  // 0-dim; (kMetrics)
 };
 
 struct ScaleArgs {

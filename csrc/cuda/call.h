@@ -1,4 +1,4 @@
-// One call's arguments as the kernels take them, its launches, and its results as torch does.
+// One call's arguments as the kernels take them, its launch, and its results as torch does: of every row.
 #pragma once
 
 #include <dlfcn.h>
@@ -37,14 +37,14 @@ inline Place place_of(const Tensor& t) {
 class Call {
  public:
   Call(const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& labels,
-       const std::optional<Tensor>& weight, const std::optional<Tensor>& normalizer,
+       const std::optional<Tensor>& row_weight, const std::optional<Tensor>& normalizer,
        const std::optional<Tensor>& temperatures, const std::optional<Tensor>& teacher_temperatures,
        double temperature, double teacher_temperature, double alpha, double hard_weight, bool t_squared,
        const std::string& divergence, double beta, const std::string& target, const std::string& ensemble,
-       const std::vector<double>& teacher_weights, int64_t vocab_size, int64_t ignore_index,
-       const std::string& reduction, double divisor, double label_smoothing, double z_loss, double softcap,
-       double teacher_softcap, bool standardize, const std::vector<double>& dkd_weights, bool metrics)
-      : student_(readable(student)), copied_(student_.get() != student.get()), reduction_(reduction) {
+       const std::vector<double>& teacher_weights, int64_t vocab_size, int64_t, const std::string&,
+       double divisor, double label_smoothing, double z_loss, double softcap, double teacher_softcap,
+       bool standardize, const std::vector<double>& dkd_weights, bool metrics)
+      : student_(readable(student)), copied_(student_.get() != student.get()) {
     place_ = place_of(student);
     RowsArgs& a = args_;
     if (rows_of(student_) > INT32_MAX || classes_of(student_) > INT32_MAX) {
@@ -71,10 +71,9 @@ class Call {
       held_.push_back(torch::stable::contiguous(*labels));
       a.labels = (const int64_t*)held_.back().const_data_ptr();
     }
-    a.weight = by_row(weight);
+    if (row_weight) set_weights(*row_weight);
     a.temperatures = by_row(temperatures);
     a.teacher_temperatures = by_row(teacher_temperatures);
-    a.ignore_index = ignore_index;
     a.temperature = (float)temperature;
     a.teacher_temperature = (float)teacher_temperature;
     a.alpha = (float)alpha;
@@ -88,13 +87,13 @@ class Call {
     a.dkd_others = (float)dkd_weights[1];
     a.t_squared = t_squared;
     a.standardize = standardize;
-    a.scale = 1;
+    a.scale = (float)(1 / divisor);
+    a.divisor = by_row(normalizer);
     if (metrics) {
       held_.push_back(new_floats({kMetrics, a.rows}));
       measured_ = held_.back();
       a.metrics = floats(*measured_);
     }
-    set_divisor(normalizer, divisor);
   }
 
   // ---- where the gradient goes ----
@@ -111,54 +110,38 @@ class Call {
 
   // ---- the launches ----
 
-  // Losses and, where it has a place, the gradient; metrics; statistics.
+  // Shares of the loss and, where it has a place, the gradient; metrics; statistics.
   Tensor run(float* new_stats = nullptr) {
-    held_.push_back(new_floats({args_.rows}));
-    const Tensor losses = held_.back();
-    count();
+    const Tensor losses = new_floats({args_.rows});
     if (args_.rows) {
       measure_softmaxes();
       args_.losses = floats(losses);
       args_.new_stats = new_stats;
       launch_rows(args_, place_);
     }
-    return reduced(losses);
+    return by_rows(losses, {});
   }
 
   void backward(const Tensor& stats, const Tensor& grad_loss) {
     held_.push_back(torch::stable::contiguous(grad_loss));
     args_.row_scale = floats(held_.back());
-    args_.row_scale_step = reduction_ == "none";
+    args_.row_scale_step = grad_loss.numel() > 1;
     args_.stats = floats(stats);
-    count();
     if (args_.rows) launch_rows(args_, place_);
   }
 
-  // What return_metrics reports: of every row, or the means over those kept, with their weights.
-  Tensor metrics() const {
-    if (!measured_) return new_floats({0});
-    std::vector<int64_t> shape{kMetrics};
-    if (reduction_ == "none") {
-      const auto sizes = student_.sizes();
-      shape.insert(shape.end(), sizes.begin(), sizes.end() - 1);
-      return torch::stable::reshape(*measured_, shape);
-    }
-    Tensor out = new_floats(shape);
-    launch_reduction(average_kernel(), reduction(floats(*measured_), floats(out)), place_);
-    return out;
-  }
+  // What return_metrics reports, of every row.
+  Tensor metrics() const { return measured_ ? by_rows(*measured_, {kMetrics}) : new_floats({0}); }
 
   Tensor new_stats() const { return new_floats({args_.rows, kStats}); }
 
  private:
   Tensor student_;
   bool copied_;
-  std::string reduction_;
   RowsArgs args_{};
   Place place_;
   std::vector<Tensor> held_;        // copies, conversions and what is made on the way
   std::optional<Tensor> measured_;  // the metrics of every row
-  float* counted_ = nullptr;
 
   static Matrix tensor(const Tensor& t) {
     if (dtype_of(t) == DType::kDouble) {
@@ -176,41 +159,24 @@ class Call {
     return floats(held_.back());
   }
 
-  void set_divisor(const std::optional<Tensor>& normalizer, double given) {
-    RowsArgs& a = args_;
-    if (reduction_ == "batchmean") {
-      const int64_t size = student_.dim() > 1 ? student_.sizes()[0] : 1;
-      a.scale = size ? 1.f / (float)size : 0;
-    }
-    if (reduction_ != "mean") return;
-    if (normalizer) {
-      a.divisor = by_row(normalizer);
-    } else if (given != 0) {
-      a.scale = (float)(1 / given);
-    } else if (!a.labels && !a.weight) {
-      a.scale = a.rows ? 1.f / (float)a.rows : 0;
-    } else {
-      held_.push_back(new_floats({}));
-      a.divisor = counted_ = floats(held_.back());
-    }
+  void set_weights(const Tensor& weights) {
+    const ScalarType type = weights.scalar_type();
+    const bool as_is = type == ScalarType::Float || type == ScalarType::BFloat16 ||
+                       type == ScalarType::Half || type == ScalarType::Bool;
+    held_.push_back(
+        torch::stable::contiguous(as_is ? weights : torch::stable::to(weights, ScalarType::Float)));
+    args_.row_weight = held_.back().const_data_ptr();
+    args_.row_weight_type = type == ScalarType::BFloat16 ? Number::kBFloat16
+                            : type == ScalarType::Half   ? Number::kHalf
+                            : type == ScalarType::Bool   ? Number::kBool
+                                                         : Number::kFloat;
   }
 
-  ReduceArgs reduction(const float* by_row, float* out) const {
-    return {args_.rows, args_.labels,  args_.weight, args_.ignore_index,
-            by_row,     args_.divisor, args_.scale,  out};
-  }
-  // The mean's denominator, where it depends on tensors.
-  void count() const {
-    if (counted_) launch_reduction(count_kernel(), reduction(nullptr, counted_), place_);
-  }
-  Tensor reduced(const Tensor& losses) const {
-    if (reduction_ == "none") {
-      const auto sizes = student_.sizes();
-      return torch::stable::reshape(losses, std::vector<int64_t>(sizes.begin(), sizes.end() - 1));
-    }
-    Tensor out = new_floats({});
-    launch_reduction(reduce_kernel(), reduction(floats(losses), floats(out)), place_);
-    return out;
+  // A tensor of a number per row in the shape of the rows, after other dimensions.
+  Tensor by_rows(const Tensor& values, std::vector<int64_t> shape) const {
+    const auto sizes = student_.sizes();
+    shape.insert(shape.end(), sizes.begin(), sizes.end() - 1);
+    return torch::stable::reshape(values, shape);
   }
 
   // logit_mse's metrics but for `soft` are of softmaxes, which it does not take.

@@ -236,11 +236,6 @@ void launch_rows(RowsArgs a, const Place& place) {
   run(kernel_of(a, plain, Shape::kSwept), by_sweeps(a, device), a, device, place);
 }
 
-void launch_reduction(Kernel kernel, const ReduceArgs& args, const Place& place) {
-  const DeviceScope scope(place.device);
-  run(kernel, {1, args.rows <= 256 ? 32 : kMostThreads, 1, 0}, args, device_of(place.device), place);
-}
-
 void launch_scale(const ScaleArgs& args, const Place& place) {
   const DeviceScope scope(place.device);
   const Device device = device_of(place.device);

@@ -19,11 +19,8 @@ Kernel row_kernel_fp16(Divergence, Shape);
 Kernel row_kernel_fp32(Divergence, Shape);
 Kernel row_kernel_general(Divergence, Shape);
 
-// Of reductions.cu.
-Kernel count_kernel();    // ReduceArgs: the sum of the weights of the rows that are kept
-Kernel reduce_kernel();   // ReduceArgs: the sum of a number per row, times scale, by divisor
-Kernel average_kernel();  // ReduceArgs: kMetrics means over the rows that are kept
-Kernel scale_kernel();    // ScaleArgs: the gradient times the factor; nothing where that is 1
+// Of scale.cu.
+Kernel scale_kernel();  // ScaleArgs: the gradient times the factor; nothing where that is 1
 
 // 1000 * major + 10 * minor: of the runtime, which is a part of this library, and the latest that the driver
 // knows.
@@ -35,7 +32,6 @@ struct Place {
   void* stream;
 };
 void launch_rows(RowsArgs, const Place&);
-void launch_reduction(Kernel, const ReduceArgs&, const Place&);
 void launch_scale(const ScaleArgs&, const Place&);
 
 }  // namespace kdfast

@@ -71,4 +71,4 @@ void scale_(Tensor grad, Tensor factor) {
 }  // namespace
 }  // namespace kdfast
 
-STABLE_TORCH_LIBRARY_IMPL(kdfast_cuda, KDFAST_CUDA_KEY, m) { KDFAST_REGISTER_LOSS(m); }
+STABLE_TORCH_LIBRARY_IMPL(kdfast_cuda_rows, KDFAST_CUDA_KEY, m) { KDFAST_REGISTER_LOSS(m); }

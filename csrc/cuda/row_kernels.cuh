@@ -26,32 +26,47 @@ struct RowOf {
   int64_t index;
   bool kept, bad;  // bad: a label out of range, whose row is NaN
   int n;           // classes that are looked at: none where the row drops out
-  float weight, factor;
+  float share;     // of the loss: what its loss is multiplied by
+  float factor;    // what its gradient is multiplied by
   RowScale scale;
 };
 
 // What a row has beside its logits; one thread of a block reads it for all, for each warp's reads count.
 struct RowNumbers {
   int64_t label;
-  float weight, temperature, teacher_temperature, factor;
+  float weight, temperature, teacher_temperature, share, factor;
   float label_s, shift;  // of a row that is not general
 };
+
+__device__ inline float weight_of(const RowsArgs& a, int64_t index) {
+  if (!a.row_weight) return 1;
+  switch (a.row_weight_type) {
+    case Number::kFloat:
+      return ((const float*)a.row_weight)[index];
+    case Number::kBFloat16:
+      return widened(((const __nv_bfloat16*)a.row_weight)[index]);
+    case Number::kHalf:
+      return widened(((const __half*)a.row_weight)[index]);
+    default:
+      return ((const bool*)a.row_weight)[index];
+  }
+}
 
 template <class S, class D>
 __device__ inline RowNumbers numbers_of(const RowsArgs& a, int64_t index) {
   using Stats = Statistics<D, kGeneral<S>>;
   RowNumbers x{};
   if (a.labels) x.label = a.labels[index];
-  x.weight = a.weight ? a.weight[index] : 1;
+  x.weight = weight_of(a, index);
   x.temperature = a.temperatures ? a.temperatures[index] : a.temperature;
   x.teacher_temperature = a.teacher_temperatures ? a.teacher_temperatures[index] : a.teacher_temperature;
-  x.factor = x.weight * a.scale;
-  if (a.divisor) x.factor *= *a.divisor == 0 ? 0 : 1 / *a.divisor;
+  x.share = x.weight * a.scale;
+  if (a.divisor) x.share *= *a.divisor == 0 ? 0 : 1 / *a.divisor;
+  x.factor = x.share;
   if (a.row_scale) x.factor *= a.row_scale[index * a.row_scale_step];
   if constexpr (!kGeneral<S>) {  // whose label's logit is to be prepared
     const S* student = row_at<const S>(a.student, index);
-    if (a.labels && x.label >= 0 && x.label < a.vocab && x.label != a.ignore_index)
-      x.label_s = widened(student[x.label]);
+    if (a.labels && x.label >= 0 && x.label < a.vocab && x.weight != 0) x.label_s = widened(student[x.label]);
     if (Stats::kMSE) x.shift = widened(student[0]) - widened(row_at<const S>(a.teachers[0], index)[0]);
   }
   return x;
@@ -60,8 +75,8 @@ __device__ inline RowNumbers numbers_of(const RowsArgs& a, int64_t index) {
 __device__ inline RowOf row_of(const RowsArgs& a, int64_t index, const RowNumbers& x) {
   RowOf r;
   r.index = index;
-  r.weight = x.weight;
-  r.kept = !(a.labels && x.label == a.ignore_index) && x.weight != 0;
+  r.share = x.share;
+  r.kept = x.weight != 0;
   const bool inside = x.label >= 0 && x.label < a.vocab;
   r.bad = r.kept && a.labels && !inside;
   r.n = r.kept ? a.vocab : 0;
@@ -78,7 +93,7 @@ template <class D, bool G>
 __device__ inline void write_row(const RowsArgs& a, const RowOf& r, const Statistics<D, G>& statistics,
                                  const PointwiseSums& sums, const Terms& terms) {
   const int lane = threadIdx.x & 31;
-  if (a.losses && lane == 0) a.losses[r.index] = r.kept ? (r.bad ? nanf("") : r.weight * terms.loss) : 0;
+  if (a.losses && lane == 0) a.losses[r.index] = r.kept ? (r.bad ? nanf("") : r.share * terms.loss) : 0;
   if (!a.new_stats) return;
   float mine = 0;  // the lane's of the statistics
 #pragma unroll

@@ -1,25 +1,24 @@
 """One loss on the Triton kernels: its arguments in the kernels' order, and which kernels it takes."""
 
-import math
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from kdfast import reference
-from kdfast.arguments import Inputs, KDMetrics, Settings
+from kdfast import rows
+from kdfast.arguments import STATS, Inputs, KDMetrics, Settings
 from kdfast.triton import autotune, launch, reductions, row_kernels
 from kdfast.triton.divergences import DIVERGENCES, parts
 from kdfast.triton.matrices import aligned, arithmetic, bits, by_row, launching_on, matrix, readable, rows_of
-from kdfast.triton.spec import Spec
+from kdfast.triton.spec import Numbers, PerRow, Spec
 
 MOST_TEACHERS = 8
 
 
 class Call:
     def __init__(self, student: Tensor, inputs: Inputs, settings: Settings) -> None:
-        reference.check_values(student, inputs, settings)
+        rows.check_values(student, inputs, settings)
         self.student, self.settings = readable(student), settings
         self.shape, self.rows, self.width = student.shape[:-1], rows_of(student), student.shape[-1]
         self.vocab = self.width if settings.vocab_size < 0 else settings.vocab_size
@@ -28,13 +27,13 @@ class Call:
             raise ValueError(
                 f"teacher: {len(self.teachers)} teachers, but the Triton kernels take at most {MOST_TEACHERS}"
             )
-        self.losses = student.new_empty(self.rows, dtype=reference.loss_dtype(student))
+        self.losses = student.new_empty(self.rows, dtype=rows.loss_dtype(student))
         self.facts = launch.facts(student.device)
         self.read = [self.student, *self.teachers]
         self.spec = self._spec(inputs)
         joined = 1 if self.spec.joint and self.teachers else len(self.teachers)
         self.members = 0 if self.spec.teacher == "none" else joined
-        self.columns = len(reference.STATS) + 3 * max(0, self.members - 1)
+        self.columns = len(STATS) + 3 * max(0, self.members - 1)
         self.room = launch.room_for(self.spec, self.read)
         self.plan = launch.plan(self.vocab, self.read, self.facts.warp, self.room)
         self.sweep = launch.sweep(self.vocab, self.read, self.facts.warp, self.room)
@@ -45,21 +44,24 @@ class Call:
             self.segments, self.segment = launch.segments(self.rows, self.vocab, tile, self.facts)
 
         labels = None if inputs.labels is None else inputs.labels.reshape(-1).contiguous()
-        columns = (inputs.weight, inputs.temperatures, inputs.teacher_temperatures)
-        self.per_row = [labels, *(None if column is None else by_row(column) for column in columns)]
-        scale, self.divisor, self.counted = self._divisor(inputs)
+        self.weights = rows.row_weights(inputs, settings)
+        columns = (self.weights, inputs.temperatures, inputs.teacher_temperatures)
+        weights, temperatures, teacher_temperatures = (None if c is None else by_row(c) for c in columns)
+        self.per_row = PerRow(None, labels, weights, temperatures, teacher_temperatures, None, None, None)
+        number, self.divisor = rows.divisor(student, self.weights, inputs, settings)
         self.measured = self.losses.new_empty(len(KDMetrics._fields), self.rows) if settings.metrics else None
-        always = (
-            settings.temperature, settings.teacher_temperature, settings.alpha, settings.hard_weight, scale,
+        optional = {
+            "beta": settings.beta, "label_smoothing": settings.label_smoothing, "z_loss": settings.z_loss,
+            "softcap": settings.softcap, "teacher_softcap": settings.teacher_softcap if self.teachers else 0.0,
+        }  # fmt: skip
+        target, others = map(bits, settings.dkd_weights) if spec.dkd else (None, None)
+        self.numbers = Numbers(
+            bits(settings.temperature), bits(settings.teacher_temperature), bits(settings.alpha),
+            bits(settings.hard_weight), bits(1 / number),
+            **{name: bits(value) if value else None for name, value in optional.items()},
+            dkd_target=target, dkd_others=others,
+            teacher_weights=tuple(map(bits, settings.teacher_weights)) if self.teachers else (),
         )  # fmt: skip
-        optional = (
-            (settings.beta, settings.beta), (spec.smoothed, settings.label_smoothing), (spec.z_loss, settings.z_loss),
-            (spec.softcap, settings.softcap), (spec.teacher_softcap, settings.teacher_softcap),
-            *((spec.dkd, weight) for weight in settings.dkd_weights),
-        )  # fmt: skip
-        wanted = [value if on else None for on, value in optional]  # what is None is no argument of a kernel
-        numbers = (*always, *wanted, *(settings.teacher_weights if self.teachers else ()))
-        self.numbers = tuple(None if n is None else bits(n) for n in numbers)
 
     def _spec(self, inputs: Inputs) -> Spec:
         settings = self.settings
@@ -95,56 +97,29 @@ class Call:
             standardize=settings.standardize, metrics=settings.metrics,
         )  # fmt: skip
 
-    def _divisor(self, inputs: Inputs) -> tuple[float, Tensor | None, bool]:
-        """What the sum of the losses is multiplied by, what it is divided by, and whether that has to be counted."""
-        settings = self.settings
-        if settings.reduction == "batchmean":
-            size = self.student.shape[0] if self.student.dim() > 1 else 1
-            return (1 / size if size else 0.0), None, False
-        if settings.reduction != "mean":
-            return 1.0, None, False
-        if inputs.normalizer is not None:
-            return 1.0, inputs.normalizer, False
-        if settings.divisor:
-            return 1 / settings.divisor, None, False
-        if inputs.labels is None and inputs.weight is None:
-            return (1 / self.rows if self.rows else 0.0), None, False
-        return 1.0, self.losses.new_empty(()), True
-
     # ---- the operators ----
 
     def loss_grad(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """The reduced loss and the metrics; the loss's gradient goes to `output`."""
-        if not self.rows:
-            return self.losses.new_zeros(()), self._metrics()
         with launching_on(output):
             if self.segments > 1:
-                table = self.losses.new_empty(self.rows, self.columns)
-                loss = self._split_statistics(table, reduced=True)
+                table, loss = self._split_statistics()
                 self._grad(table, None, output)
                 return loss, self._metrics()
-            self._count()
-            self._rows(output, None, self.losses)
-            return self._reduced(), self._metrics()
+            if self.rows:
+                self._rows(output, None, self.losses)
+        return self.losses.sum(), self._metrics()
 
     def stats(self) -> tuple[Tensor, Tensor, Tensor]:
         """The loss under the reduction, the row statistics as far as the operator's table has room, the metrics."""
         table = self.losses.new_empty(self.rows, self.columns)
-        scalar = self.settings.reduction != "none"
-        if not self.rows:
-            loss = self.losses.new_zeros(() if scalar else self.shape)
-            return loss, table[:, : len(reference.STATS)], self._metrics()
         with launching_on(self.losses):
             if self.segments > 1:
-                loss = self._split_statistics(table, scalar)
-            else:
+                table, _ = self._split_statistics()
+            elif self.rows:
                 self._stats(table, self.losses)
-                if scalar:
-                    self._count()
-                    loss = self._reduced()
-            metrics = self._metrics()
-        table = table[:, : len(reference.STATS)].contiguous()
-        return (loss if scalar else self.losses.view(self.shape)), table, metrics
+        loss = self.losses.view(self.shape) if self.settings.reduction == "none" else self.losses.sum()
+        return loss, table[:, : len(STATS)].contiguous(), self._metrics()
 
     def grad(self, stats: Tensor, grad_loss: Tensor, output: Tensor) -> None:
         """The gradient from the statistics; from the logits alone where that reads no more, or the table lacks some."""
@@ -152,8 +127,6 @@ class Call:
             return
         grad_loss = grad_loss.expand(self.shape).reshape(-1).contiguous()
         with launching_on(output):
-            if self.settings.reduction == "mean":
-                self._count()
             if self.plan.tiles or self.members > 1 or self.spec.dkd or self.spec.standardize:
                 self._rows(output, grad_loss, None)
             else:
@@ -162,18 +135,9 @@ class Call:
     def _metrics(self) -> Tensor:
         """KDMetrics, of the rows or reduced over them; empty where they are not wanted."""
         if self.measured is None:
-            return self.losses.new_empty(0)
-        if self.settings.reduction == "none":
-            return self.measured.view(self.measured.shape[0], *self.shape)
-        metrics = self.losses.new_empty(len(KDMetrics._fields))
-        if not self.rows:
-            return metrics.fill_(math.nan)
-        labels, weight = self.per_row[:2]
-        reductions.average[(1,)](
-            self.measured, labels, weight, metrics, self.rows, self.settings.ignore_index,
-            LANES=128, COUNT=len(metrics), dtype=self.spec.dtype, num_warps=128 // self.facts.warp,
-        )  # fmt: skip
-        return metrics
+            return rows.no_metrics(self.losses)
+        measured = self.measured.view(self.measured.shape[0], *self.shape)
+        return rows.mean_metrics(measured, self.weights, self.settings)
 
     def copy_back(self, student: Tensor) -> None:
         if self.student is not student:
@@ -181,8 +145,8 @@ class Call:
 
     # ---- the launches ----
 
-    def _pointers(self, grad_loss: Tensor | None, losses: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (losses, *self.per_row, grad_loss, self.divisor, self.measured)
+    def _pointers(self, grad_loss: Tensor | None, losses: Tensor | None) -> PerRow:
+        return self.per_row._replace(losses=losses, grad_loss=grad_loss, divisor=self.divisor, metrics=self.measured)
 
     def _constants(self, plan: launch.Plan, output: Tensor | None) -> dict[str, Any]:
         places = aligned(self.student, [self.student if output is None else output, *self.teachers], plan.vec)
@@ -194,25 +158,12 @@ class Call:
     def _tensors(self) -> tuple[Any, Any]:
         return matrix(self.student), tuple(map(matrix, self.teachers))
 
-    def _reducing(self) -> dict[str, int]:
-        lanes = launch.reducing_lanes(self.rows, self.facts.warp)
-        return {"LANES": lanes, "num_warps": lanes // self.facts.warp}
-
-    def _count(self) -> None:
-        """The mean's denominator, where it depends on tensors."""
-        if self.counted:
-            labels, weight = self.per_row[:2]
-            reductions.normalizer[(1,)](
-                labels, weight, self.divisor, self.rows, self.settings.ignore_index,
-                dtype=self.spec.dtype, **self._reducing(),
-            )  # fmt: skip
-
     def _rows(self, output: Tensor, grad_loss: Tensor | None, losses: Tensor | None) -> None:
         def run(choice: tuple[launch.Plan, int], output: Tensor) -> None:
             plan, programs = choice
             args = (
                 *self._tensors(), matrix(output), self._pointers(grad_loss, losses), self.numbers,
-                self.rows, self.vocab, self.width, self.settings.ignore_index,
+                self.rows, self.vocab, self.width,
             )  # fmt: skip
             constants = self._constants(plan, output)
             if plan.tiles:
@@ -231,7 +182,7 @@ class Call:
         programs = min(self.rows * self.segments, 8 * self.facts.multiprocessors)
         row_kernels.stats[(programs,)](
             *self._tensors(), table, self._pointers(None, losses), self.numbers,
-            self.rows, self.vocab, self.settings.ignore_index, self.segments, self.segment,
+            self.rows, self.vocab, self.segments, self.segment,
             COLUMNS=self.columns, SPLIT=self.segments > 1, **self._constants(self.sweep, None),
             enable_fp_fusion=False,  # or a product enters a sum unrounded in its own thread, rounded in the others
         )  # fmt: skip
@@ -239,29 +190,19 @@ class Call:
     def _grad(self, table: Tensor, grad_loss: Tensor | None, output: Tensor) -> None:
         row_kernels.grad[(self.rows * self.segments,)](
             *self._tensors(), matrix(output), table, self._pointers(grad_loss, None), self.numbers,
-            self.vocab, self.width, self.settings.ignore_index, self.segments, self.segment,
+            self.vocab, self.width, self.segments, self.segment,
             COLUMNS=self.columns, **self._constants(self.sweep, output),
         )  # fmt: skip
 
-    def _split_statistics(self, table: Tensor, reduced: bool) -> Tensor:
-        """The statistics of few and long rows, their losses, and, where `reduced`, the loss and its denominator."""
+    def _split_statistics(self) -> tuple[Tensor, Tensor]:
+        """The statistics of few and long rows, whose losses are written too, and the sum of the losses."""
+        table, loss = self.losses.new_empty(self.rows, self.columns), self.losses.new_empty(())
         parts = self.losses.new_empty(self.rows * self.segments, self.columns)
         self._stats(parts, None)
-        loss = self.losses.new_empty(())
-        new_divisor = self.divisor if self.counted else None
         reductions.join[(1,)](
-            matrix(self.student), parts, table, loss if reduced else None, new_divisor,
-            self._pointers(None, self.losses), self.numbers, self.rows, self.vocab,
-            self.settings.ignore_index, self.segments, members=self.members, COLUMNS=self.columns,
+            matrix(self.student), parts, table, loss, self._pointers(None, self.losses), self.numbers,
+            self.rows, self.vocab, self.segments, members=self.members, COLUMNS=self.columns,
             WIDTH=triton.next_power_of_2(self.columns), ROWS=triton.next_power_of_2(self.rows),
-            SEGMENTS=triton.next_power_of_2(self.segments), SPEC=self.spec,
-            num_warps=128 // self.facts.warp,
+            SEGMENTS=triton.next_power_of_2(self.segments), SPEC=self.spec, num_warps=128 // self.facts.warp,
         )  # fmt: skip
-        return loss
-
-    def _reduced(self) -> Tensor:
-        loss = self.losses.new_empty(())
-        reductions.reduce[(1,)](
-            self.losses, self.divisor, self.numbers[4], loss, self.rows, dtype=self.spec.dtype, **self._reducing(),
-        )  # fmt: skip
-        return loss
+        return table, loss

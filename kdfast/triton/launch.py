@@ -144,11 +144,6 @@ def sweep(vocab: int, tensors: list[Tensor], warp: int, room: Room) -> Plan:
     return _sweeping(lanes, vec, warp)
 
 
-def reducing_lanes(rows: int, warp: int) -> int:
-    """For the kernels that make one number of a number per row."""
-    return warp if rows <= 256 else 1024
-
-
 def choices(rows: int, vocab: int, tensors: list[Tensor], of: Facts, room: Room) -> Iterator[tuple[Plan, int]]:
     """Plans and numbers of programs for a sweep over whole rows: the one that is taken, then others worth measuring."""
     first = plan(vocab, tensors, of.warp, room)

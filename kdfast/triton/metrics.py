@@ -57,7 +57,7 @@ def write(per_row, index, rows, values, kept, label, vocab, SPEC: tl.constexpr):
     soft, hard, kl, student_entropy, teacher_entropy, of_student, of_teacher = values
     nan = soft * 0 + float("nan")
     accuracy, agreement = nan, nan
-    if per_row[1] is not None:
+    if per_row.labels is not None:
         kept = kept & (label >= 0)
         accuracy = (of_student.at == label).to(SPEC.dtype)
     else:
@@ -67,4 +67,4 @@ def write(per_row, index, rows, values, kept, label, vocab, SPEC: tl.constexpr):
     columns = (soft, hard, kl, student_entropy, teacher_entropy, agreement, accuracy)
     for k in tl.static_range(len(columns)):
         at = (rows + tl.zeros((), tl.int64)) * k + index
-        tl.store(per_row[7] + at, tl.where(kept, columns[k], nan))
+        tl.store(per_row.metrics + at, tl.where(kept, columns[k], nan))

@@ -10,22 +10,19 @@ from kdfast.triton.tiles import first_lane, head_of, row_value
 
 
 @triton.jit
-def kept_row(per_row, row, ignore_index, vocab, LANES: tl.constexpr, SPEC: tl.constexpr):
-    """Whether a row has a term, its label (-1 where it has none in [0, vocab)), and its weight.
+def kept_row(per_row, row, vocab, LANES: tl.constexpr, SPEC: tl.constexpr):
+    """Whether a row has a term, its label (-1 where it has none in [0, vocab)), and its weight, 0 of ignored rows.
 
     LANES: of the whole program one lane reads them, and all wait for it; 32: one of each warp.
     """
-    kept = tl.full((), True, tl.int1)
     label = tl.full((), -1, tl.int32)
     weight = tl.full((), 1, SPEC.dtype)
-    if per_row[1] is not None:
-        wide = tl.sum(first_lane(per_row[1], row, LANES), 0)
-        kept = wide != ignore_index
+    if per_row.labels is not None:
+        wide = tl.sum(first_lane(per_row.labels, row, LANES), 0)
         label = tl.where((wide >= 0) & (wide < vocab), wide, -1).to(tl.int32)
-    if per_row[2] is not None:
-        weight = tl.sum(first_lane(per_row[2], row, LANES).to(SPEC.dtype), 0)
-        kept = kept & (weight != 0)
-    return kept, label, weight
+    if per_row.weights is not None:
+        weight = tl.sum(first_lane(per_row.weights, row, LANES).to(SPEC.dtype), 0)
+    return weight != 0, label, weight
 
 
 @triton.jit
@@ -47,8 +44,8 @@ def number_or_0(bits, dtype: tl.constexpr):
 @triton.jit
 def weights_of(numbers, dtype: tl.constexpr):
     weights = ()
-    for k in tl.static_range(12, len(numbers)):
-        weights = weights + (number(numbers[k], dtype),)
+    for k in tl.static_range(len(numbers.teacher_weights)):
+        weights = weights + (number(numbers.teacher_weights[k], dtype),)
     return weights
 
 
@@ -56,21 +53,20 @@ def weights_of(numbers, dtype: tl.constexpr):
 def term_factors(numbers, factor, SPEC: tl.constexpr):
     dtype: tl.constexpr = SPEC.dtype
     return Factors(
-        number(numbers[2], dtype), number(numbers[3], dtype), number(numbers[6], dtype), number(numbers[7], dtype),
-        number_or_0(numbers[10], dtype), number_or_0(numbers[11], dtype), factor,
+        number(numbers.alpha, dtype), number(numbers.hard_weight, dtype),
+        number(numbers.label_smoothing, dtype), number(numbers.z_loss, dtype),
+        number_or_0(numbers.dkd_target, dtype), number_or_0(numbers.dkd_others, dtype), factor,
     )  # fmt: skip
 
 
 @triton.jit
 def row_of(temperature, at, numbers, label, SPEC: tl.constexpr):
     """A spec.Row, for now without its moments."""
-    caps = ()
-    for k in tl.static_range(2):
-        cap = number(numbers[8 + k], SPEC.dtype)
-        caps = caps + ((cap, 1 / cap),)
+    cap, teacher_cap = number(numbers.softcap, SPEC.dtype), number(numbers.teacher_softcap, SPEC.dtype)
+    caps = ((cap, 1 / cap), (teacher_cap, 1 / teacher_cap))
     return Row(
         base2(temperature), teacher_slope(at, SPEC), temperature, weights_of(numbers, SPEC.dtype),
-        number(numbers[5], SPEC.dtype), label, caps, (), (),
+        number(numbers.beta, SPEC.dtype), label, caps, (), (),
     )  # fmt: skip
 
 
@@ -81,8 +77,8 @@ def by_row(data, row, bits, dtype: tl.constexpr):
 
 @triton.jit
 def row_scales(per_row, row, numbers, label, SPEC: tl.constexpr):
-    temperature = by_row(per_row[3], row, numbers[0], SPEC.dtype)
-    at = by_row(per_row[4], row, numbers[1], SPEC.dtype)
+    temperature = by_row(per_row.temperatures, row, numbers.temperature, SPEC.dtype)
+    at = by_row(per_row.teacher_temperatures, row, numbers.teacher_temperature, SPEC.dtype)
     return row_of(temperature, at, numbers, label, SPEC)
 
 
@@ -115,16 +111,22 @@ def label_logits(logit, teachers, row, SPEC: tl.constexpr):
 
 
 @triton.jit
-def gradient_factor(per_row, row, label, weight, scale, divisor, SPEC: tl.constexpr):
+def share_of_row(weight, scale, divisor, SPEC: tl.constexpr):
+    """What a row's loss is multiplied by; 0 where no row is kept."""
+    return weight * number(scale, SPEC.dtype) * tl.where(divisor == 0, 0, 1 / divisor)
+
+
+@triton.jit
+def gradient_factor(per_row, row, label, share, SPEC: tl.constexpr):
     """What dl/ds is multiplied by.
 
     A label out of range cannot raise here without a wait for the device: it makes its row NaN, loss and gradient, and
     no other row.
     """
-    factor = weight * number(scale, SPEC.dtype) * tl.where(divisor == 0, 0, 1 / divisor)
-    if per_row[5] is not None:
-        factor *= row_value(per_row[5], row, SPEC.dtype)
-    if per_row[1] is not None:
+    factor = share
+    if per_row.grad_loss is not None:
+        factor *= row_value(per_row.grad_loss, row, SPEC.dtype)
+    if per_row.labels is not None:
         factor = tl.where(label >= 0, factor, float("nan"))
     return factor
 

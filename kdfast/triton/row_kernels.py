@@ -10,10 +10,8 @@ one before it ended, since the last classes read are those that the caches still
 on to their lines, the last one's reads and the gradient's stores ask for no room. That helps as far as the rows in
 flight fit into the L2, so launch.py bounds how many programs there are, each of which goes from row to row.
 
-Arguments of all of them: student, output and each of teachers is a matrix as tiles.py has it; per_row holds pointers,
-or None, to (losses, labels, weight, temperature, teacher_temperature, gradient of the losses) by row, and to the
-divisor and the metrics, (7, rows); numbers are temperature, teacher_temperature, alpha, hard_weight, scale, beta,
-label_smoothing, z_loss, the two softcaps, the two of dkd and the teachers' weights, as per_row.number says.
+Arguments of all of them: student, output and each of teachers is a matrix as tiles.py has it; per_row and numbers are
+spec.PerRow and spec.Numbers.
 
 A branch with a reduction in it makes the compiler provide for threads that part ways (at V = 32768 it spilled 96 bytes
 for that on sm_90). So a row that drops out is a row of no classes, and only arithmetic stands in branches.
@@ -32,6 +30,7 @@ from kdfast.triton.per_row import (
     label_logits,
     row_scales,
     segment_of,
+    share_of_row,
     term_factors,
 )
 from kdfast.triton.row_passes import add_divergence, finish, gradient, linear_divergence, no_sums, scales_of
@@ -54,16 +53,16 @@ from kdfast.triton.tiles import body_classes, end_classes, head_of, row_start, r
 
 # Nothing is compiled for once more because it is 1 or a multiple of 16; what tuples hold, matrices.py keeps from it.
 MATRICES = ["student", "teachers", "output", "per_row", "numbers"]
-SIZES = ["rows", "vocab", "width", "ignore_index", "segments", "segment"]
+SIZES = ["rows", "vocab", "width", "segments", "segment"]
 
 
 @triton.jit
-def store_row(per_row, index, rows, loss, values, kept, label, weight, vocab, SPEC: tl.constexpr):
-    """A row's loss and metrics."""
-    if per_row[0] is not None:
-        if per_row[1] is not None:
+def store_row(per_row, index, rows, loss, values, kept, label, share, vocab, SPEC: tl.constexpr):
+    """A row's share of the loss, and its metrics."""
+    if per_row.losses is not None:
+        if per_row.labels is not None:
             loss = tl.where(label >= 0, loss, float("nan"))
-        tl.store(per_row[0] + index, tl.where(kept, weight * loss, 0))
+        tl.store(per_row.losses + index, tl.where(kept, share * loss, 0))
     if SPEC.metrics:
         metrics.write(per_row, index, rows, values, kept, label, vocab, SPEC)
 
@@ -71,25 +70,26 @@ def store_row(per_row, index, rows, loss, values, kept, label, weight, vocab, SP
 @triton.jit(do_not_specialize=MATRICES + SIZES)
 def loss_grad_long(
     student, teachers, output, per_row, numbers,
-    rows: tl.int32, vocab: tl.int32, width: tl.int32, ignore_index: tl.int64,
+    rows: tl.int32, vocab: tl.int32, width: tl.int32,
     members: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
-        kept, label, weight = kept_row(per_row, index, ignore_index, vocab, 32, SPEC)
+        kept, label, weight = kept_row(per_row, index, vocab, 32, SPEC)
         n = tl.where(kept, vocab, 0)
         row = row_scales(per_row, index, numbers, label, SPEC)
         s, ts = row_start(student, index), row_starts(teachers, index, 0)
-        logit, divisor = label_and_divisor(s, label, per_row[6], LANES, SPEC)
+        logit, divisor = label_and_divisor(s, label, per_row.divisor, LANES, SPEC)
         row = standardized_row(s, ts, n, row, LANES, VEC, SPEC)
         at_label = label_logits(logit, ts, row, SPEC)
         shift = first_difference(s, ts, row, SPEC)
         statistics = statistics_of(s, ts, shift, n, row, members, LANES, VEC, SPEC)
         scales = scales_of(statistics, at_label, row, SPEC)
         sums = divergence_of(s, ts, n, statistics, scales, row, LANES, VEC, SPEC)
-        factor = gradient_factor(per_row, index, label, weight, numbers[4], divisor, SPEC)
+        share = share_of_row(weight, numbers.scale, divisor, SPEC)
+        factor = gradient_factor(per_row, index, label, share, SPEC)
         factors = term_factors(numbers, factor, SPEC)
         found = finish(statistics, sums, at_label, row, factors, vocab.to(SPEC.dtype), SPEC)
-        store_row(per_row, index, rows, found[0], found[2], kept, label, weight, vocab, SPEC)
+        store_row(per_row, index, rows, found[0], found[2], kept, label, share, vocab, SPEC)
         out = row_start(output, index)
         write_gradient(s, ts, out, n, scales, found[1], row, LANES, VEC, SPEC)
         zero(out + n, width - n, LANES, VEC)
@@ -98,11 +98,11 @@ def loss_grad_long(
 @triton.jit(do_not_specialize=MATRICES + SIZES)
 def loss_grad_short(
     student, teachers, output, per_row, numbers,
-    rows: tl.int32, vocab: tl.int32, width: tl.int32, ignore_index: tl.int64,
+    rows: tl.int32, vocab: tl.int32, width: tl.int32,
     members: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0)
-    kept, label, weight = kept_row(per_row, index, ignore_index, vocab, 32, SPEC)
+    kept, label, weight = kept_row(per_row, index, vocab, 32, SPEC)
     n = tl.where(kept, vocab, 0)
     row = row_scales(per_row, index, numbers, label, SPEC)
     s, ts = row_start(student, index), row_starts(teachers, index, 0)
@@ -112,7 +112,7 @@ def loss_grad_short(
         held = held + (load_tiles(s, ts, head, i * (LANES * VEC), n, False, LANES, VEC, SPEC),)
     ends, there = end_classes(head, n, LANES, VEC)
     s_ends, t_ends = load_ends(s, ts, ends, there, SPEC)
-    logit, divisor = label_and_divisor(s, label, per_row[6], LANES, SPEC)
+    logit, divisor = label_and_divisor(s, label, per_row.divisor, LANES, SPEC)
     opaque = (rows < 0).to(tl.int32)
     classes = body_classes(LANES, VEC)
     body = (n - head) // VEC * VEC
@@ -145,10 +145,11 @@ def loss_grad_short(
             at = i * (LANES * VEC)
             sums = add_divergence(sums, s_tile, t_tiles, head + at + classes, at + classes < body, scales, row, SPEC)
         sums = sums_of_row(sums, SPEC)
-    factor = gradient_factor(per_row, index, label, weight, numbers[4], divisor, SPEC)
+    share = share_of_row(weight, numbers.scale, divisor, SPEC)
+    factor = gradient_factor(per_row, index, label, share, SPEC)
     factors = term_factors(numbers, factor, SPEC)
     found = finish(statistics, sums, at_label, row, factors, vocab.to(SPEC.dtype), SPEC)
-    store_row(per_row, index, rows, found[0], found[2], kept, label, weight, vocab, SPEC)
+    store_row(per_row, index, rows, found[0], found[2], kept, label, share, vocab, SPEC)
     out = row_start(output, index)
     if kept:
         for i in tl.static_range(TILES):
@@ -164,14 +165,14 @@ def loss_grad_short(
 @triton.jit(do_not_specialize=MATRICES + SIZES)
 def stats(
     student, teachers, table, per_row, numbers,
-    rows: tl.int32, vocab: tl.int32, ignore_index: tl.int64, segments: tl.int32, segment: tl.int32,
+    rows: tl.int32, vocab: tl.int32, segments: tl.int32, segment: tl.int32,
     members: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Statistics of each segment of `segment` classes, (rows, segments, COLUMNS); losses where rows are not SPLIT."""
     for unit in range(tl.program_id(0), rows * segments, tl.num_programs(0)):
         index = unit // segments
-        kept, label, weight = kept_row(per_row, index, ignore_index, vocab, LANES, SPEC)
+        kept, label, weight = kept_row(per_row, index, vocab, LANES, SPEC)
         row = row_scales(per_row, index, numbers, label, SPEC)
         s, ts = row_start(student, index), row_starts(teachers, index, 0)
         begin, end = segment_of(s, unit, segments, segment, vocab, kept, VEC)
@@ -181,16 +182,17 @@ def stats(
         statistics = statistics_of(s + begin, parts, shift, end - begin, row, members, LANES, VEC, SPEC)
         psi_sum = tl.zeros((), SPEC.dtype)
         if not SPLIT:
-            logit, one = label_and_divisor(s, label, None, LANES, SPEC)
+            logit, divisor = label_and_divisor(s, label, per_row.divisor, LANES, SPEC)
             at_label = label_logits(logit, ts, row, SPEC)
             scales = scales_of(statistics, at_label, row, SPEC)
             sums = divergence_of(s, ts, end, statistics, scales, row, LANES, VEC, SPEC)
             if not SPEC.linear:
                 psi_sum = sums[0][1]
             found = finish(
-                statistics, sums, at_label, row, term_factors(numbers, one, SPEC), vocab.to(SPEC.dtype), SPEC
+                statistics, sums, at_label, row, term_factors(numbers, weight, SPEC), vocab.to(SPEC.dtype), SPEC
             )
-            store_row(per_row, index, rows, found[0], found[2], kept, label, weight, vocab, SPEC)
+            share = share_of_row(weight, numbers.scale, divisor, SPEC)
+            store_row(per_row, index, rows, found[0], found[2], kept, label, share, vocab, SPEC)
         line = table_row(statistics, psi_sum, tl.zeros((LANES,), SPEC.dtype), SPEC)
         lane = tl.arange(0, LANES)
         tl.store(table + (unit + tl.zeros((), tl.int64)) * COLUMNS + lane, line, mask=lane < COLUMNS)
@@ -199,20 +201,20 @@ def stats(
 @triton.jit(do_not_specialize=MATRICES + SIZES)
 def grad(
     student, teachers, output, table, per_row, numbers,
-    vocab: tl.int32, width: tl.int32, ignore_index: tl.int64, segments: tl.int32, segment: tl.int32,
+    vocab: tl.int32, width: tl.int32, segments: tl.int32, segment: tl.int32,
     members: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """The gradient of each segment of `segment` classes, from the statistics of the row, (rows, COLUMNS)."""
     unit = tl.program_id(0)
     index = unit // segments
-    kept, label, weight = kept_row(per_row, index, ignore_index, vocab, LANES, SPEC)
+    kept, label, weight = kept_row(per_row, index, vocab, LANES, SPEC)
     s = row_start(student, index)
     begin, end = segment_of(s, unit, segments, segment, vocab, kept, VEC)
     row = row_scales(per_row, index, numbers, label - begin, SPEC)
     lane = tl.arange(0, LANES)
     line = tl.load(table + (index + tl.zeros((), tl.int64)) * COLUMNS + lane, mask=lane < COLUMNS, other=0)
     statistics = statistics_in(line, members, SPEC)
-    unused, divisor = label_and_divisor(s, tl.full((), -1, tl.int32), per_row[6], LANES, SPEC)
+    unused, divisor = label_and_divisor(s, tl.full((), -1, tl.int32), per_row.divisor, LANES, SPEC)
     at_label = (unused, ())
     scales = scales_of(statistics, at_label, row, SPEC)
     if SPEC.divergence is None:
@@ -221,7 +223,8 @@ def grad(
         sums = (linear_divergence(statistics, row, SPEC), ())
     else:
         sums = ((statistics.student.parts[0], statistics.student.parts[0]), ())
-    factor = gradient_factor(per_row, index, label, weight, numbers[4], divisor, SPEC)
+    share = share_of_row(weight, numbers.scale, divisor, SPEC)
+    factor = gradient_factor(per_row, index, label, share, SPEC)
     found = finish(statistics, sums, at_label, row, term_factors(numbers, factor, SPEC), vocab.to(SPEC.dtype), SPEC)
     out = row_start(output, index)
     parts = row_starts(teachers, index, begin)

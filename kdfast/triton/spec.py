@@ -36,6 +36,37 @@ class Spec(NamedTuple):
     aligned: tuple[bool, ...] = ()  # of the output, then of the teachers: their vectors lie as the student's do
 
 
+class PerRow(NamedTuple):
+    """Pointers to what there is by row, (rows,), or None; and to the divisor, 0-dim, and the metrics, (7, rows)."""
+
+    losses: Any  # out, as are the metrics
+    labels: Any
+    weights: Any  # 0: the row is not kept
+    temperatures: Any
+    teacher_temperatures: Any
+    grad_loss: Any  # in backward
+    divisor: Any  # of the sum of losses
+    metrics: Any
+
+
+class Numbers(NamedTuple):
+    """The settings that are numbers, as per_row.number reads them; None: not wanted."""
+
+    temperature: Any  # where there is none by row
+    teacher_temperature: Any
+    alpha: Any
+    hard_weight: Any
+    scale: Any  # of the losses, beside the divisor
+    beta: Any
+    label_smoothing: Any
+    z_loss: Any
+    softcap: Any
+    teacher_softcap: Any
+    dkd_target: Any
+    dkd_others: Any
+    teacher_weights: Any  # a tuple
+
+
 class Row(NamedTuple):
     """What a row's passes know beforehand."""
 

@@ -234,7 +234,7 @@ OF_ARITHMETIC = [
     Mutant("log-ratio-from-rounded-numbers", EXP,
            "(e == 0 ? difference : a - scaled)", "(a - scaled)",
            "Where p is near q divergences lose the digits of their difference.", CALLS),
-    Mutant("power-of-a-fraction", "csrc/cpu/row_kernels.inc",
+    Mutant("power-of-a-fraction", "csrc/cpu/row_kernels.cpp",
            "t <= kMaxPower && t == (int)t", "t <= kMaxPower",
            "At T = 3.7 the hard term takes the 3rd power.", CALLS),
     # the sets below avx512_bf16 alone, bf16 alone, a rounding alone
@@ -299,7 +299,7 @@ OF_ARITHMETIC = [
 
 # ---- rows, threads, arguments, the choice of an instruction set ----
 
-KERNELS, OPS, ARGUMENTS = "csrc/cpu/row_kernels.inc", "csrc/cpu/ops.cpp", "csrc/cpu/arguments.h"
+KERNELS, OPS, ARGUMENTS = "csrc/cpu/row_kernels.cpp", "csrc/cpu/ops.cpp", "csrc/cpu/arguments.h"
 
 OF_CALLS = [
     # labels that are a block's first class
@@ -343,7 +343,7 @@ OF_CALLS = [
            "if (divisor == 0) divisor = 1;", "",
            "A mean over no row is NaN.", DROPPED),
     Mutant("mean-of-weighted-rows", ARGUMENTS,
-           "divisor += args.weight ? args.weight[row] : 1;", "divisor += 1;",
+           "divisor += args.row_weight ? args.row_weight[row] : 1;", "divisor += 1;",
            "The mean divides by the number of rows and not by their weights.", CALLS),
     # fp16 alone, whose gradient is made in backward
     Mutant("fp16-mean-in-backward", ARGUMENTS,

@@ -65,7 +65,7 @@ MUTANTS = [
            "Teachers that lie 8 bytes off the student's vectors are read as if they lay alike.", LAYOUTS),
     # fp16 alone, and reductions to one number
     Mutant("cuda-grad-output-by-row", _in("call.h"),
-           'args_.row_scale_step = reduction_ == "none";', "args_.row_scale_step = 1;",
+           'args_.row_scale_step = grad_loss.numel() > 1;', "args_.row_scale_step = 1;",
            "A mean's fp16 gradient reads a gradient of the loss for each row.", ("test_training.py", "test_calls.py")),
     # in place, logit_mse, metrics
     Mutant("cuda-metrics-write-a-gradient", _in("call.h"),
@@ -94,15 +94,8 @@ MUTANTS = [
            "__float_as_int(at_bits) < __float_as_int(value[i + 1])",
            "__float_as_int(at_bits) > __float_as_int(value[i + 1])",
            "The last of equal maxima counts as the argmax.", METRICS),
-    Mutant("cuda-dropped-rows-spoil-metrics", _in("reductions.cu"),
-           "if (w == 0) continue;  // its metrics are NaN", "",
-           "The metrics' means are NaN where a row drops out.", METRICS),
-    Mutant("cuda-mean-over-nothing", _in("reductions.cu"),
-           "a.divisor ? *a.divisor == 0 ? 0 : a.scale / *a.divisor : a.scale",
-           "a.divisor ? a.scale / *a.divisor : a.scale",
-           "A mean over no row is NaN.", DROPPED),
     # ---- speed alone: numbers stay right ----
-    Mutant("cuda-scaled-by-1", _in("reductions.cu"),
+    Mutant("cuda-scaled-by-1", _in("scale.cu"),
            "if (factor == 1) return;", "",
            "backward() of the loss itself reads and writes the whole gradient.", TRAFFIC),
     Mutant("cuda-few-rows-undivided", LAUNCH,

@@ -32,7 +32,7 @@ MUTANTS = [
            "The hidden states' gradient of every chunk goes to the first rows.", LINEAR),
     # fp16 alone, weights of which none is 1
     Mutant("linear-fp16-weights-scaled-once", CHUNKS,
-           "_replace(weight=weight / largest), total / largest", "_replace(weight=weight / largest), total",
+           "_replace(row_weight=weight / largest), total / largest", "_replace(row_weight=weight / largest), total",
            "fp16 losses with weights above or below 1 are off by the largest of them.", DTYPES),
     # a GPU's way alone
     Mutant("linear-gpu-dropped-rows-multiplied", CHUNKS,

@@ -8,6 +8,7 @@ REFERENCE, METRICS, COMPILE = ("test_reference.py",), ("test_metrics.py",), ("te
 BUILD = ("test_build.py",)
 CHECKS, TARGETS, FUNCTIONS = "kdfast/checks.py", "kdfast/targets.py", "kdfast/autograd.py"
 OPERATORS, CHOICE, TRUTH = "kdfast/ops.py", "kdfast/choice.py", "kdfast/reference.py"
+OPTIONS, ROWS = "kdfast/options.py", "kdfast/rows.py"
 
 OF_ARGUMENTS = [
     Mutant("default-alpha", CHECKS,
@@ -48,11 +49,12 @@ OF_ARGUMENTS = [
     Mutant("ends-of-jsd", "kdfast/divergences.py",
            'at_0="forward_kl",\n        at_1="reverse_kl",', 'at_0="reverse_kl",\n        at_1="forward_kl",',
            "At its ends JSD is the other KL.", REFERENCE),
-    Mutant("teachers-temperature-is-1", "kdfast/losses.py",
-           "at, ats = temperature, temperatures", "at, ats = temperature, None",
+    Mutant("teachers-temperature-is-1", OPTIONS,
+           "teacher_temperatures = temperatures\n", "teacher_temperatures = None\n",
            "Temperatures per row are the student's alone.", CALLS),
     Mutant("module-without-normalizer", "kdfast/losses.py",
-           "weight=weight, normalizer=normalizer, **self.settings()", "weight=weight, **self.settings()",
+           'self.options() | {"row_weight": row_weight, "normalizer": normalizer}',
+           'self.options() | {"row_weight": row_weight, "normalizer": None}',
            "KDLoss ignores its normalizer.", ("test_module.py",)),
     Mutant("softmaxs-log-is-any-object", "kdfast/softmax.py",
            'check_bool("log", log)', "log = bool(log)",
@@ -69,7 +71,7 @@ OF_AUTOGRAD = [
            "_overwritten(student)  # a second backward", "pass  # a second backward",
            "A second backward of an in-place loss takes its gradient for logits.", INPLACE),
     Mutant("kept-graph-scales-in-place", FUNCTIONS,
-           "elif torch._C._autograd._get_current_graph_task_keep_graph():", "elif not ctx.needs_input_grad[0]:",
+           "elif graph_is_kept():", "elif not ctx.needs_input_grad[0]:",
            "With retain_graph=True the second backward is scaled twice.", AUTOGRAD),
     # fp16 alone
     Mutant("fp16-gradient-in-forward", FUNCTIONS,
@@ -123,11 +125,23 @@ OF_THE_REFERENCE = [
     Mutant("reference-population-deviation", TRUTH,
            "/ max(1, z.shape[-1] - 1)", "/ z.shape[-1]",
            "The truth standardises by the population's deviation.", REFERENCE),
-    Mutant("reference-label-behind-the-last", TRUTH,
+    Mutant("reference-label-behind-the-last", ROWS,
            "(labels < 0) | (labels >= vocab)", "(labels < 0) | (labels > vocab)",
            "The label V is no error of its own.", ARGUMENTS),
-    Mutant("reference-metrics-by-rows", TRUTH,
-           "return total / weight.sum()", "return total / keep.sum()",
+    Mutant("dropped-rows-spoil-metrics", ROWS,
+           "torch.where(weights != 0, metrics * weights, 0)", "metrics * weights",
+           "The metrics' means are NaN where a row drops out.", METRICS),
+    Mutant("batchmean-of-the-rows", ROWS,
+           "float(student.shape[0]) if student.dim() > 1 else 1.0", "float(rows)",
+           "batchmean divides by all rows, and not by the first dimension.", CALLS),
+    Mutant("ignored-rows-count", ROWS,
+           "return torch.ops.aten.threshold_backward(weight, keep, 0.5)", "return weight",
+           "A row with a weight is never ignored.", CALLS),
+    Mutant("module-checks-once", "kdfast/losses.py",
+           'self.__dict__.pop("_checked", None)', "pass",
+           "An option that is changed between calls changes nothing.", ("test_module.py",)),
+    Mutant("metrics-by-rows", ROWS,
+           "/ weights.sum()", "/ (weights != 0).sum()",
            "The metrics' means are divided by the number of rows and not by their weights.", METRICS),
     Mutant("reference-softcap-unmasks", TRUTH,
            "return torch.where(masked, -math.inf, cap * torch.tanh(torch.where(masked, 0, z) / cap))",
@@ -142,9 +156,9 @@ OF_THE_REFERENCE = [
 ]  # fmt: skip
 
 OF_THE_BUILD = [
-    Mutant("wheel-without-stubs", "pyproject.toml",
-           '["py.typed", "*.pyi"]', '["py.typed"]',
-           "The wheel lacks the types of kdfast._C.", BUILD),
+    Mutant("wheel-without-types", "pyproject.toml",
+           'package-data = { kdfast = ["py.typed"] }', "package-data = {}",
+           "The wheel does not say that it has types.", BUILD),
     Mutant("cuda-never-built", "setup.py",
            '"OFF" if os.environ.get("KDFAST_CUDA") == "0" else "ON"',
            '"OFF" if os.environ.get("KDFAST_CUDA") in ("0", "") else "ON"',

@@ -110,13 +110,6 @@ OF_MEMORY = [
            "label = tl.where((wide >= 0) & (wide < vocab), wide, -1).to(tl.int32)", "label = wide.to(tl.int32)",
            "A label beyond the classes of a split row is read where it points.", FAULTS),
     # few and long rows whose number is no power of 2
-    Mutant("triton-rows-joined-twice", REDUCTIONS,
-           "kept = _weights(per_row[1], per_row[2], row, there,",
-           "kept = _weights(per_row[1], per_row[2], row, at >= 0,",
-           "The last of three split rows counts twice in the mean.", CALLS),
-    Mutant("triton-dropped-rows-spoil-metrics", REDUCTIONS,
-           "tl.where((w != 0)[None, :], values * w[None, :], 0)", "values * w[None, :]",
-           "The metrics' means are NaN where a row drops out.", METRICS),
     # short rows that drop out
     Mutant("triton-dropped-row-keeps-its-memory", KERNELS,
            "mask=there)\n    zero(out + n, width - n, LANES, VEC)",
@@ -135,10 +128,6 @@ OF_MEMORY = [
            "% vec, *strides]", "% vec]",
            "Rows whose first one is aligned count as aligned, all of them.", LAYOUTS),
     # fp16 alone, whose gradient is made in backward
-    Mutant("triton-fp16-mean-uncounted", _in("call"),
-           'if self.settings.reduction == "mean":\n                self._count()',
-           'if self.settings.reduction == "sum":\n                self._count()',
-           "A mean's fp16 gradient is divided by what was in memory.", ("test_training.py", "test_calls.py")),
     Mutant("triton-autotuned-in-place", _in("call"),
            "run(choice, torch.empty_like(output))", "run(choice, output)",
            "What is measured in place takes the gradient of a gradient.", LAUNCHES),

@@ -1,0 +1,57 @@
+"""The operators on the CUDA kernels, which know rows alone; what each computes stands beside its reference."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast.arguments import Inputs, Settings
+from kdfast.rows import divisor, mean_metrics, no_metrics, row_weights
+
+_kernels = torch.ops.kdfast_cuda_rows
+
+
+class _Rows:
+    """A call as the kernels take it: the weight of each row, and what the losses are divided by."""
+
+    def __init__(self, student: Tensor, inputs: Inputs, settings: Settings) -> None:
+        self.settings, self.weights = settings, row_weights(inputs, settings)
+        number, tensor = divisor(student, self.weights, inputs, settings)
+        inputs = inputs._replace(row_weight=self.weights, normalizer=tensor)
+        self.arguments: tuple[Any, ...] = (*inputs, *settings._replace(divisor=number))
+
+    def loss(self, losses: Tensor) -> Tensor:
+        return losses if self.settings.reduction == "none" else losses.sum()
+
+    def metrics(self, metrics: Tensor) -> Tensor:
+        return mean_metrics(metrics, self.weights, self.settings) if self.settings.metrics else no_metrics(metrics)
+
+
+def loss_grad(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    rows = _Rows(student, inputs, settings)
+    losses, grad, metrics = _kernels.loss_grad(student, *rows.arguments)
+    return rows.loss(losses), grad, rows.metrics(metrics)
+
+
+def loss_grad_(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+    rows = _Rows(student, inputs, settings)
+    losses, metrics = _kernels.loss_grad_(student, *rows.arguments)
+    return rows.loss(losses), rows.metrics(metrics)
+
+
+def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    rows = _Rows(student, inputs, settings)
+    losses, table, metrics = _kernels.stats(student, *rows.arguments)
+    return rows.loss(losses), table, rows.metrics(metrics)
+
+
+def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+    return _kernels.grad(student, stats, grad_loss, *_Rows(student, inputs, settings).arguments)
+
+
+def grad_(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> None:
+    _kernels.grad_(student, stats, grad_loss, *_Rows(student, inputs, settings).arguments)
+
+
+def scale_(grad: Tensor, factor: Tensor) -> None:
+    _kernels.scale_(grad, factor)

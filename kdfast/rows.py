@@ -1,0 +1,113 @@
+"""What a row weighs in a loss: which rows are kept, what their sum is divided by, and the checks of per-row values."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast.arguments import Inputs, Settings
+
+
+def loss_dtype(student: Tensor) -> torch.dtype:
+    """Losses and sums are fp32, for fp64 logits fp64."""
+    return torch.float64 if student.dtype == torch.float64 else torch.float32
+
+
+def kept_rows(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+    """Which rows, (...), have a term in the loss: not ignored, and not of weight 0."""
+    keep = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+    if inputs.labels is not None:
+        keep &= inputs.labels != settings.ignore_index
+    if inputs.row_weight is not None:
+        keep &= inputs.row_weight != 0
+    return keep
+
+
+def row_weights(inputs: Inputs, settings: Settings) -> Tensor | None:
+    """Each row's weight, (...), 0 where it is ignored, whatever it is there; None where all weigh 1.
+
+    On a GPU each conversion and each Python number in torch.where would be a launch.
+    """
+    labels, weight = inputs.labels, inputs.row_weight
+    if labels is None:
+        return weight
+    dtype = weight.dtype if weight is not None and weight.is_floating_point() else torch.float32
+    keep = torch.ne(labels, settings.ignore_index, out=torch.empty(labels.shape, dtype=dtype, device=labels.device))
+    if weight is None:
+        return keep
+    if weight.dtype != dtype:
+        return keep.mul_(weight)
+    return torch.ops.aten.threshold_backward(weight, keep, 0.5)  # the weight where keep is above 0.5, else 0
+
+
+class Divisor(NamedTuple):
+    """What the sum of the rows' losses is divided by."""
+
+    number: float  # 1 where there is a tensor
+    tensor: Tensor | None  # 0-dim; where it is 0, no row is kept, and the loss is 0
+
+
+def divisor(student: Tensor, weights: Tensor | None, inputs: Inputs, settings: Settings) -> Divisor:
+    """`weights`: those of row_weights."""
+    rows = student.shape[:-1].numel()
+    if settings.reduction == "batchmean":
+        return Divisor(max(1.0, float(student.shape[0]) if student.dim() > 1 else 1.0), None)
+    if settings.reduction != "mean":
+        return Divisor(1.0, None)
+    if inputs.normalizer is not None:
+        return Divisor(1.0, inputs.normalizer.detach())
+    if settings.divisor:
+        return Divisor(settings.divisor, None)
+    if weights is None:
+        return Divisor(max(1.0, float(rows)), None)
+    return Divisor(1.0, weights.sum(dtype=loss_dtype(student)))
+
+
+def denominator(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+    """The divisor as a 0-dim tensor of the loss's dtype."""
+    number, tensor = divisor(student, row_weights(inputs, settings), inputs, settings)
+    dtype = loss_dtype(student)
+    return torch.full((), number, dtype=dtype, device=student.device) if tensor is None else tensor.to(dtype)
+
+
+def mean_metrics(metrics: Tensor, weights: Tensor | None, settings: Settings) -> Tensor:
+    """KDMetrics of all rows, (7, ...), as the loss's reduction has them: (7,), NaN where no row is kept."""
+    if settings.reduction == "none":
+        return metrics
+    if weights is None:
+        return metrics.flatten(1).mean(1) if metrics.dim() > 1 else metrics
+    weights = weights.to(metrics.dtype)
+    total = torch.where(weights != 0, metrics * weights, 0)  # those of a row that is not kept are NaN
+    return (total.flatten(1).sum(1) if total.dim() > 1 else total) / weights.sum()
+
+
+def no_metrics(student: Tensor) -> Tensor:
+    return student.new_empty(0, dtype=loss_dtype(student))
+
+
+def check_values(student: Tensor, inputs: Inputs, settings: Settings) -> None:
+    """The errors that depend on a tensor's values. Not on a GPU, where reading them would synchronize."""
+    if student.device.type != "cpu":
+        return
+    vocab = settings.vocab_size if settings.vocab_size >= 0 else student.shape[-1]
+    if inputs.labels is not None:
+        labels = inputs.labels.flatten()
+        bad = ((labels < 0) | (labels >= vocab)) & (labels != settings.ignore_index)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise IndexError(
+                f"labels: label {int(labels[row])} in row {row} is out of range: with V = {vocab} it must be in "
+                f"[0, {vocab - 1}] or ignore_index ({settings.ignore_index})"
+            )
+    for name, value, zero in (
+        ("row_weight", inputs.row_weight, True),
+        ("temperature", inputs.temperatures, False),
+        ("teacher_temperature", inputs.teacher_temperatures, False),
+    ):
+        if value is not None:
+            value = value.flatten().double()
+            bad = ~(((value >= 0) if zero else (value > 0)) & value.isfinite())
+            if bad.any():
+                row = int(bad.nonzero()[0])
+                rule = ">= 0" if zero else "> 0"
+                raise ValueError(f"{name}: {value[row].item():g} in row {row}, but it must be finite and {rule}")
