@@ -237,7 +237,7 @@ def candidate(name: str, data: Data) -> Candidate:
         makers[f"eager {divergence}"] = lambda d=divergence: _trained(data, family_recipe(d))
     for option, settings in OPTIONS.items():
         makers[f"with {option}"] = lambda settings=settings: _inplace(data, **settings)
-    makers["with weights"] = lambda: _inplace(data, weight=torch.rand(len(data.labels)) + 0.5)
+    makers["with weights"] = lambda: _inplace(data, row_weight=torch.rand(len(data.labels)) + 0.5)
     return makers[name]()
 
 

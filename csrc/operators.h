@@ -10,7 +10,7 @@
 
 #define KDFAST_INPUTS                                                                                       \
   std::vector<torch::stable::Tensor> teachers, std::optional<torch::stable::Tensor> labels,                 \
-      std::optional<torch::stable::Tensor> weight, std::optional<torch::stable::Tensor> normalizer,         \
+      std::optional<torch::stable::Tensor> row_weight, std::optional<torch::stable::Tensor> normalizer,     \
       std::optional<torch::stable::Tensor> temperatures,                                                    \
       std::optional<torch::stable::Tensor> teacher_temperatures, double temperature,                        \
       double teacher_temperature, double alpha, double hard_weight, bool t_squared, std::string divergence, \
@@ -19,7 +19,7 @@
       double label_smoothing, double z_loss, double softcap, double teacher_softcap, bool standardize,      \
       std::vector<double> dkd_weights, bool metrics
 #define KDFAST_PASS                                                                                    \
-  teachers, labels, weight, normalizer, temperatures, teacher_temperatures, temperature,               \
+  teachers, labels, row_weight, normalizer, temperatures, teacher_temperatures, temperature,           \
       teacher_temperature, alpha, hard_weight, t_squared, divergence, beta, target, ensemble,          \
       teacher_weights, vocab_size, ignore_index, reduction, divisor, label_smoothing, z_loss, softcap, \
       teacher_softcap, standardize, dkd_weights, metrics

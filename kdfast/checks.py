@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.divergences import DIVERGENCES, names, settled
+from kdfast.divergences import DIVERGENCES, names, resolve_beta
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -68,7 +68,7 @@ def check_size(name: str, value: Any) -> float:
 
 
 def check_mix(alpha: Any, hard_weight: Any, labelled: bool) -> tuple[float, float]:
-    """alpha and hard_weight with their defaults settled."""
+    """alpha and hard_weight with their defaults."""
     given = alpha
     alpha = (0.9 if labelled else 1.0) if alpha is None else check_size("alpha", alpha)
     if hard_weight is None:
@@ -88,7 +88,7 @@ def check_mix(alpha: Any, hard_weight: Any, labelled: bool) -> tuple[float, floa
 def check_beta(divergence: str, beta: Any) -> tuple[str, float]:
     """What `beta` makes of the divergence: at its ends another one."""
     if beta is None:
-        return settled(divergence, None)
+        return resolve_beta(divergence, None)
     entry = DIVERGENCES.get(divergence)
     if entry is None or entry.beta is None:
         having = ", ".join(repr(name) for name, each in DIVERGENCES.items() if each.beta is not None)
@@ -96,7 +96,7 @@ def check_beta(divergence: str, beta: Any) -> tuple[str, float]:
     number = as_number("beta", beta)
     if not 0 <= number <= 1:
         raise ValueError(f"beta: {beta!r} must lie in [0, 1]")
-    return settled(divergence, number)
+    return resolve_beta(divergence, number)
 
 
 def check_smoothing(label_smoothing: Any, labelled: bool) -> float:
@@ -130,15 +130,22 @@ def check_dkd(divergence: str, dkd_weights: Any, default: tuple[float, float], l
     return weights
 
 
-def check_vocab(vocab_size: Any, student: Tensor) -> int:
+def check_vocab(vocab_size: Any) -> int:
+    """How many of the first classes are real; -1: all."""
     if vocab_size is None:
         return -1
-    vocab_size = as_integer("vocab_size", vocab_size)
-    if not 1 <= vocab_size <= student.shape[-1]:
-        raise ValueError(
-            f"vocab_size: {vocab_size} must lie in [1, {student.shape[-1]}], the classes of student_logits"
-        )
-    return vocab_size
+    number = as_integer("vocab_size", vocab_size)
+    if number < 1:
+        raise ValueError(f"vocab_size: {number} must be at least 1")
+    return number
+
+
+def check_logits(name: str, logits: Any) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name}: must be a tensor, not {kind(logits)}")
+    check_floating(name, logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name}: has shape {tuple(logits.shape)}, but it must be (..., V) with V >= 1")
 
 
 def check_rows(
@@ -160,14 +167,19 @@ def check_rows(
         raise RuntimeError(f"{name}: is on {value.device}, but {of} is on {logits.device}")
 
 
-def check_temperature(
+def check_temperature(name: str, value: Any) -> float:
+    """A temperature that is a number; 1 where a tensor holds one per row."""
+    return 1.0 if isinstance(value, Tensor) else check_positive(name, value)
+
+
+def check_temperatures(
     name: str, value: Any, shape: torch.Size, logits: Tensor, of: str = "student_logits"
-) -> tuple[float, Tensor | None]:
-    """A temperature as a number or as one per row; the other of the two is 1 or None."""
-    if isinstance(value, Tensor):
-        check_rows(name, value, shape, logits, of=of)
-        return 1.0, value.detach()
-    return check_positive(name, value), None
+) -> Tensor | None:
+    """One temperature per row; None where it is a number."""
+    if not isinstance(value, Tensor):
+        return None
+    check_rows(name, value, shape, logits, of=of)
+    return value.detach()
 
 
 def check_normalizer(value: Any, reduction: str, student: Tensor) -> tuple[float, Tensor | None]:

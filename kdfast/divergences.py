@@ -120,11 +120,11 @@ def names() -> tuple[str, ...]:
     return (*DIVERGENCES, *OTHERS)
 
 
-def settled(name: str, beta: float | None) -> tuple[str, float]:
+def resolve_beta(name: str, beta: float | None) -> tuple[str, float]:
     """The divergence that `beta` makes of `name`, and its beta; 0 where it has none."""
     entry = DIVERGENCES.get(name)
     if entry is None or entry.beta is None:
         return name, 0.0
     beta = entry.beta if beta is None else beta
     end = entry.at_0 if beta == 0 else entry.at_1 if beta == 1 else None
-    return settled(end, None) if end else (name, beta)
+    return resolve_beta(end, None) if end else (name, beta)

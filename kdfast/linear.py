@@ -1,23 +1,25 @@
 """linear_kd_loss and LinearKDLoss: kd_loss from hidden states and heads, whose logits never exist all at once."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from kdfast import checks, choice, chunks
-from kdfast.arguments import Heads, KDMetrics
+from kdfast.arguments import Heads, KDMetrics, Settings
 from kdfast.autograd import linear_loss
-from kdfast.losses import KDLoss, kd_loss, settled
+from kdfast.losses import KDLoss, LossModule, Teacher, kd_loss
+from kdfast.options import CallOptions, Options, check_inputs, check_names, check_settings
 
-_KEYWORDS = dict(kd_loss.__kwdefaults__ or {})
+_DEFAULTS = dict(kd_loss.__kwdefaults__ or {})
 
 
+@overload
 def linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor | Sequence[Tensor] | None,
+    teacher_hidden: Teacher,
     teacher_weight: Tensor | None,
     labels: Tensor | None = None,
     *,
@@ -25,7 +27,37 @@ def linear_kd_loss(
     teacher_bias: Tensor | None = None,
     chunk_rows: int | None = None,
     accumulate_dtype: torch.dtype = torch.float32,
-    **settings: Any,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[CallOptions],
+) -> Tensor: ...
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Teacher,
+    teacher_weight: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    chunk_rows: int | None = None,
+    accumulate_dtype: torch.dtype = torch.float32,
+    return_metrics: Literal[True],
+    **options: Unpack[CallOptions],
+) -> tuple[Tensor, KDMetrics]: ...
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Teacher,
+    teacher_weight: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    chunk_rows: int | None = None,
+    accumulate_dtype: torch.dtype = torch.float32,
+    return_metrics: bool = False,
+    **options: Unpack[CallOptions],
 ) -> Tensor | tuple[Tensor, KDMetrics]:
     r""":func:`kd_loss` of ``student_hidden @ student_weight.T`` without tensors of (rows, V).
 
@@ -51,7 +83,7 @@ def linear_kd_loss(
         accumulate_dtype: what the weight's gradient is added up in, chunk by chunk, where that is wider than the
             weight; it is rounded to the weight's dtype once, at the end. bfloat16 saves a bfloat16 weight the wider
             tensor. float16's gradients are never narrower than float32 until backward has a loss scaler's factor.
-        **settings: every other keyword of :func:`kd_loss`, with the same meaning, but ``inplace``.
+        **options: every other keyword of :func:`kd_loss`, with the same meaning, but ``inplace``.
 
     Logits are float32 (float64 of float64 heads) and are rounded nowhere before the softmax, whatever the device. Under
     autocast hidden states, weights and biases are cast as F.linear casts them. In messages ``student_logits`` and
@@ -64,94 +96,95 @@ def linear_kd_loss(
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: as kd_loss, before any product.
     """
-    _check_keywords(settings)
-    settings = _KEYWORDS | settings
-    checks.check_choice("backend", settings["backend"])
-    student = _check_head("student", student_hidden, student_weight, student_bias)
-    like: Any = teacher_hidden
+    check_names("linear_kd_loss", options, _DEFAULTS)
+    own = {"chunk_rows": chunk_rows, "accumulate_dtype": accumulate_dtype, "return_metrics": return_metrics}
+    given = {**_DEFAULTS, **options, **own}
+    settings = check_settings(given, labels is not None)
+    student = student_hidden, student_weight, student_bias
+    teacher = teacher_hidden, teacher_weight, teacher_bias
+    return _checked_loss(student, teacher, labels, given, settings)
+
+
+def _checked_loss(
+    student_head: tuple[Any, Any, Any],
+    teacher_head: tuple[Any, Any, Any],
+    labels: Tensor | None,
+    options: dict[str, Any],
+    settings: Settings,
+) -> Any:
+    """linear_kd_loss with the settings that check_settings made of the options."""
+    student = _check_head("student", *student_head)
+    teacher_hidden, teacher_weight, teacher_bias = teacher_head
+    like = teacher_hidden
     teacher: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    has_head = teacher_weight is not None and not (teacher_hidden is None and settings["alpha"] == 0)
+    has_head = teacher_weight is not None and not (teacher_hidden is None and options["alpha"] == 0)
     if has_head:
-        checks.check_choice("target", settings["target"])
-        if settings["target"] != "logits":
-            raise ValueError(f"target: {settings['target']!r} with a teacher_weight, whose product gives 'logits'")
-        hidden, weight, bias = _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+        if settings.target != "logits":
+            raise ValueError(f"target: {settings.target!r} with a teacher_weight, whose product gives 'logits'")
+        hidden, weight, bias = _check_head("teacher", *teacher_head)
         teacher = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
         like = _product_like(hidden, weight)
     elif teacher_bias is not None and teacher_weight is None:
         raise ValueError("teacher_bias: given without teacher_weight")
     logits = _product_like(*student[:2])
-    if checks.check_bool("inplace", settings.pop("inplace")):
+    if options["inplace"]:
         raise ValueError("inplace: leave it out; a chunk's logits are always overwritten, and there are no others")
-    backend = settings.pop("backend")
-    inputs, fixed = settled(logits, like, labels, **settings)
+    inputs, settings = check_inputs(logits, like, labels, options, settings)
     if has_head:
-        teacher = teacher if fixed.reads_teacher else (None, None, None)
+        teacher = teacher if settings.reads_teacher else (None, None, None)
         inputs = inputs._replace(teachers=[])
-    vocab = logits.shape[-1] if fixed.vocab_size < 0 else fixed.vocab_size
+    vocab = logits.shape[-1] if settings.vocab_size < 0 else settings.vocab_size
     heads = Heads(
         *student,
         *teacher,
-        chunk_rows=_check_chunk_rows(chunk_rows, vocab, logits.device.type),
-        accumulate_dtype=_check_accumulate_dtype(accumulate_dtype),
+        chunk_rows=_check_chunk_rows(options["chunk_rows"], vocab, logits.device.type),
+        accumulate_dtype=_check_accumulate_dtype(options["accumulate_dtype"]),
         grad_hidden=_wants_grad(student[0]),
         grad_weight=_wants_grad(student[1]),
         grad_bias=_wants_grad(student[2]),
     )
-    loss, metrics = linear_loss(heads, inputs, fixed, choice.namespace(backend, logits))
-    return (loss, KDMetrics(*metrics.unbind())) if fixed.metrics else loss
+    loss, metrics = linear_loss(heads, inputs, settings, choice.namespace(options["backend"], logits))
+    return (loss, KDMetrics(*metrics.unbind())) if settings.metrics else loss
 
 
-class LinearKDLoss(KDLoss):
-    """:func:`linear_kd_loss` as a module: its settings are given once, here; ``forward`` takes the tensors.
+class LinearKDLoss(LossModule):
+    """:func:`linear_kd_loss` as a module: its options are given and checked once, here; ``forward`` takes the tensors.
 
-    Takes every keyword of :func:`linear_kd_loss` but biases, ``weight`` and ``normalizer``, which belong to a call. Has
-    no parameters: the heads stay where they are, in student and teacher.
+    Takes every keyword of :func:`linear_kd_loss` but biases, ``row_weight`` and ``normalizer``, which belong to a call.
+    Has no parameters: the heads stay where they are, in student and teacher.
     """
 
-    def __init__(
-        self, *, chunk_rows: int | None = None, accumulate_dtype: torch.dtype = torch.float32, **settings: Any
-    ) -> None:
-        for name in settings:
-            if name not in KDLoss.defaults:
-                raise TypeError(f"LinearKDLoss() got an unexpected keyword argument {name!r}")
-        super().__init__(**settings)
-        self.chunk_rows, self.accumulate_dtype = chunk_rows, accumulate_dtype
+    defaults: ClassVar[dict[str, Any]] = KDLoss.defaults | {"chunk_rows": None, "accumulate_dtype": torch.float32}
 
-    def forward(  # type: ignore[override]
+    def __init__(
+        self,
+        *,
+        chunk_rows: int | None = None,
+        accumulate_dtype: torch.dtype = torch.float32,
+        return_metrics: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        own = {"chunk_rows": chunk_rows, "accumulate_dtype": accumulate_dtype, "return_metrics": return_metrics}
+        super().__init__(own | options)
+
+    def forward(
         self,
         student_hidden: Tensor,
         student_weight: Tensor,
-        teacher_hidden: Tensor | Sequence[Tensor] | None,
+        teacher_hidden: Teacher,
         teacher_weight: Tensor | None,
         labels: Tensor | None = None,
         *,
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
-        weight: Tensor | None = None,
+        row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, KDMetrics]:
-        return linear_kd_loss(
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
-            labels,
-            student_bias=student_bias,
-            teacher_bias=teacher_bias,
-            weight=weight,
-            normalizer=normalizer,
-            **self.settings(),
-        )
-
-
-LinearKDLoss.defaults = KDLoss.defaults | (LinearKDLoss.__init__.__kwdefaults__ or {})
-
-
-def _check_keywords(settings: dict[str, Any]) -> None:
-    for name in settings:
-        if name not in _KEYWORDS:
-            raise TypeError(f"linear_kd_loss() got an unexpected keyword argument {name!r}")
+    ) -> Any:  # as linear_kd_loss
+        student = student_hidden, student_weight, student_bias
+        teacher = teacher_hidden, teacher_weight, teacher_bias
+        options = self.options() | {"row_weight": row_weight, "normalizer": normalizer}
+        settings = self.checked_settings(labels is not None)
+        return _checked_loss(student, teacher, labels, options, settings)
 
 
 def _check_head(side: str, hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,22 +1,64 @@
-"""kd_loss and KDLoss: the public edge, where defaults are settled and arguments are checked, once."""
+"""kd_loss and KDLoss: a loss from logits, as a function and as a module."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from kdfast import checks, choice
-from kdfast.arguments import Inputs, KDMetrics, Settings, relevant
+from kdfast.arguments import KDMetrics, Settings
 from kdfast.autograd import row_loss
-from kdfast.targets import check_teachers
+from kdfast.options import (
+    DKD_WEIGHTS,
+    Backend,
+    CallOptions,
+    Ensemble,
+    Options,
+    Reduction,
+    Target,
+    check_inputs,
+    check_names,
+    check_settings,
+)
 
-DKD_WEIGHTS = (1.0, 8.0)  # as published for CIFAR-100
+Teacher = Tensor | Sequence[Tensor] | None
 
 
+@overload
 def kd_loss(
     student_logits: Tensor,
-    teacher: Tensor | Sequence[Tensor] | None,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    inplace: bool = False,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[CallOptions],
+) -> Tensor: ...
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    inplace: bool = False,
+    return_metrics: Literal[True],
+    **options: Unpack[CallOptions],
+) -> tuple[Tensor, KDMetrics]: ...
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher: Teacher,
+    labels: Tensor | None = None,
+    *,
+    inplace: bool = False,
+    return_metrics: bool,
+    **options: Unpack[CallOptions],
+) -> Tensor | tuple[Tensor, KDMetrics]: ...
+def kd_loss(
+    student_logits: Tensor,
+    teacher: Teacher,
     labels: Tensor | None = None,
     *,
     temperature: float | Tensor = 1.0,
@@ -25,12 +67,12 @@ def kd_loss(
     hard_weight: float | None = None,
     divergence: str = "cross_entropy",
     beta: float | None = None,
-    target: str = "logits",
+    target: Target = "logits",
     vocab_size: int | None = None,
     t_squared: bool = True,
-    weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -38,11 +80,12 @@ def kd_loss(
     teacher_softcap: float | None = None,
     standardize: bool = False,
     teacher_weights: Sequence[float] | None = None,
-    ensemble: str = "arithmetic",
+    ensemble: Ensemble = "arithmetic",
     inplace: bool = False,
     return_metrics: bool = False,
     dkd_weights: tuple[float, float] = DKD_WEIGHTS,
-    backend: str | None = None,
+    backend: Backend | None = None,
+    **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, KDMetrics]:
     r"""The distillation loss of a student against a teacher, and against labels where there are any.
 
@@ -74,7 +117,7 @@ def kd_loss(
         vocab_size: how many of the first classes are real, where heads are padded (to different sizes, it may be). The
             others take no part, and their gradient is 0.
         t_squared: False leaves :math:`T^2` out.
-        weight: (...) row weights >= 0 of any real dtype. A row of weight 0 is treated as an ignored one.
+        row_weight: (...) weights of rows, >= 0, of any real dtype. A row of weight 0 is treated as an ignored one.
         ignore_index: rows with this label drop out of both terms and of the mean, and get zero gradient.
         reduction: ``"none"``: (...) row losses; ``"sum"``; ``"mean"``: :math:`\sum l / \sum w` over the rows not
             ignored, 0 if there are none; ``"batchmean"``: :math:`\sum l` / the size of the first dimension.
@@ -141,208 +184,108 @@ def kd_loss(
         IndexError: a label outside [0, V) that is not ``ignore_index``. On a GPU nobody waits to see it: loss and
             gradient of its row become NaN, and no other row is touched.
     """
-    checks.check_choice("backend", backend)
-    inputs, settings = settled(
-        student_logits,
-        teacher,
-        labels,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        alpha=alpha,
-        hard_weight=hard_weight,
-        divergence=divergence,
-        beta=beta,
-        target=target,
-        vocab_size=vocab_size,
-        t_squared=t_squared,
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        normalizer=normalizer,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        teacher_softcap=teacher_softcap,
-        standardize=standardize,
-        teacher_weights=teacher_weights,
-        ensemble=ensemble,
-        return_metrics=return_metrics,
-        dkd_weights=dkd_weights,
-    )
-    if checks.check_bool("inplace", inplace):
-        checks.check_inplace(student_logits)
-    loss, metrics = row_loss(student_logits, inputs, settings, choice.namespace(backend, student_logits), inplace)
-    return (loss, KDMetrics(*metrics.unbind())) if return_metrics else loss
+    check_names("kd_loss", unknown, {})
+    options = {
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "alpha": alpha,
+        "hard_weight": hard_weight,
+        "divergence": divergence,
+        "beta": beta,
+        "target": target,
+        "vocab_size": vocab_size,
+        "t_squared": t_squared,
+        "row_weight": row_weight,
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "normalizer": normalizer,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+        "teacher_softcap": teacher_softcap,
+        "standardize": standardize,
+        "teacher_weights": teacher_weights,
+        "ensemble": ensemble,
+        "inplace": inplace,
+        "return_metrics": return_metrics,
+        "dkd_weights": dkd_weights,
+        "backend": backend,
+    }
+    settings = check_settings(options, labels is not None)
+    return checked_loss(student_logits, teacher, labels, options, settings)
 
 
-def settled(
-    student_logits: Tensor,
-    teacher: Any,
-    labels: Tensor | None,
-    *,
-    temperature: float | Tensor,
-    teacher_temperature: float | Tensor | None,
-    alpha: float | None,
-    hard_weight: float | None,
-    divergence: str,
-    beta: float | None,
-    target: str,
-    vocab_size: int | None,
-    t_squared: bool,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    normalizer: float | Tensor | None,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    teacher_softcap: float | None,
-    standardize: bool,
-    teacher_weights: Sequence[float] | None,
-    ensemble: str,
-    return_metrics: bool,
-    dkd_weights: tuple[float, float],
-) -> tuple[Inputs, Settings]:
-    """kd_loss's arguments, checked, as the operators take them. Of the logits shape, dtype and device alone count."""
-    student = student_logits
-    if not isinstance(student, Tensor):
-        raise TypeError(f"student_logits: must be a tensor, not {checks.kind(student)}")
-    checks.check_floating("student_logits", student)
-    if student.dim() == 0 or student.shape[-1] == 0:
-        raise ValueError(f"student_logits: has shape {tuple(student.shape)}, but it must be (..., V) with V >= 1")
-    shape = student.shape[:-1]
-    checks.check_choice("divergence", divergence)
-    checks.check_choice("target", target)
-    checks.check_choice("reduction", reduction)
-    checks.check_choice("ensemble", ensemble)
-    checks.check_bool("t_squared", t_squared)
-    alpha, hard_weight = checks.check_mix(alpha, hard_weight, labels is not None)
-    vocab = checks.check_vocab(vocab_size, student)
-    if labels is not None:
-        checks.check_rows("labels", labels, shape, student, integer=True)
-    if weight is not None:
-        checks.check_rows("weight", weight, shape, student)
-        if weight.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("weight: requires grad, but kd_loss has no derivative for it; pass weight.detach()")
-    temperature, temperatures = checks.check_temperature("temperature", temperature, shape, student)
-    at, ats = temperature, temperatures
-    if teacher_temperature is not None:
-        if target != "logits":
-            raise ValueError(f"teacher_temperature: given with target={target!r}, which is tempered already")
-        at, ats = checks.check_temperature("teacher_temperature", teacher_temperature, shape, student)
-    checks.check_bool("return_metrics", return_metrics)
-    checks.check_bool("standardize", standardize)
-    label_smoothing = checks.check_smoothing(label_smoothing, labels is not None)
-    z_loss = checks.check_size("z_loss", z_loss)
-    softcap = checks.check_cap("softcap", softcap)
-    teacher_softcap = checks.check_cap("teacher_softcap", teacher_softcap)
-    weights_of_dkd = checks.check_dkd(divergence, dkd_weights, DKD_WEIGHTS, labels is not None)
-    for name, value in (("standardize", standardize), ("teacher_softcap", teacher_softcap)):
-        if value and target != "logits":
-            raise ValueError(f"{name}: needs target='logits', not {target!r}")
-    teachers: list[Tensor] = []
-    weights: list[float] = []
-    if teacher is not None or alpha != 0:
-        teachers, weights = check_teachers(teacher, teacher_weights, student, vocab_size)
-    if divergence == "logit_mse":
-        if target != "logits":
-            raise ValueError(f"divergence: 'logit_mse' needs target='logits', not {target!r}")
-        if len(teachers) > 1 and ensemble != "geometric":
-            raise ValueError("divergence: 'logit_mse' with several teachers needs ensemble='geometric'")
-        temperature, temperatures, at, ats, t_squared = 1.0, None, 1.0, None, False
-    divergence, beta = checks.check_beta(divergence, beta)
-    divisor, normalizer = checks.check_normalizer(normalizer, reduction, student)
-    ignore_index = checks.as_integer("ignore_index", ignore_index)
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index: {ignore_index} must fit into 64 bits, as labels do")
-
-    inputs = Inputs(teachers, labels, weight, normalizer, temperatures, ats)
-    fixed = Settings(
-        temperature=temperature,
-        teacher_temperature=at,
-        alpha=alpha,
-        hard_weight=hard_weight,
-        t_squared=t_squared,
-        divergence=divergence,
-        beta=beta,
-        target=target,
-        ensemble=ensemble,
-        teacher_weights=weights,
-        vocab_size=vocab,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        divisor=divisor,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        teacher_softcap=teacher_softcap,
-        standardize=standardize,
-        dkd_weights=weights_of_dkd,
-        metrics=return_metrics,
-    )
-    return relevant(inputs, fixed)
+def checked_loss(
+    student: Tensor, teacher: Teacher, labels: Tensor | None, options: dict[str, Any], settings: Settings
+) -> Any:
+    """kd_loss with the settings that check_settings made of the options."""
+    inputs, settings = check_inputs(student, teacher, labels, options, settings)
+    inplace = options["inplace"]
+    if inplace:
+        checks.check_inplace(student)
+    loss, metrics = row_loss(student, inputs, settings, choice.namespace(options["backend"], student), inplace)
+    return (loss, KDMetrics(*metrics.unbind())) if settings.metrics else loss
 
 
-class KDLoss(nn.Module):
-    """:func:`kd_loss` as a module: its settings are given once, here; ``forward`` takes the tensors.
+class LossModule(nn.Module):
+    """A loss as a module: what KDLoss and LinearKDLoss share. The options are plain attributes."""
 
-    Takes every keyword of :func:`kd_loss` but ``weight`` and ``normalizer``, which belong to a call. Has no parameters
-    and no buffers. The settings are plain attributes and can be changed between calls.
-    """
+    defaults: ClassVar[dict[str, Any]]  # of the options, by name
 
-    defaults: ClassVar[dict[str, Any]]  # of the settings, by name
-
-    def __init__(
-        self,
-        *,
-        temperature: float | Tensor = 1.0,
-        teacher_temperature: float | Tensor | None = None,
-        alpha: float | None = None,
-        hard_weight: float | None = None,
-        divergence: str = "cross_entropy",
-        beta: float | None = None,
-        target: str = "logits",
-        vocab_size: int | None = None,
-        t_squared: bool = True,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-        teacher_softcap: float | None = None,
-        standardize: bool = False,
-        teacher_weights: Sequence[float] | None = None,
-        ensemble: str = "arithmetic",
-        inplace: bool = False,
-        return_metrics: bool = False,
-        dkd_weights: tuple[float, float] = DKD_WEIGHTS,
-        backend: str | None = None,
-    ) -> None:
+    def __init__(self, options: dict[str, Any]) -> None:
         super().__init__()
-        for name in KDLoss.defaults:
-            setattr(self, name, locals()[name])
+        check_names(type(self).__name__, options, self.defaults)
+        self.__dict__.update(self.defaults | options)
+        self.checked_settings(True)  # a label is what may still be missing
 
-    def settings(self) -> dict[str, Any]:
-        """The keywords as they are now."""
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self.defaults:  # a schedule: it is checked with the next call
+            self.__dict__.pop("_checked", None)
+
+    def options(self) -> dict[str, Any]:
+        """The options as they are now."""
         return {name: getattr(self, name) for name in self.defaults}
+
+    def checked_settings(self, has_labels: bool) -> Settings:
+        """The settings of a call, which are checked when an option has changed."""
+        if torch.compiler.is_compiling():
+            return check_settings(self.options(), has_labels)
+        checked = self.__dict__.setdefault("_checked", {})
+        if has_labels not in checked:
+            checked[has_labels] = check_settings(self.options(), has_labels)
+        return checked[has_labels]
 
     def extra_repr(self) -> str:
         # identity first: a tensor of temperatures is not equal to anything
         default = self.defaults
-        changed = {k: v for k, v in self.settings().items() if v is not default[k] and (v == default[k]) is not True}
-        shown = {"temperature": self.temperature, "alpha": self.alpha, "divergence": self.divergence} | changed
+        changed = {k: v for k, v in self.options().items() if v is not default[k] and (v == default[k]) is not True}
+        shown = {name: getattr(self, name) for name in ("temperature", "alpha", "divergence")} | changed
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+class KDLoss(LossModule):
+    """:func:`kd_loss` as a module: its options are given and checked once, here; ``forward`` takes the tensors.
+
+    Takes every keyword of :func:`kd_loss` but ``row_weight`` and ``normalizer``, which belong to a call. Has no
+    parameters and no buffers. The options are plain attributes and can be changed between calls.
+    """
+
+    defaults: ClassVar[dict[str, Any]] = dict(kd_loss.__kwdefaults__ or {})
+    del defaults["row_weight"], defaults["normalizer"]
+
+    def __init__(self, *, inplace: bool = False, return_metrics: bool = False, **options: Unpack[Options]) -> None:
+        super().__init__({"inplace": inplace, "return_metrics": return_metrics, **options})
 
     def forward(
         self,
         student_logits: Tensor,
-        teacher: Tensor | Sequence[Tensor] | None,
+        teacher: Teacher,
         labels: Tensor | None = None,
         *,
-        weight: Tensor | None = None,
+        row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, KDMetrics]:
-        return kd_loss(student_logits, teacher, labels, weight=weight, normalizer=normalizer, **self.settings())
-
-
-KDLoss.defaults = dict(KDLoss.__init__.__kwdefaults__ or {})
+    ) -> Any:  # as kd_loss
+        options = self.options() | {"row_weight": row_weight, "normalizer": normalizer}
+        settings = self.checked_settings(labels is not None)
+        return checked_loss(student_logits, teacher, labels, options, settings)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kdfast.autograd import TemperedSoftmax
-from kdfast.checks import FLOATS, check_bool, check_floating, check_temperature, kind
+from kdfast.checks import FLOATS, check_bool, check_logits, check_temperature, check_temperatures
 
 
 def tempered_softmax(
@@ -24,12 +24,9 @@ def tempered_softmax(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`kdfast.kd_loss` for its arguments of these names.
     """
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits: must be a tensor, not {kind(logits)}")
-    check_floating("logits", logits)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits: has shape {tuple(logits.shape)}, but it must be (..., V) with V >= 1")
-    number, rows = check_temperature("temperature", temperature, logits.shape[:-1], logits, "logits")
+    check_logits("logits", logits)
+    number = check_temperature("temperature", temperature)
+    rows = check_temperatures("temperature", temperature, logits.shape[:-1], logits, "logits")
     check_bool("log", log)
     dtype = logits.dtype if out_dtype is None else out_dtype
     if dtype not in FLOATS:

@@ -306,7 +306,7 @@ class Call:
             settings["ignore_index"] = ignored
             labels = torch.where(labels == ignored, vocab - 1, labels)
             labels[1::4] = ignored
-        settings["weight"] = weight(rows)
+        settings["row_weight"] = weight(rows)
         if self["padding"] is not None:
             more, teachers_more = self["padding"]
             settings["vocab_size"] = vocab

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast import kd_loss
-from kdfast.divergences import settled
+from kdfast.divergences import resolve_beta
 
 DEFAULTS = {name: setting.default for name, setting in inspect.signature(kd_loss).parameters.items()}
 
@@ -46,7 +46,7 @@ def eager(
 
 def _settled(options: dict[str, Any], kind: torch.dtype) -> dict[str, Any]:
     info = torch.finfo(kind)
-    divergence, beta = settled(options["divergence"], options["beta"])
+    divergence, beta = resolve_beta(options["divergence"], options["beta"])
     return options | {"divergence": divergence, "beta": beta, "kind": kind, "smallest": info.tiny / info.eps}
 
 

@@ -178,7 +178,7 @@ def row_weights(student: Tensor, labels: Tensor | None, settings: dict[str, Any]
     weight = student.new_ones(student.shape[:-1], dtype=F64)
     if labels is not None:
         weight = weight * (labels != settings.get("ignore_index", -100))
-    return weight if settings.get("weight") is None else weight * settings["weight"].double()
+    return weight if settings.get("row_weight") is None else weight * settings["row_weight"].double()
 
 
 def divisor(student: Tensor, labels: Tensor | None, settings: dict[str, Any]) -> float:

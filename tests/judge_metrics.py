@@ -78,7 +78,7 @@ def judge_metrics(
         plain = of_rows(s.float(), [t.float() for t in teachers], labels, settings, kind)
         if teachers:  # eager's own is NaN where a probability underflows
             rows = {k: v for k, v in by_rows(settings).items() if k not in ("return_metrics", "vocab_size")}
-            rows |= ALONE | {"alpha": 1, "label_smoothing": 0.0, "weight": None, "backend": "reference"}
+            rows |= ALONE | {"alpha": 1, "label_smoothing": 0.0, "row_weight": None, "backend": "reference"}
             given = [t.double() for t in teachers] if len(teachers) > 1 else teachers[0].double()
             truth["soft"] = kdfast.kd_loss(s.double(), given, labels, **in_fp64(rows)), truth["soft"][1]
         rounded = largest_z(s, teachers, DEFAULTS | settings).squeeze(-1)

@@ -208,8 +208,8 @@ def test_a_teacher_that_requires_grad_gets_none_and_is_not_an_obstacle(reduction
 @pytest.mark.parametrize("what", ["student", "teacher", "labels", "weight"])
 def test_what_changed_between_forward_and_a_backward_that_reads_it_is_an_error(what, backend):
     s, t, y = data()
-    tensors = {"student": s * 1, "teacher": t, "labels": y, "weight": torch.rand(ROWS)}
-    loss = kd_loss(*list(tensors.values())[:3], weight=tensors["weight"], reduction="none", backend=backend).sum()
+    tensors = {"student": s * 1, "teacher": t, "labels": y, "row_weight": torch.rand(ROWS)}
+    loss = kd_loss(*list(tensors.values())[:3], row_weight=tensors["weight"], reduction="none", backend=backend).sum()
     with torch.no_grad():
         tensors[what].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -261,7 +261,7 @@ def test_tensors_without_data_give_the_right_shapes_dtypes_and_devices(where, dt
         y = torch.empty(2, 3, dtype=torch.int64)
         for reduction in ("mean", "sum", "batchmean", "none"):
             s.grad = None
-            loss = kdfast.kd_loss(s, [t, t], y, temperature=2.0, weight=torch.empty(2, 3), reduction=reduction)
+            loss = kdfast.kd_loss(s, [t, t], y, temperature=2.0, row_weight=torch.empty(2, 3), reduction=reduction)
             loss.sum().backward()
             assert loss.shape == ((2, 3) if reduction == "none" else ())
             assert loss.dtype == (F64 if dtype == F64 else F32)

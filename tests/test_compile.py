@@ -14,8 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraph
 import kdfast
 from kdfast.arguments import Heads, Inputs, Settings
 from kdfast.choice import namespace
-from kdfast.losses import settled
 from kdfast.ops import SCHEMAS
+from kdfast.options import check_inputs, check_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:kdfast")
 
@@ -46,9 +46,9 @@ CALLS: dict[str, Callable[..., Tensor]] = {
     "vocab_size": lambda s, t, y, w, b: kdfast.kd_loss(s, t[:, :-1], y, vocab_size=8, t_squared=False, backend=b),
     "dkd": lambda s, t, y, w, b: kdfast.kd_loss(s, t, y, divergence="dkd", dkd_weights=(1.0, 2.0), backend=b),
     "every option": lambda s, t, y, w, b: kdfast.kd_loss(s, t, y, backend=b, **ALL_OPTIONS),
-    "metrics": lambda s, t, y, w, b: loss_and_metrics(s, t, y, weight=w, backend=b),
+    "metrics": lambda s, t, y, w, b: loss_and_metrics(s, t, y, row_weight=w, backend=b),
     "metrics none": lambda s, t, y, w, b: loss_and_metrics(s, t, y, reduction="none", backend=b) * w,
-    "KDLoss": lambda s, t, y, w, b: kdfast.KDLoss(temperature=3.0, reduction="sum", backend=b)(s, t, y, weight=w),
+    "KDLoss": lambda s, t, y, w, b: kdfast.KDLoss(temperature=3.0, reduction="sum", backend=b)(s, t, y, row_weight=w),
     "tempered_softmax": lambda s, t, y, w, b: kdfast.tempered_softmax(s, 2.0) * t,
     "its logarithm, per row": lambda s, t, y, w, b: kdfast.tempered_softmax(
         s, 1 + w, log=True, out_dtype=torch.float64
@@ -187,7 +187,7 @@ KINDS = (
 def op_arguments(kind: str) -> tuple[Tensor, Inputs, Settings]:
     s, t, y, w = batch()
     # of which no row drops out: the metrics of one are NaN, which opcheck takes for a difference
-    by_row = {"weight": w, "temperature": 1 + w, "teacher_temperature": 2 + w, "reduction": "none"}
+    by_row = {"row_weight": w, "temperature": 1 + w, "teacher_temperature": 2 + w, "reduction": "none"}
     padded = {"divergence": "reverse_kl", "vocab_size": 9, "normalizer": torch.tensor(7)}
     student, teacher, labels, settings = {
         "mean": (s, t, y, {"temperature": 2.0}),
@@ -197,9 +197,8 @@ def op_arguments(kind: str) -> tuple[Tensor, Inputs, Settings]:
         "transposed float64": (s.double()[:4].T.contiguous().T, None, y[:4], {"alpha": 0}),
         "no rows": (s[:0], t[:0], None, {"reduction": "sum"}),
     }[kind]
-    defaults = kdfast.KDLoss.defaults | {"weight": None, "normalizer": None}
-    defaults = {k: v for k, v in defaults.items() if k not in ("inplace", "backend")}
-    return student, *settled(student, teacher, labels, **defaults | settings)
+    options = kdfast.kd_loss.__kwdefaults__ | settings
+    return student, *check_inputs(student, teacher, labels, options, check_settings(options, labels is not None))
 
 
 def heads_for(logits: Tensor, inputs: Inputs, of_teacher: bool) -> tuple[Heads, Inputs]:
@@ -225,8 +224,8 @@ def check_operator(name: str, backend: str | None, kind: str, *checks: str) -> N
         "linear_stats": (*heads, *their_inputs, *settings),
         "linear_grad": (*heads, stats, s[..., 0].to(loss.dtype), *their_inputs, *settings),
         "scale_": (s, torch.tensor(0.5)),
-        "tempered_softmax": (s, inputs.temperatures, 2.0, inputs.weight is None, torch.float32),
-        "tempered_softmax_backward": (s, s.float(), inputs.temperatures, 2.0, inputs.weight is None, s.dtype),
+        "tempered_softmax": (s, inputs.temperatures, 2.0, inputs.row_weight is None, torch.float32),
+        "tempered_softmax_backward": (s, s.float(), inputs.temperatures, 2.0, inputs.row_weight is None, s.dtype),
         "grad": (s, stats, torch.ones_like(loss), *inputs, *settings),
         "grad_": (s, stats, torch.ones_like(loss), *inputs, *settings),
     }.get(name, (s, *inputs, *settings))

@@ -30,7 +30,7 @@ def drop(backend: str, divergence: str, vocab: int, dtype: torch.dtype, reductio
     s, t = student.clone(), teacher.clone()
     for row, value in zip(DROPPED, (NAN, INF, -INF) * 2, strict=True):
         s[row] = t[row] = value
-    settings |= {"divergence": divergence, "weight": weight, "reduction": reduction, "backend": backend}
+    settings |= {"divergence": divergence, "row_weight": weight, "reduction": reduction, "backend": backend}
     loss, grad = run(s, t, labels, **settings)
     assert loss.isfinite().all()
     assert same((loss, grad), run(student, teacher, labels, **settings))
@@ -57,9 +57,9 @@ def test_so_they_may_in_every_dtype_and_with_every_other_setting(backend: str) -
     # weights without labels
     student, teacher, _ = batch(3, 100)
     weight = torch.tensor([1.0, 0.0, 2.0])
-    want = run(student, teacher, weight=weight, backend=backend)
+    want = run(student, teacher, row_weight=weight, backend=backend)
     student[1] = teacher[1] = NAN
-    assert same(run(student, teacher, weight=weight, backend=backend), want)
+    assert same(run(student, teacher, row_weight=weight, backend=backend), want)
 
 
 def test_alpha_0_reads_no_teacher(backend: str) -> None:
@@ -102,7 +102,7 @@ def test_a_mean_over_nothing_is_0_with_a_graph(backend: str, reduction: str) -> 
             (ignored, torch.ones(5)),
             (some_ignored, torch.tensor([1.0, 1, 1, 0, 0])),  # rows of weight 0 beside ignored ones
         ):
-            assert nothing(run(student, teacher, y, weight=weight, reduction=reduction, backend=backend))
+            assert nothing(run(student, teacher, y, row_weight=weight, reduction=reduction, backend=backend))
 
 
 def test_a_label_of_a_dropped_row_is_checked_only_by_its_index(backend: str) -> None:

@@ -19,7 +19,7 @@ def test_labels_and_row_values_of_any_strides(backend: str, expanded: bool) -> N
     labels, temperature = wide_labels[::2], torch.arange(1.0, 2 * ROWS + 1)[::2]
     if expanded:
         labels, temperature = (x[1].expand(ROWS) for x in (labels, temperature))
-    settings = {"weight": torch.tensor(0.5).expand(ROWS), "temperature": temperature}
+    settings = {"row_weight": torch.tensor(0.5).expand(ROWS), "temperature": temperature}
     judge(student, teacher, labels, backend=backend, reduction="none" if expanded else "mean", **settings)
 
 
@@ -36,7 +36,7 @@ def test_any_number_of_dimensions(backend: str, shape: tuple[int, ...]) -> None:
         student, teacher, labels = student.view(*shape, 33), teacher.view(*shape, 33), labels.view(shape)
         weight, T = torch.rand(shape) + 0.5, torch.rand(shape) + 1
         for reduction in ("batchmean", "none"):
-            judge(student, teacher, labels, backend=backend, reduction=reduction, weight=weight, temperature=T)
+            judge(student, teacher, labels, backend=backend, reduction=reduction, row_weight=weight, temperature=T)
 
 
 def test_slices_of_four_dimensions(backend: str) -> None:

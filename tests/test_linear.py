@@ -81,7 +81,7 @@ def test_alpha_0_needs_no_teacher_whatever_else_is_given(cpu: str) -> None:
 def test_no_number_depends_on_the_chunks(cpu: str, reduction: str, chunk_rows: int | None) -> None:
     weight = torch.linspace(0.5, 2, ROWS)
     for case in (Case(F32), Case(F64)):
-        settings = {"reduction": reduction, "weight": weight, "return_metrics": True, "chunk_rows": chunk_rows}
+        settings = {"reduction": reduction, "row_weight": weight, "return_metrics": True, "chunk_rows": chunk_rows}
         check(case, case.labels, backend=cpu, **settings)
     assert torch.equal(weight, torch.linspace(0.5, 2, ROWS))
 

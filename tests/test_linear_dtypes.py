@@ -100,7 +100,7 @@ def test_float16_loses_nothing_to_rows_weights_or_a_narrow_accumulator(cpu: str,
     for power in (-24, 17):  # which alone would underflow, overflow
         weight = torch.linspace(0.5, 1, 600) * 2.0**power
         for settings in ({"reduction": "sum"}, {"normalizer": 2.0**20}):
-            settings |= {"weight": weight, "accumulate_dtype": F16}
+            settings |= {"row_weight": weight, "accumulate_dtype": F16}
             scale = torch.tensor(2.0**-power if "reduction" in settings else 2.0 ** (20 - power))
             _, grads, _ = fused(case, case.labels, chunk_rows=70, grad=scale, **settings)
             _, truth, _ = plain(case, case.labels, F64, grad=scale, **settings)

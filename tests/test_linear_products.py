@@ -62,7 +62,7 @@ def test_dropped_rows_and_padded_classes_are_not_multiplied(cpu: str) -> None:
     weight = torch.ones(12)
     weight[0] = 0
     labels, leaves = torch.where(case.labels < 0, -100, case.labels % 40), case.leaves()
-    assert multiplied(lambda: case.loss(leaves, labels, vocab_size=40, weight=weight).backward(), 7, 40) == 4
+    assert multiplied(lambda: case.loss(leaves, labels, vocab_size=40, row_weight=weight).backward(), 7, 40) == 4
 
 
 def test_under_no_grad_there_are_two_products_and_a_teacher_that_is_not_read_has_none(cpu: str) -> None:

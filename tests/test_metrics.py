@@ -29,7 +29,7 @@ def test_what_there_is_nothing_to_measure_of_is_nan(backend: str, reduction: str
         ((teacher, None), {}, {"hard", "accuracy"}),
         ((None, labels), {"alpha": 0}, {"soft", "kl", "teacher_entropy", "agreement"}),
         ((teacher, torch.full_like(labels, -100)), {}, set(FIELDS)),
-        ((teacher, labels), {"weight": torch.zeros(4)}, set(FIELDS)),
+        ((teacher, labels), {"row_weight": torch.zeros(4)}, set(FIELDS)),
         ((teacher, labels), {"alpha": 0, "hard_weight": 0}, set()),
     ):
         got = measured(student, *given, reduction=reduction, backend=backend, **options)

@@ -14,6 +14,7 @@ from cases import batch
 from torch import nn
 
 from kdfast import KDLoss, kd_loss
+from kdfast.options import CallOptions, Options
 
 SETTINGS = {"temperature": 3.0, "alpha": 0.5, "divergence": "reverse_kl", "ignore_index": 7, "reduction": "sum"}
 
@@ -48,7 +49,7 @@ def test_a_copy_gives_the_same_loss(copied: Callable[[nn.Module], nn.Module], mo
 def test_the_module_is_kd_loss_with_its_settings():
     s, t, y = batch(5, 100)
     more = SETTINGS | {"return_metrics": True, "label_smoothing": 0.1}
-    for settings, of_call in ((SETTINGS, {"weight": torch.rand(5)}), (more, {}), ({}, {"normalizer": 3})):
+    for settings, of_call in ((SETTINGS, {"row_weight": torch.rand(5)}), (more, {}), ({}, {"normalizer": 3})):
         ours, same = KDLoss(**settings)(s, t, y, **of_call), kd_loss(s, t, y, **settings, **of_call)
         torch.testing.assert_close(ours, same, rtol=0, atol=0)
 
@@ -59,6 +60,19 @@ def test_a_setting_changed_between_calls_counts():
     loss(s, t, y)
     loss.temperature = 4.0  # a schedule
     assert torch.equal(loss(s, t, y), kd_loss(s, t, y, temperature=4.0))
+    loss.temperature = -1.0
+    with pytest.raises(ValueError, match="^temperature: -1.0 must be finite and > 0"):
+        loss(s, t, y)
+
+
+def test_the_module_checks_its_options_when_it_is_built():
+    for options in ({"temperature": 0}, {"alpha": 1.5}, {"divergence": "kl"}, {"beta": 0.5}, {"inplace": 1}):
+        (name,) = options
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
+            KDLoss(**options)
+    KDLoss(label_smoothing=0.1, divergence="dkd")  # which need labels, and may yet get them
+    with pytest.raises(ValueError, match="^label_smoothing: 0.1 without labels"):
+        KDLoss(label_smoothing=0.1)(*batch(5, 100)[:2])
 
 
 def test_the_module_has_nothing_to_train_and_nothing_to_store():
@@ -69,17 +83,12 @@ def test_the_module_has_nothing_to_train_and_nothing_to_store():
 
 
 def test_the_module_takes_the_functions_keywords_with_its_defaults():
-    import inspect
-
-    function = dict(inspect.signature(kd_loss).parameters)
-    module = dict(inspect.signature(KDLoss.__init__).parameters)
-    call = dict(inspect.signature(KDLoss.forward).parameters)
-    keywords = {name for name, each in function.items() if each.kind is each.KEYWORD_ONLY}
-    assert keywords - set(module) == {"weight", "normalizer"}, "which belong to a call"
-    assert set(call) == {"self", "student_logits", "teacher", "labels", "weight", "normalizer"}
-    for name, each in (module | call).items():
-        if name != "self":
-            assert each == function[name], name
+    of_call = KDLoss.forward.__kwdefaults__
+    assert set(of_call) == {"row_weight", "normalizer"}, "which belong to a call"
+    assert KDLoss.defaults | of_call == kd_loss.__kwdefaults__
+    typed = {*Options.__annotations__, "inplace", "return_metrics"}  # what a type checker lets through
+    assert typed == KDLoss.defaults.keys()
+    assert CallOptions.__annotations__.keys() | typed == kd_loss.__kwdefaults__.keys()
 
 
 def test_the_repr_shows_the_settings():
@@ -88,7 +97,7 @@ def test_the_repr_shows_the_settings():
         assert f"{name}={value!r}" in shown
     assert "inplace" not in shown, "defaults that nobody asked for are left out"
     assert "dkd_weights" not in shown
-    assert repr(KDLoss(dkd_weights=(1.0, 2.0))).endswith(", divergence='cross_entropy', dkd_weights=(1.0, 2.0))")
+    assert repr(KDLoss(divergence="dkd", dkd_weights=(1.0, 2.0))).endswith("divergence='dkd', dkd_weights=(1.0, 2.0))")
     assert repr(KDLoss()) == "KDLoss(temperature=1.0, alpha=None, divergence='cross_entropy')"
     assert eval(repr(KDLoss(**SETTINGS))).temperature == 3.0
     assert "KDLoss(temperature=3.0" in repr(nn.ModuleDict({"loss": KDLoss(**SETTINGS)}))

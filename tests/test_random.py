@@ -97,7 +97,7 @@ def calls(draw: Any, dtypes: tuple[torch.dtype, ...]) -> tuple[tuple[Any, ...], 
         # logits that a format makes equal are 1e-7 apart from having no deviation, and have no digits
         options["standardize"] = offset == 0 and vocab > 2 and draw(st.booleans())
     if draw(st.booleans()):
-        options["weight"] = per_row(st.sampled_from([0.0, 1.0]) | st.floats(0.01, 10))
+        options["row_weight"] = per_row(st.sampled_from([0.0, 1.0]) | st.floats(0.01, 10))
     options["t_squared"], options["reduction"] = draw(st.booleans()), draw(st.sampled_from(REDUCTIONS))
     options["inplace"], options["return_metrics"] = draw(st.booleans()), draw(st.booleans())
     if options["reduction"] == "mean":
@@ -155,7 +155,7 @@ def _pools(
         "target": [*["logits"] * 6, *TARGETS * 2, "logit"],
         "vocab_size": [*[None] * 6, 1, vocab - 1, vocab, 0, vocab + 1, -1, 2.0],
         "t_squared": [True, False],
-        "weight": [*[None] * 6, rows, rows.double(), rows > 0.5, -rows, torch.ones(7), 2.0],
+        "row_weight": [*[None] * 6, rows, rows.double(), rows > 0.5, -rows, torch.ones(7), 2.0],
         "ignore_index": [*[-100] * 5, 0, -1, 2**62, None, 0.5],
         "reduction": [*REDUCTIONS * 3, "max", None],
         "normalizer": [*[None] * 8, 3, 0.5, torch.tensor(2.0), torch.tensor(0.0), 0, "n", torch.ones(2)],

@@ -42,7 +42,7 @@ OPTIONS = {
     "without T^2": {"t_squared": False},
     "teacher's temperature": {"teacher_temperature": 1.5},
     "temperature per row": {"temperature": torch.tensor([1.0, 2.0, 0.5, 20.0], dtype=F64)},
-    "row weights": {"weight": torch.tensor([1.0, 0.5, 0.0, 3.0], dtype=F64)},
+    "row weights": {"row_weight": torch.tensor([1.0, 0.5, 0.0, 3.0], dtype=F64)},
     "ignored row": {"ignore_index": int(Y[1])},
     "vocab_size": {"vocab_size": 3, "labels": Y.clamp_max(2)},
     "sum": {"reduction": "sum"},
@@ -112,7 +112,7 @@ def test_dkd_with_the_weights_of_kl_is_kl() -> None:
 
 def test_a_rows_weight_alone_weighs_its_z_loss() -> None:
     weight = torch.tensor([1.0, 0.5, 2.0, 0.0], dtype=F64)
-    settings = {"weight": weight, "temperature": TEMPERATURE, "alpha": 0.3, "reduction": "none"}
+    settings = {"row_weight": weight, "temperature": TEMPERATURE, "alpha": 0.3, "reduction": "none"}
     z_loss = loss_of(S, T, Y, z_loss=0.3, **settings) - loss_of(S, T, Y, **settings)
     close(z_loss, 0.3 * weight * torch.logsumexp(S, -1).square())
 

@@ -63,7 +63,7 @@ def test_any_number_of_threads_gives_the_same_bits(rows, vocab, dtype, options, 
     teacher = [t, t.flip(-1), t.double()] if "ensemble" in options else t
     if rows > 1:
         y[rows // 2] = -100
-    settings = options | {"weight": None if "reduction" in options else torch.linspace(1, 0, rows), "backend": cpu}
+    settings = options | {"row_weight": None if "reduction" in options else torch.linspace(1, 0, rows), "backend": cpu}
     assert same_for_all_counts(lambda: loss_and_gradient(s, teacher, y, **settings))
     with torch.no_grad():
         assert same_for_all_counts(lambda: (kd_loss(s, teacher, y, **settings),))

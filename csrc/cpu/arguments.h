@@ -22,7 +22,7 @@ struct Loss {
   bool copied = false, measures = false;
 
   Loss(const Tensor& student_, const std::vector<Tensor>& teachers, const std::optional<Tensor>& labels,
-       const std::optional<Tensor>& weight, const std::optional<Tensor>& normalizer,
+       const std::optional<Tensor>& row_weight, const std::optional<Tensor>& normalizer,
        const std::optional<Tensor>& temperatures, const std::optional<Tensor>& teacher_temperatures,
        double temperature, double teacher_temperature, double alpha, double hard_weight, bool t_squared,
        const std::string& divergence, double beta, const std::string& target, const std::string& ensemble,
@@ -55,7 +55,7 @@ struct Loss {
     a.teacher_temperature = teacher_temperature;
     a.temperatures = hold(row_values("temperature", temperatures, false));
     a.teacher_temperatures = hold(row_values("teacher_temperature", teacher_temperatures, false));
-    a.weight = hold(row_values("weight", weight, true));
+    a.row_weight = hold(row_values("row_weight", row_weight, true));
     a.alpha = alpha;
     a.hard_weight = hard_weight;
     a.t_squared = t_squared;
@@ -107,7 +107,7 @@ struct Loss {
     } else {
       divisor = 0;
       for (int64_t row = 0; row < args.rows; ++row) {
-        if (args.kept(row)) divisor += args.weight ? args.weight[row] : 1;
+        if (args.kept(row)) divisor += args.row_weight ? args.row_weight[row] : 1;
       }
       if (divisor == 0) divisor = 1;  // no row is kept: the mean is 0
     }
@@ -198,7 +198,7 @@ struct Loss {
             const double value = ((const double*)&metrics[row])[k];
             if (by_row) to[k * args.rows + row] = value;
             if (!args.kept(row)) continue;
-            const double w = args.weight ? args.weight[row] : 1;
+            const double w = args.row_weight ? args.row_weight[row] : 1;
             total += w * value;
             weights += w;
           }

@@ -34,7 +34,7 @@ struct LossArgs {
   double beta;
   const int64_t* labels;  // (rows) or null
   int64_t ignore_index;
-  const double* weight;                               // (rows) or null
+  const double* row_weight;                           // (rows) or null
   double temperature, teacher_temperature;            // where there is none per row
   const double *temperatures, *teacher_temperatures;  // (rows) or null
   double alpha, hard_weight;
@@ -54,7 +54,7 @@ struct LossArgs {
   Matrix grad_layout;  // its data and dtype are the student's where the gradient goes in place
 
   __attribute__((always_inline)) bool kept(int64_t row) const {
-    return !(labels && labels[row] == ignore_index) && !(weight && weight[row] == 0);
+    return !(labels && labels[row] == ignore_index) && !(row_weight && row_weight[row] == 0);
   }
   // Whether the student's exps at temperature 1 are summed, and whether the label's is looked at.
   __attribute__((always_inline)) bool labelled() const { return labels && (hard_weight != 0 || metrics); }

@@ -201,7 +201,7 @@ KD_NOINLINE double finish(const LossArgs& a, int64_t row, const RowStats& x, con
   } else if (c.hard != 0) {
     c.hard /= x.hard_sum;
   }
-  const double w = at_row(a.weight, 1, row);
+  const double w = at_row(a.row_weight, 1, row);
   const double factor = w * a.scale * at_row(a.row_scale, 1, row);
   c.soft *= factor;
   if constexpr (!P::kPointwise) {

@@ -48,7 +48,7 @@ struct ShortRows {
       g.temperature[r] = scale.temperature;
       g.student[r] = scale.student;
       g.teacher[r] = scale.teacher;
-      g.weight[r] = kept ? at_row(a.weight, 1, row) : 0;
+      g.weight[r] = kept ? at_row(a.row_weight, 1, row) : 0;
       g.factor[r] = kept ? g.weight[r] * a.scale * at_row(a.row_scale, 1, row) : 0;
       g.label[r] = kept && a.labelled() ? a.labels[row] : -1;
       if (kept) {

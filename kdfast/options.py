@@ -1,0 +1,141 @@
+"""The keywords that all losses share: their types, and what the operators get for them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+import torch
+from torch import Tensor
+
+from kdfast import checks
+from kdfast.arguments import Inputs, Settings, relevant
+from kdfast.targets import check_teachers
+
+DKD_WEIGHTS = (1.0, 8.0)  # as published for CIFAR-100
+
+Target = Literal["logits", "probs", "log_probs"]
+Reduction = Literal["mean", "sum", "batchmean", "none"]
+Ensemble = Literal["arithmetic", "geometric"]
+Backend = Literal["reference", "cpu", "triton", "cuda"]
+
+
+class Options(TypedDict, total=False):
+    """What a module keeps from call to call."""
+
+    temperature: float | Tensor
+    teacher_temperature: float | Tensor | None
+    alpha: float | None
+    hard_weight: float | None
+    divergence: str  # one of the built-in ones, or one that a program has added
+    beta: float | None
+    target: Target
+    vocab_size: int | None
+    t_squared: bool
+    ignore_index: int
+    reduction: Reduction
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    teacher_softcap: float | None
+    standardize: bool
+    teacher_weights: Sequence[float] | None
+    ensemble: Ensemble
+    dkd_weights: tuple[float, float]
+    backend: Backend | None
+
+
+class CallOptions(Options, total=False):
+    """And what belongs to one call."""
+
+    row_weight: Tensor | None
+    normalizer: float | Tensor | None
+
+
+def check_names(function: str, options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """The TypeError of Python for a keyword that a function does not take."""
+    for name in options:
+        if name not in known:
+            hint = "; the weights of rows are row_weight" if name == "weight" else ""
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def check_settings(options: Mapping[str, Any], has_labels: bool) -> Settings:
+    """Every option that can be checked without the tensors of a call."""
+    divergence, target = options["divergence"], options["target"]
+    for name in ("divergence", "target", "reduction", "ensemble", "backend"):
+        checks.check_choice(name, options[name])
+    for name in ("t_squared", "return_metrics", "standardize", "inplace"):
+        checks.check_bool(name, options[name])
+    alpha, hard_weight = checks.check_mix(options["alpha"], options["hard_weight"], has_labels)
+    temperature = teacher_temperature = checks.check_temperature("temperature", options["temperature"])
+    if options["teacher_temperature"] is not None:
+        if target != "logits":
+            raise ValueError(f"teacher_temperature: given with target={target!r}, which is tempered already")
+        teacher_temperature = checks.check_temperature("teacher_temperature", options["teacher_temperature"])
+    for name in ("standardize", "teacher_softcap"):
+        if options[name] and target != "logits":
+            raise ValueError(f"{name}: needs target='logits', not {target!r}")
+    mse = divergence == "logit_mse"
+    if mse and target != "logits":
+        raise ValueError(f"divergence: 'logit_mse' needs target='logits', not {target!r}")
+    resolved, beta = checks.check_beta(divergence, options["beta"])
+    ignore_index = checks.as_integer("ignore_index", options["ignore_index"])
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: {ignore_index} must fit into 64 bits, as labels do")
+    return Settings(
+        temperature=1.0 if mse else temperature,
+        teacher_temperature=1.0 if mse else teacher_temperature,
+        alpha=alpha,
+        hard_weight=hard_weight,
+        t_squared=options["t_squared"] and not mse,
+        divergence=resolved,
+        beta=beta,
+        target=target,
+        ensemble=options["ensemble"],
+        teacher_weights=[],
+        vocab_size=checks.check_vocab(options["vocab_size"]),
+        ignore_index=ignore_index,
+        reduction=options["reduction"],
+        divisor=0.0,
+        label_smoothing=checks.check_smoothing(options["label_smoothing"], has_labels),
+        z_loss=checks.check_size("z_loss", options["z_loss"]),
+        softcap=checks.check_cap("softcap", options["softcap"]),
+        teacher_softcap=checks.check_cap("teacher_softcap", options["teacher_softcap"]),
+        standardize=options["standardize"],
+        dkd_weights=checks.check_dkd(divergence, options["dkd_weights"], DKD_WEIGHTS, has_labels),
+        metrics=options["return_metrics"],
+    )
+
+
+def check_inputs(
+    student: Tensor, teacher: Any, labels: Tensor | None, options: Mapping[str, Any], settings: Settings
+) -> tuple[Inputs, Settings]:
+    """The tensors of a call, checked, and its settings. Of the student's logits shape, dtype and device alone count."""
+    checks.check_logits("student_logits", student)
+    shape, vocab_size = student.shape[:-1], options["vocab_size"]
+    if settings.vocab_size > student.shape[-1]:
+        raise ValueError(
+            f"vocab_size: {vocab_size} must lie in [1, {student.shape[-1]}], the classes of student_logits"
+        )
+    if labels is not None:
+        checks.check_rows("labels", labels, shape, student, integer=True)
+    row_weight = options["row_weight"]
+    if row_weight is not None:
+        checks.check_rows("row_weight", row_weight, shape, student)
+        if row_weight.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("row_weight: requires grad, but kd_loss has no derivative for it; detach() it")
+    temperatures = checks.check_temperatures("temperature", options["temperature"], shape, student)
+    teacher_temperatures = temperatures
+    if options["teacher_temperature"] is not None:
+        value = options["teacher_temperature"]
+        teacher_temperatures = checks.check_temperatures("teacher_temperature", value, shape, student)
+    teachers: list[Tensor] = []
+    weights: list[float] = []
+    if teacher is not None or settings.alpha != 0:
+        teachers, weights = check_teachers(teacher, options["teacher_weights"], student, vocab_size)
+    if settings.divergence == "logit_mse":
+        if len(teachers) > 1 and settings.ensemble != "geometric":
+            raise ValueError("divergence: 'logit_mse' with several teachers needs ensemble='geometric'")
+        temperatures = teacher_temperatures = None
+    divisor, normalizer = checks.check_normalizer(options["normalizer"], settings.reduction, student)
+    inputs = Inputs(teachers, labels, row_weight, normalizer, temperatures, teacher_temperatures)
+    return relevant(inputs, settings._replace(teacher_weights=weights, divisor=divisor))
