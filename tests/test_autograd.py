@@ -205,11 +205,12 @@ def test_a_teacher_that_requires_grad_gets_none_and_is_not_an_obstacle(reduction
 
 
 @whatever_the_kernels
-@pytest.mark.parametrize("what", ["student", "teacher", "labels", "weight"])
+@pytest.mark.parametrize("what", ["student", "teacher", "labels", "row_weight"])
 def test_what_changed_between_forward_and_a_backward_that_reads_it_is_an_error(what, backend):
     s, t, y = data()
     tensors = {"student": s * 1, "teacher": t, "labels": y, "row_weight": torch.rand(ROWS)}
-    loss = kd_loss(*list(tensors.values())[:3], row_weight=tensors["weight"], reduction="none", backend=backend).sum()
+    settings = {"row_weight": tensors["row_weight"], "reduction": "none", "backend": backend}
+    loss = kd_loss(*list(tensors.values())[:3], **settings).sum()
     with torch.no_grad():
         tensors[what].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
