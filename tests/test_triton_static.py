@@ -18,7 +18,7 @@ ARCHITECTURES = (80, 90, 100)
 AMD = ("gfx942", "gfx90a")  # MI300, MI200
 KERNELS = [
     row_kernels.loss_grad_short, row_kernels.loss_grad_long, row_kernels.stats, row_kernels.grad, reductions.join,
-    reductions.normalizer, reductions.reduce, reductions.scale,
+    reductions.scale,
     softmax_kernels.softmax_short, softmax_kernels.softmax_long,
 ]  # fmt: skip
 # Few threads of 4 tiles each; the longest rows in registers, of most tiles; and rows that are not kept.

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from kdfast import rows
-from kdfast.arguments import STATS, Inputs, KDMetrics, Settings
+from kdfast.arguments import GPU_TABLE_COLUMNS, Inputs, KDMetrics, Settings
 from kdfast.triton import autotune, launch, reductions, row_kernels
 from kdfast.triton.divergences import DIVERGENCES, parts
 from kdfast.triton.matrices import aligned, arithmetic, bits, by_row, launching_on, matrix, readable, rows_of
@@ -33,7 +33,7 @@ class Call:
         self.spec = self._spec(inputs)
         joined = 1 if self.spec.joint and self.teachers else len(self.teachers)
         self.members = 0 if self.spec.teacher == "none" else joined
-        self.columns = len(STATS) + 3 * max(0, self.members - 1)
+        self.columns = GPU_TABLE_COLUMNS + 3 * max(0, self.members - 1)
         self.room = launch.room_for(self.spec, self.read)
         self.plan = launch.plan(self.vocab, self.read, self.facts.warp, self.room)
         self.sweep = launch.sweep(self.vocab, self.read, self.facts.warp, self.room)
@@ -45,7 +45,7 @@ class Call:
 
         labels = None if inputs.labels is None else inputs.labels.reshape(-1).contiguous()
         self.weights = rows.row_weights(inputs, settings)
-        columns = (self.weights, inputs.temperatures, inputs.teacher_temperatures)
+        columns = (inputs.row_weight, inputs.temperatures, inputs.teacher_temperatures)
         weights, temperatures, teacher_temperatures = (None if c is None else by_row(c) for c in columns)
         self.per_row = PerRow(None, labels, weights, temperatures, teacher_temperatures, None, None, None)
         number, self.divisor = rows.divisor(student, self.weights, inputs, settings)
@@ -119,7 +119,7 @@ class Call:
             elif self.rows:
                 self._stats(table, self.losses)
         loss = self.losses.view(self.shape) if self.settings.reduction == "none" else self.losses.sum()
-        return loss, table[:, : len(STATS)].contiguous(), self._metrics()
+        return loss, table[:, :GPU_TABLE_COLUMNS].contiguous(), self._metrics()
 
     def grad(self, stats: Tensor, grad_loss: Tensor, output: Tensor) -> None:
         """The gradient from the statistics; from the logits alone where that reads no more, or the table lacks some."""
@@ -163,7 +163,7 @@ class Call:
             plan, programs = choice
             args = (
                 *self._tensors(), matrix(output), self._pointers(grad_loss, losses), self.numbers,
-                self.rows, self.vocab, self.width,
+                self.rows, self.vocab, self.width, self.settings.ignore_index,
             )  # fmt: skip
             constants = self._constants(plan, output)
             if plan.tiles:
@@ -182,7 +182,7 @@ class Call:
         programs = min(self.rows * self.segments, 8 * self.facts.multiprocessors)
         row_kernels.stats[(programs,)](
             *self._tensors(), table, self._pointers(None, losses), self.numbers,
-            self.rows, self.vocab, self.segments, self.segment,
+            self.rows, self.vocab, self.settings.ignore_index, self.segments, self.segment,
             COLUMNS=self.columns, SPLIT=self.segments > 1, **self._constants(self.sweep, None),
             enable_fp_fusion=False,  # or a product enters a sum unrounded in its own thread, rounded in the others
         )  # fmt: skip
@@ -190,7 +190,7 @@ class Call:
     def _grad(self, table: Tensor, grad_loss: Tensor | None, output: Tensor) -> None:
         row_kernels.grad[(self.rows * self.segments,)](
             *self._tensors(), matrix(output), table, self._pointers(grad_loss, None), self.numbers,
-            self.vocab, self.width, self.segments, self.segment,
+            self.vocab, self.width, self.settings.ignore_index, self.segments, self.segment,
             COLUMNS=self.columns, **self._constants(self.sweep, output),
         )  # fmt: skip
 
@@ -201,7 +201,8 @@ class Call:
         self._stats(parts, None)
         reductions.join[(1,)](
             matrix(self.student), parts, table, loss, self._pointers(None, self.losses), self.numbers,
-            self.rows, self.vocab, self.segments, members=self.members, COLUMNS=self.columns,
+            self.rows, self.vocab, self.settings.ignore_index, self.segments,
+            members=self.members, COLUMNS=self.columns,
             WIDTH=triton.next_power_of_2(self.columns), ROWS=triton.next_power_of_2(self.rows),
             SEGMENTS=triton.next_power_of_2(self.segments), SPEC=self.spec, num_warps=128 // self.facts.warp,
         )  # fmt: skip

@@ -10,19 +10,22 @@ from kdfast.triton.tiles import first_lane, head_of, row_value
 
 
 @triton.jit
-def kept_row(per_row, row, vocab, LANES: tl.constexpr, SPEC: tl.constexpr):
-    """Whether a row has a term, its label (-1 where it has none in [0, vocab)), and its weight, 0 of ignored rows.
+def kept_row(per_row, row, ignore_index, vocab, LANES: tl.constexpr, SPEC: tl.constexpr):
+    """Whether a row has a term, its label (-1 where it has none in [0, vocab)), and its weight.
 
     LANES: of the whole program one lane reads them, and all wait for it; 32: one of each warp.
     """
+    kept = tl.full((), True, tl.int1)
     label = tl.full((), -1, tl.int32)
     weight = tl.full((), 1, SPEC.dtype)
     if per_row.labels is not None:
         wide = tl.sum(first_lane(per_row.labels, row, LANES), 0)
+        kept = wide != ignore_index
         label = tl.where((wide >= 0) & (wide < vocab), wide, -1).to(tl.int32)
     if per_row.weights is not None:
         weight = tl.sum(first_lane(per_row.weights, row, LANES).to(SPEC.dtype), 0)
-    return weight != 0, label, weight
+        kept = kept & (weight != 0)
+    return kept, label, weight
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from kdfast.triton.statistics import merge
 from kdfast.triton.tables import statistics_in, table_row
 from kdfast.triton.tiles import end_classes, head_of, load_body, row_start, row_value, store_body, widened
 
-RUN_TIME = ["student", "per_row", "numbers", "grad", "rows", "vocab", "width", "segments"]
+RUN_TIME = ["student", "per_row", "numbers", "grad", "rows", "vocab", "width", "ignore_index", "segments"]
 
 
 @triton.jit
@@ -23,7 +23,8 @@ def _by_row(data, at, there, fallback, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def join(
-    student, parts, table, loss, per_row, numbers, rows: tl.int32, vocab: tl.int32, segments: tl.int32,
+    student, parts, table, loss, per_row, numbers, rows: tl.int32, vocab: tl.int32, ignore_index: tl.int64,
+    segments: tl.int32,
     members: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     SEGMENTS: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
@@ -55,6 +56,7 @@ def join(
     if per_row.labels is not None:
         wide = tl.load(per_row.labels + row)
         label = tl.where((wide >= 0) & (wide < vocab), wide, -1).to(tl.int32)
+        weight = tl.where(wide != ignore_index, weight, 0)
     if SPEC.hard:
         logit = tl.load(row_start(student, row) + label, mask=there & (label >= 0), other=0).to(SPEC.dtype)
     sums = ((), ())

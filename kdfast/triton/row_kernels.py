@@ -53,7 +53,7 @@ from kdfast.triton.tiles import body_classes, end_classes, head_of, row_start, r
 
 # Nothing is compiled for once more because it is 1 or a multiple of 16; what tuples hold, matrices.py keeps from it.
 MATRICES = ["student", "teachers", "output", "per_row", "numbers"]
-SIZES = ["rows", "vocab", "width", "segments", "segment"]
+SIZES = ["rows", "vocab", "width", "ignore_index", "segments", "segment"]
 
 
 @triton.jit
@@ -70,11 +70,11 @@ def store_row(per_row, index, rows, loss, values, kept, label, share, vocab, SPE
 @triton.jit(do_not_specialize=MATRICES + SIZES)
 def loss_grad_long(
     student, teachers, output, per_row, numbers,
-    rows: tl.int32, vocab: tl.int32, width: tl.int32,
+    rows: tl.int32, vocab: tl.int32, width: tl.int32, ignore_index: tl.int64,
     members: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
-        kept, label, weight = kept_row(per_row, index, vocab, 32, SPEC)
+        kept, label, weight = kept_row(per_row, index, ignore_index, vocab, 32, SPEC)
         n = tl.where(kept, vocab, 0)
         row = row_scales(per_row, index, numbers, label, SPEC)
         s, ts = row_start(student, index), row_starts(teachers, index, 0)
@@ -98,11 +98,11 @@ def loss_grad_long(
 @triton.jit(do_not_specialize=MATRICES + SIZES)
 def loss_grad_short(
     student, teachers, output, per_row, numbers,
-    rows: tl.int32, vocab: tl.int32, width: tl.int32,
+    rows: tl.int32, vocab: tl.int32, width: tl.int32, ignore_index: tl.int64,
     members: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0)
-    kept, label, weight = kept_row(per_row, index, vocab, 32, SPEC)
+    kept, label, weight = kept_row(per_row, index, ignore_index, vocab, 32, SPEC)
     n = tl.where(kept, vocab, 0)
     row = row_scales(per_row, index, numbers, label, SPEC)
     s, ts = row_start(student, index), row_starts(teachers, index, 0)
@@ -165,14 +165,14 @@ def loss_grad_short(
 @triton.jit(do_not_specialize=MATRICES + SIZES)
 def stats(
     student, teachers, table, per_row, numbers,
-    rows: tl.int32, vocab: tl.int32, segments: tl.int32, segment: tl.int32,
+    rows: tl.int32, vocab: tl.int32, ignore_index: tl.int64, segments: tl.int32, segment: tl.int32,
     members: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """Statistics of each segment of `segment` classes, (rows, segments, COLUMNS); losses where rows are not SPLIT."""
     for unit in range(tl.program_id(0), rows * segments, tl.num_programs(0)):
         index = unit // segments
-        kept, label, weight = kept_row(per_row, index, vocab, LANES, SPEC)
+        kept, label, weight = kept_row(per_row, index, ignore_index, vocab, LANES, SPEC)
         row = row_scales(per_row, index, numbers, label, SPEC)
         s, ts = row_start(student, index), row_starts(teachers, index, 0)
         begin, end = segment_of(s, unit, segments, segment, vocab, kept, VEC)
@@ -201,13 +201,13 @@ def stats(
 @triton.jit(do_not_specialize=MATRICES + SIZES)
 def grad(
     student, teachers, output, table, per_row, numbers,
-    vocab: tl.int32, width: tl.int32, segments: tl.int32, segment: tl.int32,
+    vocab: tl.int32, width: tl.int32, ignore_index: tl.int64, segments: tl.int32, segment: tl.int32,
     members: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
     """The gradient of each segment of `segment` classes, from the statistics of the row, (rows, COLUMNS)."""
     unit = tl.program_id(0)
     index = unit // segments
-    kept, label, weight = kept_row(per_row, index, vocab, LANES, SPEC)
+    kept, label, weight = kept_row(per_row, index, ignore_index, vocab, LANES, SPEC)
     s = row_start(student, index)
     begin, end = segment_of(s, unit, segments, segment, vocab, kept, VEC)
     row = row_scales(per_row, index, numbers, label - begin, SPEC)

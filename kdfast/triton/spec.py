@@ -41,7 +41,7 @@ class PerRow(NamedTuple):
 
     losses: Any  # out, as are the metrics
     labels: Any
-    weights: Any  # 0: the row is not kept
+    weights: Any
     temperatures: Any
     teacher_temperatures: Any
     grad_loss: Any  # in backward

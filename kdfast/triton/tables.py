@@ -1,4 +1,4 @@
-"""Statistics in memory: a row of a table, in the order of reference.STATS, then the further teachers'."""
+"""Statistics in memory: a row of a table, the student's and a teacher's first, then the further teachers'."""
 
 import triton
 import triton.language as tl
