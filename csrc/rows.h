@@ -42,7 +42,8 @@ struct Matrix {
   }
 };
 
-// Of a row's statistics in the table that `stats` writes and `grad` reads.
+// Numbers of a row in the table that `stats` writes and `grad` reads: on a CPU, and on a GPU.
+constexpr int kColumns = 18;
 constexpr int kStats = 7;
 
 // What return_metrics reports, in this order.

@@ -63,17 +63,15 @@ class Settings(NamedTuple):
         return self.alpha != 0 or self.metrics
 
 
-# A row's statistics, with y = logit * log2(e) / T - offset and an offset near the row's largest y. A backend may choose
-# another offset than the maximum; log2(sum) + offset is the same everywhere.
-STATS = (
-    "student_offset",
-    "teacher_offset",
-    "student_sum",
-    "teacher_sum",
-    "hard_sum",
-    "teacher_running",
-    "student_running",
-)
+# Numbers of a row in the table that `stats` returns and `grad` takes: what they are is each backend's own matter.
+TABLE_COLUMNS = 18
+GPU_TABLE_COLUMNS = 7
+
+
+def table_columns(namespace: str, device: str) -> int:
+    """Of the operators of a namespace, for tensors of a type of device."""
+    on_gpu = namespace.endswith(("triton", "cuda")) or device == "cuda"
+    return GPU_TABLE_COLUMNS if on_gpu else TABLE_COLUMNS
 
 
 def relevant(inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:

@@ -71,7 +71,7 @@ class GradInForward(torch.autograd.Function):
 
 
 class GradInBackward(torch.autograd.Function):
-    """Reduction "none", and fp16: forward keeps a few statistics per row, backward makes the gradient from them."""
+    """Reduction "none", and fp16: forward keeps a few numbers per row, backward makes the gradient from them."""
 
     @staticmethod
     def forward(

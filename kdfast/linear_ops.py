@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.arguments import STATS, Heads, Inputs, KDMetrics, Settings, measured_apart
+from kdfast.arguments import Heads, Inputs, KDMetrics, Settings, measured_apart, table_columns
 from kdfast.chunks import Chunk, Chunks
 
 
@@ -38,10 +38,11 @@ def loss_grad(
 
 
 def stats(ops: Any, heads: Heads, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss under `reduction`, the row statistics of all rows, from which `grad` goes on, and the metrics."""
+    """The loss under `reduction`, the table of all rows, from which `grad` goes on, and the metrics."""
     chunks = Chunks(heads, inputs, settings)
     results = Results(chunks, settings)
-    collected = chunks.hidden.new_zeros((chunks.rows, len(STATS)), dtype=chunks.loss_dtype)
+    columns = table_columns(ops.name, chunks.hidden.device.type)
+    collected = chunks.hidden.new_zeros((chunks.rows, columns), dtype=chunks.loss_dtype)
     for chunk in chunks:
         of_loss, left, apart = measured_apart(ops, chunk.logits, chunk.inputs, chunks.settings)
         loss, of_chunk, metrics = ops.stats(chunk.logits, *of_loss, *left)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kdfast import choice, cuda_ops, linear_ops, reference
-from kdfast.arguments import STATS, Heads, Inputs, KDMetrics, Settings
+from kdfast.arguments import Heads, Inputs, KDMetrics, Settings, table_columns
 from kdfast.rows import loss_dtype
 
 _TYPES = {
@@ -78,9 +78,10 @@ def _new_grad(student: Tensor) -> Tensor:
     return student.new_empty(student.shape)
 
 
-def _new_stats(student: Tensor) -> Tensor:
+def _new_table(student: Tensor, namespace: str) -> Tensor:
     rows = math.prod(student.shape[:-1])  # .numel() would fix a symbolic size
-    return student.new_empty((rows, len(STATS)), dtype=loss_dtype(student))
+    columns = table_columns(namespace, student.device.type)
+    return student.new_empty((rows, columns), dtype=loss_dtype(student))
 
 
 def _new_head_gradients(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,26 +122,12 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "loss_grad_": _bundled(
         lambda student, inputs, settings: (_new_loss(student, settings), _new_metrics(student, settings))
     ),
-    "stats": _bundled(
-        lambda student, inputs, settings: (
-            _new_loss(student, settings),
-            _new_stats(student),
-            _new_metrics(student, settings),
-        )
-    ),
     "grad": _bundled(lambda student, stats, grad_loss, inputs, settings: _new_grad(student)),
     "grad_": _bundled(lambda student, stats, grad_loss, inputs, settings: None),
     "linear_loss_grad": _headed(
         lambda heads, inputs, settings: (
             _new_loss(heads.student_hidden, settings),
             *_new_head_gradients(heads),
-            _new_metrics(heads.student_hidden, settings),
-        )
-    ),
-    "linear_stats": _headed(
-        lambda heads, inputs, settings: (
-            _new_loss(heads.student_hidden, settings),
-            _new_stats(heads.student_hidden),
             _new_metrics(heads.student_hidden, settings),
         )
     ),
@@ -153,6 +140,20 @@ _FAKES: dict[str, Callable[..., Any]] = {
         output.shape, dtype=dtype
     ),
 }
+
+
+def _fake(name: str, namespace: str) -> Callable[..., Any]:
+    if not name.endswith("stats"):
+        return _FAKES[name]
+
+    def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+        return _new_loss(student, settings), _new_table(student, namespace), _new_metrics(student, settings)
+
+    if name == "stats":
+        return _bundled(stats)
+    return _headed(lambda heads, *others: stats(heads.student_hidden, *others))
+
+
 CUDA_KERNELS = ("loss_grad", "loss_grad_", "stats", "grad", "grad_", "scale_")
 _PLAIN = {"scale_", "tempered_softmax", "tempered_softmax_backward"}  # the operators that take no loss's arguments
 
@@ -238,7 +239,7 @@ for _name in CUDA_KERNELS:
 for _name, _schema in SCHEMAS.items():
     for _namespace, _library in _defined.items():
         _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{_namespace}::{_name}", _FAKES[_name], lib=_library)
+        torch.library.register_fake(f"{_namespace}::{_name}", _fake(_name, _namespace), lib=_library)
     if _name.startswith("linear_"):
         for _namespace, _library in _defined.items():
             _library.impl(_name, _linear(_name, _namespace), "CompositeExplicitAutograd")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.arguments import STATS, Inputs, KDMetrics, Settings
+from kdfast.arguments import Inputs, KDMetrics, Settings, table_columns
 from kdfast.divergences import DIVERGENCES, times
 from kdfast.rows import check_values, divisor, kept_rows, loss_dtype, mean_metrics, no_metrics, row_weights
 from kdfast.torch_private import autograd_included
@@ -270,34 +270,12 @@ def loss_grad_(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Ten
 
 
 def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss under `reduction`, the row statistics (rows, len(STATS)) from which `grad` goes on, and `metrics`."""
+    """The loss under `reduction`, the table (rows, columns) that `grad` goes on from, and `metrics`."""
     check_values(student, inputs, settings)
     loss = _reduced(student.detach(), inputs, settings)
-    student_stats = _offset_and_sum(student, inputs.temperatures, settings.temperature, settings, loss.dtype)
-    teacher = inputs.teachers[0] if inputs.teachers else student
-    teacher_stats = _offset_and_sum(
-        teacher, inputs.teacher_temperatures, settings.teacher_temperature, settings, loss.dtype
-    )
-    s = _first_classes(student, settings).to(loss.dtype)
-    hard_sum = (s - s.amax(-1, keepdim=True)).exp().sum(-1)
-    columns = (
-        student_stats[0],
-        teacher_stats[0],
-        student_stats[1],
-        teacher_stats[1],
-        hard_sum,
-        0 * hard_sum,
-        0 * hard_sum,
-    )
-    return loss, torch.stack(columns, -1).reshape(-1, len(STATS)), metrics(student, inputs, settings)
-
-
-def _offset_and_sum(
-    logits: Tensor, temperatures: Tensor | None, temperature: float, settings: Settings, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    z = _first_classes(logits, settings).to(dtype) / _column(temperatures, temperature, logits.to(dtype))
-    high = z.amax(-1, keepdim=True)
-    return high.squeeze(-1) / math.log(2), (z - high).exp().sum(-1)
+    columns = table_columns("reference", student.device.type)
+    table = loss.new_zeros(student.shape[:-1].numel(), columns)  # autograd's graph is made anew in `grad`
+    return loss, table, metrics(student, inputs, settings)
 
 
 def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> Tensor:  # (..., V)

@@ -6,11 +6,12 @@ import weakref
 import pytest
 import torch
 from calls import ALL_OPTIONS
-from cases import BACKENDS, BF16, F16, F32, ON_GPU, batch
+from cases import BACKENDS, BF16, DIVERGENCES, F16, F32, ON_GPU, batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdfast import kd_loss
+from kdfast.options import check_inputs, check_settings
 
 ROWS, VOCAB = 5, 1000
 SCALAR = ("mean", "sum", "batchmean")
@@ -209,9 +210,29 @@ def test_a_teacher_that_requires_grad_gets_none_and_is_not_an_obstacle(reduction
 def test_what_changed_between_forward_and_a_backward_that_reads_it_is_an_error(what, backend):
     s, t, y = data()
     tensors = {"student": s * 1, "teacher": t, "labels": y, "row_weight": torch.rand(ROWS)}
-    settings = {"row_weight": tensors["row_weight"], "reduction": "none", "backend": backend}
-    loss = kd_loss(*list(tensors.values())[:3], **settings).sum()
+    loss = kd_loss(
+        *list(tensors.values())[:3], row_weight=tensors["row_weight"], reduction="none", backend=backend
+    ).sum()
     with torch.no_grad():
         tensors[what].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("vocab", (10, 1000, 40001))  # rows side by side in vectors, by blocks, and split
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_backward_takes_a_rows_numbers_from_the_table_and_computes_none_again(divergence, vocab, cpu):
+    s, t, y = batch(3, vocab, F32)
+    options = kd_loss.__kwdefaults__ | {"divergence": divergence, "temperature": 2.0, "reduction": "none"}
+    for more in ({}, {"z_loss": 0.1}, {"label_smoothing": 0.1, "softcap": 30.0, "standardize": True}):
+        given = options | more
+        inputs, settings = check_inputs(s, t, y, given, check_settings(given, has_labels=True))
+        _, table, _ = torch.ops.kdfast.stats(s, *inputs, *settings)
+        zeros = table.clone()
+        zeros[:, 2:-2] = 0  # all but what the exps are relative to: two offsets, two units
+        of_table, of_another, of_zeros = (
+            torch.ops.kdfast.grad(s, x, torch.ones(3), *inputs, *settings) for x in (table, table[[1, 0, 2]], zeros)
+        )
+        assert torch.equal(of_another[2], of_table[2])
+        assert not torch.allclose(of_another[:2], of_table[:2], rtol=1e-3)
+        assert not of_zeros.any()

@@ -163,24 +163,13 @@ struct Loss {
     return out;
   }
 
-  // The first kStats numbers of each row's statistics, and back.
-  Tensor pack(const std::vector<RowStats>& stats) const {
-    Tensor out = torch::stable::new_empty(student, std::vector<int64_t>{args.rows, kStats}, loss_dtype());
-    with_numbers(out, [&](auto* to) {
-      for (int64_t row = 0; row < args.rows; ++row) {
-        std::copy_n((const double*)&stats[row], kStats, to + row * kStats);
-      }
-    });
-    return out;
+  Tensor new_table() const {
+    return torch::stable::new_empty(student, std::vector<int64_t>{args.rows, kColumns}, loss_dtype());
   }
-  std::vector<RowStats> unpack(const Tensor& stats) const {
-    std::vector<RowStats> rows(args.rows);
-    with_numbers(stats, [&](auto* from) {
-      for (int64_t row = 0; row < args.rows; ++row) {
-        std::copy_n(from + row * kStats, kStats, (double*)&rows[row]);
-      }
-    });
-    return rows;
+  void use_table(const Tensor& table) {
+    void* data = table.mutable_data_ptr();
+    loss_dtype() == ScalarType::Double ? void(args.wide_table = (double*)data)
+                                       : void(args.table = (float*)data);
   }
 
   // What return_metrics reports: of every row, or the means over those kept, with their weights.

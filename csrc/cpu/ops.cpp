@@ -79,37 +79,21 @@ int64_t segments_of(const LossArgs& a) {
   return (a.vocab + kSegment - 1) / kSegment;
 }
 
-// The row losses and, for `grad`, the row statistics.
-std::vector<RowStats> run_stats(Loss& loss) {
-  LossArgs& a = loss.args;
+// The row losses and, for `grad`, the table.
+void run_stats(const LossArgs& a) {
   const int64_t segments = segments_of(a);
-  std::vector<RowStats> stats(a.rows * segments);
-  a.stats = stats.data();
+  std::vector<RowStats> stats(segments == 1 ? 0 : a.rows * segments);
+  LossArgs with_stats = a;
+  with_stats.stats = stats.data();
   in_parallel(a.rows * segments, segments == 1 ? a.vocab : kSegment,
-              [&](int64_t begin, int64_t end) { kernels().stats(a, segments, begin, end); });
-  if (segments > 1) {
-    kernels().merge(a, segments);
-    for (int64_t row = 1; row < a.rows; ++row) stats[row] = stats[row * segments];
-  }
-  return stats;
+              [&](int64_t begin, int64_t end) { kernels().stats(with_stats, segments, begin, end); });
+  if (segments > 1) kernels().merge(with_stats, segments);
 }
 
-void run_grad(Loss& loss, std::vector<RowStats>& stats) {
-  LossArgs& a = loss.args;
+void run_grad(const LossArgs& a) {
   const int64_t segments = segments_of(a);
-  a.stats = stats.data();
   in_parallel(a.rows * segments, segments == 1 ? a.vocab : kSegment,
               [&](int64_t begin, int64_t end) { kernels().grad(a, segments, begin, end); });
-}
-
-void run_grad(Loss& loss, const Tensor& stats) {
-  LossArgs& a = loss.args;
-  if (a.whole()) {  // the row statistics are not enough
-    in_parallel(a.rows, a.vocab, [&](int64_t begin, int64_t end) { kernels().loss_grad(a, begin, end); });
-    return;
-  }
-  std::vector<RowStats> rows = loss.unpack(stats);
-  run_grad(loss, rows);
 }
 
 void run_loss_grad(Loss& loss) {
@@ -118,8 +102,11 @@ void run_loss_grad(Loss& loss) {
     in_parallel(loss.args.rows, loss.args.vocab,
                 [&](int64_t begin, int64_t end) { kernels().loss_grad(loss.args, begin, end); });
   } else {
-    std::vector<RowStats> stats = run_stats(loss);
-    run_grad(loss, stats);
+    std::vector<double> table(loss.args.rows * kColumns);
+    loss.args.wide_table = table.data();
+    run_stats(loss.args);
+    loss.args.scale = 1;  // it is in the table
+    run_grad(loss.args);
   }
 }
 
@@ -142,15 +129,18 @@ std::tuple<Tensor, Tensor> loss_grad_(Tensor student, KDFAST_INPUTS) {
 
 std::tuple<Tensor, Tensor, Tensor> stats(Tensor student, KDFAST_INPUTS) {
   Loss loss(student, KDFAST_PASS);
-  const std::vector<RowStats> rows = run_stats(loss);
-  return {loss.reduced(), loss.pack(rows), loss.measured()};
+  Tensor table = loss.new_table();
+  loss.use_table(table);
+  run_stats(loss.args);
+  return {loss.reduced(), table, loss.measured()};
 }
 
 Tensor grad(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_INPUTS) {
   Loss loss(student, KDFAST_PASS);
   Tensor grad = loss.new_grad();
   loss.scale_by(grad_loss);
-  run_grad(loss, stats);
+  loss.use_table(stats);
+  run_grad(loss.args);
   return grad;
 }
 
@@ -158,7 +148,8 @@ void grad_(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_INPUTS) {
   Loss loss(student, KDFAST_PASS);
   loss.grad_in_place();
   loss.scale_by(grad_loss);
-  run_grad(loss, stats);
+  loss.use_table(stats);
+  run_grad(loss.args);
   loss.copy_back(student);
 }
 

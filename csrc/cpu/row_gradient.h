@@ -21,9 +21,9 @@ struct Row {
 
 // A row's coefficients for the exps of a block that has other offsets.
 template <class P>
-KD_NOINLINE Coefficients at_offsets(Coefficients c, const RowStats& row, const RowScale& scale,
-                                    const Block<P>& block) {
-  const double ds = block.student_offset - row.student_offset, dt = block.teacher_offset - row.teacher_offset;
+KD_NOINLINE Coefficients at_offsets(Coefficients c, const RowScale& scale, const Block<P>& block) {
+  const double ds = block.student_offset - c.student_offset, dt = block.teacher_offset - c.teacher_offset;
+  c.teacher_offset = block.teacher_offset;
   c.log_student += ds;
   c.log_teacher += dt;
   if constexpr (!P::kMSE) c.teacher = scaled(c.teacher, dt);
@@ -31,7 +31,8 @@ KD_NOINLINE Coefficients at_offsets(Coefficients c, const RowStats& row, const R
   c.student = scaled(c.student, ds);
   c.hard = scaled(c.hard, ds == -kInfinity ? ds
                                            : hard_offset<P>(scale, block.student_offset) -
-                                                 hard_offset<P>(scale, row.student_offset));
+                                                 hard_offset<P>(scale, c.student_offset));
+  c.student_offset = block.student_offset;
   return c;
 }
 
@@ -48,8 +49,8 @@ struct Gradient {
   bool tilted = false;
 
   Gradient() = default;
-  KD_INLINE Gradient(const RowScale& scale, const Coefficients& c, double so, double to)
-      : exponents(scale, so, to),
+  KD_INLINE Gradient(const RowScale& scale, const Coefficients& c)
+      : exponents(scale, c.student_offset, c.teacher_offset),
         student(splat<C>(c.student)),
         teacher(splat<C>(c.teacher)),
         psi_sum(splat<C>(c.psi_sum)),
@@ -82,6 +83,10 @@ struct Gradient {
       x.e1 = P::kOwn ? load(kept.hard + i) : exponents.power_of(x.es);
       if constexpr (P::kSoft || P::kMSE) x.et = load(kept.teacher + i);
     }
+    return of_exps(x, s);
+  }
+
+  KD_INLINE V of_exps(const Lanes<P>& x, V s) const {
     V g = x.e1 * hard - uniform;
     if constexpr (P::kMSE) {
       g += (x.et + shift) * teacher;
@@ -176,6 +181,20 @@ void with_pointwise(const LossArgs& a, F f) {
   }
 }
 
+// Pass C alone has no scratch: fills it for a block, with psi in P's place.
+template <class P>
+KD_NOINLINE void keep_psi(const LossArgs& a, const Row<P>& r, int64_t begin, int n, const RowScale& scale,
+                          const Coefficients& c) {
+  using C = typename P::C;
+  block_sums<P, true>(r.s + begin, r.t + begin, n, scale, c.student_offset, c.teacher_offset, r.scratch,
+                      true);
+  with_pointwise(a, [&](auto d) {
+    typename P::V phi{}, psi{};
+    add_pointwise<C, decltype(d)>(r.scratch.student, r.scratch.teacher, (n + P::kStep - 1) / P::kStep * 2,
+                                  splat<C>(c.student), splat<C>(c.teacher), splat<C>(a.beta), phi, psi);
+  });
+}
+
 // Pass B over a row of n classes, from the scratch.
 template <class P>
 DivergenceSums pointwise_sums(const LossArgs& a, const Row<P>& r, int64_t n, const RowScale& scale,
@@ -184,14 +203,14 @@ DivergenceSums pointwise_sums(const LossArgs& a, const Row<P>& r, int64_t n, con
   if constexpr (P::kPointwise) {
     using C = typename P::C;
     const Teacher teacher = teacher_of<P::kProbs>(a, stats);
-    Coefficients c{};
+    Coefficients c{stats.student_offset, stats.teacher_offset};
     c.student = 1 / stats.student_sum;
     c.teacher = 1 / teacher.sum;
     with_pointwise(a, [&](auto d) {
       using D = decltype(d);
       typename P::V phi{}, psi{};
       for (int64_t at = 0; at < n; at += kBlock) {
-        const Coefficients here = at_offsets<P>(c, stats, scale, r.blocks[at / kBlock]);
+        const Coefficients here = at_offsets<P>(c, scale, r.blocks[at / kBlock]);
         const Scratch<C> block = r.scratch.after(at);
         const int64_t vectors = ((n - at < kBlock ? n - at : kBlock) + P::kStep - 1) / P::kStep * 2;
         add_pointwise<C, D>(block.student, block.teacher, vectors, splat<C>(here.student),

@@ -97,34 +97,38 @@ int place(int i) {
 // rounding.
 template <class P, bool kKeep>
 void write_gradient(const LossArgs& a, int64_t row, const Row<P>& r, int64_t begin, int64_t n,
-                    const RowScale& scale, const RowStats& stats, const Coefficients& c) {
+                    const RowScale& scale, const Coefficients& c) {
   using C = typename P::C;
   const bool direct = (const void*)r.out == r.final_out;
   const bool decoupled = a.divergence == Divergence::kDKD;
   const int64_t label = a.labels && (a.hard_weight != 0 || decoupled) ? a.labels[row] - begin : -1;
-  Block<P> current{stats.student_offset, stats.teacher_offset};
-  Gradient<P, kKeep> gradient(scale, c, current.student_offset, current.teacher_offset);
+  Block<P> current{c.student_offset, c.teacher_offset};
+  Gradient<P, kKeep || P::kPointwise> gradient(scale, c);
   // From the last block to the first: what was kept last is still in the cache, where not all of it fits
   for (int64_t at = (n - 1) / kBlock * kBlock; at >= 0; at -= kBlock) {
     if constexpr (kKeep) {
       const Block<P>& block = r.blocks[at / kBlock];
       if (!(block == current)) {
         current = block;
-        gradient = Gradient<P, kKeep>(scale, at_offsets<P>(c, stats, scale, current), current.student_offset,
-                                      current.teacher_offset);
+        gradient = Gradient<P, kKeep>(scale, at_offsets<P>(c, scale, current));
       }
     }
     const int m = n - at < kBlock ? n - at : kBlock;
+    const Scratch<C> kept = kKeep ? r.scratch.after(at) : r.scratch;
+    if constexpr (P::kPointwise && !kKeep) keep_psi<P>(a, r, at, m, scale, c);
     typename P::S* out = direct ? r.out + at : r.out;
     const bool labelled = at <= label && label < at + m;
     C at_label = 0;
     if (labelled) {  // before the logits are overwritten
       const auto s = load_student<P>(r.s + label, 1);
       const auto t = load_teacher<P>(r.t + label, 1);
-      at_label = gradient.combine(s.a, t.a, r.scratch.after(at), place<P>(label - at))[0] - (C)c.label;
-      if (decoupled) at_label += (C)(c.label_soft + c.label_hard);  // its exps were left out
+      if (decoupled) {  // its exps are not in the sums
+        at_label = gradient.of_exps(Lanes<P>{}, s.a)[0] + (C)(c.label_soft + c.label_hard - c.label);
+      } else {
+        at_label = gradient.combine(s.a, t.a, kept, place<P>(label - at))[0] - (C)c.label;
+      }
     }
-    gradient.write(r.s + at, r.t + at, r.scratch.after(at), m, out);
+    gradient.write(r.s + at, r.t + at, kept, m, out);
     if (labelled) store_part(out + label - at, splat(at_label), 1);
     if constexpr (std::is_same_v<typename P::S, C>) {
       if (direct) continue;
@@ -185,13 +189,26 @@ struct Kernels {
     }
   }
 
+  // The same with the gradient's part that standardised logits add.
+  template <bool kKeep>
+  static void all_passes_but_c(const LossArgs& a, int64_t row, const Row<P>& r, Sums& x) {
+    if constexpr (P::kOwn ? P::kSoft : P::kMSE) {
+      if (a.standardize) {
+        pass_a_and_b<true>(a, row, r, x);
+        return add_tilt<P>(a, r, a.vocab, x.scale, x.moments, label_of<P>(a, row, r), x.coefficients);
+      }
+    }
+    pass_a_and_b<kKeep>(a, row, r, x);
+  }
+
   static void drop(const LossArgs& a, int64_t row) {
     a.losses[row] = 0;
     if (a.metrics) a.metrics[row] = {kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN};
+    a.keep(row, {});
   }
 
   static void loss_grad(const LossArgs& a, int64_t begin, int64_t end) {
-    if (takes_short_rows<P>(a)) return short_rows<P>(a, begin, end, true);
+    if (takes_short_rows<P>(a)) return short_rows<P, Short::kLossAndGradient>(a, begin, end);
     for (int64_t row = begin; row < end; ++row) {
       if (a.vocab < a.width || !a.kept(row)) zero(a, row, a.kept(row) ? a.vocab : 0, a.width);
       if (!a.kept(row)) {
@@ -201,13 +218,8 @@ struct Kernels {
       Sums x{row_scale(a, row)};
       const Row<P> r = open_row<P>(a, row, 0, a.vocab, x.scale);
       fetch_for_writing(r, a.vocab);
-      pass_a_and_b<true>(a, row, r, x);
-      if constexpr (P::kOwn ? P::kSoft : P::kMSE) {
-        if (a.standardize) {
-          add_tilt<P>(a, r, a.vocab, x.scale, x.stats, x.moments, label_of<P>(a, row, r), x.coefficients);
-        }
-      }
-      write_gradient<P, true>(a, row, r, 0, a.vocab, x.scale, x.stats, x.coefficients);
+      all_passes_but_c<true>(a, row, r, x);
+      write_gradient<P, true>(a, row, r, 0, a.vocab, x.scale, x.coefficients);
     }
   }
 
@@ -221,54 +233,57 @@ struct Kernels {
   }
 
   static void stats(const LossArgs& a, int64_t segments, int64_t begin, int64_t end) {
-    if (takes_short_rows<P>(a)) return short_rows<P>(a, begin, end, false);
+    if (takes_short_rows<P>(a)) return short_rows<P, Short::kLoss>(a, begin, end);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t row = unit / segments, first = first_class(segments, unit),
                     n = classes(a, segments, unit);
-      a.stats[unit] = {};
-      if (segments == 1) drop(a, row);
+      if (segments == 1) {
+        drop(a, row);
+      } else {
+        a.stats[unit] = {};
+      }
       if (!a.kept(row)) continue;
       Sums x{row_scale(a, row)};
       const Row<P> r = open_row<P>(a, row, first, n, x.scale);
       if (segments == 1) {
-        pass_a_and_b<P::kPointwise>(a, row, r, x);
+        all_passes_but_c<P::kPointwise>(a, row, r, x);
+        a.keep(row, x.coefficients);
       } else {
-        x.stats = row_sums<P, P::kPointwise>(r.s, r.t, n, x.scale, r.scratch, r.blocks);
+        a.stats[unit] = row_sums<P, P::kPointwise>(r.s, r.t, n, x.scale, r.scratch, r.blocks);
       }
-      a.stats[unit] = x.stats;
     }
   }
 
   static void merge(const LossArgs& a, int64_t segments) {
     for (int64_t row = 0; row < a.rows; ++row) {
-      a.losses[row] = 0;
+      drop(a, row);
       if (!a.kept(row)) continue;
       const RowScale scale = row_scale(a, row);
       RowStats& total = a.stats[row * segments];
       for (int64_t k = 1; k < segments; ++k) {
         add<P>(total, k * kSegment, a.stats[row * segments + k], classes(a, segments, k), scale);
       }
-      Coefficients unused;
+      Coefficients c;
       Terms terms;
-      a.losses[row] = finish<P>(a, row, total, scale, {}, label_of(a, row), a.vocab, unused, terms);
+      a.losses[row] = finish<P>(a, row, total, scale, {}, label_of(a, row), a.vocab, c, terms);
+      a.keep(row, c);
     }
   }
 
   static void grad(const LossArgs& a, int64_t segments, int64_t begin, int64_t end) {
-    // psi takes pass B's work: to do it again is all there is to save
-    if (P::kPointwise || takes_short_rows<P>(a)) return loss_grad(a, begin, end);
+    if (takes_short_rows<P>(a)) return short_rows<P, Short::kGradient>(a, begin, end);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t row = unit / segments, first = first_class(segments, unit),
                     n = classes(a, segments, unit);
       if (!a.kept(row)) {
         zero(a, row, first, first + n);
       } else {
-        const RowScale scale = row_scale(a, row);
+        RowScale scale = row_scale(a, row);
         const Row<P> r = open_row<P>(a, row, first, n, scale);
-        Coefficients c;
-        Terms terms;
-        finish<P>(a, row, a.stats[row], scale, {}, {}, a.vocab, c, terms);
-        write_gradient<P, false>(a, row, r, first, n, scale, a.stats[row], c);
+        Coefficients c = a.coefficients(row);
+        set_units<P>(scale, c.student_unit, c.teacher_unit);
+        scale_gradient(c, P::kPointwise, a.scale * at_row(a.row_scale, 1, row));
+        write_gradient<P, false>(a, row, r, first, n, scale, c);
       }
       if (first + n == a.vocab) zero(a, row, a.vocab, a.width);
     }

@@ -21,6 +21,25 @@ struct RowStats {
   double teacher_running;  // sum of phi's part over_teacher, over the unnormalised exps
   double student_running;  // the other part's
 };
+
+// What pass C makes a row's gradient of, beside its logits: a function of these and of nothing else. A row of
+// the table that `stats` writes and `grad` reads.
+struct Coefficients {
+  double student_offset, teacher_offset;  // of the exps that the others are multiplied with
+  double student, teacher;          // to q and p; where the divergence is linear, with the soft term's weight
+  double log_student, log_teacher;  // log q = ln2 * (y + log_student)
+  double shift;                     // logit_mse: less the mean difference
+  double psi_sum;
+  double soft;                        // that weight, where it is not in the first two
+  double hard;                        // to q1 of the hard term and of z_loss
+  double label;                       // the hard term's weight on its label
+  double uniform;                     // and on every class, from smoothing
+  double label_soft, label_hard;      // decoupled KD, whose sums are without the label: its own gradient
+  double mean, tilt;                  // standardised logits: what is added is tilt * (s - mean)
+  double student_unit, teacher_unit;  // and what they are multiplied by; of logit_mse too
+};
+static_assert(sizeof(Coefficients) == kColumns * sizeof(double));
+
 struct LossArgs {
   int64_t rows, vocab;
   int64_t width;  // of the student with its padding: the gradient beyond vocab is 0
@@ -46,20 +65,36 @@ struct LossArgs {
 
   double* losses;       // (rows)
   RowMetrics* metrics;  // (rows) or null
-  RowStats* stats;      // (rows * segments): out of `stats`, into `grad`; or null
+  RowStats* stats;      // (rows * segments): out of `stats`, into `merge`, where rows are split; or null
+  float* table;         // (rows, kColumns), Coefficients: out of `stats` or `merge`, into `grad`;
+  double* wide_table;   // the other is null, or both
   // the gradient of row r is scale * (row_scale ? row_scale[r] : 1) * dl_r/ds
   double scale;
   const double* row_scale;
   void* grad;          // the student's dtype
   Matrix grad_layout;  // its data and dtype are the student's where the gradient goes in place
 
+  __attribute__((always_inline)) Coefficients coefficients(int64_t row) const {
+    Coefficients c;
+    for (int k = 0; k < kColumns; ++k) {
+      ((double*)&c)[k] = table ? table[row * kColumns + k] : wide_table[row * kColumns + k];
+    }
+    return c;
+  }
+  __attribute__((always_inline)) void keep(int64_t row, const Coefficients& c) const {
+    for (int k = 0; k < kColumns; ++k) {
+      const double value = ((const double*)&c)[k];
+      if (table) table[row * kColumns + k] = value;
+      if (wide_table) wide_table[row * kColumns + k] = value;
+    }
+  }
   __attribute__((always_inline)) bool kept(int64_t row) const {
     return !(labels && labels[row] == ignore_index) && !(row_weight && row_weight[row] == 0);
   }
   // Whether the student's exps at temperature 1 are summed, and whether the label's is looked at.
   __attribute__((always_inline)) bool labelled() const { return labels && (hard_weight != 0 || metrics); }
   __attribute__((always_inline)) bool hard() const { return labelled() || z_loss != 0; }
-  // Whether something is asked for that takes a row as a whole, from its logits on.
+  // Whether something is asked for whose sums are not merged: such a row is not split.
   __attribute__((always_inline)) bool whole() const {
     return softcap != 0 || teacher_softcap != 0 || standardize || metrics || label_smoothing != 0 ||
            divergence == Divergence::kDKD;
@@ -85,9 +120,9 @@ constexpr int64_t kSegment = 8192;
 
 struct RowKernels {
   void (*loss_grad)(const LossArgs&, int64_t begin, int64_t end);
-  void (*stats)(const LossArgs&, int64_t segments, int64_t begin,
-                int64_t end);                        // losses too, where segments is 1
-  void (*merge)(const LossArgs&, int64_t segments);  // stats[row * segments] becomes the row's; writes losses
+  // of split rows the statistics of segments, else losses and table
+  void (*stats)(const LossArgs&, int64_t segments, int64_t begin, int64_t end);
+  void (*merge)(const LossArgs&, int64_t segments);  // of split rows: losses and table
   void (*grad)(const LossArgs&, int64_t segments, int64_t begin, int64_t end);
   void (*softmax)(const SoftmaxArgs&, int64_t begin, int64_t end);
   void (*softmax_backward)(const SoftmaxArgs&, int64_t begin, int64_t end);

@@ -8,19 +8,20 @@
 namespace kdfast {
 namespace {
 
-// What pass C multiplies by, for exps relative to the row's offsets.
-struct Coefficients {
-  double student, teacher;          // to q and p; where the divergence is linear, with the soft term's weight
-  double log_student, log_teacher;  // log q = ln2 * (y + log_student)
-  double shift;                     // logit_mse: less the mean difference
-  double psi_sum;
-  double soft;                    // that weight, where it is not in the first two
-  double hard;                    // to q1 of the hard term and of z_loss
-  double label;                   // the hard term's weight on its label
-  double uniform;                 // and on every class, from smoothing
-  double label_soft, label_hard;  // decoupled KD, whose sums are without the label: its own gradient
-  double mean, tilt;              // standardised logits: what is added is tilt * (s - mean)
-};
+// The same for a gradient that is `factor` times as large.
+KD_INLINE void scale_gradient(Coefficients& c, bool pointwise, double factor) {
+  c.soft *= factor;
+  if (!pointwise) {
+    c.student *= factor;
+    c.teacher *= factor;
+  }
+  c.hard *= factor;
+  c.label *= factor;
+  c.uniform *= factor;
+  c.label_soft *= factor;
+  c.label_hard *= factor;
+  c.tilt *= factor;
+}
 
 struct Label {  // the class, its logits as the passes have them, and the sum of the student's over all
                 // classes
@@ -148,7 +149,9 @@ KD_NOINLINE double finish(const LossArgs& a, int64_t row, const RowStats& x, con
   const double t = scale.temperature;
   double loss = 0, log_hard = std::log2(x.hard_sum);
   bool decoupled = false;
-  c = {};
+  c = {x.student_offset, x.teacher_offset};
+  c.student_unit = scale.student_unit;
+  c.teacher_unit = scale.teacher_unit;
   if constexpr (P::kMSE) {
     const double mean = x.teacher_sum / n;
     terms.soft = (x.teacher_running - x.teacher_sum * mean) / (2 * n);
@@ -202,17 +205,7 @@ KD_NOINLINE double finish(const LossArgs& a, int64_t row, const RowStats& x, con
     c.hard /= x.hard_sum;
   }
   const double w = at_row(a.row_weight, 1, row);
-  const double factor = w * a.scale * at_row(a.row_scale, 1, row);
-  c.soft *= factor;
-  if constexpr (!P::kPointwise) {
-    c.student *= factor;
-    c.teacher *= factor;
-  }
-  c.hard *= factor;
-  c.label *= factor;
-  c.uniform *= factor;
-  c.label_soft *= factor;
-  c.label_hard *= factor;
+  scale_gradient(c, P::kPointwise, w * a.scale);
   return w * loss;
 }
 

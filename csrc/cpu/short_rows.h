@@ -4,6 +4,9 @@
 // the offset is the maximum.
 #pragma once
 
+#include <cstddef>
+#include <iterator>
+
 #include "convert.h"
 #include "row_gradient.h"
 
@@ -11,6 +14,8 @@ namespace kdfast {
 namespace {
 
 constexpr int kShort = 64;  // classes; above it the transposition costs more than it saves
+
+enum class Short { kLossAndGradient, kLoss, kGradient };  // what is asked for; the last from the rows' table
 
 template <class P>
 struct ShortRows {
@@ -27,6 +32,50 @@ struct ShortRows {
     int64_t label[kLanes];
   };
 
+  // Those of struct Coefficients that such rows have, of kLanes rows.
+  struct LaneCoefficients {
+    V student_offset, teacher_offset, student, teacher, log_student, log_teacher, shift, psi_sum, soft, hard,
+        label, uniform;
+  };
+  static constexpr size_t kColumnsOf[] = {
+#define X(field) offsetof(Coefficients, field) / sizeof(double)
+      X(student_offset), X(teacher_offset), X(student), X(teacher), X(log_student), X(log_teacher), X(shift),
+      X(psi_sum),        X(soft),           X(hard),    X(label),   X(uniform)
+#undef X
+  };
+  static constexpr size_t kUnits[] = {offsetof(Coefficients, student_unit) / sizeof(double),
+                                      offsetof(Coefficients, teacher_unit) / sizeof(double)};
+  static_assert(sizeof(LaneCoefficients) == sizeof(V) * std::size(kColumnsOf));
+
+  KD_NOINLINE static void store_table(const LossArgs& a, int64_t begin, int rows, const LaneCoefficients& c) {
+    const C* lanes = (const C*)&c;
+    for (int r = 0; r < rows; ++r) {
+      float* row = a.table + (begin + r) * kColumns;
+      std::memset(row, 0, kColumns * sizeof(float));
+      if (!a.kept(begin + r)) continue;
+      for (size_t k = 0; k < std::size(kColumnsOf); ++k) row[kColumnsOf[k]] = lanes[k * kLanes + r];
+      for (size_t k : kUnits) row[k] = 1;
+    }
+  }
+  KD_NOINLINE static LaneCoefficients load_table(const LossArgs& a, int64_t begin, int rows, const Group& g) {
+    LaneCoefficients c{};
+    C* lanes = (C*)&c;
+    for (int r = 0; r < rows; ++r) {
+      const float* row = a.table + (begin + r) * kColumns;
+      for (size_t k = 0; k < std::size(kColumnsOf); ++k) lanes[k * kLanes + r] = row[kColumnsOf[k]];
+    }
+    const V factor = at(g.factor);
+    c.soft *= factor;
+    c.hard *= factor;
+    c.label *= factor;
+    c.uniform *= factor;
+    if constexpr (!P::kPointwise) {
+      c.student *= factor;
+      c.teacher *= factor;
+    }
+    return c;
+  }
+
   KD_INLINE static V at(const C* lanes) { return load(lanes); }
 
   template <class X>
@@ -40,6 +89,7 @@ struct ShortRows {
     }
   }
 
+  template <Short kWhat>
   KD_NOINLINE static void gather(const LossArgs& a, int64_t begin, int rows, Group& g) {
     for (int r = 0; r < kLanes; ++r) {
       const int64_t row = begin + r;
@@ -49,7 +99,9 @@ struct ShortRows {
       g.student[r] = scale.student;
       g.teacher[r] = scale.teacher;
       g.weight[r] = kept ? at_row(a.row_weight, 1, row) : 0;
-      g.factor[r] = kept ? g.weight[r] * a.scale * at_row(a.row_scale, 1, row) : 0;
+      // of the gradient: of what is in the table, or of the row's loss
+      const double factor = kWhat == Short::kGradient ? at_row(a.row_scale, 1, row) : g.weight[r];
+      g.factor[r] = kept ? factor * a.scale : 0;
       g.label[r] = kept && a.labelled() ? a.labels[row] : -1;
       if (kept) {
         transpose((const S*)row_of(a.student, row), a.vocab, g.s + r);
@@ -66,19 +118,17 @@ struct ShortRows {
     return high;
   }
 
-  // Losses of a group and, where `write`, its gradient.
-  KD_NOINLINE static void run(const LossArgs& a, int64_t begin, int rows, bool write, Group& g) {
+  KD_INLINE static void set_offsets(Exponents<P>& exponents, const Group& g, V student, V teacher) {
+    exponents.student_offset = student;
+    exponents.hard_offset = student * (P::kOwn ? at(g.temperature) : splat((C)exponents.power));
+    exponents.teacher_offset = teacher;
+  }
+
+  // Losses of a group, and its gradient's coefficients; the exps are left in the group, psi in P's place.
+  KD_NOINLINE static LaneCoefficients loss(const LossArgs& a, int64_t begin, int rows,
+                                           Exponents<P>& exponents, Group& g) {
     const int64_t n = a.vocab;
-    gather(a, begin, rows, g);
-    Exponents<P> exponents;
     const V temperature = at(g.temperature);
-    exponents.power = (int)a.temperature;
-    exponents.student_unit = exponents.teacher_unit = V{} + 1;
-    exponents.student = at(g.student);
-    exponents.teacher = at(g.teacher);
-    const V high = maximum(g.s, n);
-    exponents.student_offset = exponents.student * high;
-    exponents.hard_offset = exponents.student_offset * (P::kOwn ? temperature : splat((C)exponents.power));
     V teacher_offset{};
     if constexpr (P::kMSE) {
       for (int64_t i = 0; i < n; ++i) teacher_offset += (at(g.s + i * kLanes) - at(g.t + i * kLanes)) / (C)n;
@@ -87,7 +137,10 @@ struct ShortRows {
       // all classes masked, as log-probabilities may be: finite, so that probabilities are 0
       teacher_offset = teacher_offset == -std::numeric_limits<C>::infinity() ? V{} : teacher_offset;
     }
-    exponents.teacher_offset = teacher_offset;
+    LaneCoefficients c{};
+    c.student_offset = exponents.student * maximum(g.s, n);
+    c.teacher_offset = teacher_offset;
+    set_offsets(exponents, g, c.student_offset, c.teacher_offset);
 
     V student_sum{}, teacher_sum{}, hard_sum{}, teacher_running{}, student_running{}, label_logit{},
         exponent_sum{};
@@ -107,29 +160,27 @@ struct ShortRows {
     }
     for (int r = 0; r < kLanes; ++r) label_logit[r] = g.label[r] < 0 ? 0 : g.s[g.label[r] * kLanes + r];
 
-    Gradient<P, true> gradient{};
-    gradient.exponents = exponents;
     V loss{};
     const V factor = at(g.factor);
     if constexpr (P::kMSE) {
       const V mean = teacher_sum / (C)n;
       loss = (teacher_running - teacher_sum * mean) * (C)(a.alpha / (2 * n));
-      gradient.teacher = factor * (C)(a.alpha / n);
-      gradient.shift = loss == loss ? -mean : loss;
+      c.teacher = c.soft = factor * (C)(a.alpha / n);
+      c.shift = loss == loss ? -mean : loss;
     } else if constexpr (P::kSoft) {
       const bool softmaxed = teacher_is_softmaxed(a);
       const V given = exp2(-teacher_offset);
       const V divided = softmaxed ? teacher_sum : P::kProbs ? V{} + 1 : given;
       const V log_teacher = softmaxed ? log2(teacher_sum) : P::kProbs ? V{} : -teacher_offset;
       const V log_student = log2(student_sum), mass = teacher_sum / divided;
-      V divergence{}, psi_sum{};
+      V divergence{};
       if constexpr (P::kPointwise) {
         with_pointwise(a, [&](auto d) {
           using D = decltype(d);
           const V to_q = 1 / student_sum;
-          add_pointwise<C, D>(g.es, g.et, n, to_q, 1 / divided, beta, divergence, psi_sum);
-          psi_sum -=
-              psi_sum * multiply_subtract(to_q, student_sum, V{} + 1) - 0 * divergence;  // see finish()
+          add_pointwise<C, D>(g.es, g.et, n, to_q, 1 / divided, beta, divergence, c.psi_sum);
+          c.psi_sum -=
+              c.psi_sum * multiply_subtract(to_q, student_sum, V{} + 1) - 0 * divergence;  // see finish()
           divergence += D::constant(mass, beta);
         });
       } else {
@@ -138,63 +189,93 @@ struct ShortRows {
           const C share = P::D::teacher_share(a.beta);
           divergence =
               (teacher_running / divided + P::D::over_teacher(mass, -log_student, above)) * (share * (C)kLn2);
-          psi_sum -= mass * share;
+          c.psi_sum -= mass * share;
         }
         if constexpr (P::D::kStudent) {
           const V part = (student_running / student_sum + P::D::over_student(V{} + 1, above)) *
                          (C)(kLn2 * P::D::student_share(a.beta));
           divergence += part;
-          psi_sum += part;
+          c.psi_sum += part;
         }
       }
       loss = divergence * (C)a.alpha * (a.t_squared ? temperature * temperature : V{} + 1);
-      const V weight = factor * (C)a.alpha * (a.t_squared ? temperature : 1 / temperature);
-      gradient.soft = weight;
-      gradient.student = (P::kPointwise ? V{} + 1 : weight) / student_sum;
-      gradient.teacher = weight / divided;
-      gradient.psi_sum = psi_sum;
-      if constexpr (!P::kPointwise) {  // as Gradient::linear has it
-        gradient.psi_sum *= -gradient.student;
-        if constexpr (P::D::kStudent) {
-          gradient.student *= (C)(kLn2 * P::D::student_share(a.beta));
-          gradient.psi_sum += gradient.student * (log_teacher - log_student);
-        }
-        if constexpr (P::D::kTeacher) gradient.teacher *= (C)P::D::teacher_share(a.beta);
-      }
+      c.soft = factor * (C)a.alpha * (a.t_squared ? temperature : 1 / temperature);
+      const V weight = P::kPointwise ? V{} + 1 : c.soft;
+      c.student = weight / student_sum;
+      c.teacher = weight / divided;
+      c.log_student = -log_student;
+      c.log_teacher = -log_teacher;
     }
-    V label_weight{};
-    gradient.hard = gradient.uniform = V{};
     if (a.labelled()) {
       const C e = a.label_smoothing;
       V hard = (log2(hard_sum) - exponents.hard(label_logit)) * (C)kLn2;
       if (e != 0) hard = hard * (1 - e) + (log2(hard_sum) - exponent_sum / (C)n) * (e * (C)kLn2);
       loss += hard * (C)a.hard_weight;
-      gradient.hard = V{} + (C)a.hard_weight;
-      gradient.uniform = factor * (C)(a.hard_weight * a.label_smoothing / n);
-      label_weight = factor * (C)(a.hard_weight * (1 - a.label_smoothing));
+      c.hard = V{} + (C)a.hard_weight;
+      c.uniform = factor * (C)(a.hard_weight * a.label_smoothing / n);
+      c.label = factor * (C)(a.hard_weight * (1 - a.label_smoothing));
     }
     if (a.z_loss != 0) {
       V z = (log2(hard_sum) - exponents.hard(V{})) * (C)kLn2;
       z = z == -std::numeric_limits<C>::infinity() ? z - z : z;
       loss += z * z * (C)a.z_loss;
-      gradient.hard += z * (C)(2 * a.z_loss);
+      c.hard += z * (C)(2 * a.z_loss);
     }
-    if (a.hard()) gradient.hard *= factor / hard_sum;
+    if (a.hard()) c.hard *= factor / hard_sum;
     loss = at(g.weight) == 0 ? V{} : loss * at(g.weight);
     for (int r = 0; r < rows; ++r) a.losses[begin + r] = loss[r];
-    if (!write) return;
+    return c;
+  }
 
+  // The exps as loss() leaves them, from the table's offsets.
+  KD_NOINLINE static void keep_exps(const LossArgs& a, const LaneCoefficients& c, Exponents<P>& exponents,
+                                    Group& g) {
+    set_offsets(exponents, g, c.student_offset, c.teacher_offset);
+    for (int64_t i = 0; i < a.vocab; ++i) {
+      const Lanes<P> x = exponents(at(g.s + i * kLanes), at(g.t + i * kLanes));
+      store(g.es + i * kLanes, x.es);
+      store(g.et + i * kLanes, x.et);
+      store(g.e1 + i * kLanes, x.e1);
+    }
+    if constexpr (P::kPointwise) {
+      with_pointwise(a, [&](auto d) {
+        V phi{}, psi{};
+        add_pointwise<C, decltype(d)>(g.es, g.et, a.vocab, c.student, c.teacher, splat((C)a.beta), phi, psi);
+      });
+    }
+  }
+
+  KD_NOINLINE static void write(const LossArgs& a, int64_t begin, int rows, const LaneCoefficients& c,
+                                const Exponents<P>& exponents, Group& g) {
+    const int64_t n = a.vocab;
+    Gradient<P, true> gradient{};
+    gradient.exponents = exponents;
+    gradient.student = c.student;
+    gradient.teacher = c.teacher;
+    gradient.psi_sum = c.psi_sum;
+    gradient.soft = c.soft;
+    gradient.hard = c.hard;
+    gradient.uniform = c.uniform;
+    gradient.shift = c.shift;
+    if constexpr (P::kSoft && !P::kPointwise) {  // as Gradient::linear has it
+      gradient.psi_sum *= -gradient.student;
+      if constexpr (P::D::kStudent) {
+        gradient.student *= (C)(kLn2 * P::D::student_share(a.beta));
+        gradient.psi_sum += gradient.student * (c.log_student - c.log_teacher);
+      }
+      if constexpr (P::D::kTeacher) gradient.teacher *= (C)P::D::teacher_share(a.beta);
+    }
     for (int64_t i = 0; i < n; ++i) {
       const Scratch<C> here{g.es + i * kLanes, g.et + i * kLanes, g.e1 + i * kLanes};
       store(g.es + i * kLanes, gradient.combine(at(g.s + i * kLanes), at(g.t + i * kLanes), here, 0));
     }
     for (int r = 0; r < rows; ++r) {
-      if (g.label[r] >= 0) g.es[g.label[r] * kLanes + r] -= label_weight[r];
       S* out = (S*)a.grad + a.grad_layout.offset(begin + r);
-      if (g.factor[r] == 0 && !a.kept(begin + r)) {
+      if (!a.kept(begin + r)) {
         std::memset((void*)out, 0, a.width * sizeof(S));
         continue;
       }
+      if (g.label[r] >= 0) g.es[g.label[r] * kLanes + r] -= c.label[r];
       for (int64_t i = 0; i < n; ++i) {
         if constexpr (sizeof(S) == 2) {
           store_part(out + i, splat(g.es[i * kLanes + r]), 1);
@@ -205,9 +286,30 @@ struct ShortRows {
       if (a.width > n) std::memset((void*)(out + n), 0, (a.width - n) * sizeof(S));
     }
   }
+
+  template <Short kWhat>
+  KD_NOINLINE static void run(const LossArgs& a, int64_t begin, int rows, Group& g) {
+    gather<kWhat>(a, begin, rows, g);
+    Exponents<P> exponents;
+    exponents.power = (int)a.temperature;
+    exponents.student_unit = exponents.teacher_unit = V{} + 1;
+    exponents.student = at(g.student);
+    exponents.teacher = at(g.teacher);
+    LaneCoefficients c;
+    if constexpr (kWhat == Short::kGradient) {
+      c = load_table(a, begin, rows, g);
+      keep_exps(a, c, exponents, g);
+    } else {
+      c = loss(a, begin, rows, exponents, g);
+    }
+    if constexpr (kWhat == Short::kLoss) {
+      store_table(a, begin, rows, c);
+    } else {
+      write(a, begin, rows, c, exponents, g);
+    }
+  }
 };
 
-// They keep no statistics: `grad` makes them again, which costs less than to keep them.
 // The teacher is read as it lies: one tensor, of the student's dtype.
 template <class P>
 bool takes_short_rows(const LossArgs& a) {
@@ -218,13 +320,13 @@ bool takes_short_rows(const LossArgs& a) {
   return a.n_teachers == 0 || (a.n_teachers == 1 && a.teachers[0].dtype == a.student.dtype);
 }
 
-template <class P>
-KD_NOINLINE void short_rows(const LossArgs& a, int64_t begin, int64_t end, bool write) {
+template <class P, Short kWhat>
+KD_NOINLINE void short_rows(const LossArgs& a, int64_t begin, int64_t end) {
   if constexpr (!std::is_same_v<typename P::S, double>) {
     using Group = typename ShortRows<P>::Group;
     Group& group = *(Group*)thread_buffer(sizeof(Group));
     for (int64_t row = begin; row < end; row += P::kLanes) {
-      ShortRows<P>::run(a, row, end - row < P::kLanes ? end - row : P::kLanes, write, group);
+      ShortRows<P>::template run<kWhat>(a, row, end - row < P::kLanes ? end - row : P::kLanes, group);
     }
   }
 }

@@ -6,21 +6,28 @@
 namespace kdfast {
 namespace {
 
+template <class P>
+void set_units(RowScale& scale, double student, double teacher) {
+  scale.student_unit = student;
+  scale.teacher_unit = teacher;
+  if constexpr (!P::kMSE) {
+    scale.student *= student;
+    scale.teacher *= teacher;
+    scale.hard /= student;
+  }
+}
+
 // What standardised logits change: the slopes, whose softmax knows no mean. Several teachers were
 // standardised when they were mixed.
 template <class P>
 KD_NOINLINE void standardize(const LossArgs& a, const Row<P>& r, int64_t n, RowScale& scale,
                              Moments& of_student) {
   of_student = moments(r.s, n);
-  scale.student_unit = of_student.per_unit();
+  double of_teacher = 1;
   if constexpr (P::kSoft || P::kMSE) {
-    if (a.n_teachers == 1) scale.teacher_unit = moments(r.t, n).per_unit();
+    if (a.n_teachers == 1) of_teacher = moments(r.t, n).per_unit();
   }
-  if constexpr (!P::kMSE) {
-    scale.student *= scale.student_unit;
-    scale.teacher *= scale.teacher_unit;
-    scale.hard /= scale.student_unit;
-  }
+  set_units<P>(scale, of_student.per_unit(), of_teacher);
 }
 
 // The standard deviation's part of the gradient: with g the soft term's gradient at a fixed deviation d, it
@@ -28,20 +35,18 @@ KD_NOINLINE void standardize(const LossArgs& a, const Row<P>& r, int64_t n, RowS
 // -(s_i - mean) / (d (n - 1) deviation) * sum g_j (s_j - mean).
 template <class P>
 KD_NOINLINE void add_tilt(const LossArgs& a, const Row<P>& r, int64_t n, const RowScale& scale,
-                          const RowStats& stats, const Moments& of_student, const Label& label,
-                          Coefficients& c) {
+                          const Moments& of_student, const Label& label, Coefficients& c) {
   c.mean = of_student.mean;
   Coefficients soft = c;
   soft.hard = soft.uniform = 0;
-  Block<P> current{stats.student_offset, stats.teacher_offset};
-  Gradient<P, true> gradient(scale, soft, current.student_offset, current.teacher_offset);
+  Block<P> current{c.student_offset, c.teacher_offset};
+  Gradient<P, true> gradient(scale, soft);
   double total = 0;
   for (int64_t at = 0; at < n; at += kBlock) {
     const Block<P>& block = r.blocks[at / kBlock];
     if (!(block == current)) {
       current = block;
-      gradient = Gradient<P, true>(scale, at_offsets<P>(soft, stats, scale, current), current.student_offset,
-                                   current.teacher_offset);
+      gradient = Gradient<P, true>(scale, at_offsets<P>(soft, scale, current));
     }
     total += gradient.dot(r.s + at, r.t + at, r.scratch.after(at), n - at < kBlock ? n - at : kBlock);
   }

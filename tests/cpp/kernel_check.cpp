@@ -189,10 +189,13 @@ void check_case(const char* isa, const RowKernels& kernels, DType dtype, Diverge
   for (int64_t segments : {int64_t{1}, (v + kSegment - 1) / kSegment}) {
     if (segments > 1 && divergence == Divergence::kJSD) continue;  // pass B is of whole rows
     std::vector<RowStats> stats(rows * segments);
+    std::vector<double> table(rows * kColumns);
     a.stats = stats.data();
+    a.wide_table = table.data();
+    a.scale = 1;
     kernels.stats(a, segments, 0, rows * segments);
     if (segments > 1) kernels.merge(a, segments);
-    for (int row = 1; row < rows; ++row) stats[row] = stats[row * segments];
+    a.scale = 0.5;
     kernels.grad(a, segments, 0, rows * segments);
     check(isa, segments == 1 ? "stats, grad" : "stats, grad by segments", a, losses, grad, want);
   }
