@@ -831,6 +831,7 @@ SPECIAL32 = set(_XYZ) | {
 }
 SPECIAL64 = {"%clock64", "%globaltimer", "%gridid", "%current_graph_exec"}
 
+
 @lru_cache(maxsize=64)  # a module with its programs takes some megabytes
 def parse(text):
     """Parse PTX text; the latest results are kept."""
