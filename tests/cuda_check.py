@@ -11,7 +11,7 @@ library = Path(kdfast.__file__).with_name("libkdfast_cuda.so")
 assert library.exists(), "the CUDA kernels were not built: nvcc was not found, or KDFAST_CUDA is 0"
 torch.ops.load_library(str(library))
 for name in ("loss_grad", "loss_grad_", "stats", "grad", "grad_", "scale_"):
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"kdfast_cuda::{name}", "CUDA"), name
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"kdfast_cuda_rows::{name}", "CUDA"), name
 facts = kdfast.backends()["cuda"]
 assert facts["compiled"], facts
 assert facts["usable"] == torch.cuda.is_available(), facts
