@@ -3,8 +3,8 @@
 Every operator is defined here, once, in four namespaces: `torch.ops.kdfast.*`, where the dispatcher picks by device
 (the C++ kernels register themselves for the CPU when their library is loaded; of CUDA and ROCm tensors choice.py says
 whose kernels they get), and `torch.ops.kdfast_reference.*`, `torch.ops.kdfast_triton.*` and `torch.ops.kdfast_cuda.*`,
-which are that backend on every device that it knows. A device without kernels of its own gets the reference, with one
-warning.
+which are that backend on every device that it knows. `kdfast_cuda_rows` has the CUDA kernels themselves, which know
+rows alone; cuda_ops.py calls them. A device without kernels of its own gets the reference, with one warning.
 """
 
 import math

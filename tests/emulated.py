@@ -1,7 +1,7 @@
 """The CUDA backend on CPU tensors: its glue and launchers as they are, its kernels' PTX on the emulator.
 
 `compiled()` compiles csrc/cuda once per state of the sources, into build/emulated, with cpp/cuda_stub.cpp in the place
-of the CUDA runtime; those of `kdfast_cuda_rows` are then registered for the CPU, and what they launch comes to
+of the CUDA runtime; the operators of `kdfast_cuda_rows` are then registered for the CPU, and what they launch comes to
 `_launch` below.
 """
 

@@ -33,8 +33,7 @@ struct RowsArgs {
   const void* row_weight;  // 0: the row is not kept
   Number row_weight_type;
   const float *temperatures, *teacher_temperatures;
-  const float*
-      row_scale;  // backward: what the gradient of row r is multiplied by stands at r * row_scale_step
+  const float* row_scale;  // backward: row r's gradient is multiplied by row_scale[r * row_scale_step]
   int row_scale_step;
   const float* divisor;  // 0-dim or null: of the sum of losses, beside `scale`; 0 where no row is kept
   float* losses;         // shares of the loss: row_weight * scale / divisor * l
