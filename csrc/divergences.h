@@ -42,11 +42,11 @@ KDFAST_HD inline float masked(float p, float x) { return p == 0 ? 0 : p * x; }
 // ---- linear ones ----
 
 struct NoSums {
-  static constexpr bool kPointwise = false, kTeacher = false, kStudent = false;
+  static constexpr bool kPointwise = false, kTeacher = false, kStudent = false, kDifference = false;
 };
 
-struct Linear {
-  static constexpr bool kPointwise = false, kTeacher = true, kStudent = true;  // which parts there are
+struct Linear : NoSums {
+  static constexpr bool kTeacher = true, kStudent = true;  // which parts there are
   template <class V>
   KDFAST_HD static V over_teacher(V p, V log_q, V above) {
     return V{};
@@ -195,7 +195,9 @@ struct Hellinger : Pointwise {  // 1 - sum sqrt(p q)
 };
 
 // No softmax at all: 1 / (2 V) * sum (s_i - t_i)^2 on centred rows; the kernels know its two sums apart.
-struct LogitMSE : NoSums {};
+struct LogitMSE : NoSums {
+  static constexpr bool kDifference = true;
+};
 
 // No soft term: alpha is 0 and no teacher is read.
 struct NoDivergence : NoSums {};

@@ -42,9 +42,10 @@ struct Matrix {
   }
 };
 
-// Numbers of a row in the table that `stats` writes and `grad` reads: on a CPU, and on a GPU.
-constexpr int kColumns = 18;
-constexpr int kStats = 7;
+// Numbers of a row, see row_math.h: of its sums, and of its gradient's coefficients.
+constexpr int kSums = 13;
+constexpr int kCoefficients = 21;
+constexpr int kStats = 7;  // of the table of the CUDA kernels
 
 // What return_metrics reports, in this order.
 struct RowMetrics {

@@ -64,7 +64,7 @@ class Settings(NamedTuple):
 
 
 # Numbers of a row in the table that `stats` returns and `grad` takes: what they are is each backend's own matter.
-TABLE_COLUMNS = 18
+TABLE_COLUMNS = 21
 GPU_TABLE_COLUMNS = 7
 
 

@@ -31,9 +31,8 @@ class Coefficients(NamedTuple):
 
         q = Q / student_total        p = P / teacher_total        q1 = E / hard_total
 
-        q (level + slope ln(q / p)) - teacher p + soft psi(p, q) + hard q1 - uniform - [i = y] label
-
-    with level, slope, teacher alone where the divergence is linear, and slope = teacher = 0 where it is not.
+        q (level + slope ln(q / p)) - teacher p + hard q1 - uniform - [i = y] label         of a linear divergence
+        soft (psi(p, q) - q psi_sum) + hard q1 - uniform - [i = y] label                    of the others
     """
 
     student_offset: Any
@@ -46,6 +45,7 @@ class Coefficients(NamedTuple):
     slope: Any
     teacher: Any
     soft: Any
+    psi_sum: Any
     hard: Any
     label: Any
     uniform: Any

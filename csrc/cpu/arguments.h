@@ -164,7 +164,7 @@ struct Loss {
   }
 
   Tensor new_table() const {
-    return torch::stable::new_empty(student, std::vector<int64_t>{args.rows, kColumns}, loss_dtype());
+    return torch::stable::new_empty(student, std::vector<int64_t>{args.rows, kCoefficients}, loss_dtype());
   }
   void use_table(const Tensor& table) {
     void* data = table.mutable_data_ptr();

@@ -44,27 +44,28 @@ KD_INLINE void prefetch(const S* p, bool near) {
 
 // Pass A over one block. The exps go to the scratch where kKeep.
 template <class P, bool kKeep>
-KD_NOINLINE RowStats block_sums(const typename P::S* s, const typename P::T* t, int n, const RowScale& scale,
+KD_NOINLINE Sums<double> block_sums(const typename P::S* s, const typename P::T* t, int n, const RowScale& scale,
                                 double student_offset, double teacher_offset, Scratch<typename P::C> keep,
                                 bool near) {
   using V = typename P::V;
-  const Exponents<P> exponents(scale, student_offset, teacher_offset);
+  const double of_hard = hard_offset<P>(scale, student_offset);
+  const Exponents<P> exponents(scale, student_offset, teacher_offset, of_hard);
   // Two levels of sums: short chains of additions, so that rounding does not add up over equal terms.
-  struct Sums {
-    V student, teacher, hard, teacher_running, student_running;
+  struct Totals {
+    V student, teacher, hard, over_teacher, over_student;
   } part{}, total{};
   auto flush = [&]() __attribute__((always_inline)) {
     total.student += part.student;
     total.teacher += part.teacher;
     total.hard += part.hard;
-    total.teacher_running += part.teacher_running;
-    total.student_running += part.student_running;
-    part = Sums{};
+    total.over_teacher += part.over_teacher;
+    total.over_student += part.over_student;
+    part = Totals{};
   };
   auto add_up = [&](const Lanes<P>& x, int at) __attribute__((always_inline)) {
-    if constexpr (P::kMSE) part.teacher_running += x.et * x.et;
-    if constexpr (P::D::kTeacher) part.teacher_running += P::D::over_teacher(x.et, x.ys, x.ys - x.yt);
-    if constexpr (P::D::kStudent) part.student_running += P::D::over_student(x.es, x.ys - x.yt);
+    if constexpr (P::kMSE) part.over_teacher += x.et * x.et;
+    if constexpr (P::D::kTeacher) part.over_teacher += P::D::over_teacher(x.et, x.ys, x.ys - x.yt);
+    if constexpr (P::D::kStudent) part.over_student += P::D::over_student(x.es, x.ys - x.yt);
     part.student += x.es;
     part.teacher += x.et;
     part.hard += x.e1;
@@ -94,12 +95,16 @@ KD_NOINLINE RowStats block_sums(const typename P::S* s, const typename P::T* t, 
   }
   flush();
   return {student_offset,
-          teacher_offset,
           sum(total.student),
+          teacher_offset,
           sum(total.teacher),
+          of_hard,
           sum(total.hard),
-          sum(total.teacher_running),
-          sum(total.student_running)};
+          sum(total.over_teacher),
+          sum(total.over_student),
+          -kInfinity,
+          0,
+          (double)n};
 }
 
 template <class S>

@@ -35,6 +35,9 @@ KD_INLINE FloatV exp2(FloatV y) {
 #endif
 }
 
+KD_INLINE double exp2(double y) { return std::exp2(y); }
+KD_INLINE double log2(double x) { return std::log2(x); }
+
 KD_INLINE DoubleV exp2(DoubleV y) {
   using I = Types<double>::I;
   y = y < -1023 ? DoubleV{} - 1023 : y;

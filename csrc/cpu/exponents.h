@@ -3,9 +3,10 @@
 
 #include <type_traits>
 
-#include "../divergences.h"  // last: it is over their functions of vectors
 #include "exp_math.h"
 #include "row_kernels.h"
+//
+#include "../row_math.h"  // last: it is over their functions of vectors
 
 namespace kdfast {
 namespace {
@@ -13,7 +14,6 @@ namespace {
 constexpr int64_t kFitsL2 = 65536;  // classes whose logits and exps a megabyte holds
 constexpr int kSample = 128;
 constexpr int kMaxPower = 4;
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
@@ -68,20 +68,11 @@ struct Block {  // where a block's exps stand, and what their exponents are rela
   }
 };
 
-// a * 2^y; 0 where 2^y is 2^-inf, and infinite where a is and 2^y only underflows. NaN stays.
-KD_INLINE double scaled(double a, double y) {
-  if (a != a) return a;
-  return y == -kInfinity ? 0 : std::isinf(a) ? a : a * std::exp2(y);
-}
-
-// An offset as it is subtracted: 0 where every class is masked.
-KD_INLINE double finite(double offset) { return offset == -kInfinity ? 0 : offset; }
-
-// y1 = T * y, whichever way it is taken
+// The offset of exps at temperature 1, whichever way they are taken.
 template <class P>
 KD_INLINE double hard_offset(const RowScale& scale, double student_offset) {
-  using C = typename P::C;
-  return P::kOwn ? (double)(C)(student_offset * scale.hard) : scale.power * student_offset;
+  if (student_offset == -kInfinity) return student_offset;
+  return P::kOwn ? (double)(typename P::C)(student_offset * scale.hard) : scale.power * student_offset;
 }
 
 template <class P>
@@ -98,12 +89,12 @@ struct Exponents {
   int power;
 
   Exponents() = default;
-  KD_INLINE Exponents(const RowScale& scale, double so, double to)
+  KD_INLINE Exponents(const RowScale& scale, double so, double to, double ho)
       : student(splat<C>(scale.student)),
         teacher(splat<C>(scale.teacher)),
-        student_offset(splat<C>(so == -kInfinity ? 0 : so)),
-        teacher_offset(splat<C>(to == -kInfinity ? 0 : to)),
-        hard_offset(splat<C>(so == -kInfinity ? 0 : kdfast::hard_offset<P>(scale, so))),
+        student_offset(splat<C>(finite(so))),
+        teacher_offset(splat<C>(finite(to))),
+        hard_offset(splat<C>(finite(ho))),
         student_unit(splat<C>(scale.student_unit)),
         teacher_unit(splat<C>(scale.teacher_unit)),
         power(scale.power) {}

@@ -16,7 +16,7 @@ struct Measures {
 
 // Of a block whose exps are in the scratch; its sums are pass A's.
 template <class S, class T, bool kTeacher, bool kProbs>
-KD_NOINLINE Measures block_measures(const S* s, const T* t, int n, const RowScale& scale, const RowStats& x,
+KD_NOINLINE Measures block_measures(const S* s, const T* t, int n, const RowScale& scale, const Sums<double>& x,
                                     Scratch<Compute<S>> kept) {
   using C = Compute<S>;
   using V = typename Types<C>::V;
@@ -55,8 +55,8 @@ KD_NOINLINE Measures block_measures(const S* s, const T* t, int n, const RowScal
   }
   return {x.student_offset,
           x.teacher_offset,
-          x.student_sum,
-          x.teacher_sum,
+          x.student_total,
+          x.teacher_total,
           sum(divergence + divergence_part),
           sum(teacher_log + teacher_part),
           sum(student_log + student_part),

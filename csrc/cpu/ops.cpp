@@ -79,15 +79,21 @@ int64_t segments_of(const LossArgs& a) {
   return (a.vocab + kSegment - 1) / kSegment;
 }
 
-// The row losses and, for `grad`, the table.
-void run_stats(const LossArgs& a) {
-  const int64_t segments = segments_of(a);
-  std::vector<RowStats> stats(segments == 1 ? 0 : a.rows * segments);
-  LossArgs with_stats = a;
-  with_stats.stats = stats.data();
+void run_sums(const LossArgs& a, int64_t segments) {
   in_parallel(a.rows * segments, segments == 1 ? a.vocab : kSegment,
-              [&](int64_t begin, int64_t end) { kernels().stats(with_stats, segments, begin, end); });
-  if (segments > 1) kernels().merge(with_stats, segments);
+              [&](int64_t begin, int64_t end) { kernels().sums(a, segments, begin, end); });
+}
+
+// The row losses and, for `grad`, the table.
+void run_losses(const LossArgs& a) {
+  const int64_t segments = segments_of(a);
+  if (segments == 1)
+    return in_parallel(a.rows, a.vocab, [&](int64_t begin, int64_t end) { kernels().losses(a, begin, end); });
+  std::vector<double> sums(a.rows * segments * kSums);
+  LossArgs with_sums = a;
+  with_sums.sums = sums.data();
+  run_sums(with_sums, segments);
+  kernels().finish(with_sums, segments);
 }
 
 void run_grad(const LossArgs& a) {
@@ -102,9 +108,9 @@ void run_loss_grad(Loss& loss) {
     in_parallel(loss.args.rows, loss.args.vocab,
                 [&](int64_t begin, int64_t end) { kernels().loss_grad(loss.args, begin, end); });
   } else {
-    std::vector<double> table(loss.args.rows * kColumns);
+    std::vector<double> table(loss.args.rows * kCoefficients);
     loss.args.wide_table = table.data();
-    run_stats(loss.args);
+    run_losses(loss.args);
     loss.args.scale = 1;  // it is in the table
     run_grad(loss.args);
   }
@@ -131,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor> stats(Tensor student, KDFAST_INPUTS) {
   Loss loss(student, KDFAST_PASS);
   Tensor table = loss.new_table();
   loss.use_table(table);
-  run_stats(loss.args);
+  run_losses(loss.args);
   return {loss.reduced(), table, loss.measured()};
 }
 

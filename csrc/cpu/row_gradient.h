@@ -19,21 +19,23 @@ struct Row {
   Block<P>* blocks;
 };
 
-// A row's coefficients for the exps of a block that has other offsets.
+// How a block's exps, which have other offsets, become probabilities.
 template <class P>
-KD_NOINLINE Coefficients at_offsets(Coefficients c, const RowScale& scale, const Block<P>& block) {
-  const double ds = block.student_offset - c.student_offset, dt = block.teacher_offset - c.teacher_offset;
-  c.teacher_offset = block.teacher_offset;
-  c.log_student += ds;
-  c.log_teacher += dt;
-  if constexpr (!P::kMSE) c.teacher = scaled(c.teacher, dt);
-  if (ds == 0) return c;
-  c.student = scaled(c.student, ds);
-  c.hard = scaled(c.hard, ds == -kInfinity ? ds
-                                           : hard_offset<P>(scale, block.student_offset) -
-                                                 hard_offset<P>(scale, c.student_offset));
-  c.student_offset = block.student_offset;
-  return c;
+KD_NOINLINE Scales<double> at_offsets(Scales<double> x, const RowScale& scale, const Block<P>& block) {
+  const double of_hard = hard_offset<P>(scale, block.student_offset);
+  const double ds = block.student_offset - x.student_offset, dt = block.teacher_offset - x.teacher_offset;
+  if (block.student_offset != x.student_offset) x.to_q = scaled(x.to_q, ds), x.log_to_q += ds;
+  if (block.teacher_offset != x.teacher_offset) x.to_p = scaled(x.to_p, dt), x.log_to_p += dt;
+  if ((typename P::C)of_hard != (typename P::C)x.hard_offset)  // which a table may have rounded
+    x.to_q1 = scaled(x.to_q1, of_hard - x.hard_offset);
+  return {block.student_offset, block.teacher_offset, of_hard, x.to_q, x.to_p, x.to_q1, x.log_to_q, x.log_to_p};
+}
+
+template <class C>
+KD_INLINE PerExp<typename Types<C>::V> splat(const PerExp<double>& x) {
+  const auto all = [](double number) { return splat<C>(number); };
+  return {all(x.level), all(x.slope), all(x.teacher), all(x.soft),   all(x.psi_sum),
+          all(x.to_q),  all(x.to_p),  all(x.hard),    all(x.uniform)};
 }
 
 // Pass C over one block, from the scratch (kKeep) or from the logits.
@@ -44,37 +46,18 @@ struct Gradient {
   using C = typename P::C;
   using V = typename P::V;
   Exponents<P> exponents;
-  V student, teacher, psi_sum, soft, hard, uniform, shift;
-  V mean, tilt;
+  PerExp<V> per;
+  V shift, mean, tilt;
   bool tilted = false;
 
   Gradient() = default;
-  KD_INLINE Gradient(const RowScale& scale, const Coefficients& c)
-      : exponents(scale, c.student_offset, c.teacher_offset),
-        student(splat<C>(c.student)),
-        teacher(splat<C>(c.teacher)),
-        psi_sum(splat<C>(c.psi_sum)),
-        soft(splat<C>(c.soft)),
-        hard(splat<C>(c.hard)),
-        uniform(splat<C>(c.uniform)),
+  KD_INLINE Gradient(const RowScale& scale, const Coefficients<double>& c, const Scales<double>& x)
+      : exponents(scale, x.student_offset, x.teacher_offset, x.hard_offset),
+        per(splat<C>(per_exp<double>(c, x))),
         shift(splat<C>(c.shift)),
         mean(splat<C>(c.mean)),
         tilt(splat<C>(c.tilt)),
-        tilted(c.tilt != 0) {
-    if constexpr (P::kSoft && !P::kPointwise) linear(scale.beta, c);
-  }
-
-  // psi less q * psi_sum is es * (student * log2(es / et) + psi_sum) - et * teacher
-  KD_INLINE void linear(double beta, const Coefficients& c) {
-    double level = -c.student * c.psi_sum;
-    if constexpr (P::D::kStudent) {
-      const double share = c.student * P::D::student_share(beta);
-      if (share != 0) level += share * kLn2 * (c.log_student - c.log_teacher);  // else there are no exps
-      student = splat<C>(share * kLn2);
-    }
-    if constexpr (P::D::kTeacher) teacher = splat<C>(c.teacher * P::D::teacher_share(beta));
-    psi_sum = splat<C>(level);
-  }
+        tilted(c.tilt != 0) {}
 
   KD_INLINE V combine(V s, V t, Scratch<C> kept, int i) const {
     Lanes<P> x = exponents(s, t);
@@ -87,16 +70,16 @@ struct Gradient {
   }
 
   KD_INLINE V of_exps(const Lanes<P>& x, V s) const {
-    V g = x.e1 * hard - uniform;
+    V g = x.e1 * per.hard - per.uniform;
     if constexpr (P::kMSE) {
-      g += (x.et + shift) * teacher;
+      g += (x.et - shift) * per.soft;
     } else if constexpr (P::kPointwise) {
-      g += (x.et - (x.es * student) * psi_sum) * soft;  // psi is in P's place
+      g += (x.et - (x.es * per.to_q) * per.psi_sum) * per.soft;  // psi is in P's place
     } else if constexpr (P::kSoft) {
-      V per_exp = psi_sum;
-      if constexpr (P::D::kStudent) per_exp += student * (x.es == 0 ? V{} : x.ys - x.yt);
-      g += x.es * per_exp;
-      if constexpr (P::D::kTeacher) g -= x.et * teacher;
+      V of_exp = per.level;
+      if constexpr (P::D::kStudent) of_exp += per.slope * (x.es == 0 ? V{} : x.ys - x.yt);
+      g += x.es * of_exp;
+      if constexpr (P::D::kTeacher) g -= x.et * per.teacher;
     }
     if (opaque(tilted)) g += tilt * (s - mean);
     return g;
@@ -166,60 +149,56 @@ KD_NOINLINE void add_pointwise(const C* es, C* et, int vectors, typename Types<C
   psi += psi_part;
 }
 
-// f of the divergence's struct.
+// f of the divergence's struct, where it has a pass of its own.
 template <class F>
 void with_pointwise(const LossArgs& a, F f) {
-  switch (a.divergence) {
-#define X(name, Type)                          \
-  case Divergence::k##Type:                    \
-    if constexpr (Type::kPointwise) f(Type{}); \
-    return;
-    KDFAST_DIVERGENCES
-#undef X
-    case Divergence::kNone:
-      return;
-  }
+  with_divergence_named(a, [&](auto d) {
+    if constexpr (decltype(d)::kPointwise) f(d);
+  });
 }
 
-// Pass C alone has no scratch: fills it for a block, with psi in P's place.
+// Pass B over a block whose exps are in the scratch.
+template <class P>
+KD_INLINE void add_block(const LossArgs& a, Scratch<typename P::C> kept, int64_t n, const Scales<double>& x,
+                         typename P::V& phi, typename P::V& psi) {
+  using C = typename P::C;
+  const int vectors = (n + P::kStep - 1) / P::kStep * 2;
+  with_pointwise(a, [&](auto d) {
+    add_pointwise<C, decltype(d)>(kept.student, kept.teacher, vectors, splat<C>(x.to_q), splat<C>(x.to_p),
+                                  splat<C>(a.beta), phi, psi);
+  });
+}
+
+// Where no sums of the row are taken there is no scratch: fills it for a block, with psi in P's place.
 template <class P>
 KD_NOINLINE void keep_psi(const LossArgs& a, const Row<P>& r, int64_t begin, int n, const RowScale& scale,
-                          const Coefficients& c) {
-  using C = typename P::C;
-  block_sums<P, true>(r.s + begin, r.t + begin, n, scale, c.student_offset, c.teacher_offset, r.scratch,
+                          const Scales<double>& x, typename P::V& phi, typename P::V& psi) {
+  block_sums<P, true>(r.s + begin, r.t + begin, n, scale, x.student_offset, x.teacher_offset, r.scratch,
                       true);
-  with_pointwise(a, [&](auto d) {
-    typename P::V phi{}, psi{};
-    add_pointwise<C, decltype(d)>(r.scratch.student, r.scratch.teacher, (n + P::kStep - 1) / P::kStep * 2,
-                                  splat<C>(c.student), splat<C>(c.teacher), splat<C>(a.beta), phi, psi);
-  });
+  add_block<P>(a, r.scratch, n, x, phi, psi);
+}
+
+// How exps become probabilities before the coefficients are known.
+KD_INLINE Scales<double> scales_of(const LossArgs& a, const Sums<double>& x) {
+  Coefficients<double> c{x.student_offset, x.student_total, x.teacher_offset, x.teacher_total, x.hard_offset, 1};
+  if (!teacher_is_softmaxed(a)) c.teacher_total = std::exp2(-x.teacher_offset);
+  return scales_of(c);
 }
 
 // Pass B over a row of n classes, from the scratch.
 template <class P>
-DivergenceSums pointwise_sums(const LossArgs& a, const Row<P>& r, int64_t n, const RowScale& scale,
-                              const RowStats& stats) {
-  DivergenceSums sums{};
+void add_pointwise_sums(const LossArgs& a, const Row<P>& r, int64_t n, const RowScale& scale,
+                        Sums<double>& sums) {
   if constexpr (P::kPointwise) {
-    using C = typename P::C;
-    const Teacher teacher = teacher_of<P::kProbs>(a, stats);
-    Coefficients c{stats.student_offset, stats.teacher_offset};
-    c.student = 1 / stats.student_sum;
-    c.teacher = 1 / teacher.sum;
-    with_pointwise(a, [&](auto d) {
-      using D = decltype(d);
-      typename P::V phi{}, psi{};
-      for (int64_t at = 0; at < n; at += kBlock) {
-        const Coefficients here = at_offsets<P>(c, scale, r.blocks[at / kBlock]);
-        const Scratch<C> block = r.scratch.after(at);
-        const int64_t vectors = ((n - at < kBlock ? n - at : kBlock) + P::kStep - 1) / P::kStep * 2;
-        add_pointwise<C, D>(block.student, block.teacher, vectors, splat<C>(here.student),
-                            splat<C>(here.teacher), splat<C>(a.beta), phi, psi);
-      }
-      sums = {sum(phi) + D::constant(teacher.mass, a.beta), sum(psi) + 0 * sum(phi)};  // NaN where D is
-    });
+    const Scales<double> x = scales_of(a, sums);
+    typename P::V phi{}, psi{};
+    for (int64_t at = 0; at < n; at += kBlock) {
+      const Scales<double> here = at_offsets<P>(x, scale, r.blocks[at / kBlock]);
+      add_block<P>(a, r.scratch.after(at), n - at < kBlock ? n - at : kBlock, here, phi, psi);
+    }
+    sums.phi = sum(phi);
+    sums.psi = sum(psi);
   }
-  return sums;
 }
 
 }  // namespace

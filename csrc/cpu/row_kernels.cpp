@@ -67,19 +67,12 @@ KD_INLINE void fetch_for_writing(const Row<P>& r, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(typename P::S)) __builtin_prefetch(r.out + i, 1, 2);
 }
 
-// Of a row that is split, whose logits are as they lie in memory.
-KD_NOINLINE Label label_of(const LossArgs& a, int64_t row) {
-  if (!a.labelled()) return {};
-  const char* s = row_of(a.student, row) + a.labels[row] * bytes_of(a.student.dtype);
-  Label label{a.labels[row]};
-  with_storage(a.student.dtype, [&](auto x) { label.student = load_one((const decltype(x)*)s); });
-  return label;
-}
-
+// Of a row's classes [begin, begin + n).
 template <class P>
-Label label_of(const LossArgs& a, int64_t row, const Row<P>& r) {
+Label label_of(const LossArgs& a, int64_t row, const Row<P>& r, int64_t begin, int64_t n) {
   if (!a.labelled() && a.divergence != Divergence::kDKD) return {};
-  Label label{a.labels[row]};
+  Label label{a.labels[row] - begin};
+  if (label.index < 0 || label.index >= n) return {};
   label.student = load_one(r.s + label.index);
   if constexpr (P::kSoft) label.teacher = load_one(r.t + label.index);
   return label;
@@ -97,25 +90,31 @@ int place(int i) {
 // rounding.
 template <class P, bool kKeep>
 void write_gradient(const LossArgs& a, int64_t row, const Row<P>& r, int64_t begin, int64_t n,
-                    const RowScale& scale, const Coefficients& c) {
+                    const RowScale& scale, const Coefficients<double>& c) {
   using C = typename P::C;
   const bool direct = (const void*)r.out == r.final_out;
   const bool decoupled = a.divergence == Divergence::kDKD;
   const int64_t label = a.labels && (a.hard_weight != 0 || decoupled) ? a.labels[row] - begin : -1;
+  const Scales<double> of_row = scales_of(c);
   Block<P> current{c.student_offset, c.teacher_offset};
-  Gradient<P, kKeep || P::kPointwise> gradient(scale, c);
+  Scales<double> scales = at_offsets<P>(of_row, scale, current);
+  Gradient<P, kKeep || P::kPointwise> gradient(scale, c, scales);
   // From the last block to the first: what was kept last is still in the cache, where not all of it fits
   for (int64_t at = (n - 1) / kBlock * kBlock; at >= 0; at -= kBlock) {
     if constexpr (kKeep) {
       const Block<P>& block = r.blocks[at / kBlock];
       if (!(block == current)) {
         current = block;
-        gradient = Gradient<P, kKeep>(scale, at_offsets<P>(c, scale, current));
+        scales = at_offsets<P>(of_row, scale, current);
+        gradient = Gradient<P, kKeep>(scale, c, scales);
       }
     }
     const int m = n - at < kBlock ? n - at : kBlock;
     const Scratch<C> kept = kKeep ? r.scratch.after(at) : r.scratch;
-    if constexpr (P::kPointwise && !kKeep) keep_psi<P>(a, r, at, m, scale, c);
+    if constexpr (P::kPointwise && !kKeep) {
+      typename P::V phi{}, psi{};
+      keep_psi<P>(a, r, at, m, scale, scales, phi, psi);
+    }
     typename P::S* out = direct ? r.out + at : r.out;
     const bool labelled = at <= label && label < at + m;
     C at_label = 0;
@@ -123,7 +122,7 @@ void write_gradient(const LossArgs& a, int64_t row, const Row<P>& r, int64_t beg
       const auto s = load_student<P>(r.s + label, 1);
       const auto t = load_teacher<P>(r.t + label, 1);
       if (decoupled) {  // its exps are not in the sums
-        at_label = gradient.of_exps(Lanes<P>{}, s.a)[0] + (C)(c.label_soft + c.label_hard - c.label);
+        at_label = gradient.of_exps(Lanes<P>{}, s.a)[0] + (C)c.at_label;
       } else {
         at_label = gradient.combine(s.a, t.a, kept, place<P>(label - at))[0] - (C)c.label;
       }
@@ -147,20 +146,20 @@ KD_NOINLINE void zero(const LossArgs& a, int64_t row, int64_t begin, int64_t end
 
 template <class P>
 struct Kernels {
-  struct Sums {
+  struct State {  // of a row
     RowScale scale;
-    RowStats stats;
-    DivergenceSums divergence;
-    Coefficients coefficients;
-    Moments moments;
+    Sums<double> sums{};
+    Coefficients<double> coefficients{};
+    Moments moments{};
+    double soft_at_label = 0;
   };
 
   // Passes A and B over a row, and its loss. kKeep: as the gradient wants it.
   template <bool kKeep>
-  static void pass_a_and_b(const LossArgs& a, int64_t row, const Row<P>& r, Sums& x) {
+  static void pass_a_and_b(const LossArgs& a, int64_t row, const Row<P>& r, State& x) {
     const int64_t n = a.vocab;
     if (a.standardize) standardize<P>(a, r, n, x.scale, x.moments);
-    Label label = label_of<P>(a, row, r);
+    Label label = label_of<P>(a, row, r, 0, n);
     Measures measures;
     Wanted wanted;
     if (a.divergence == Divergence::kDKD) wanted.without = label.index;
@@ -176,26 +175,29 @@ struct Kernels {
       }
     }
     if (a.metrics) {
-      x.stats = row_sums<P, true>(r.s, r.t, n, x.scale, r.scratch, r.blocks, wanted);
+      x.sums = row_sums<P, true>(r.s, r.t, n, x.scale, r.scratch, r.blocks, wanted);
     } else {
-      x.stats = row_sums<P, kKeep>(r.s, r.t, n, x.scale, r.scratch, r.blocks, wanted);
+      x.sums = row_sums<P, kKeep>(r.s, r.t, n, x.scale, r.scratch, r.blocks, wanted);
     }
-    Terms terms;
-    x.divergence = pointwise_sums<P>(a, r, n, x.scale, x.stats);
-    a.losses[row] = finish<P>(a, row, x.stats, x.scale, x.divergence, label, n, x.coefficients, terms);
+    add_label<P>(a, x.scale, label, x.sums);
+    add_pointwise_sums<P>(a, r, n, x.scale, x.sums);
+    const RowLoss<double> loss =
+        finish_row<P>(a, row, x.sums, x.scale, label, x.coefficients, x.soft_at_label);
+    a.losses[row] = loss.loss;
     if (a.metrics) {
       measure<typename P::S, typename P::T, P::kSoft || P::kMSE, P::kProbs>(a, row, r.s, r.t, of_metrics,
-                                                                            measures, label, terms);
+                                                                            measures, label, loss);
     }
   }
 
   // The same with the gradient's part that standardised logits add.
   template <bool kKeep>
-  static void all_passes_but_c(const LossArgs& a, int64_t row, const Row<P>& r, Sums& x) {
+  static void all_passes_but_c(const LossArgs& a, int64_t row, const Row<P>& r, State& x) {
     if constexpr (P::kOwn ? P::kSoft : P::kMSE) {
       if (a.standardize) {
         pass_a_and_b<true>(a, row, r, x);
-        return add_tilt<P>(a, r, a.vocab, x.scale, x.moments, label_of<P>(a, row, r), x.coefficients);
+        return add_tilt<P>(a, r, a.vocab, x.scale, x.moments, label_of<P>(a, row, r, 0, a.vocab), x.soft_at_label,
+                           x.coefficients);
       }
     }
     pass_a_and_b<kKeep>(a, row, r, x);
@@ -204,7 +206,7 @@ struct Kernels {
   static void drop(const LossArgs& a, int64_t row) {
     a.losses[row] = 0;
     if (a.metrics) a.metrics[row] = {kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN};
-    a.keep(row, {});
+    if (a.table || a.wide_table) keep(a, row, {});
   }
 
   static void loss_grad(const LossArgs& a, int64_t begin, int64_t end) {
@@ -215,11 +217,25 @@ struct Kernels {
         drop(a, row);
         continue;
       }
-      Sums x{row_scale(a, row)};
+      State x{row_scale(a, row)};
       const Row<P> r = open_row<P>(a, row, 0, a.vocab, x.scale);
       fetch_for_writing(r, a.vocab);
       all_passes_but_c<true>(a, row, r, x);
       write_gradient<P, true>(a, row, r, 0, a.vocab, x.scale, x.coefficients);
+    }
+  }
+
+  static void losses(const LossArgs& a, int64_t begin, int64_t end) {
+    if (takes_short_rows<P>(a)) return short_rows<P, Short::kLoss>(a, begin, end);
+    for (int64_t row = begin; row < end; ++row) {
+      if (!a.kept(row)) {
+        drop(a, row);
+        continue;
+      }
+      State x{row_scale(a, row)};
+      const Row<P> r = open_row<P>(a, row, 0, a.vocab, x.scale);
+      all_passes_but_c<P::kPointwise>(a, row, r, x);
+      keep(a, row, x.coefficients);
     }
   }
 
@@ -232,41 +248,53 @@ struct Kernels {
     return segments == 1 || left < kSegment ? left : kSegment;
   }
 
-  static void stats(const LossArgs& a, int64_t segments, int64_t begin, int64_t end) {
-    if (takes_short_rows<P>(a)) return short_rows<P, Short::kLoss>(a, begin, end);
+  static void sums(const LossArgs& a, int64_t segments, int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t row = unit / segments, first = first_class(segments, unit),
                     n = classes(a, segments, unit);
-      if (segments == 1) {
-        drop(a, row);
-      } else {
-        a.stats[unit] = {};
-      }
+      Sums<double>& sums = ((Sums<double>*)a.sums)[unit];
+      sums = {};
       if (!a.kept(row)) continue;
-      Sums x{row_scale(a, row)};
-      const Row<P> r = open_row<P>(a, row, first, n, x.scale);
-      if (segments == 1) {
-        all_passes_but_c<P::kPointwise>(a, row, r, x);
-        a.keep(row, x.coefficients);
-      } else {
-        a.stats[unit] = row_sums<P, P::kPointwise>(r.s, r.t, n, x.scale, r.scratch, r.blocks);
+      const RowScale scale = row_scale(a, row);
+      const Row<P> r = open_row<P>(a, row, first, n, scale);
+      Label label = label_of<P>(a, row, r, first, n);
+      Wanted wanted;
+      if (a.label_smoothing != 0) wanted.logits = &label.logits;
+      sums = row_sums<P, false>(r.s, r.t, n, scale, r.scratch, r.blocks, wanted);
+      add_label<P>(a, scale, label, sums);
+    }
+  }
+
+  static void pointwise_sums(const LossArgs& a, int64_t begin, int64_t end) {
+    if constexpr (P::kPointwise) {
+      for (int64_t row = begin; row < end; ++row) {
+        Sums<double>& sums = ((Sums<double>*)a.sums)[row];
+        if (!a.kept(row)) continue;
+        const RowScale scale = row_scale(a, row);
+        const Row<P> r = open_row<P>(a, row, 0, a.vocab, scale);
+        const Scales<double> x = scales_of(a, sums);
+        typename P::V phi{}, psi{};
+        for (int64_t at = 0; at < a.vocab; at += kBlock)
+          keep_psi<P>(a, r, at, a.vocab - at < kBlock ? a.vocab - at : kBlock, scale, x, phi, psi);
+        sums.phi = sum(phi);
+        sums.psi = sum(psi);
       }
     }
   }
 
-  static void merge(const LossArgs& a, int64_t segments) {
+  static void finish(const LossArgs& a, int64_t segments) {
     for (int64_t row = 0; row < a.rows; ++row) {
-      drop(a, row);
-      if (!a.kept(row)) continue;
-      const RowScale scale = row_scale(a, row);
-      RowStats& total = a.stats[row * segments];
-      for (int64_t k = 1; k < segments; ++k) {
-        add<P>(total, k * kSegment, a.stats[row * segments + k], classes(a, segments, k), scale);
+      if (!a.kept(row)) {
+        drop(a, row);
+        continue;
       }
-      Coefficients c;
-      Terms terms;
-      a.losses[row] = finish<P>(a, row, total, scale, {}, label_of(a, row), a.vocab, c, terms);
-      a.keep(row, c);
+      Sums<double> total = ((const Sums<double>*)a.sums)[row * segments];
+      for (int64_t k = 1; k < segments; ++k)
+        merge<typename P::D>(total, ((const Sums<double>*)a.sums)[row * segments + k]);
+      Coefficients<double> c;
+      double soft_at_label = 0;
+      a.losses[row] = finish_row<P>(a, row, total, row_scale(a, row), {}, c, soft_at_label).loss;
+      keep(a, row, c);
     }
   }
 
@@ -280,9 +308,9 @@ struct Kernels {
       } else {
         RowScale scale = row_scale(a, row);
         const Row<P> r = open_row<P>(a, row, first, n, scale);
-        Coefficients c = a.coefficients(row);
+        Coefficients<double> c = coefficients_of(a, row);
         set_units<P>(scale, c.student_unit, c.teacher_unit);
-        scale_gradient(c, P::kPointwise, a.scale * at_row(a.row_scale, 1, row));
+        scale_gradient(c, a.scale * at_row(a.row_scale, 1, row));
         write_gradient<P, false>(a, row, r, first, n, scale, c);
       }
       if (first + n == a.vocab) zero(a, row, a.vocab, a.width);
@@ -322,16 +350,18 @@ void with_divergence(const LossArgs& a, F f) {
 struct Elsewhere {};
 template <>
 struct Kernels<Elsewhere> {
-  static void loss_grad(const LossArgs& a, int64_t begin, int64_t end) {
-    row_kernels_avx512().loss_grad(a, begin, end);
+#define KDFAST_ELSEWHERE(kernel)                 \
+  template <class... Args>                       \
+  static void kernel(const Args&... args) {      \
+    row_kernels_avx512().kernel(args...);        \
   }
-  static void stats(const LossArgs& a, int64_t segments, int64_t begin, int64_t end) {
-    row_kernels_avx512().stats(a, segments, begin, end);
-  }
-  static void merge(const LossArgs& a, int64_t segments) { row_kernels_avx512().merge(a, segments); }
-  static void grad(const LossArgs& a, int64_t segments, int64_t begin, int64_t end) {
-    row_kernels_avx512().grad(a, segments, begin, end);
-  }
+  KDFAST_ELSEWHERE(loss_grad)
+  KDFAST_ELSEWHERE(losses)
+  KDFAST_ELSEWHERE(sums)
+  KDFAST_ELSEWHERE(pointwise_sums)
+  KDFAST_ELSEWHERE(finish)
+  KDFAST_ELSEWHERE(grad)
+#undef KDFAST_ELSEWHERE
 };
 #endif
 
@@ -354,25 +384,16 @@ void with_spec(const LossArgs& a, F f) {
 #endif
 }
 
-void loss_grad(const LossArgs& a, int64_t begin, int64_t end) {
-  with_spec(a, [&](auto p) { Kernels<decltype(p)>::loss_grad(a, begin, end); });
-}
-void stats(const LossArgs& a, int64_t segments, int64_t begin, int64_t end) {
-  with_spec(a, [&](auto p) { Kernels<decltype(p)>::stats(a, segments, begin, end); });
-}
-void merge(const LossArgs& a, int64_t segments) {
-  with_spec(a, [&](auto p) { Kernels<decltype(p)>::merge(a, segments); });
-}
-void grad(const LossArgs& a, int64_t segments, int64_t begin, int64_t end) {
-  with_spec(a, [&](auto p) { Kernels<decltype(p)>::grad(a, segments, begin, end); });
-}
-
 }  // namespace
 
 #define KDFAST_JOIN(a, b) a##b
 #define KDFAST_EXPORT(isa) KDFAST_JOIN(row_kernels_, isa)
+#define KDFAST_KERNEL(kernel) \
+  [](const LossArgs& a, auto... args) { with_spec(a, [&](auto p) { Kernels<decltype(p)>::kernel(a, args...); }); }
 const RowKernels& KDFAST_EXPORT(KDFAST_ISA)() {
-  static const RowKernels kernels = {loss_grad, stats, merge, grad, softmax, softmax_backward};
+  static const RowKernels kernels = {
+      KDFAST_KERNEL(loss_grad), KDFAST_KERNEL(losses), KDFAST_KERNEL(sums), KDFAST_KERNEL(pointwise_sums),
+      KDFAST_KERNEL(finish),    KDFAST_KERNEL(grad),   softmax,             softmax_backward};
   return kernels;
 }
 

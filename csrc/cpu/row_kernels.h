@@ -10,36 +10,6 @@ namespace kdfast {
 
 constexpr int kMaxTeachers = 64;
 
-// Row statistics, in base 2: y = slope * logit - offset with slope = log2(e) / T, and an offset near the
-// row's largest y, -inf where every logit is. For logit_mse the teacher's three are k, sum (s-t-k) and sum
-// (s-t-k)^2.
-struct RowStats {
-  double student_offset, teacher_offset;
-  double student_sum;  // sum 2^y
-  double teacher_sum;
-  double hard_sum;         // sum 2^(T * y): the student at temperature 1
-  double teacher_running;  // sum of phi's part over_teacher, over the unnormalised exps
-  double student_running;  // the other part's
-};
-
-// What pass C makes a row's gradient of, beside its logits: a function of these and of nothing else. A row of
-// the table that `stats` writes and `grad` reads.
-struct Coefficients {
-  double student_offset, teacher_offset;  // of the exps that the others are multiplied with
-  double student, teacher;          // to q and p; where the divergence is linear, with the soft term's weight
-  double log_student, log_teacher;  // log q = ln2 * (y + log_student)
-  double shift;                     // logit_mse: less the mean difference
-  double psi_sum;
-  double soft;                        // that weight, where it is not in the first two
-  double hard;                        // to q1 of the hard term and of z_loss
-  double label;                       // the hard term's weight on its label
-  double uniform;                     // and on every class, from smoothing
-  double label_soft, label_hard;      // decoupled KD, whose sums are without the label: its own gradient
-  double mean, tilt;                  // standardised logits: what is added is tilt * (s - mean)
-  double student_unit, teacher_unit;  // and what they are multiplied by; of logit_mse too
-};
-static_assert(sizeof(Coefficients) == kColumns * sizeof(double));
-
 struct LossArgs {
   int64_t rows, vocab;
   int64_t width;  // of the student with its padding: the gradient beyond vocab is 0
@@ -65,8 +35,8 @@ struct LossArgs {
 
   double* losses;       // (rows)
   RowMetrics* metrics;  // (rows) or null
-  RowStats* stats;      // (rows * segments): out of `stats`, into `merge`, where rows are split; or null
-  float* table;         // (rows, kColumns), Coefficients: out of `stats` or `merge`, into `grad`;
+  double* sums;         // (rows * segments, kSums): Sums<double> of rows, or of segments of split ones; or null
+  float* table;         // (rows, kCoefficients), Coefficients: out of `losses` or `finish`, into `grad`;
   double* wide_table;   // the other is null, or both
   // the gradient of row r is scale * (row_scale ? row_scale[r] : 1) * dl_r/ds
   double scale;
@@ -74,20 +44,6 @@ struct LossArgs {
   void* grad;          // the student's dtype
   Matrix grad_layout;  // its data and dtype are the student's where the gradient goes in place
 
-  __attribute__((always_inline)) Coefficients coefficients(int64_t row) const {
-    Coefficients c;
-    for (int k = 0; k < kColumns; ++k) {
-      ((double*)&c)[k] = table ? table[row * kColumns + k] : wide_table[row * kColumns + k];
-    }
-    return c;
-  }
-  __attribute__((always_inline)) void keep(int64_t row, const Coefficients& c) const {
-    for (int k = 0; k < kColumns; ++k) {
-      const double value = ((const double*)&c)[k];
-      if (table) table[row * kColumns + k] = value;
-      if (wide_table) wide_table[row * kColumns + k] = value;
-    }
-  }
   __attribute__((always_inline)) bool kept(int64_t row) const {
     return !(labels && labels[row] == ignore_index) && !(row_weight && row_weight[row] == 0);
   }
@@ -96,8 +52,7 @@ struct LossArgs {
   __attribute__((always_inline)) bool hard() const { return labelled() || z_loss != 0; }
   // Whether something is asked for whose sums are not merged: such a row is not split.
   __attribute__((always_inline)) bool whole() const {
-    return softcap != 0 || teacher_softcap != 0 || standardize || metrics || label_smoothing != 0 ||
-           divergence == Divergence::kDKD;
+    return softcap != 0 || teacher_softcap != 0 || standardize || metrics || divergence == Divergence::kDKD;
   }
 };
 
@@ -114,15 +69,16 @@ struct SoftmaxArgs {
 
 constexpr int kBlock = 2048;  // classes that the passes take at a time
 
-// Rows [begin, end) each. Where rows are few a row is split into segments of kSegment classes: `stats` and
-// `grad` take units of (row, segment) then, and `merge` joins a row's segments in their order.
+// Rows [begin, end) each. Where rows are few a row is split into segments of kSegment classes: `sums` and
+// `grad` take units of (row, segment) then, and `finish` merges a row's segments in their order.
 constexpr int64_t kSegment = 8192;
 
 struct RowKernels {
   void (*loss_grad)(const LossArgs&, int64_t begin, int64_t end);
-  // of split rows the statistics of segments, else losses and table
-  void (*stats)(const LossArgs&, int64_t segments, int64_t begin, int64_t end);
-  void (*merge)(const LossArgs&, int64_t segments);  // of split rows: losses and table
+  void (*losses)(const LossArgs&, int64_t begin, int64_t end);  // and the table; of whole rows
+  void (*sums)(const LossArgs&, int64_t segments, int64_t begin, int64_t end);
+  void (*pointwise_sums)(const LossArgs&, int64_t begin, int64_t end);  // phi and psi, given the other sums
+  void (*finish)(const LossArgs&, int64_t segments);                    // losses and the table, from the sums
   void (*grad)(const LossArgs&, int64_t segments, int64_t begin, int64_t end);
   void (*softmax)(const SoftmaxArgs&, int64_t begin, int64_t end);
   void (*softmax_backward)(const SoftmaxArgs&, int64_t begin, int64_t end);

@@ -4,9 +4,6 @@
 // the offset is the maximum.
 #pragma once
 
-#include <cstddef>
-#include <iterator>
-
 #include "convert.h"
 #include "row_gradient.h"
 
@@ -32,47 +29,21 @@ struct ShortRows {
     int64_t label[kLanes];
   };
 
-  // Those of struct Coefficients that such rows have, of kLanes rows.
-  struct LaneCoefficients {
-    V student_offset, teacher_offset, student, teacher, log_student, log_teacher, shift, psi_sum, soft, hard,
-        label, uniform;
-  };
-  static constexpr size_t kColumnsOf[] = {
-#define X(field) offsetof(Coefficients, field) / sizeof(double)
-      X(student_offset), X(teacher_offset), X(student), X(teacher), X(log_student), X(log_teacher), X(shift),
-      X(psi_sum),        X(soft),           X(hard),    X(label),   X(uniform)
-#undef X
-  };
-  static constexpr size_t kUnits[] = {offsetof(Coefficients, student_unit) / sizeof(double),
-                                      offsetof(Coefficients, teacher_unit) / sizeof(double)};
-  static_assert(sizeof(LaneCoefficients) == sizeof(V) * std::size(kColumnsOf));
-
-  KD_NOINLINE static void store_table(const LossArgs& a, int64_t begin, int rows, const LaneCoefficients& c) {
+  KD_NOINLINE static void store_table(const LossArgs& a, int64_t begin, int rows, const Coefficients<V>& c) {
     const C* lanes = (const C*)&c;
     for (int r = 0; r < rows; ++r) {
-      float* row = a.table + (begin + r) * kColumns;
-      std::memset(row, 0, kColumns * sizeof(float));
-      if (!a.kept(begin + r)) continue;
-      for (size_t k = 0; k < std::size(kColumnsOf); ++k) row[kColumnsOf[k]] = lanes[k * kLanes + r];
-      for (size_t k : kUnits) row[k] = 1;
+      float* row = a.table + (begin + r) * kCoefficients;
+      for (int k = 0; k < kCoefficients; ++k) row[k] = a.kept(begin + r) ? lanes[k * kLanes + r] : 0;
     }
   }
-  KD_NOINLINE static LaneCoefficients load_table(const LossArgs& a, int64_t begin, int rows, const Group& g) {
-    LaneCoefficients c{};
+  KD_NOINLINE static Coefficients<V> load_table(const LossArgs& a, int64_t begin, int rows, const Group& g) {
+    Coefficients<V> c{};
     C* lanes = (C*)&c;
     for (int r = 0; r < rows; ++r) {
-      const float* row = a.table + (begin + r) * kColumns;
-      for (size_t k = 0; k < std::size(kColumnsOf); ++k) lanes[k * kLanes + r] = row[kColumnsOf[k]];
+      const float* row = a.table + (begin + r) * kCoefficients;
+      for (int k = 0; k < kCoefficients; ++k) lanes[k * kLanes + r] = row[k];
     }
-    const V factor = at(g.factor);
-    c.soft *= factor;
-    c.hard *= factor;
-    c.label *= factor;
-    c.uniform *= factor;
-    if constexpr (!P::kPointwise) {
-      c.student *= factor;
-      c.teacher *= factor;
-    }
+    scale_gradient(c, at(g.factor));
     return c;
   }
 
@@ -102,7 +73,8 @@ struct ShortRows {
       // of the gradient: of what is in the table, or of the row's loss
       const double factor = kWhat == Short::kGradient ? at_row(a.row_scale, 1, row) : g.weight[r];
       g.factor[r] = kept ? factor * a.scale : 0;
-      g.label[r] = kept && a.labelled() ? a.labels[row] : -1;
+      const int64_t label = kept && a.labelled() ? a.labels[row] : -1;
+      g.label[r] = label < a.vocab ? label : -1;
       if (kept) {
         transpose((const S*)row_of(a.student, row), a.vocab, g.s + r);
         if constexpr (P::kSoft || P::kMSE) transpose((const T*)row_of(a.teachers[0], row), a.vocab, g.t + r);
@@ -124,11 +96,9 @@ struct ShortRows {
     exponents.teacher_offset = teacher;
   }
 
-  // Losses of a group, and its gradient's coefficients; the exps are left in the group, psi in P's place.
-  KD_NOINLINE static LaneCoefficients loss(const LossArgs& a, int64_t begin, int rows,
-                                           Exponents<P>& exponents, Group& g) {
+  // Passes A and B over a group; the exps are left in it, psi in P's place.
+  KD_NOINLINE static Sums<V> sums(const LossArgs& a, Exponents<P>& exponents, Group& g) {
     const int64_t n = a.vocab;
-    const V temperature = at(g.temperature);
     V teacher_offset{};
     if constexpr (P::kMSE) {
       for (int64_t i = 0; i < n; ++i) teacher_offset += (at(g.s + i * kLanes) - at(g.t + i * kLanes)) / (C)n;
@@ -137,98 +107,72 @@ struct ShortRows {
       // all classes masked, as log-probabilities may be: finite, so that probabilities are 0
       teacher_offset = teacher_offset == -std::numeric_limits<C>::infinity() ? V{} : teacher_offset;
     }
-    LaneCoefficients c{};
-    c.student_offset = exponents.student * maximum(g.s, n);
-    c.teacher_offset = teacher_offset;
-    set_offsets(exponents, g, c.student_offset, c.teacher_offset);
-
-    V student_sum{}, teacher_sum{}, hard_sum{}, teacher_running{}, student_running{}, label_logit{},
-        exponent_sum{};
-    const V beta = splat((C)a.beta);
+    set_offsets(exponents, g, exponents.student * maximum(g.s, n), teacher_offset);
+    Sums<V> x{exponents.student_offset, V{}, teacher_offset, V{}, exponents.hard_offset};
+    x.classes += (C)n;
     for (int64_t i = 0; i < n; ++i) {
-      const Lanes<P> x = exponents(at(g.s + i * kLanes), at(g.t + i * kLanes));
-      store(g.es + i * kLanes, x.es);
-      store(g.et + i * kLanes, x.et);
-      store(g.e1 + i * kLanes, x.e1);
-      student_sum += x.es;
-      teacher_sum += x.et;
-      hard_sum += x.e1;
-      exponent_sum += exponents.hard(at(g.s + i * kLanes));
-      if constexpr (P::kMSE) teacher_running += x.et * x.et;
-      if constexpr (P::D::kTeacher) teacher_running += P::D::over_teacher(x.et, x.ys, x.ys - x.yt);
-      if constexpr (P::D::kStudent) student_running += P::D::over_student(x.es, x.ys - x.yt);
+      const Lanes<P> each = exponents(at(g.s + i * kLanes), at(g.t + i * kLanes));
+      store(g.es + i * kLanes, each.es);
+      store(g.et + i * kLanes, each.et);
+      store(g.e1 + i * kLanes, each.e1);
+      x.student_total += each.es;
+      x.teacher_total += each.et;
+      x.hard_total += each.e1;
+      x.exponents += exponents.hard(at(g.s + i * kLanes));
+      if constexpr (P::kMSE) x.over_teacher += each.et * each.et;
+      if constexpr (P::D::kTeacher) x.over_teacher += P::D::over_teacher(each.et, each.ys, each.ys - each.yt);
+      if constexpr (P::D::kStudent) x.over_student += P::D::over_student(each.es, each.ys - each.yt);
     }
+    V label_logit{};
     for (int r = 0; r < kLanes; ++r) label_logit[r] = g.label[r] < 0 ? 0 : g.s[g.label[r] * kLanes + r];
-
-    V loss{};
-    const V factor = at(g.factor);
-    if constexpr (P::kMSE) {
-      const V mean = teacher_sum / (C)n;
-      loss = (teacher_running - teacher_sum * mean) * (C)(a.alpha / (2 * n));
-      c.teacher = c.soft = factor * (C)(a.alpha / n);
-      c.shift = loss == loss ? -mean : loss;
-    } else if constexpr (P::kSoft) {
-      const bool softmaxed = teacher_is_softmaxed(a);
+    x.label = exponents.hard(label_logit);
+    if constexpr (P::kPointwise) {
       const V given = exp2(-teacher_offset);
-      const V divided = softmaxed ? teacher_sum : P::kProbs ? V{} + 1 : given;
-      const V log_teacher = softmaxed ? log2(teacher_sum) : P::kProbs ? V{} : -teacher_offset;
-      const V log_student = log2(student_sum), mass = teacher_sum / divided;
-      V divergence{};
-      if constexpr (P::kPointwise) {
-        with_pointwise(a, [&](auto d) {
-          using D = decltype(d);
-          const V to_q = 1 / student_sum;
-          add_pointwise<C, D>(g.es, g.et, n, to_q, 1 / divided, beta, divergence, c.psi_sum);
-          c.psi_sum -=
-              c.psi_sum * multiply_subtract(to_q, student_sum, V{} + 1) - 0 * divergence;  // see finish()
-          divergence += D::constant(mass, beta);
-        });
-      } else {
-        const V above = log_teacher - log_student;
-        if constexpr (P::D::kTeacher) {
-          const C share = P::D::teacher_share(a.beta);
-          divergence =
-              (teacher_running / divided + P::D::over_teacher(mass, -log_student, above)) * (share * (C)kLn2);
-          c.psi_sum -= mass * share;
-        }
-        if constexpr (P::D::kStudent) {
-          const V part = (student_running / student_sum + P::D::over_student(V{} + 1, above)) *
-                         (C)(kLn2 * P::D::student_share(a.beta));
-          divergence += part;
-          c.psi_sum += part;
-        }
-      }
-      loss = divergence * (C)a.alpha * (a.t_squared ? temperature * temperature : V{} + 1);
-      c.soft = factor * (C)a.alpha * (a.t_squared ? temperature : 1 / temperature);
-      const V weight = P::kPointwise ? V{} + 1 : c.soft;
-      c.student = weight / student_sum;
-      c.teacher = weight / divided;
-      c.log_student = -log_student;
-      c.log_teacher = -log_teacher;
+      with_pointwise(a, [&](auto d) {
+        add_pointwise<C, decltype(d)>(g.es, g.et, n, 1 / x.student_total,
+                                      1 / (teacher_is_softmaxed(a) ? x.teacher_total : given),
+                                      splat((C)a.beta), x.phi, x.psi);
+      });
     }
-    if (a.labelled()) {
-      const C e = a.label_smoothing;
-      V hard = (log2(hard_sum) - exponents.hard(label_logit)) * (C)kLn2;
-      if (e != 0) hard = hard * (1 - e) + (log2(hard_sum) - exponent_sum / (C)n) * (e * (C)kLn2);
-      loss += hard * (C)a.hard_weight;
-      c.hard = V{} + (C)a.hard_weight;
-      c.uniform = factor * (C)(a.hard_weight * a.label_smoothing / n);
-      c.label = factor * (C)(a.hard_weight * (1 - a.label_smoothing));
+    return x;
+  }
+
+  // Losses of a group, and its gradient's coefficients.
+  KD_NOINLINE static Coefficients<V> loss(const LossArgs& a, int64_t begin, int rows, const Sums<V>& x,
+                                          const Group& g) {
+    const RowTerms<V, C> terms{at(g.temperature),
+                               at(g.factor),
+                               V{} + 1,
+                               multiply_subtract(1 / x.student_total, x.student_total, V{} + 1),
+                               (C)a.alpha,
+                               (C)a.hard_weight,
+                               (C)a.label_smoothing,
+                               (C)a.z_loss,
+                               (C)a.beta,
+                               a.t_squared,
+                               teacher_is_softmaxed(a),
+                               a.labelled()};
+    Coefficients<V> c;
+    RowLoss<V> out{};
+    if constexpr (P::kMSE) {
+      out = finish<NoDivergence>(x, terms, c);
+      const V mean = x.teacher_total / x.classes;
+      const V soft = (x.over_teacher - x.teacher_total * mean) * (C)(0.5 / a.vocab);
+      out.loss += soft * (C)a.alpha;
+      c.soft = terms.factor * (C)(a.alpha / a.vocab);
+      c.shift = soft == soft ? mean : soft;
+    } else if constexpr (P::kPointwise) {
+      with_pointwise(a, [&](auto d) { out = finish<decltype(d)>(x, terms, c); });
+    } else {
+      out = finish<typename P::D>(x, terms, c);
     }
-    if (a.z_loss != 0) {
-      V z = (log2(hard_sum) - exponents.hard(V{})) * (C)kLn2;
-      z = z == -std::numeric_limits<C>::infinity() ? z - z : z;
-      loss += z * z * (C)a.z_loss;
-      c.hard += z * (C)(2 * a.z_loss);
-    }
-    if (a.hard()) c.hard *= factor / hard_sum;
-    loss = at(g.weight) == 0 ? V{} : loss * at(g.weight);
-    for (int r = 0; r < rows; ++r) a.losses[begin + r] = loss[r];
+    const V weight = at(g.weight), weighted = weight == 0 ? V{} : out.loss * weight;
+    for (int r = 0; r < rows; ++r) a.losses[begin + r] = weighted[r];
     return c;
   }
 
-  // The exps as loss() leaves them, from the table's offsets.
-  KD_NOINLINE static void keep_exps(const LossArgs& a, const LaneCoefficients& c, Exponents<P>& exponents,
+  // The exps as sums() leaves them, from the table's offsets.
+  KD_NOINLINE static void keep_exps(const LossArgs& a, const Coefficients<V>& c, Exponents<P>& exponents,
                                     Group& g) {
     set_offsets(exponents, g, c.student_offset, c.teacher_offset);
     for (int64_t i = 0; i < a.vocab; ++i) {
@@ -240,31 +184,19 @@ struct ShortRows {
     if constexpr (P::kPointwise) {
       with_pointwise(a, [&](auto d) {
         V phi{}, psi{};
-        add_pointwise<C, decltype(d)>(g.es, g.et, a.vocab, c.student, c.teacher, splat((C)a.beta), phi, psi);
+        add_pointwise<C, decltype(d)>(g.es, g.et, a.vocab, 1 / c.student_total, 1 / c.teacher_total,
+                                      splat((C)a.beta), phi, psi);
       });
     }
   }
 
-  KD_NOINLINE static void write(const LossArgs& a, int64_t begin, int rows, const LaneCoefficients& c,
+  KD_NOINLINE static void write(const LossArgs& a, int64_t begin, int rows, const Coefficients<V>& c,
                                 const Exponents<P>& exponents, Group& g) {
     const int64_t n = a.vocab;
     Gradient<P, true> gradient{};
     gradient.exponents = exponents;
-    gradient.student = c.student;
-    gradient.teacher = c.teacher;
-    gradient.psi_sum = c.psi_sum;
-    gradient.soft = c.soft;
-    gradient.hard = c.hard;
-    gradient.uniform = c.uniform;
+    gradient.per = per_exp<C>(c, scales_of(c));
     gradient.shift = c.shift;
-    if constexpr (P::kSoft && !P::kPointwise) {  // as Gradient::linear has it
-      gradient.psi_sum *= -gradient.student;
-      if constexpr (P::D::kStudent) {
-        gradient.student *= (C)(kLn2 * P::D::student_share(a.beta));
-        gradient.psi_sum += gradient.student * (c.log_student - c.log_teacher);
-      }
-      if constexpr (P::D::kTeacher) gradient.teacher *= (C)P::D::teacher_share(a.beta);
-    }
     for (int64_t i = 0; i < n; ++i) {
       const Scratch<C> here{g.es + i * kLanes, g.et + i * kLanes, g.e1 + i * kLanes};
       store(g.es + i * kLanes, gradient.combine(at(g.s + i * kLanes), at(g.t + i * kLanes), here, 0));
@@ -295,12 +227,12 @@ struct ShortRows {
     exponents.student_unit = exponents.teacher_unit = V{} + 1;
     exponents.student = at(g.student);
     exponents.teacher = at(g.teacher);
-    LaneCoefficients c;
+    Coefficients<V> c;
     if constexpr (kWhat == Short::kGradient) {
       c = load_table(a, begin, rows, g);
       keep_exps(a, c, exponents, g);
     } else {
-      c = loss(a, begin, rows, exponents, g);
+      c = loss(a, begin, rows, sums(a, exponents, g), g);
     }
     if constexpr (kWhat == Short::kLoss) {
       store_table(a, begin, rows, c);

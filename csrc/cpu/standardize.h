@@ -35,22 +35,24 @@ KD_NOINLINE void standardize(const LossArgs& a, const Row<P>& r, int64_t n, RowS
 // -(s_i - mean) / (d (n - 1) deviation) * sum g_j (s_j - mean).
 template <class P>
 KD_NOINLINE void add_tilt(const LossArgs& a, const Row<P>& r, int64_t n, const RowScale& scale,
-                          const Moments& of_student, const Label& label, Coefficients& c) {
+                          const Moments& of_student, const Label& label, double soft_at_label,
+                          Coefficients<double>& c) {
   c.mean = of_student.mean;
-  Coefficients soft = c;
+  Coefficients<double> soft = c;
   soft.hard = soft.uniform = 0;
-  Block<P> current{c.student_offset, c.teacher_offset};
-  Gradient<P, true> gradient(scale, soft);
+  const Scales<double> x = scales_of(c);
+  Block<P> current{NAN, NAN};
+  Gradient<P, true> gradient;
   double total = 0;
   for (int64_t at = 0; at < n; at += kBlock) {
     const Block<P>& block = r.blocks[at / kBlock];
     if (!(block == current)) {
       current = block;
-      gradient = Gradient<P, true>(scale, at_offsets<P>(soft, scale, current));
+      gradient = Gradient<P, true>(scale, soft, at_offsets<P>(x, scale, current));
     }
     total += gradient.dot(r.s + at, r.t + at, r.scratch.after(at), n - at < kBlock ? n - at : kBlock);
   }
-  if (a.divergence == Divergence::kDKD) total += c.label_soft * (label.student - of_student.mean);
+  if (a.divergence == Divergence::kDKD) total += soft_at_label * (label.student - of_student.mean);
   const double deviation = of_student.deviation;
   if (deviation != 0) c.tilt = -total * of_student.per_unit() / ((n - 1) * deviation);
 }

@@ -1,0 +1,210 @@
+// A row's numbers between the passes over its classes: sums are merged, and become a loss and the gradient's
+// coefficients. Once, for numbers and for vectors of one per row; kdfast/row_math.py says the same in
+// PyTorch, and what each number is. It wants log2 and exp2 of V, and divergences.h's functions.
+#pragma once
+
+#include <cmath>
+#include <initializer_list>
+
+#include "divergences.h"
+#include "rows.h"
+
+namespace kdfast {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+template <class V>
+struct Sums {
+  V student_offset, student_total, teacher_offset, teacher_total, hard_offset, hard_total;
+  V over_teacher, over_student, label, exponents, classes, phi, psi;
+};
+
+template <class V>
+struct Coefficients {
+  V student_offset, student_total, teacher_offset, teacher_total, hard_offset, hard_total;
+  V level, slope, teacher, soft, psi_sum, hard, label, uniform;
+  V shift, mean, tilt, student_unit, teacher_unit, teacher_mean, at_label;
+};
+
+static_assert(sizeof(Sums<char>) == kSums && sizeof(Coefficients<char>) == kCoefficients);
+
+// An offset as it is subtracted: 0 where every class is masked.
+KDFAST_ALWAYS_INLINE double finite(double offset) { return offset == -INFINITY ? 0 : offset; }
+
+// a * 2^d; 0 where 2^d is 2^-inf, and infinite where a is and 2^d only underflows. NaN stays.
+KDFAST_ALWAYS_INLINE double scaled(double a, double d) {
+  if (a != a) return a;
+  return d == -INFINITY ? 0 : a == INFINITY || a == -INFINITY ? a : a * exp2(d);
+}
+
+// ---- merge ----
+
+// The same sums relative to other offsets, none of which is below its own.
+template <class D>
+void rescale(Sums<double>& x, double student_offset, double teacher_offset, double hard_offset) {
+  const auto above = [](double old, double offset) { return old == offset ? 0 : old - offset; };
+  const double ds = above(x.student_offset, student_offset), dt = above(x.teacher_offset, teacher_offset);
+  const double dh = above(x.hard_offset, hard_offset), moved = finite(x.hard_offset) - finite(hard_offset);
+  if constexpr (D::kDifference) {  // dt: of the shift that the differences are less
+    x.over_teacher += 2 * dt * x.teacher_total + x.classes * dt * dt;
+    x.teacher_total += x.classes * dt;
+  }
+  if constexpr (D::kTeacher)
+    x.over_teacher = scaled(x.over_teacher + D::over_teacher(x.teacher_total, ds, ds - dt), dt);
+  if constexpr (D::kStudent)
+    x.over_student = scaled(x.over_student + D::over_student(x.student_total, ds - dt), ds);
+  x.student_total = scaled(x.student_total, ds);
+  if constexpr (!D::kDifference) x.teacher_total = scaled(x.teacher_total, dt);
+  x.hard_total = scaled(x.hard_total, dh);
+  x.label += moved;
+  x.exponents += x.classes * moved;
+  x.student_offset = student_offset;
+  x.teacher_offset = teacher_offset;
+  x.hard_offset = hard_offset;
+}
+
+// The one rule for blocks of a segment, segments of a row, shards of a vocabulary: to common offsets, then
+// add.
+template <class D>
+void merge(Sums<double>& total, Sums<double> more) {
+  if (total.classes == 0) {
+    total = more;
+    return;
+  }
+  // fmax would do, but for NaN, which must stay
+  const auto higher = [](double a, double b) { return b < a ? a : b; };
+  const double so = higher(total.student_offset, more.student_offset);
+  const double to = higher(total.teacher_offset, more.teacher_offset);
+  const double ho = higher(total.hard_offset, more.hard_offset);
+  for (Sums<double>* x : {&total, &more}) {
+    if (so != x->student_offset || to != x->teacher_offset || ho != x->hard_offset)
+      rescale<D>(*x, so, to, ho);
+  }
+  total.student_total += more.student_total;
+  total.teacher_total += more.teacher_total;
+  total.hard_total += more.hard_total;
+  total.over_teacher += more.over_teacher;
+  total.over_student += more.over_student;
+  total.label = higher(total.label, more.label);
+  total.exponents += more.exponents;
+  total.classes += more.classes;
+  total.phi += more.phi;
+  total.psi += more.psi;
+}
+
+// ---- finish ----
+
+// What finish() knows of a row beside its sums. N: the type of what is the same in all rows.
+template <class V, class N>
+struct RowTerms {
+  V temperature, factor;  // the gradient's: weight, reduction
+  V unit;                 // by which logits were multiplied before T divided them: 1, but when standardized
+  V excess;  // of the sum of q over 1, as the kernel rounds 1 / student_total; the gradient's sum is to be 0
+  N alpha, hard_weight, label_smoothing, z_loss, beta;
+  bool t_squared;
+  bool softmaxed;  // whether P becomes p by its own sum, and not as it is given
+  bool labelled;   // whether there is a hard term to report
+};
+
+// A row's loss without its weight, and its two terms without theirs.
+template <class V>
+struct RowLoss {
+  V loss, soft, hard;
+};
+
+template <class D, class V, class N>
+KDFAST_HD inline RowLoss<V> finish(const Sums<V>& x, const RowTerms<V, N>& r, Coefficients<V>& c) {
+  const V nan = V{} + (N)NAN;
+  RowLoss<V> out{V{}, nan, nan};
+  c = Coefficients<V>{x.student_offset, x.student_total, x.teacher_offset, x.teacher_total, x.hard_offset, x.hard_total};
+  c.student_unit = r.unit;
+  c.teacher_unit = V{} + 1;
+  if constexpr (D::kPointwise || D::kTeacher || D::kStudent) {
+    const V log_student = log2(x.student_total);
+    if (!r.softmaxed) c.teacher_total = exp2(-x.teacher_offset);
+    const V log_teacher = r.softmaxed ? log2(x.teacher_total) : -x.teacher_offset;
+    const V mass = x.teacher_total / c.teacher_total;
+    const V weight = r.factor * r.unit * r.alpha * (r.t_squared ? r.temperature : 1 / r.temperature);
+    V divergence{}, psi{};
+    if constexpr (D::kPointwise) {
+      divergence = x.phi + D::constant(mass, V{} + r.beta);
+      c.soft = weight;
+      c.psi_sum = x.psi - x.psi * r.excess + 0 * x.phi;  // NaN where phi is
+    }
+    const V above = log_teacher - log_student;
+    if constexpr (D::kTeacher) {
+      const N share = D::teacher_share(r.beta);
+      if (share != 0) {  // or there may be an infinity that is none of the loss's
+        const V rest = D::over_teacher(mass, -log_student, above);
+        divergence += (x.over_teacher / c.teacher_total + rest) * (share * (N)kLn2);
+      }
+      psi -= mass * share;
+      c.teacher = weight * share;
+    }
+    if constexpr (D::kStudent) {
+      const N share = D::student_share(r.beta);
+      if (share != 0) {
+        const V part = (x.over_student / x.student_total + D::over_student(V{} + 1, above)) * (share * (N)kLn2);
+        divergence += part;
+        psi += part;
+      }
+      c.slope = weight * share;
+    }
+    if constexpr (!D::kPointwise) c.level = -weight * psi;
+    out.soft = r.t_squared ? divergence * r.temperature * r.temperature : divergence;
+    out.loss = out.soft * r.alpha;
+  }
+  const V log_hard = log2(x.hard_total);
+  if (r.labelled) {
+    const N e = r.label_smoothing;
+    out.hard = (log_hard - x.label) * (N)kLn2;
+    if (e != 0) out.hard = out.hard * (1 - e) + (log_hard - x.exponents / x.classes) * (e * (N)kLn2);
+  }
+  if (r.hard_weight != 0) {
+    out.loss += out.hard * r.hard_weight;
+    c.hard = r.factor * r.hard_weight;
+    c.label = c.hard * (1 - r.label_smoothing);
+    c.uniform = c.hard * r.label_smoothing / x.classes;
+  }
+  if (r.z_loss != 0) {
+    V lse = (log_hard + x.hard_offset) * (N)kLn2;
+    lse = lse == -(N)INFINITY ? nan : lse;  // every class is masked
+    out.loss += lse * lse * r.z_loss;
+    c.hard += lse * r.factor * (2 * r.z_loss);
+  }
+  return out;
+}
+
+// ---- gradient ----
+
+// How exps become probabilities: the offsets that they are relative to, factors and their logarithms.
+template <class V>
+struct Scales {
+  V student_offset, teacher_offset, hard_offset;
+  V to_q, to_p, to_q1;
+  V log_to_q, log_to_p;
+};
+template <class V>
+KDFAST_HD inline Scales<V> scales_of(const Coefficients<V>& c) {
+  return {c.student_offset,    c.teacher_offset,    c.hard_offset,          1 / c.student_total,
+          1 / c.teacher_total, 1 / c.hard_total, -log2(c.student_total), -log2(c.teacher_total)};
+}
+
+// What the exps of a class are multiplied by:
+//
+//   linear        Q (level + slope (log2 Q - log2 P)) - P teacher + E hard - uniform
+//   pointwise     soft (psi(P to_p, Q to_q) - Q to_q psi_sum) + E hard - uniform
+template <class V>
+struct PerExp {
+  V level, slope, teacher, soft, psi_sum, to_q, to_p, hard, uniform;
+};
+template <class N, class V>  // N: the number that V is or is made of
+KDFAST_HD inline PerExp<V> per_exp(const Coefficients<V>& c, const Scales<V>& x) {
+  const V slope = c.slope * x.to_q * (N)kLn2;
+  const V level = c.level * x.to_q + masked(slope, x.log_to_q - x.log_to_p);  // no slope: there may be no exps
+  return {level, slope, c.teacher * x.to_p, c.soft, c.psi_sum, x.to_q, x.to_p, masked(c.hard, x.to_q1), c.uniform};
+}
+
+}  // namespace
+}  // namespace kdfast
