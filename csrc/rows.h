@@ -45,6 +45,8 @@ struct Matrix {
 // Numbers of a row, see row_math.h: of its sums, and of its gradient's coefficients.
 constexpr int kSums = 13;
 constexpr int kCoefficients = 21;
+// In place of a label that another shard of the vocabulary has.
+constexpr int64_t kElsewhere = INT64_MIN;
 constexpr int kStats = 7;  // of the table of the CUDA kernels
 
 // What return_metrics reports, in this order.

@@ -63,7 +63,10 @@ class Settings(NamedTuple):
         return self.alpha != 0 or self.metrics
 
 
-# Numbers of a row in the table that `stats` returns and `grad` takes: what they are is each backend's own matter.
+# In place of a label that another shard of the vocabulary has.
+ELSEWHERE = -(2**63)
+
+# Numbers of a row in the table that `stats` returns and `grad` takes.
 TABLE_COLUMNS = 21
 GPU_TABLE_COLUMNS = 7
 

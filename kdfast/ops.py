@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kdfast import choice, cuda_ops, linear_ops, reference
 from kdfast.arguments import Heads, Inputs, KDMetrics, Settings, table_columns
+from kdfast.row_math import Coefficients, Sums
 from kdfast.rows import loss_dtype
 
 _TYPES = {
@@ -48,6 +49,9 @@ SCHEMAS = {
     "loss_grad": f"(Tensor student, {_ARGS}) -> (Tensor loss, Tensor grad, Tensor metrics)",
     "loss_grad_": f"(Tensor(a!) student, {_ARGS}) -> (Tensor loss, Tensor metrics)",
     "stats": f"(Tensor student, {_ARGS}) -> (Tensor loss, Tensor stats, Tensor metrics)",
+    "sums": f"(Tensor student, {_ARGS}) -> Tensor",
+    "pointwise_sums": f"(Tensor student, Tensor sums, {_ARGS}) -> Tensor",
+    "finish": f"(Tensor student, Tensor sums, {_ARGS}) -> (Tensor losses, Tensor coefficients)",
     "grad": f"(Tensor student, Tensor stats, Tensor grad_loss, {_ARGS}) -> Tensor",
     "grad_": f"(Tensor(a!) student, Tensor stats, Tensor grad_loss, {_ARGS}) -> ()",
     "linear_loss_grad": f"({_HEADS}, {_ARGS}) -> (Tensor loss, {_HEAD_GRADIENTS}, Tensor metrics)",
@@ -78,9 +82,8 @@ def _new_grad(student: Tensor) -> Tensor:
     return student.new_empty(student.shape)
 
 
-def _new_table(student: Tensor, namespace: str) -> Tensor:
+def _new_table(student: Tensor, columns: int) -> Tensor:
     rows = math.prod(student.shape[:-1])  # .numel() would fix a symbolic size
-    columns = table_columns(namespace, student.device.type)
     return student.new_empty((rows, columns), dtype=loss_dtype(student))
 
 
@@ -122,6 +125,11 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "loss_grad_": _bundled(
         lambda student, inputs, settings: (_new_loss(student, settings), _new_metrics(student, settings))
     ),
+    "sums": _bundled(lambda student, inputs, settings: _new_table(student, len(Sums._fields))),
+    "pointwise_sums": _bundled(lambda student, sums, inputs, settings: _new_table(student, len(Sums._fields))),
+    "finish": _bundled(
+        lambda student, sums, inputs, settings: (sums.new_empty(sums.shape[:1]), _new_table(student, len(Coefficients._fields)))
+    ),
     "grad": _bundled(lambda student, stats, grad_loss, inputs, settings: _new_grad(student)),
     "grad_": _bundled(lambda student, stats, grad_loss, inputs, settings: None),
     "linear_loss_grad": _headed(
@@ -147,7 +155,8 @@ def _fake(name: str, namespace: str) -> Callable[..., Any]:
         return _FAKES[name]
 
     def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-        return _new_loss(student, settings), _new_table(student, namespace), _new_metrics(student, settings)
+        table = _new_table(student, table_columns(namespace, student.device.type))
+        return _new_loss(student, settings), table, _new_metrics(student, settings)
 
     if name == "stats":
         return _bundled(stats)
@@ -243,6 +252,10 @@ for _name, _schema in SCHEMAS.items():
     if _name.startswith("linear_"):
         for _namespace, _library in _defined.items():
             _library.impl(_name, _linear(_name, _namespace), "CompositeExplicitAutograd")
+        continue
+    if _name == "finish":  # of rows alone, in PyTorch, but for the CPU's
+        for _library in _defined.values():
+            _library.impl(_name, _reference(_name), "CompositeExplicitAutograd")
         continue
     _defined["kdfast"].impl(_name, _with_warning(_name), "CompositeExplicitAutograd")
     _defined["kdfast"].impl(_name, _gpu(_name), "CUDA")  # ROCm's tensors too

@@ -11,14 +11,16 @@ The functions named like the operators of ops.py are their plain implementation.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdfast.arguments import Inputs, KDMetrics, Settings, table_columns
-from kdfast.divergences import DIVERGENCES, times
-from kdfast.rows import check_values, divisor, kept_rows, loss_dtype, mean_metrics, no_metrics, row_weights
+from kdfast import row_math
+from kdfast.arguments import Inputs, KDMetrics, Settings
+from kdfast.divergences import DIVERGENCES, OTHERS, times
+from kdfast.row_math import Coefficients, Sums, over_teacher
+from kdfast.rows import check_values, denominator, divisor, kept_rows, loss_dtype, mean_metrics, no_metrics, row_weights
 from kdfast.torch_private import autograd_included
 
 
@@ -78,6 +80,9 @@ def standardized(z: Tensor) -> Tensor:
     variance = centred.square().sum(-1, keepdim=True) / max(1, z.shape[-1] - 1)
     flat = variance == 0  # of one class, or of equal logits: the deviation and its gradient are 0
     return centred / (1e-7 + torch.where(flat, 0, torch.where(flat, 1, variance).sqrt()))
+
+
+LN2 = math.log(2)
 
 
 class _Rows(NamedTuple):
@@ -269,18 +274,128 @@ def loss_grad_(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Ten
     return loss, measured
 
 
+def _has_coefficients(settings: Settings) -> bool:
+    """Not so the losses of image classifiers, which are more than a sum over p and q."""
+    return settings.divergence not in OTHERS and not settings.standardize
+
+
 def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss under `reduction`, the table (rows, columns) that `grad` goes on from, and `metrics`."""
+    """The loss under `reduction`, row_math.Coefficients of the rows, from which `grad` goes on, and `metrics`."""
     check_values(student, inputs, settings)
-    loss = _reduced(student.detach(), inputs, settings)
-    columns = table_columns("reference", student.device.type)
-    table = loss.new_zeros(student.shape[:-1].numel(), columns)  # autograd's graph is made anew in `grad`
+    student = student.detach()
+    loss = _reduced(student, inputs, settings)
+    if _has_coefficients(settings):
+        of_rows = pointwise_sums(student, sums(student, inputs, settings), inputs, settings)
+        table = row_math.finish(of_rows, inputs, settings)[1]
+    else:
+        table = loss.new_zeros(student.shape[:-1].numel(), len(Coefficients._fields))
     return loss, table, metrics(student, inputs, settings)
 
 
+def _flat(inputs: Inputs) -> Inputs:
+    """Each (rows,), the teachers (rows, V)."""
+    teachers = [t.reshape(-1, t.shape[-1]) for t in inputs.teachers]
+    return Inputs(teachers, *(x if x is None or x.dim() == 0 else x.flatten() for x in inputs[1:]))
+
+
+def _exponents(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[_Rows, Tensor, Tensor | None]:
+    """The rows, flattened, and the exponents to base 2 of q and p, each (rows, V), before any offset; p's are log2 p
+    where it is given, or a mixture."""
+    inputs = _flat(inputs)
+    rows = _rows(student.reshape(-1, student.shape[-1]), inputs, settings)
+    z = _student_z(rows, inputs, settings)[1] / LN2
+    if not rows.teachers:
+        return rows, z, None
+    at = _column(inputs.teacher_temperatures, settings.teacher_temperature, rows.s)
+    _, log_p, p_z = teacher_distribution(rows.teachers, at, settings)
+    return rows, z, (p_z if row_math.is_softmaxed(inputs, settings) else log_p) / LN2
+
+
+def _here(rows: _Rows) -> Tensor:
+    """Which classes are the row's label, (rows, V); none where it is another shard's."""
+    return torch.arange(rows.s.shape[-1], device=rows.s.device) == rows.labels  # type: ignore[operator]
+
+
+def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+    """row_math.Sums of the classes that are here, (rows, columns), phi and psi not among them."""
+    rows, y_s, y_t = _exponents(student, inputs, settings)
+    y_1, nothing = rows.s / LN2, rows.s.new_zeros(len(rows.s))
+    so, ho = (y.amax(-1, keepdim=True) for y in (y_s, y_1))
+    log_q, log_e = (y - torch.where(offset == -math.inf, 0, offset) for y, offset in ((y_s, so), (y_1, ho)))
+    x = Sums(*[nothing] * len(Sums._fields))
+    x = x._replace(
+        student_offset=so.squeeze(-1), student_total=torch.exp2(log_q).sum(-1), label=nothing - math.inf,
+        hard_offset=ho.squeeze(-1), hard_total=torch.exp2(log_e).sum(-1), exponents=log_e.sum(-1),
+        classes=nothing + y_s.shape[-1],
+    )  # fmt: skip
+    if rows.labels is not None:
+        x = x._replace(label=torch.where(_here(rows), log_e, -math.inf).amax(-1))
+    if y_t is not None:
+        to = y_t.amax(-1, keepdim=True) if row_math.is_softmaxed(inputs, settings) else torch.zeros_like(so)
+        log_p = y_t - torch.where(to == -math.inf, 0, to)
+        p, above = torch.exp2(log_p), log_q - log_p
+        x = x._replace(teacher_offset=to.squeeze(-1), teacher_total=p.sum(-1))
+        if row_math.shares(settings) is not None:
+            x = x._replace(
+                over_teacher=over_teacher(p, log_q, above, settings).sum(-1),
+                over_student=times(torch.exp2(log_q), above).sum(-1),
+            )
+    return torch.stack(x, -1)
+
+
+def _pair(x: Any, y_s: Tensor, y_t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """p, q, log p, log q from exponents, and from the rows' offsets and totals."""
+    columns = (c.unsqueeze(-1) for c in (x.student_offset, x.student_total, x.teacher_offset, x.teacher_total))
+    so, student_total, to, teacher_total = columns
+    log_q = (y_s - torch.where(so == -math.inf, 0, so) - student_total.log2()) * LN2
+    log_p = (y_t - torch.where(to == -math.inf, 0, to) - teacher_total.log2()) * LN2
+    return log_p.exp(), log_q.exp(), log_p, log_q
+
+
+def pointwise_sums(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+    """Sums of all shards with phi and psi of the classes that are here."""
+    rows, y_s, y_t = _exponents(student, inputs, settings)
+    if y_t is None or row_math.shares(settings) is not None:
+        return sums
+    x = Sums(*sums.unbind(-1))
+    if not row_math.is_softmaxed(inputs, settings):
+        x = x._replace(teacher_total=torch.exp2(-x.teacher_offset))
+    p, q, log_p, log_q = pair = _pair(x, y_s, y_t)
+    phi, psi = (f(*pair, settings.beta) for f in DIVERGENCES[settings.divergence][:2])
+    phi = phi - row_math.first_order(settings) * (p - q)
+    return torch.cat([sums[:, :-2], phi.sum(-1, keepdim=True), psi.sum(-1, keepdim=True)], -1)
+
+
+def finish(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+    """row_math.finish on any device."""
+    return row_math.finish(sums, inputs, settings)
+
+
 def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> Tensor:  # (..., V)
-    """The gradient for the loss's own gradient: (...) with reduction "none", else 0-dim. Recomputed, not read off."""
-    return _gradient(student, inputs, settings, grad_loss)[1]
+    """The gradient for the loss's own gradient: (...) with reduction "none", else 0-dim, by row_math.Coefficients."""
+    if not _has_coefficients(settings):
+        return _gradient(student, inputs, settings, grad_loss)[1]
+    check_values(student, inputs, settings)
+    student = student.detach()
+    rows, y_s, y_t = _exponents(student, inputs, settings)
+    c = Coefficients(*(column.unsqueeze(-1) for column in stats.unbind(-1)))
+    q1 = torch.exp2(rows.s / LN2 - torch.where(c.hard_offset == -math.inf, 0, c.hard_offset)) / c.hard_total
+    g = times(c.hard + torch.zeros_like(q1), q1) - c.uniform
+    if y_t is not None and settings.alpha:
+        p, q, log_p, log_q = pair = _pair(Coefficients(*stats.unbind(-1)), y_s, y_t)
+        if row_math.shares(settings) is None:
+            g = g + c.soft * (DIVERGENCES[settings.divergence].psi(*pair, settings.beta) - q * c.psi_sum)
+        else:
+            g = g + times(q, c.level + times(c.slope + torch.zeros_like(q), log_q - log_p)) - times(c.teacher, p)
+    if rows.labels is not None:
+        g = g - torch.where(_here(rows), c.label, 0)
+    if settings.softcap:
+        g = g * torch.where(rows.s == -math.inf, 0, 1 - (rows.s / settings.softcap).square())
+    factor = grad_loss.to(g.dtype) / denominator(student, inputs, settings) if settings.reduction != "none" else grad_loss
+    g = torch.where(rows.keep.unsqueeze(-1), g * factor.to(g.dtype).expand(student.shape[:-1]).reshape(-1, 1), 0)
+    out = torch.zeros_like(student, memory_format=torch.contiguous_format)
+    out[..., : g.shape[-1]] = g.view(*student.shape[:-1], -1).to(student.dtype)
+    return out
 
 
 def grad_(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> None:

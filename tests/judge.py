@@ -112,7 +112,11 @@ class Truth:
 
     def __init__(self, student: Tensor, teacher: Any, labels: Tensor | None, settings: dict[str, Any]) -> None:
         wide = {k: in_fp64(v) for k, v in settings.items() if k != "inplace"} | {"backend": "reference"}
-        self.loss, self.grad = run(in_fp64(student), in_fp64(teacher), labels, **wide)
+        with torch.no_grad():
+            self.loss = kdfast.kd_loss(in_fp64(student), in_fp64(teacher), labels, **wide)
+            self.loss = self.loss[0] if wide.get("return_metrics") else self.loss
+        wide["reduction"] = "sum"  # whose gradient is autograd's
+        self.grad = run(in_fp64(student), in_fp64(teacher), labels, **wide)[1]
         self.dtype, self.kind = student.dtype, F64 if student.dtype == F64 else F32
 
         s, teachers = real_classes(student, teacher, settings)

@@ -88,7 +88,7 @@ struct Loss {
     args.labels = (const int64_t*)kept.back().const_data_ptr();
     for (int64_t row = 0; row < args.rows; ++row) {
       const int64_t label = args.labels[row];
-      if ((label < 0 || label >= args.vocab) && label != args.ignore_index) {
+      if ((label < 0 || label >= args.vocab) && label != args.ignore_index && label != kElsewhere) {
         fail<std::out_of_range>("labels: label ", label, " in row ", row,
                                 " is out of range: with V = ", args.vocab, " it must be in [0, ",
                                 args.vocab - 1, "] or ignore_index (", args.ignore_index, ")");
@@ -170,6 +170,28 @@ struct Loss {
     void* data = table.mutable_data_ptr();
     loss_dtype() == ScalarType::Double ? void(args.wide_table = (double*)data)
                                        : void(args.table = (float*)data);
+  }
+
+  // The losses of all rows, whatever the reduction.
+  Tensor by_row() const {
+    Tensor out = torch::stable::new_empty(student, std::vector<int64_t>{args.rows}, loss_dtype());
+    with_numbers(out, [&](auto* to) { std::copy(losses.begin(), losses.end(), to); });
+    return out;
+  }
+
+  // Rows' sums, of each row's first segment, as a table, and the other way about.
+  Tensor table_of(const std::vector<double>& sums, int64_t segments) const {
+    Tensor out = torch::stable::new_empty(student, std::vector<int64_t>{args.rows, kSums}, loss_dtype());
+    with_numbers(out, [&](auto* to) {
+      for (int64_t row = 0; row < args.rows; ++row)
+        std::copy_n(sums.begin() + row * segments * kSums, kSums, to + row * kSums);
+    });
+    return out;
+  }
+  std::vector<double> numbers_in(const Tensor& table) const {
+    const Tensor wide = torch::stable::contiguous(torch::stable::to(table, ScalarType::Double));
+    const double* numbers = (const double*)wide.const_data_ptr();
+    return {numbers, numbers + wide.numel()};
   }
 
   // What return_metrics reports: of every row, or the means over those kept, with their weights.

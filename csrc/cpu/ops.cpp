@@ -82,6 +82,7 @@ int64_t segments_of(const LossArgs& a) {
 void run_sums(const LossArgs& a, int64_t segments) {
   in_parallel(a.rows * segments, segments == 1 ? a.vocab : kSegment,
               [&](int64_t begin, int64_t end) { kernels().sums(a, segments, begin, end); });
+  if (segments > 1) kernels().merge(a, segments);
 }
 
 // The row losses and, for `grad`, the table.
@@ -139,6 +140,34 @@ std::tuple<Tensor, Tensor, Tensor> stats(Tensor student, KDFAST_INPUTS) {
   loss.use_table(table);
   run_losses(loss.args);
   return {loss.reduced(), table, loss.measured()};
+}
+
+Tensor sums(Tensor student, KDFAST_INPUTS) {
+  Loss loss(student, KDFAST_PASS);
+  const int64_t segments = segments_of(loss.args);
+  std::vector<double> sums(loss.args.rows * segments * kSums);
+  loss.args.sums = sums.data();
+  run_sums(loss.args, segments);
+  return loss.table_of(sums, segments);
+}
+
+Tensor pointwise_sums(Tensor student, Tensor sums, KDFAST_INPUTS) {
+  Loss loss(student, KDFAST_PASS);
+  std::vector<double> numbers = loss.numbers_in(sums);
+  loss.args.sums = numbers.data();
+  in_parallel(loss.args.rows, loss.args.vocab,
+              [&](int64_t begin, int64_t end) { kernels().pointwise_sums(loss.args, begin, end); });
+  return loss.table_of(numbers, 1);
+}
+
+std::tuple<Tensor, Tensor> finish(Tensor student, Tensor sums, KDFAST_INPUTS) {
+  Loss loss(student, KDFAST_PASS);
+  std::vector<double> numbers = loss.numbers_in(sums);
+  loss.args.sums = numbers.data();
+  Tensor table = loss.new_table();
+  loss.use_table(table);
+  kernels().finish(loss.args, 1);
+  return {loss.by_row(), table};
 }
 
 Tensor grad(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_INPUTS) {
@@ -241,6 +270,9 @@ KDFAST_EXPORT const char* kdfast_isa() {
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   KDFAST_REGISTER_LOSS(m);
+  m.impl("sums", TORCH_BOX(&kdfast::sums));
+  m.impl("pointwise_sums", TORCH_BOX(&kdfast::pointwise_sums));
+  m.impl("finish", TORCH_BOX(&kdfast::finish));
   m.impl("tempered_softmax", TORCH_BOX(&kdfast::tempered_softmax));
   m.impl("tempered_softmax_backward", TORCH_BOX(&kdfast::tempered_softmax_backward));
 }

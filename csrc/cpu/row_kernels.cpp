@@ -282,18 +282,23 @@ struct Kernels {
     }
   }
 
+  static void merge(const LossArgs& a, int64_t segments) {
+    for (int64_t row = 0; row < a.rows; ++row) {
+      Sums<double>* sums = (Sums<double>*)a.sums + row * segments;
+      for (int64_t k = 1; k < segments; ++k) kdfast::merge<typename P::D>(sums[0], sums[k]);
+    }
+  }
+
   static void finish(const LossArgs& a, int64_t segments) {
     for (int64_t row = 0; row < a.rows; ++row) {
       if (!a.kept(row)) {
         drop(a, row);
         continue;
       }
-      Sums<double> total = ((const Sums<double>*)a.sums)[row * segments];
-      for (int64_t k = 1; k < segments; ++k)
-        merge<typename P::D>(total, ((const Sums<double>*)a.sums)[row * segments + k]);
+      const Sums<double>& sums = ((const Sums<double>*)a.sums)[row * segments];
       Coefficients<double> c;
       double soft_at_label = 0;
-      a.losses[row] = finish_row<P>(a, row, total, row_scale(a, row), {}, c, soft_at_label).loss;
+      a.losses[row] = finish_row<P>(a, row, sums, row_scale(a, row), {}, c, soft_at_label).loss;
       keep(a, row, c);
     }
   }
@@ -359,6 +364,7 @@ struct Kernels<Elsewhere> {
   KDFAST_ELSEWHERE(losses)
   KDFAST_ELSEWHERE(sums)
   KDFAST_ELSEWHERE(pointwise_sums)
+  KDFAST_ELSEWHERE(merge)
   KDFAST_ELSEWHERE(finish)
   KDFAST_ELSEWHERE(grad)
 #undef KDFAST_ELSEWHERE
@@ -393,7 +399,7 @@ void with_spec(const LossArgs& a, F f) {
 const RowKernels& KDFAST_EXPORT(KDFAST_ISA)() {
   static const RowKernels kernels = {
       KDFAST_KERNEL(loss_grad), KDFAST_KERNEL(losses), KDFAST_KERNEL(sums), KDFAST_KERNEL(pointwise_sums),
-      KDFAST_KERNEL(finish),    KDFAST_KERNEL(grad),   softmax,             softmax_backward};
+      KDFAST_KERNEL(merge), KDFAST_KERNEL(finish),    KDFAST_KERNEL(grad),   softmax,             softmax_backward};
   return kernels;
 }
 

@@ -70,7 +70,7 @@ struct SoftmaxArgs {
 constexpr int kBlock = 2048;  // classes that the passes take at a time
 
 // Rows [begin, end) each. Where rows are few a row is split into segments of kSegment classes: `sums` and
-// `grad` take units of (row, segment) then, and `finish` merges a row's segments in their order.
+// `grad` take units of (row, segment) then, and `merge` merges a row's segments in their order.
 constexpr int64_t kSegment = 8192;
 
 struct RowKernels {
@@ -78,7 +78,8 @@ struct RowKernels {
   void (*losses)(const LossArgs&, int64_t begin, int64_t end);  // and the table; of whole rows
   void (*sums)(const LossArgs&, int64_t segments, int64_t begin, int64_t end);
   void (*pointwise_sums)(const LossArgs&, int64_t begin, int64_t end);  // phi and psi, given the other sums
-  void (*finish)(const LossArgs&, int64_t segments);                    // losses and the table, from the sums
+  void (*merge)(const LossArgs&, int64_t segments);   // the sums of a row's segments, into those of its first
+  void (*finish)(const LossArgs&, int64_t segments);  // losses and the table, from the sums of first segments
   void (*grad)(const LossArgs&, int64_t segments, int64_t begin, int64_t end);
   void (*softmax)(const SoftmaxArgs&, int64_t begin, int64_t end);
   void (*softmax_backward)(const SoftmaxArgs&, int64_t begin, int64_t end);
