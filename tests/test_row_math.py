@@ -77,3 +77,64 @@ def test_shards_have_the_loss_and_gradient_of_the_whole(
 
 
 
+
+
+# A row of the table is a call's sums, in base 2: of the student, of the teacher, of the hard term, and what goes with it.
+TABLE = {
+    "usual": {},
+    "dropped by its weight": {"weight": 0.0},
+    "a label on a masked class": {"label": -torch.inf},
+    "a student that masks what the teacher has": {"over_teacher": torch.inf, "over_student": 0.0},
+    "a teacher that masks what the student has": {"over_student": torch.inf},
+    "every class masked": {
+        "student_offset": -torch.inf, "student_total": 0.0, "hard_offset": -torch.inf, "hard_total": 0.0,
+        "label": -torch.inf, "exponents": -torch.inf, "phi": torch.nan, "psi": torch.nan,
+    },
+    "far from 0": {"student_offset": 1442.0, "hard_offset": 2885.0, "teacher_offset": -1442.0},
+    "one class": {"student_total": 1.0, "teacher_total": 1.0, "hard_total": 1.0, "over_teacher": 0.0,
+                  "over_student": 0.0, "label": 0.0, "exponents": 0.0, "classes": 1.0},
+}  # fmt: skip
+USUAL = {
+    "student_offset": 3.0, "student_total": 5.5, "teacher_offset": 2.0, "teacher_total": 4.25, "hard_offset": 6.0,
+    "hard_total": 7.5, "over_teacher": 11.0, "over_student": 9.0, "label": -1.5, "exponents": -140.0, "classes": 50.0,
+    "phi": 0.75, "psi": -0.25, "weight": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.25, "z_loss": 0.125}, {"hard_weight": 0.0}], ids=str)
+def test_finish_is_the_same_in_every_language(cpu: str, divergence: str, options: dict[str, Any]) -> None:
+    rows = [USUAL | row for row in TABLE.values()]
+    columns = {key: torch.tensor([row[key] for row in rows], dtype=torch.float64) for key in USUAL}
+    weight = columns.pop("weight")
+    sums = torch.stack(Sums(**columns), -1)
+    s = torch.zeros(len(rows), 50, dtype=torch.float64)
+    options = {"divergence": divergence, "temperature": 2.0, "row_weight": weight} | options
+    inputs, settings = checked(s, s, torch.zeros(len(rows), dtype=torch.int64), **options)
+    want = row_math.finish(sums, inputs, settings)
+    for x, rtol in ((s, 1e-13), (s.float(), 1e-6)):
+        got = torch.ops.kdfast.finish(x, sums.to(x.dtype), *inputs, *settings)
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=rtol, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("divergence", ["cross_entropy", "symmetric_kl", "jsd"])  # of each kind
+@pytest.mark.parametrize("vocab", [10, 1000, 40000])  # short, long and split rows
+def test_the_gradient_is_linear_in_the_coefficients(backend: str, divergence: str, vocab: int) -> None:
+    """So no kernel computes them again, whatever it is handed."""
+    s, t, y = batch(3, vocab)
+    ops = choice.namespace(backend, s)
+    inputs, settings = checked(s, t, y, divergence=divergence, temperature=2.0, z_loss=0.01)
+    table = ops.stats(s, *inputs, *settings)[1]
+    linear = ["level", "slope", "teacher", "soft", "hard", "label", "uniform"]
+    columns = [Coefficients._fields.index(name) for name in linear]
+
+    def gradient(change: Tensor) -> Tensor:
+        changed = table.clone()
+        changed[:, columns] = change
+        return ops.grad(s, changed, torch.ones(3), *inputs, *settings)
+
+    a, b = torch.randn(2, 3, len(columns))
+    expected = 2 * gradient(a) - 0.5 * gradient(b)
+    torch.testing.assert_close(gradient(2 * a - 0.5 * b), expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(gradient(a), gradient(b), rtol=1e-2, atol=1e-4)
