@@ -117,7 +117,8 @@ template <class D, class V, class N>
 KDFAST_HD inline RowLoss<V> finish(const Sums<V>& x, const RowTerms<V, N>& r, Coefficients<V>& c) {
   const V nan = V{} + (N)NAN;
   RowLoss<V> out{V{}, nan, nan};
-  c = Coefficients<V>{x.student_offset, x.student_total, x.teacher_offset, x.teacher_total, x.hard_offset, x.hard_total};
+  c = Coefficients<V>{x.student_offset, x.student_total, x.teacher_offset,
+                      x.teacher_total,  x.hard_offset,   x.hard_total};
   c.student_unit = r.unit;
   c.teacher_unit = V{} + 1;
   if constexpr (D::kPointwise || D::kTeacher || D::kStudent) {
@@ -145,7 +146,8 @@ KDFAST_HD inline RowLoss<V> finish(const Sums<V>& x, const RowTerms<V, N>& r, Co
     if constexpr (D::kStudent) {
       const N share = D::student_share(r.beta);
       if (share != 0) {
-        const V part = (x.over_student / x.student_total + D::over_student(V{} + 1, above)) * (share * (N)kLn2);
+        const V part =
+            (x.over_student / x.student_total + D::over_student(V{} + 1, above)) * (share * (N)kLn2);
         divergence += part;
         psi += part;
       }
@@ -187,7 +189,7 @@ struct Scales {
 };
 template <class V>
 KDFAST_HD inline Scales<V> scales_of(const Coefficients<V>& c) {
-  return {c.student_offset,    c.teacher_offset,    c.hard_offset,          1 / c.student_total,
+  return {c.student_offset,    c.teacher_offset, c.hard_offset,          1 / c.student_total,
           1 / c.teacher_total, 1 / c.hard_total, -log2(c.student_total), -log2(c.teacher_total)};
 }
 
@@ -202,8 +204,10 @@ struct PerExp {
 template <class N, class V>  // N: the number that V is or is made of
 KDFAST_HD inline PerExp<V> per_exp(const Coefficients<V>& c, const Scales<V>& x) {
   const V slope = c.slope * x.to_q * (N)kLn2;
-  const V level = c.level * x.to_q + masked(slope, x.log_to_q - x.log_to_p);  // no slope: there may be no exps
-  return {level, slope, c.teacher * x.to_p, c.soft, c.psi_sum, x.to_q, x.to_p, masked(c.hard, x.to_q1), c.uniform};
+  const V level =
+      c.level * x.to_q + masked(slope, x.log_to_q - x.log_to_p);  // no slope: there may be no exps
+  return {level,  slope,  c.teacher * x.to_p,      c.soft,   c.psi_sum,
+          x.to_q, x.to_p, masked(c.hard, x.to_q1), c.uniform};
 }
 
 }  // namespace

@@ -128,7 +128,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "sums": _bundled(lambda student, inputs, settings: _new_table(student, len(Sums._fields))),
     "pointwise_sums": _bundled(lambda student, sums, inputs, settings: _new_table(student, len(Sums._fields))),
     "finish": _bundled(
-        lambda student, sums, inputs, settings: (sums.new_empty(sums.shape[:1]), _new_table(student, len(Coefficients._fields)))
+        lambda student, sums, inputs, settings: (
+            sums.new_empty(sums.shape[:1]),
+            _new_table(student, len(Coefficients._fields)),
+        )
     ),
     "grad": _bundled(lambda student, stats, grad_loss, inputs, settings: _new_grad(student)),
     "grad_": _bundled(lambda student, stats, grad_loss, inputs, settings: None),

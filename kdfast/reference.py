@@ -292,23 +292,35 @@ def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, 
     return loss, table, metrics(student, inputs, settings)
 
 
+def _matrix(x: Tensor) -> Tensor:
+    """(..., V) as (rows, V)."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def _flat(inputs: Inputs) -> Inputs:
     """Each (rows,), the teachers (rows, V)."""
-    teachers = [t.reshape(-1, t.shape[-1]) for t in inputs.teachers]
-    return Inputs(teachers, *(x if x is None or x.dim() == 0 else x.flatten() for x in inputs[1:]))
+    return Inputs(
+        [_matrix(t) for t in inputs.teachers], *(x if x is None or x.dim() == 0 else x.flatten() for x in inputs[1:])
+    )
 
 
 def _exponents(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[_Rows, Tensor, Tensor | None]:
     """The rows, flattened, and the exponents to base 2 of q and p, each (rows, V), before any offset; p's are log2 p
-    where it is given, or a mixture."""
+    where it is given, or a mixture. In fp64: an offset may be large, and nothing fuses its subtraction."""
     inputs = _flat(inputs)
-    rows = _rows(student.reshape(-1, student.shape[-1]), inputs, settings)
+    rows = _rows(_matrix(student), inputs, settings)
+    rows = rows._replace(s=rows.s.double(), teachers=[t.double() for t in rows.teachers])
     z = _student_z(rows, inputs, settings)[1] / LN2
     if not rows.teachers:
         return rows, z, None
     at = _column(inputs.teacher_temperatures, settings.teacher_temperature, rows.s)
     _, log_p, p_z = teacher_distribution(rows.teachers, at, settings)
     return rows, z, (p_z if row_math.is_softmaxed(inputs, settings) else log_p) / LN2
+
+
+def _offset(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest exponent of a row, (rows, 1), as a table of this dtype has it."""
+    return y.amax(-1, keepdim=True).to(dtype).to(y.dtype)
 
 
 def _here(rows: _Rows) -> Tensor:
@@ -320,7 +332,8 @@ def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """row_math.Sums of the classes that are here, (rows, columns), phi and psi not among them."""
     rows, y_s, y_t = _exponents(student, inputs, settings)
     y_1, nothing = rows.s / LN2, rows.s.new_zeros(len(rows.s))
-    so, ho = (y.amax(-1, keepdim=True) for y in (y_s, y_1))
+    dtype = loss_dtype(student)
+    so, ho = (_offset(y, dtype) for y in (y_s, y_1))
     log_q, log_e = (y - torch.where(offset == -math.inf, 0, offset) for y, offset in ((y_s, so), (y_1, ho)))
     x = Sums(*[nothing] * len(Sums._fields))
     x = x._replace(
@@ -331,7 +344,7 @@ def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     if rows.labels is not None:
         x = x._replace(label=torch.where(_here(rows), log_e, -math.inf).amax(-1))
     if y_t is not None:
-        to = y_t.amax(-1, keepdim=True) if row_math.is_softmaxed(inputs, settings) else torch.zeros_like(so)
+        to = _offset(y_t, dtype) if row_math.is_softmaxed(inputs, settings) else torch.zeros_like(so)
         log_p = y_t - torch.where(to == -math.inf, 0, to)
         p, above = torch.exp2(log_p), log_q - log_p
         x = x._replace(teacher_offset=to.squeeze(-1), teacher_total=p.sum(-1))
@@ -340,7 +353,7 @@ def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
                 over_teacher=over_teacher(p, log_q, above, settings).sum(-1),
                 over_student=times(torch.exp2(log_q), above).sum(-1),
             )
-    return torch.stack(x, -1)
+    return torch.stack(x, -1).to(dtype)
 
 
 def _pair(x: Any, y_s: Tensor, y_t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -355,15 +368,15 @@ def _pair(x: Any, y_s: Tensor, y_t: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 def pointwise_sums(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """Sums of all shards with phi and psi of the classes that are here."""
     rows, y_s, y_t = _exponents(student, inputs, settings)
-    if y_t is None or row_math.shares(settings) is not None:
-        return sums
-    x = Sums(*sums.unbind(-1))
+    if y_t is None or row_math.shares(settings) is not None or settings.divergence in OTHERS:
+        return sums.clone()
+    x = Sums(*sums.double().unbind(-1))
     if not row_math.is_softmaxed(inputs, settings):
         x = x._replace(teacher_total=torch.exp2(-x.teacher_offset))
     p, q, log_p, log_q = pair = _pair(x, y_s, y_t)
     phi, psi = (f(*pair, settings.beta) for f in DIVERGENCES[settings.divergence][:2])
     phi = phi - row_math.first_order(settings) * (p - q)
-    return torch.cat([sums[:, :-2], phi.sum(-1, keepdim=True), psi.sum(-1, keepdim=True)], -1)
+    return torch.cat([sums[:, :-2], torch.stack((phi.sum(-1), psi.sum(-1)), -1).to(sums.dtype)], -1)
 
 
 def finish(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -378,11 +391,11 @@ def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, sett
     check_values(student, inputs, settings)
     student = student.detach()
     rows, y_s, y_t = _exponents(student, inputs, settings)
-    c = Coefficients(*(column.unsqueeze(-1) for column in stats.unbind(-1)))
+    c = Coefficients(*(column.unsqueeze(-1) for column in stats.double().unbind(-1)))
     q1 = torch.exp2(rows.s / LN2 - torch.where(c.hard_offset == -math.inf, 0, c.hard_offset)) / c.hard_total
     g = times(c.hard + torch.zeros_like(q1), q1) - c.uniform
     if y_t is not None and settings.alpha:
-        p, q, log_p, log_q = pair = _pair(Coefficients(*stats.unbind(-1)), y_s, y_t)
+        p, q, log_p, log_q = pair = _pair(Coefficients(*stats.double().unbind(-1)), y_s, y_t)
         if row_math.shares(settings) is None:
             g = g + c.soft * (DIVERGENCES[settings.divergence].psi(*pair, settings.beta) - q * c.psi_sum)
         else:
@@ -391,10 +404,12 @@ def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, sett
         g = g - torch.where(_here(rows), c.label, 0)
     if settings.softcap:
         g = g * torch.where(rows.s == -math.inf, 0, 1 - (rows.s / settings.softcap).square())
-    factor = grad_loss.to(g.dtype) / denominator(student, inputs, settings) if settings.reduction != "none" else grad_loss
-    g = torch.where(rows.keep.unsqueeze(-1), g * factor.to(g.dtype).expand(student.shape[:-1]).reshape(-1, 1), 0)
+    factor = (
+        grad_loss.to(g.dtype) / denominator(student, inputs, settings) if settings.reduction != "none" else grad_loss
+    )
+    g = torch.where(rows.keep.unsqueeze(-1), g * factor.to(g.dtype).expand(student.shape[:-1]).reshape(len(g), 1), 0)
     out = torch.zeros_like(student, memory_format=torch.contiguous_format)
-    out[..., : g.shape[-1]] = g.view(*student.shape[:-1], -1).to(student.dtype)
+    out[..., : g.shape[-1]] = g.view(*student.shape[:-1], g.shape[-1]).to(student.dtype)
     return out
 
 

@@ -40,10 +40,10 @@ class Sums(NamedTuple):
 class Coefficients(NamedTuple):
     """What the gradient is a function of beside the logits, each (rows,): the columns of what `stats` returns.
 
-        q = Q / student_total        p = P / teacher_total        q1 = E / hard_total
+    q = Q / student_total        p = P / teacher_total        q1 = E / hard_total
 
-        q (level + slope ln(q / p)) - teacher p + hard q1 - uniform - [i = y] label         of a linear divergence
-        soft (psi(p, q) - q psi_sum) + hard q1 - uniform - [i = y] label                    of the others
+    q (level + slope ln(q / p)) - teacher p + hard q1 - uniform - [i = y] label         of a linear divergence
+    soft (psi(p, q) - q psi_sum) + hard q1 - uniform - [i = y] label                    of the others
     """
 
     student_offset: Any
@@ -147,14 +147,19 @@ def finish(sums: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Te
     weights = row_weights(inputs, settings)
     weight = nothing + 1 if weights is None else weights.flatten().to(nothing.dtype)
     c = Coefficients(*[nothing] * len(Coefficients._fields))
-    c = c._replace(**{name: getattr(x, name) for name in Coefficients._fields if name in Sums._fields and name != "label"})
+    c = c._replace(
+        **{name: getattr(x, name) for name in Coefficients._fields if name in Sums._fields and name != "label"}
+    )
     c = c._replace(student_unit=nothing + 1, teacher_unit=nothing + 1)
     loss = nothing
     if inputs.teachers and settings.alpha:
         softmaxed = is_softmaxed(inputs, settings)
         total = x.teacher_total if softmaxed else torch.exp2(-x.teacher_offset)
         log_q, log_p = -x.student_total.log2(), -x.teacher_total.log2() if softmaxed else x.teacher_offset
-        mass, factor = x.teacher_total / total, settings.alpha * (temperature if settings.t_squared else 1 / temperature)
+        mass, factor = (
+            x.teacher_total / total,
+            settings.alpha * (temperature if settings.t_squared else 1 / temperature),
+        )
         parts = shares(settings)
         c = c._replace(teacher_total=total)
         if parts is None:

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraph
 import kdfast
 from kdfast.arguments import Heads, Inputs, Settings
 from kdfast.choice import namespace
+from kdfast.row_math import Sums
 from kdfast.ops import SCHEMAS
 from kdfast.options import check_inputs, check_settings
 
@@ -216,6 +217,7 @@ def check_operator(name: str, backend: str | None, kind: str, *checks: str) -> N
     if "loss_grad" in name and settings.reduction == "none":
         settings = settings._replace(reduction="sum")  # these are for scalar losses
     loss, stats, _ = ops.stats(s, *inputs, *settings)
+    sums = s.new_ones(s.shape[:-1].numel(), len(Sums._fields), dtype=loss.dtype)
     heads, their_inputs = heads_for(s, inputs, of_teacher=kind in ("mean", "every option and metrics"))
     if name == "linear_grad":
         settings = settings._replace(reduction="none")
@@ -226,6 +228,8 @@ def check_operator(name: str, backend: str | None, kind: str, *checks: str) -> N
         "scale_": (s, torch.tensor(0.5)),
         "tempered_softmax": (s, inputs.temperatures, 2.0, inputs.row_weight is None, torch.float32),
         "tempered_softmax_backward": (s, s.float(), inputs.temperatures, 2.0, inputs.row_weight is None, s.dtype),
+        "pointwise_sums": (s, sums, *inputs, *settings),
+        "finish": (s, sums, *inputs, *settings),
         "grad": (s, stats, torch.ones_like(loss), *inputs, *settings),
         "grad_": (s, stats, torch.ones_like(loss), *inputs, *settings),
     }.get(name, (s, *inputs, *settings))

@@ -76,9 +76,6 @@ def test_shards_have_the_loss_and_gradient_of_the_whole(
     truth.judge_gradient("gradient of shards", gradient, factor.double())
 
 
-
-
-
 # A row of the table is a call's sums, in base 2: of the student, of the teacher, of the hard term, and what goes with it.
 TABLE = {
     "usual": {},

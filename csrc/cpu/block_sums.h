@@ -44,9 +44,9 @@ KD_INLINE void prefetch(const S* p, bool near) {
 
 // Pass A over one block. The exps go to the scratch where kKeep.
 template <class P, bool kKeep>
-KD_NOINLINE Sums<double> block_sums(const typename P::S* s, const typename P::T* t, int n, const RowScale& scale,
-                                double student_offset, double teacher_offset, Scratch<typename P::C> keep,
-                                bool near) {
+KD_NOINLINE Sums<double> block_sums(const typename P::S* s, const typename P::T* t, int n,
+                                    const RowScale& scale, double student_offset, double teacher_offset,
+                                    Scratch<typename P::C> keep, bool near) {
   using V = typename P::V;
   const double of_hard = hard_offset<P>(scale, student_offset);
   const Exponents<P> exponents(scale, student_offset, teacher_offset, of_hard);
@@ -94,16 +94,8 @@ KD_NOINLINE Sums<double> block_sums(const typename P::S* s, const typename P::T*
     if (i / P::kStep % 8 == 7) flush();
   }
   flush();
-  return {student_offset,
-          sum(total.student),
-          teacher_offset,
-          sum(total.teacher),
-          of_hard,
-          sum(total.hard),
-          sum(total.over_teacher),
-          sum(total.over_student),
-          -kInfinity,
-          0,
+  return {student_offset,  sum(total.student),      teacher_offset,          sum(total.teacher), of_hard,
+          sum(total.hard), sum(total.over_teacher), sum(total.over_student), -kInfinity,         0,
           (double)n};
 }
 

@@ -16,8 +16,8 @@ struct Measures {
 
 // Of a block whose exps are in the scratch; its sums are pass A's.
 template <class S, class T, bool kTeacher, bool kProbs>
-KD_NOINLINE Measures block_measures(const S* s, const T* t, int n, const RowScale& scale, const Sums<double>& x,
-                                    Scratch<Compute<S>> kept) {
+KD_NOINLINE Measures block_measures(const S* s, const T* t, int n, const RowScale& scale,
+                                    const Sums<double>& x, Scratch<Compute<S>> kept) {
   using C = Compute<S>;
   using V = typename Types<C>::V;
   constexpr int kLanes = Types<C>::kLanes, kStep = 2 * kLanes;

@@ -28,7 +28,8 @@ KD_NOINLINE Scales<double> at_offsets(Scales<double> x, const RowScale& scale, c
   if (block.teacher_offset != x.teacher_offset) x.to_p = scaled(x.to_p, dt), x.log_to_p += dt;
   if ((typename P::C)of_hard != (typename P::C)x.hard_offset)  // which a table may have rounded
     x.to_q1 = scaled(x.to_q1, of_hard - x.hard_offset);
-  return {block.student_offset, block.teacher_offset, of_hard, x.to_q, x.to_p, x.to_q1, x.log_to_q, x.log_to_p};
+  return {
+      block.student_offset, block.teacher_offset, of_hard, x.to_q, x.to_p, x.to_q1, x.log_to_q, x.log_to_p};
 }
 
 template <class C>
@@ -180,7 +181,8 @@ KD_NOINLINE void keep_psi(const LossArgs& a, const Row<P>& r, int64_t begin, int
 
 // How exps become probabilities before the coefficients are known.
 KD_INLINE Scales<double> scales_of(const LossArgs& a, const Sums<double>& x) {
-  Coefficients<double> c{x.student_offset, x.student_total, x.teacher_offset, x.teacher_total, x.hard_offset, 1};
+  Coefficients<double> c{x.student_offset, x.student_total, x.teacher_offset,
+                         x.teacher_total,  x.hard_offset,   1};
   if (!teacher_is_softmaxed(a)) c.teacher_total = std::exp2(-x.teacher_offset);
   return scales_of(c);
 }

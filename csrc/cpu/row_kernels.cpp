@@ -196,8 +196,8 @@ struct Kernels {
     if constexpr (P::kOwn ? P::kSoft : P::kMSE) {
       if (a.standardize) {
         pass_a_and_b<true>(a, row, r, x);
-        return add_tilt<P>(a, r, a.vocab, x.scale, x.moments, label_of<P>(a, row, r, 0, a.vocab), x.soft_at_label,
-                           x.coefficients);
+        return add_tilt<P>(a, r, a.vocab, x.scale, x.moments, label_of<P>(a, row, r, 0, a.vocab),
+                           x.soft_at_label, x.coefficients);
       }
     }
     pass_a_and_b<kKeep>(a, row, r, x);
@@ -355,10 +355,10 @@ void with_divergence(const LossArgs& a, F f) {
 struct Elsewhere {};
 template <>
 struct Kernels<Elsewhere> {
-#define KDFAST_ELSEWHERE(kernel)                 \
-  template <class... Args>                       \
-  static void kernel(const Args&... args) {      \
-    row_kernels_avx512().kernel(args...);        \
+#define KDFAST_ELSEWHERE(kernel)            \
+  template <class... Args>                  \
+  static void kernel(const Args&... args) { \
+    row_kernels_avx512().kernel(args...);   \
   }
   KDFAST_ELSEWHERE(loss_grad)
   KDFAST_ELSEWHERE(losses)
@@ -394,12 +394,15 @@ void with_spec(const LossArgs& a, F f) {
 
 #define KDFAST_JOIN(a, b) a##b
 #define KDFAST_EXPORT(isa) KDFAST_JOIN(row_kernels_, isa)
-#define KDFAST_KERNEL(kernel) \
-  [](const LossArgs& a, auto... args) { with_spec(a, [&](auto p) { Kernels<decltype(p)>::kernel(a, args...); }); }
+#define KDFAST_KERNEL(kernel)                                                \
+  [](const LossArgs& a, auto... args) {                                      \
+    with_spec(a, [&](auto p) { Kernels<decltype(p)>::kernel(a, args...); }); \
+  }
 const RowKernels& KDFAST_EXPORT(KDFAST_ISA)() {
   static const RowKernels kernels = {
       KDFAST_KERNEL(loss_grad), KDFAST_KERNEL(losses), KDFAST_KERNEL(sums), KDFAST_KERNEL(pointwise_sums),
-      KDFAST_KERNEL(merge), KDFAST_KERNEL(finish),    KDFAST_KERNEL(grad),   softmax,             softmax_backward};
+      KDFAST_KERNEL(merge),     KDFAST_KERNEL(finish), KDFAST_KERNEL(grad), softmax,
+      softmax_backward};
   return kernels;
 }
 

@@ -35,9 +35,9 @@ struct LossArgs {
 
   double* losses;       // (rows)
   RowMetrics* metrics;  // (rows) or null
-  double* sums;         // (rows * segments, kSums): Sums<double> of rows, or of segments of split ones; or null
-  float* table;         // (rows, kCoefficients), Coefficients: out of `losses` or `finish`, into `grad`;
-  double* wide_table;   // the other is null, or both
+  double* sums;  // (rows * segments, kSums): Sums<double> of rows, or of segments of split ones; or null
+  float* table;  // (rows, kCoefficients), Coefficients: out of `losses` or `finish`, into `grad`;
+  double* wide_table;  // the other is null, or both
   // the gradient of row r is scale * (row_scale ? row_scale[r] : 1) * dl_r/ds
   double scale;
   const double* row_scale;

@@ -145,9 +145,9 @@ KD_NOINLINE double finish_dkd(const LossArgs& a, const Sums<double>& x, double y
 
 // The row's loss, and what pass C needs, from the sums of all of its classes.
 template <class P>
-KD_NOINLINE RowLoss<double> finish_row(const LossArgs& a, int64_t row, const Sums<double>& x, const RowScale& scale,
-                               const Label& label, Coefficients<double>& c,
-                               double& soft_at_label) {
+KD_NOINLINE RowLoss<double> finish_row(const LossArgs& a, int64_t row, const Sums<double>& x,
+                                       const RowScale& scale, const Label& label, Coefficients<double>& c,
+                                       double& soft_at_label) {
   const RowTerms<double, double> terms = terms_of<typename P::C>(a, row, x, scale);
   const double n = x.classes, t = scale.temperature;
   RowLoss<double> out{};

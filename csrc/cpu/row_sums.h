@@ -39,8 +39,8 @@ KD_NOINLINE const X* leave_out(const X* x, int n, int without, bool probs) {
 // Pass A over n classes of a row; blocks[i] gets the i-th block's offsets.
 template <class P, bool kKeep>
 KD_NOINLINE Sums<double> row_sums(const typename P::S* row_s, const typename P::T* row_t, int64_t n,
-                              const RowScale& scale, Scratch<typename P::C> keep, Block<P>* blocks,
-                              const Wanted& wanted = {}) {
+                                  const RowScale& scale, Scratch<typename P::C> keep, Block<P>* blocks,
+                                  const Wanted& wanted = {}) {
   const bool near = sizeof(typename P::S) == 2 || n > kFitsL2;
   typename P::C about = wanted.logits ? load_one(row_s) : 0;
   if (!std::isfinite(about)) about = 0;
