@@ -14,9 +14,9 @@ from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraph
 import kdfast
 from kdfast.arguments import Heads, Inputs, Settings
 from kdfast.choice import namespace
-from kdfast.row_math import Sums
 from kdfast.ops import SCHEMAS
 from kdfast.options import check_inputs, check_settings
+from kdfast.row_math import Sums
 
 pytestmark = pytest.mark.filterwarnings("ignore:kdfast")
 

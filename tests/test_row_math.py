@@ -8,7 +8,6 @@ from cases import BF16, F32, batch, name
 from judge import truth_of
 from torch import Tensor
 
-
 from kdfast import choice, row_math
 from kdfast.arguments import ELSEWHERE, Inputs, Settings
 from kdfast.divergences import DIVERGENCES
@@ -76,7 +75,7 @@ def test_shards_have_the_loss_and_gradient_of_the_whole(
     truth.judge_gradient("gradient of shards", gradient, factor.double())
 
 
-# A row of the table is a call's sums, in base 2: of the student, of the teacher, of the hard term, and what goes with it.
+# Each is the usual row, but for what it names: sums of a row, in base 2, and its weight.
 TABLE = {
     "usual": {},
     "dropped by its weight": {"weight": 0.0},
