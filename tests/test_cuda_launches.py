@@ -5,10 +5,15 @@ from typing import Any
 import emulated
 import pytest
 import torch
-from cases import BF16, F32
+from calls import LAYOUTS, NOT_IN_CUDA, call
+from cases import BF16, F32, batch
+from judge import judge
 from linear_cases import Case, check
 
 import kdfast
+from kdfast.gpu_choice import of_gpu
+from kdfast.losses import KDLoss
+from kdfast.options import check_settings
 
 pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
 
@@ -49,3 +54,41 @@ def test_the_linear_losses_take_the_cuda_kernels_for_their_chunks() -> None:
     with emulated.kernels() as reports:
         check(case, case.labels, chunk_rows=4, **SETTINGS)
     assert sum("rows" in report.launched[0] for report in reports) == 2
+
+
+BEYOND = [(axis, value) for axis, values in NOT_IN_CUDA.items() for value in values]
+
+
+@pytest.mark.parametrize(("axis", "value"), BEYOND, ids=[value for _, value in BEYOND])
+def test_what_they_have_not_is_an_error_that_names_it_and_goes_to_triton(axis: str, value: str) -> None:
+    arguments, settings = call(**{axis: value, "shape": "3x16", "output": "metrics"}).arguments()
+    checked = check_settings(dict(KDLoss.defaults) | settings | {"row_weight": None, "normalizer": None}, True)
+    teachers = arguments[1] if isinstance(arguments[1], list) else arguments[1:2]
+    assert of_gpu(("cuda", "triton"), "loss_grad", arguments[0], teachers, checked) == "triton"
+    assert of_gpu(("cuda",), "loss_grad", arguments[0], teachers, checked) == "reference"
+    what = {
+        "divergence": "divergence='dkd'",
+        "dtypes": "float64|a teacher of another dtype than student_logits",
+        "teacher": "several teachers|target='probs' and 'log_probs'|a teacher of another dtype than student_logits",
+        "option": "softcap|teacher_softcap|standardize",
+    }[axis]
+    advice = 'use backend="triton", or None, which chooses by call'
+    for late in ({}, {"reduction": "none"}):
+        with (
+            emulated.kernels(),
+            pytest.raises(ValueError, match=f"^backend: 'cuda' has no kernel for ({what}); {advice}"),
+        ):
+            kdfast.kd_loss(*arguments, **settings | late | {"backend": "cuda"})
+    with emulated.kernels(), pytest.raises(ValueError, match=f"^backend: 'cuda' has no kernel for ({what}); {advice}"):
+        kdfast.kd_loss(arguments[0].requires_grad_(), *arguments[1:], **settings | {"backend": "cuda"})
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_tensors_that_lie_differently_are_copied_where_cuda_is_asked_for_by_name(inplace: bool) -> None:
+    """The table sends them to Triton, which reads them as they lie: the copies cost 4 bytes a logit."""
+    for layout in ("padded rows", "odd padding", "offset by one", "every second class"):
+        for moved in ((layout, "contiguous"), ("contiguous", layout), (layout, layout)):
+            student, teacher, labels = batch(3, 2049, BF16)
+            student, teacher = (LAYOUTS[name](x) for name, x in zip(moved, (student, teacher), strict=True))
+            with emulated.kernels():
+                judge(student, teacher, labels, inplace=inplace, **SETTINGS)

@@ -70,7 +70,7 @@ __device__ inline void store_in_block(float* place, int rank, float x) {
 template <int kCount>
 struct Lines {
   float of_warp[kCount][kMostWarps];
-  float of_block[kMostBlocks][kCount];  // written by a block at a time
+  float of_block[kMostBlocks][kCount | 1];  // written by a block at a time; odd, against bank conflicts
 };
 
 // ---- teams: what shares a row ----
@@ -86,6 +86,7 @@ struct WarpTeam {
   }
   __device__ int64_t rows_at_once() const { return (int64_t)gridDim.x * (blockDim.x >> 5); }
   __device__ bool leading_warp() const { return true; }
+  __device__ bool leads() const { return thread() == 0; }
   __device__ void meet() const { __syncwarp(); }
   template <class N, class F>
   __device__ N numbers(N&, F read) const {

@@ -4,14 +4,13 @@
 // that every logit is read once; or one block goes over it in sweeps, each from the end where the one before
 // it stopped, for the last classes read are those that the caches still hold.
 //
-// S is the type of all logits, and student, teacher and gradient lie alike: the vectors of one are those of
-// the others. What else a call may ask for is general_rows.cuh's.
+// S is the type of all logits, and student and teacher lie alike: the vectors of one are those of the other.
 //
 // A row's classes before the first multiple of 32 bytes, and those after the last whole vector, are "ends":
 // of one thread each, of the first block.
 #pragma once
 
-#include "row_passes.cuh"
+#include "measures.cuh"
 
 namespace kdfast {
 namespace {
@@ -35,7 +34,7 @@ struct RowOf {
 struct RowNumbers {
   int64_t label;
   float weight, temperature, teacher_temperature, share, factor;
-  float label_s, shift;  // of a row that is not general
+  float label_s, first_s, first_t;
 };
 
 __device__ inline float weight_of(const RowsArgs& a, int64_t index) {
@@ -54,7 +53,6 @@ __device__ inline float weight_of(const RowsArgs& a, int64_t index) {
 
 template <class S, class D>
 __device__ inline RowNumbers numbers_of(const RowsArgs& a, int64_t index) {
-  using Stats = Statistics<D, kGeneral<S>>;
   RowNumbers x{};
   if (a.labels) x.label = a.labels[index];
   x.weight = weight_of(a, index);
@@ -64,11 +62,10 @@ __device__ inline RowNumbers numbers_of(const RowsArgs& a, int64_t index) {
   if (a.divisor) x.share *= *a.divisor == 0 ? 0 : 1 / *a.divisor;
   x.factor = x.share;
   if (a.row_scale) x.factor *= a.row_scale[index * a.row_scale_step];
-  if constexpr (!kGeneral<S>) {  // whose label's logit is to be prepared
-    const S* student = row_at<const S>(a.student, index);
-    if (a.labels && x.label >= 0 && x.label < a.vocab && x.weight != 0) x.label_s = widened(student[x.label]);
-    if (Stats::kMSE) x.shift = widened(student[0]) - widened(row_at<const S>(a.teachers[0], index)[0]);
-  }
+  const S* student = row_at<const S>(a.student, index);
+  if (a.labels && x.label >= 0 && x.label < a.vocab && x.weight != 0) x.label_s = widened(student[x.label]);
+  if (Statistics<D>::kMSE || a.label_smoothing != 0) x.first_s = widened(student[0]);
+  if (Statistics<D>::kMSE) x.first_t = widened(row_at<const S>(a.teacher, index)[0]);
   return x;
 }
 
@@ -80,17 +77,18 @@ __device__ inline RowOf row_of(const RowsArgs& a, int64_t index, const RowNumber
   const bool inside = x.label >= 0 && x.label < a.vocab;
   r.bad = r.kept && a.labels && !inside;
   r.n = r.kept ? a.vocab : 0;
-  r.scale = {
-      kLog2E / x.temperature, kLog2E / x.teacher_temperature, x.temperature, a.beta, x.temperature, x.shift};
+  r.scale = {kLog2E / x.temperature, kLog2E / x.teacher_temperature, x.temperature, a.beta};
+  r.scale.shift = x.first_s - x.first_t;
+  r.scale.smoothed = a.label_smoothing != 0;
+  r.scale.first = x.first_s == -kInf ? 0 : x.first_s;
   r.scale.label = a.labels && r.kept && inside ? (int)x.label : -1;
-  r.scale.inverse = 1;
   r.factor = r.bad ? nanf("") : x.factor;
   return r;
 }
 
 // A row's loss and statistics, by the lanes of the leading warp.
-template <class D, bool G>
-__device__ inline void write_row(const RowsArgs& a, const RowOf& r, const Statistics<D, G>& statistics,
+template <class D>
+__device__ inline void write_row(const RowsArgs& a, const RowOf& r, const Statistics<D>& statistics,
                                  const PointwiseSums& sums, const Terms& terms) {
   const int lane = threadIdx.x & 31;
   if (a.losses && lane == 0) a.losses[r.index] = r.kept ? (r.bad ? nanf("") : r.share * terms.loss) : 0;
@@ -105,15 +103,13 @@ __device__ inline void write_row(const RowsArgs& a, const RowOf& r, const Statis
 }
 
 // Zeros from class n on: padding, or a row that drops out. By the threads of all its blocks.
-template <class Team>
-__device__ inline void zero_from(void* row, DType dtype, int n, int width, const Team& team) {
+template <class S, class Team>
+__device__ inline void zero_from(S* row, int n, int width, const Team& team) {
   const int thread = team.rank() * team.threads() + team.thread(), threads = team.blocks() * team.threads();
-  const int bytes = (int)bytes_of(dtype), per_pack = 16 / bytes;
-  char* start = (char*)row + (int64_t)n * bytes;
-  const int head = head_of(start, bytes, width - n), packs = (width - n - head) / per_pack;
-  for (int i = thread; i < head; i += threads) set_element(start, dtype, i, 0);
-  for (int i = thread; i < packs; i += threads) __stcs((uint4*)(start + head * bytes) + i, uint4{0, 0, 0, 0});
-  for (int i = head + packs * per_pack + thread; i < width - n; i += threads) set_element(start, dtype, i, 0);
+  const int head = n + head_of(row + n, sizeof(S), width - n), packs = (width - head) / kVec<S>;
+  for (int i = n + thread; i < head; i += threads) row[i] = narrowed<S>(0);
+  for (int i = thread; i < packs; i += threads) __stcs((uint4*)(row + head) + i, uint4{0, 0, 0, 0});
+  for (int i = head + packs * kVec<S> + thread; i < width; i += threads) row[i] = narrowed<S>(0);
 }
 
 // ---- a team's part of a row: its packs, as they come from global memory by way of shared memory, where they
@@ -145,18 +141,21 @@ struct Packs : Part<Team> {
   using Part<Team>::head, Part<Team>::first, Part<Team>::count, Part<Team>::part, Part<Team>::end;
   const S *student, *teacher;
   S* grad;
+  bool by_vectors;  // whether the gradient's are those of the logits
   uint4 *kept_student, *kept_teacher;
 
   __device__ Packs(const Team& team, const RowsArgs& a, const RowOf& r, uint4* kept)
       : Part<Team>(team, row_at<const S>(a.student, r.index), sizeof(S), kN, r.n),
         student(row_at<const S>(a.student, r.index)),
-        teacher(a.n_teachers ? row_at<const S>(a.teachers[0], r.index) : nullptr),
+        teacher(a.teacher.data ? row_at<const S>(a.teacher, r.index) : nullptr),
         grad(a.grad.data ? row_at<S>(a.grad, r.index) : nullptr),
+        by_vectors(((uintptr_t)grad - (uintptr_t)student) % 16 == 0),
         kept_student(kept),
         kept_teacher(kept + part) {}
 
-  // f(first class, student's, teacher's) for the thread's packs. sweep: which one this is.
-  template <class F>
+  // f(first class, student's, teacher's) for the thread's packs. sweep: how many were before this one;
+  // kFirst: none.
+  template <bool kFirst, class F>
   __device__ void each(const Team& team, int sweep, F f) const {
     const int threads = team.threads(), thread = team.thread();
     const uint4 *s = (const uint4*)(student + head) + first,
@@ -164,11 +163,9 @@ struct Packs : Part<Team> {
     auto call = [&](int i, uint4 a, uint4 b) {
       f(head + (first + i) * kN, widened<S>(a).x, widened<S>(b).x);
     };
-    if constexpr (kKeep) {
-      if (sweep > 0) {
-        for (int i = thread; i < count; i += threads) call(i, kept_student[i], kept_teacher[i]);
-        return;
-      }
+    if constexpr (kKeep && !kFirst) {
+      for (int i = thread; i < count; i += threads) call(i, kept_student[i], kept_teacher[i]);
+    } else if constexpr (kKeep) {
       int next = thread;
       auto fetch = [&] {
         if (next < count) {
@@ -197,14 +194,22 @@ struct Packs : Part<Team> {
     s[0] = widened(student[end]);
     if (teacher) t[0] = widened(teacher[end]);
   }
-  __device__ void store(int at, const Wide<S>& g) const { __stcs((uint4*)(grad + at), narrowed_pack<S>(g)); }
+  __device__ void store(int at, const Wide<S>& g) const {
+    if (by_vectors) {
+      __stcs((uint4*)(grad + at), narrowed_pack<S>(g));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kN; ++i) grad[at + i] = narrowed<S>(g.x[i]);
+    }
+  }
   __device__ void store_end(float g) const { grad[end] = narrowed<S>(g); }
 };
 
 // What all blocks' threads share beside the kept logits.
 struct Shared {
-  Lines<kStats> statistics;
+  Lines<8> statistics;
   Lines<PointwiseSums::kCount> sums;
+  Lines<7> measures;
   RowNumbers row;
 };
 
@@ -218,7 +223,7 @@ __device__ inline void rows_of_team(const RowsArgs& a, uint4* kept, Shared& shar
     float s_end[1] = {-kInf}, t_end[1] = {-kInf};
     if (packs.end >= 0) packs.load_end(s_end, t_end);
 
-    Statistics<D, false> statistics = Statistics<D, false>::nothing();
+    Statistics<D> statistics = Statistics<D>::nothing();
     PointwiseSums sums{};
     int sweep = 0;
     const float* known = kKeep || !a.stats ? nullptr : a.stats + index * kStats;
@@ -227,30 +232,40 @@ __device__ inline void rows_of_team(const RowsArgs& a, uint4* kept, Shared& shar
       for (int i = 0; i < kStats; ++i) statistics.value[i] = known[i];
       if (D::kPointwise) sums.value[1] = known[kOverStudent];
     } else {
-      packs.each(team, sweep++,
-                 [&](int at, const auto& s, const auto& t) { statistics.add(s, t, at, true, r.scale); });
-      statistics.add(s_end, t_end, packs.end, packs.end >= 0, r.scale);
+      packs.template each<true>(
+          team, sweep++, [&](int, const auto& s, const auto& t) { statistics.add(s, t, true, r.scale); });
+      statistics.add(s_end, t_end, packs.end >= 0, r.scale);
       statistics = team.join(statistics, shared.statistics, r.scale);
     }
-    const Scales scales = scales_of(statistics, r.scale);
+    const Scales scales = scales_of(statistics);
     if constexpr (D::kPointwise) {
       if (!known) {
-        packs.each(team, sweep++, [&](int, const auto& s, const auto& t) {
-          sums.template add<D, false>(s, t, scales, r.scale);
+        packs.template each<false>(team, sweep++, [&](int, const auto& s, const auto& t) {
+          sums.template add<D>(s, t, scales, r.scale);
         });
-        if (packs.end >= 0) sums.template add<D, false>(s_end, t_end, scales, r.scale);
+        if (packs.end >= 0) sums.template add<D>(s_end, t_end, scales, r.scale);
         sums = team.join(sums, shared.sums, r.scale);
       }
     }
 
-    const Terms terms = finish(statistics, sums, scales, numbers.label_s, 0, r.scale, a, r.factor);
+    const Terms terms = finish(statistics, sums, scales, numbers.label_s, r.scale, a, r.factor);
     if (team.leading_warp()) write_row(a, r, statistics, sums, terms);
+    if (a.metrics) {
+      Measures<D> measures = Measures<D>::nothing();
+      if constexpr (!Statistics<D>::kMSE) {  // whose others are of softmaxes: see call.h
+        packs.template each<false>(team, sweep++, [&](int at, const auto& s, const auto& t) {
+          measures.add(s, t, at, scales, r.scale);
+        });
+        if (packs.end >= 0) measures.add(s_end, t_end, packs.end, scales, r.scale);
+        measures = team.join(measures, shared.measures, r.scale);
+      }
+      if (team.leads()) measures.write(a, index, r.kept && !r.bad, r.scale.label, terms);
+    }
     if (packs.grad) {
-      packs.each(team, sweep, [&](int at, const auto& s, const auto& t) {
+      packs.template each<false>(team, sweep, [&](int at, const auto& s, const auto& t) {
         Wide<S> g;
 #pragma unroll
-        for (int i = 0; i < kVec<S>; ++i)
-          g.x[i] = gradient<D, false>(s[i], t[i], at + i, terms.c, scales, r.scale, 0);
+        for (int i = 0; i < kVec<S>; ++i) g.x[i] = gradient<D>(s[i], t[i], terms.c, scales, r.scale);
         if ((unsigned)(r.scale.label - at) < (unsigned)kVec<S>) {  // one pack of the row has the label
 #pragma unroll
           for (int i = 0; i < kVec<S>; ++i) g.x[i] -= at + i == r.scale.label ? terms.c.label : 0;
@@ -258,10 +273,10 @@ __device__ inline void rows_of_team(const RowsArgs& a, uint4* kept, Shared& shar
         packs.store(at, g);
       });
       if (packs.end >= 0) {
-        const float g = gradient<D, false>(s_end[0], t_end[0], packs.end, terms.c, scales, r.scale, 0);
+        const float g = gradient<D>(s_end[0], t_end[0], terms.c, scales, r.scale);
         packs.store_end(packs.end == r.scale.label ? g - terms.c.label : g);
       }
-      zero_from(packs.grad, a.grad.dtype, r.n, a.width, team);
+      zero_from(packs.grad, r.n, a.width, team);
     }
     team.meet();  // before the next row's statistics are written to the same lines
   }
