@@ -42,9 +42,8 @@ struct Matrix {
   }
 };
 
-// Numbers of a row in the table that `stats` writes and `grad` reads: on a CPU, and on a GPU.
+// Numbers of a row in the table that `stats` writes and `grad` reads, on a CPU.
 constexpr int kColumns = 18;
-constexpr int kStats = 7;
 
 // What return_metrics reports, in this order.
 struct RowMetrics {

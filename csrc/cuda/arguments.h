@@ -28,13 +28,14 @@ struct RowsArgs {
   const void* row_weight;  // 0: the row is not kept
   Number row_weight_type;
   const float *temperatures, *teacher_temperatures;
-  const float* row_scale;  // backward: row r's gradient is multiplied by row_scale[r * row_scale_step]
-  int row_scale_step;
   const float* divisor;  // 0-dim or null: of the sum of losses, beside `scale`; 0 where no row is kept
   float* losses;         // shares of the loss: row_weight * scale / divisor * l
   float* metrics;        // (kMetrics, rows)
-  float* new_stats;      // (rows, kStats), in the order of Statistics
-  const float* stats;    // the same: passes A and B are not taken again
+  float* new_table;      // (rows, kCoefficients)
+  // Backward, from that table and the logits alone: row r's gradient is multiplied by
+  // grad_loss[r * grad_loss_step].
+  const float *table, *grad_loss;
+  int grad_loss_step;
   float temperature, teacher_temperature;  // where there is none per row
   float alpha, hard_weight, z_loss, beta;
   float scale;

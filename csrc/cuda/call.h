@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "../row_math.h"
 #include "../tensors.h"
 #include "launch.h"
 
@@ -120,30 +121,31 @@ class Call {
 
   // ---- the launches ----
 
-  // Shares of the loss and, where it has a place, the gradient; metrics; statistics.
-  Tensor run(float* new_stats = nullptr) {
+  // Shares of the loss and, where it has a place, the gradient; metrics; the table of coefficients.
+  Tensor run(float* new_table = nullptr) {
     const Tensor losses = new_floats({args_.rows});
     if (args_.rows) {
       measure_softmaxes();
       args_.losses = floats(losses);
-      args_.new_stats = new_stats;
+      args_.new_table = new_table;
       launch_rows(args_, place_);
     }
     return by_rows(losses, {});
   }
 
-  void backward(const Tensor& stats, const Tensor& grad_loss) {
+  void backward(const Tensor& table, const Tensor& grad_loss) {
     held_.push_back(torch::stable::contiguous(grad_loss));
-    args_.row_scale = floats(held_.back());
-    args_.row_scale_step = grad_loss.numel() > 1;
-    args_.stats = floats(stats);
+    args_.grad_loss = floats(held_.back());
+    args_.grad_loss_step = grad_loss.numel() > 1;
+    held_.push_back(torch::stable::contiguous(table));
+    args_.table = floats(held_.back());
     if (args_.rows) launch_rows(args_, place_);
   }
 
   // What return_metrics reports, of every row.
   Tensor metrics() const { return measured_ ? by_rows(*measured_, {kMetrics}) : new_floats({0}); }
 
-  Tensor new_stats() const { return new_floats({args_.rows, kStats}); }
+  Tensor new_table() const { return new_floats({args_.rows, kCoefficients}); }
 
  private:
   Tensor student_;

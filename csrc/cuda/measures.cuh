@@ -53,11 +53,12 @@ struct Measures {
   }
 
   // NaN where there is nothing to measure. Of logit_mse `soft` alone: see call.h.
-  __device__ void write(const RowsArgs& a, int64_t index, bool kept, int label, const Terms& terms) const {
+  __device__ void write(const RowsArgs& a, int64_t index, bool kept, int label,
+                        const Finished<float>& row) const {
     const float nan = nanf("");
     const int of_student = __float_as_int(value[4]), of_teacher = __float_as_int(value[6]);
-    const float columns[kMetrics] = {kTaught ? terms.soft : nan,
-                                     a.labels ? terms.hard : nan,
+    const float columns[kMetrics] = {kTaught ? row.soft : nan,
+                                     a.labels ? row.hard : nan,
                                      kTaught ? value[0] * kLn2 : nan,
                                      -value[2] * kLn2,
                                      kTaught ? -value[1] * kLn2 : nan,

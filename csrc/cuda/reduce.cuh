@@ -93,6 +93,15 @@ struct WarpTeam {
     return read();
   }
 
+  // The same numbers of memory, in every thread.
+  template <int kCount>
+  __device__ void fetch(float (&to)[kCount], float (&)[kCount], const float* from) const {
+    const int lane = threadIdx.x & 31;
+    const float mine = lane < kCount ? from[lane] : 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to[i] = __shfl_sync(~0u, mine, i);
+  }
+
   template <class A, int kCount, class R>
   __device__ A join(const A& x, Lines<kCount>&, const R& row) {
     __syncwarp();  // the gradient may go where the logits are, of which all lanes have read the label's
@@ -127,6 +136,13 @@ struct BlockTeam {
     if (threadIdx.x == 0) shared = read();
     __syncthreads();
     return shared;
+  }
+  template <int kCount>
+  __device__ void fetch(float (&to)[kCount], float (&shared)[kCount], const float* from) const {
+    if (threadIdx.x < kCount) shared[threadIdx.x] = from[threadIdx.x];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to[i] = shared[i];
   }
   // After it the lines of earlier joinings may be written again.
   __device__ void meet() const {

@@ -25,15 +25,14 @@ struct RowOf {
   int64_t index;
   bool kept, bad;  // bad: a label out of range, whose row is NaN
   int n;           // classes that are looked at: none where the row drops out
-  float share;     // of the loss: what its loss is multiplied by
-  float factor;    // what its gradient is multiplied by
+  float share;     // of the loss: what its loss and its gradient are multiplied by
   RowScale scale;
 };
 
 // What a row has beside its logits; one thread of a block reads it for all, for each warp's reads count.
 struct RowNumbers {
   int64_t label;
-  float weight, temperature, teacher_temperature, share, factor;
+  float weight, temperature, teacher_temperature, share, grad_loss;
   float label_s, first_s, first_t;
 };
 
@@ -58,10 +57,13 @@ __device__ inline RowNumbers numbers_of(const RowsArgs& a, int64_t index) {
   x.weight = weight_of(a, index);
   x.temperature = a.temperatures ? a.temperatures[index] : a.temperature;
   x.teacher_temperature = a.teacher_temperatures ? a.teacher_temperatures[index] : a.teacher_temperature;
+  x.grad_loss = 1;
+  if (a.table) {
+    x.grad_loss = a.grad_loss[index * a.grad_loss_step];
+    return x;
+  }
   x.share = x.weight * a.scale;
   if (a.divisor) x.share *= *a.divisor == 0 ? 0 : 1 / *a.divisor;
-  x.factor = x.share;
-  if (a.row_scale) x.factor *= a.row_scale[index * a.row_scale_step];
   const S* student = row_at<const S>(a.student, index);
   if (a.labels && x.label >= 0 && x.label < a.vocab && x.weight != 0) x.label_s = widened(student[x.label]);
   if (Statistics<D>::kMSE || a.label_smoothing != 0) x.first_s = widened(student[0]);
@@ -82,24 +84,40 @@ __device__ inline RowOf row_of(const RowsArgs& a, int64_t index, const RowNumber
   r.scale.smoothed = a.label_smoothing != 0;
   r.scale.first = x.first_s == -kInf ? 0 : x.first_s;
   r.scale.label = a.labels && r.kept && inside ? (int)x.label : -1;
-  r.factor = r.bad ? nanf("") : x.factor;
   return r;
 }
 
-// A row's loss and statistics, by the lanes of the leading warp.
-template <class D>
-__device__ inline void write_row(const RowsArgs& a, const RowOf& r, const Statistics<D>& statistics,
-                                 const PointwiseSums& sums, const Terms& terms) {
+__device__ inline RowSettings<float> settings_of(const RowsArgs& a, const RowOf& r) {
+  RowSettings<float> row{r.scale.temperature, a.beta, a.alpha, a.hard_weight, a.label_smoothing, a.z_loss};
+  row.factor = r.bad ? nanf("") : r.share;
+  row.shift = r.scale.shift;
+  row.t_squared = a.t_squared;
+  row.labelled = a.labels;
+  return row;
+}
+
+using Columns = float[kCoefficients];
+
+// A row's loss and coefficients, by the lanes of the leading warp. In the table, which every backend may read,
+// exps at temperature 1 are relative to the hard offset, in the kernels to T times the student's.
+__device__ inline void write_row(const RowsArgs& a, const RowOf& r, const Finished<float>& row) {
   const int lane = threadIdx.x & 31;
-  if (a.losses && lane == 0) a.losses[r.index] = r.kept ? (r.bad ? nanf("") : r.share * terms.loss) : 0;
-  if (!a.new_stats) return;
-  float mine = 0;  // the lane's of the statistics
+  if (a.losses && lane == 0) a.losses[r.index] = r.kept ? (r.bad ? nanf("") : r.share * row.loss) : 0;
+  if (!a.new_table) return;
+  Coefficients<float> c = row.c;
+  c.hard_total *= exp2f(hard_shift(c, r.scale.temperature));
+  float mine = 0;  // the lane's column
 #pragma unroll
-  for (int i = 0; i < kStats; ++i) {
-    const bool psi_sum = D::kPointwise && i == kOverStudent;
-    mine = lane == i ? (psi_sum ? sums.value[1] : statistics.value[i]) : mine;
-  }
-  if (lane < kStats) a.new_stats[r.index * kStats + lane] = mine;
+  for (int i = 0; i < kCoefficients; ++i) mine = lane == i ? reinterpret_cast<const Columns&>(c)[i] : mine;
+  if (lane < kCoefficients) a.new_table[r.index * kCoefficients + lane] = r.kept ? mine : 0;
+}
+template <class Team>
+__device__ inline Coefficients<float> read_row(const RowsArgs& a, const RowOf& r, const Team& team,
+                                               Columns& shared) {
+  Coefficients<float> c;
+  team.fetch(reinterpret_cast<Columns&>(c), shared, a.table + r.index * kCoefficients);
+  c.hard_total *= exp2f(-hard_shift(c, r.scale.temperature));
+  return c;
 }
 
 // Zeros from class n on: padding, or a row that drops out. By the threads of all its blocks.
@@ -210,6 +228,7 @@ struct Shared {
   Lines<8> statistics;
   Lines<PointwiseSums::kCount> sums;
   Lines<7> measures;
+  float columns[kCoefficients];
   RowNumbers row;
 };
 
@@ -223,58 +242,58 @@ __device__ inline void rows_of_team(const RowsArgs& a, uint4* kept, Shared& shar
     float s_end[1] = {-kInf}, t_end[1] = {-kInf};
     if (packs.end >= 0) packs.load_end(s_end, t_end);
 
-    Statistics<D> statistics = Statistics<D>::nothing();
-    PointwiseSums sums{};
+    Coefficients<float> coefficients;
     int sweep = 0;
-    const float* known = kKeep || !a.stats ? nullptr : a.stats + index * kStats;
-    if (known) {
-#pragma unroll
-      for (int i = 0; i < kStats; ++i) statistics.value[i] = known[i];
-      if (D::kPointwise) sums.value[1] = known[kOverStudent];
+    if (a.table) {
+      coefficients = read_row(a, r, team, shared.columns);
+      if constexpr (kKeep) packs.template each<true>(team, sweep++, [](int, const auto&, const auto&) {});
     } else {
+      Statistics<D> statistics = Statistics<D>::nothing();
+      PointwiseSums sums{};
       packs.template each<true>(
           team, sweep++, [&](int, const auto& s, const auto& t) { statistics.add(s, t, true, r.scale); });
       statistics.add(s_end, t_end, packs.end >= 0, r.scale);
       statistics = team.join(statistics, shared.statistics, r.scale);
-    }
-    const Scales scales = scales_of(statistics);
-    if constexpr (D::kPointwise) {
-      if (!known) {
+      const Scales scales = scales_of(statistics);
+      if constexpr (D::kPointwise) {
         packs.template each<false>(team, sweep++, [&](int, const auto& s, const auto& t) {
           sums.template add<D>(s, t, scales, r.scale);
         });
         if (packs.end >= 0) sums.template add<D>(s_end, t_end, scales, r.scale);
         sums = team.join(sums, shared.sums, r.scale);
       }
-    }
 
-    const Terms terms = finish(statistics, sums, scales, numbers.label_s, r.scale, a, r.factor);
-    if (team.leading_warp()) write_row(a, r, statistics, sums, terms);
-    if (a.metrics) {
-      Measures<D> measures = Measures<D>::nothing();
-      if constexpr (!Statistics<D>::kMSE) {  // whose others are of softmaxes: see call.h
-        packs.template each<false>(team, sweep++, [&](int at, const auto& s, const auto& t) {
-          measures.add(s, t, at, scales, r.scale);
-        });
-        if (packs.end >= 0) measures.add(s_end, t_end, packs.end, scales, r.scale);
-        measures = team.join(measures, shared.measures, r.scale);
+      const Finished<float> row =
+          finish<D>(sums_of(statistics, sums, numbers.label_s, (float)a.vocab, r.scale), settings_of(a, r));
+      coefficients = row.c;
+      if (team.leading_warp()) write_row(a, r, row);
+      if (a.metrics) {
+        Measures<D> measures = Measures<D>::nothing();
+        if constexpr (!kIsMSE<D>) {  // whose others are of softmaxes: see call.h
+          packs.template each<false>(team, sweep++, [&](int at, const auto& s, const auto& t) {
+            measures.add(s, t, at, scales, r.scale);
+          });
+          if (packs.end >= 0) measures.add(s_end, t_end, packs.end, scales, r.scale);
+          measures = team.join(measures, shared.measures, r.scale);
+        }
+        if (team.leads()) measures.write(a, index, r.kept && !r.bad, r.scale.label, row);
       }
-      if (team.leads()) measures.write(a, index, r.kept && !r.bad, r.scale.label, terms);
     }
     if (packs.grad) {
+      const Factors factors = factors_of<D>(coefficients, numbers.grad_loss);
       packs.template each<false>(team, sweep, [&](int at, const auto& s, const auto& t) {
         Wide<S> g;
 #pragma unroll
-        for (int i = 0; i < kVec<S>; ++i) g.x[i] = gradient<D>(s[i], t[i], terms.c, scales, r.scale);
+        for (int i = 0; i < kVec<S>; ++i) g.x[i] = gradient<D>(s[i], t[i], factors, r.scale);
         if ((unsigned)(r.scale.label - at) < (unsigned)kVec<S>) {  // one pack of the row has the label
 #pragma unroll
-          for (int i = 0; i < kVec<S>; ++i) g.x[i] -= at + i == r.scale.label ? terms.c.label : 0;
+          for (int i = 0; i < kVec<S>; ++i) g.x[i] -= at + i == r.scale.label ? factors.label : 0;
         }
         packs.store(at, g);
       });
       if (packs.end >= 0) {
-        const float g = gradient<D>(s_end[0], t_end[0], terms.c, scales, r.scale);
-        packs.store_end(packs.end == r.scale.label ? g - terms.c.label : g);
+        const float g = gradient<D>(s_end[0], t_end[0], factors, r.scale);
+        packs.store_end(packs.end == r.scale.label ? g - factors.label : g);
       }
       zero_from(packs.grad, r.n, a.width, team);
     }

@@ -1,5 +1,4 @@
-// What follows pass A: a divergence's own sums (B), a row's loss, and the gradient (C); csrc/cpu/row_loss.h
-// and row_gradient.h say the same for the CPU.
+// What follows pass A: a divergence's own sums (B), and the gradient (C); between them is row_math.h.
 #pragma once
 
 #include "statistics.cuh"
@@ -61,120 +60,87 @@ struct PointwiseSums {
   }
 };
 
-// What the gradient's terms are multiplied by; see below.
-struct Coefficients {
-  float student, log_student, level, teacher;  // linear divergences
-  float soft, psi_sum;                         // the others, and logit_mse
-  float hard, label;
-  float uniform;  // of label smoothing
-};
-
-// A row's terms, and the coefficients of its gradient, which is `factor` times that of the loss.
-struct Terms {
-  float loss;        // without the row's weight
-  float soft, hard;  // without theirs
-  Coefficients c;
-};
-
+// What finish takes, of all classes: in the kernels exps at temperature 1 are relative to T times the offset.
 template <class D>
-__device__ inline Terms finish(const Statistics<D>& x, const PointwiseSums& sums, const Scales& scales,
-                               float label_s, const RowScale& row, const RowsArgs& a, float factor) {
-  const float t = row.temperature, n = (float)a.vocab;
-  Terms terms{};
-  Coefficients& c = terms.c;
-  if constexpr (Statistics<D>::kMSE) {
-    const float mean = x[kTeacherSum] / n;
-    terms.soft = (x[kOverTeacher] - x[kTeacherSum] * mean) / (2 * n);
-    c.soft = factor * a.alpha / n;
-    c.psi_sum = row.shift + (terms.soft == terms.soft ? mean : terms.soft);  // an infinity: NaN throughout
-  } else if constexpr (Statistics<D>::kSoft) {
-    const float mass = x[kTeacherSum] / x[kTeacherSum];  // 1, or NaN
-    float divergence = 0, psi_sum = 0;
-    c.soft = factor * a.alpha * (a.t_squared ? t : 1 / t);
-    if constexpr (D::kPointwise) {
-      divergence = sums.value[0] + D::constant(mass, row.beta);
-      // for q as it is rounded: its sum is not quite 1, and the gradient's is to be 0
-      psi_sum = sums.value[1] - sums.value[1] * __fmaf_rn(scales.to_q, x[kStudentSum], -1.f);
-      c.psi_sum = psi_sum;
-    } else {
-      const float above = scales.log_to_q - scales.log_to_p;
-      // where a share is 0 there may be an infinity that is none of the loss's
-      if constexpr (D::kTeacher) {
-        const float share = D::teacher_share(row.beta);
-        if (share != 0)
-          divergence +=
-              share * (x[kOverTeacher] * scales.to_p + D::over_teacher(mass, scales.log_to_q, above));
-        psi_sum -= share * mass;
-        c.teacher = c.soft * share * scales.to_p;
-      }
-      float student = 0;
-      if constexpr (D::kStudent) {
-        const float share = D::student_share(row.beta);
-        if (share != 0) {
-          student = share * (x[kOverStudent] * scales.to_q + D::over_student(1.f, above));
-          c.student = c.soft * share * kLn2 * scales.to_q;
-          c.log_student = above;
-        }
-      }
-      divergence = (divergence + student) * kLn2;
-      psi_sum += student * kLn2;
-      c.level = c.student * c.log_student - c.soft * scales.to_q * psi_sum;
-    }
-    terms.soft = divergence * (a.t_squared ? t * t : 1);
-  }
-  if (a.alpha != 0) terms.loss = a.alpha * terms.soft;
+__device__ inline Sums<float> sums_of(const Statistics<D>& x, const PointwiseSums& pointwise, float label_s,
+                                      float classes, const RowScale& row) {
+  const float offset = finite(x[kStudentOffset]), t = row.temperature;
+  const auto exponent = [&](float s) { return __fmaf_rn(s, row.slope, -offset) * t; };
+  Sums<float> sums{};
+  sums.student_offset = x[kStudentOffset];
+  sums.student_total = x[kStudentSum];
+  sums.teacher_offset = x[kTeacherOffset];
+  sums.teacher_total = x[kTeacherSum];
+  sums.hard_offset = x[kStudentOffset] == -kInf ? -kInf : offset * t;
+  sums.hard_total = x[kHardSum];
+  sums.over_teacher = x[kOverTeacher];
+  sums.over_student = x[kOverStudent];
+  sums.label = exponent(label_s);
+  sums.exponents = classes * exponent(row.first) + x[kLogits] * kLog2E;
+  sums.classes = classes;
+  sums.phi = pointwise.value[0];
+  sums.psi = pointwise.value[1];
+  return sums;
+}
 
-  const auto hard_exponent = [&](float z) { return __fmaf_rn(z, row.slope, -scales.student_offset) * t; };
-  const float log_total = log2f(x[kHardSum]), e = a.label_smoothing;
-  if (a.labels) {
-    const float of_label = log_total - hard_exponent(label_s);
-    terms.hard = of_label * kLn2;
-    if (row.smoothed) {
-      const float of_first = log_total - hard_exponent(row.first);
-      terms.hard = ((1 - e) * of_label + e * of_first) * kLn2 - e * (x[kLogits] / n);
-    }
+// T times the student's offset less the hard one, which is that product rounded, or another backend's.
+__device__ inline float hard_shift(const Coefficients<float>& c, float t) {
+  return __fmaf_rn(finite(c.student_offset), t, -finite(c.hard_offset));
+}
+
+// What the gradient's terms are multiplied by, of exps as they are: the normalisers are in it, and grad_loss.
+struct Factors {
+  float student_offset, teacher_offset, to_q, to_p;
+  float level, slope, teacher;  // linear divergences
+  float soft, shift;            // the others', and logit_mse's: soft * (s - t - shift)
+  float hard, label, uniform;
+};
+template <class D>
+__device__ inline Factors factors_of(const Coefficients<float>& c, float grad_loss) {
+  Factors f{finite(c.student_offset), finite(c.teacher_offset), 1 / c.student_total, 1 / c.teacher_total};
+  if constexpr (kIsMSE<D>) {
+    f.soft = grad_loss * c.soft;
+    f.shift = c.shift;
+  } else if constexpr (kHasSoftmax<D> && D::kPointwise) {
+    f.soft = grad_loss * c.soft;
+    f.shift = c.soft == 0 ? 0 : -c.level / c.soft;  // psi's sum: the terms cancel before they are scaled
+  } else if constexpr (kHasSoftmax<D>) {
+    const float above = log2f(c.teacher_total) - log2f(c.student_total), slope = c.slope * kLn2;
+    f.level = grad_loss * (c.slope == 0 ? c.level : c.level + slope * above) * f.to_q;
+    f.slope = grad_loss * slope * f.to_q;
+    f.teacher = grad_loss * c.teacher * f.to_p;
   }
-  if (a.hard_weight != 0) {
-    terms.loss += a.hard_weight * terms.hard;
-    c.hard = factor * a.hard_weight;
-    c.label = c.hard * (1 - e);
-    c.uniform = c.hard * e / n;
-  }
-  if (a.z_loss != 0) {
-    float lse = (log_total + scales.student_offset * t) * kLn2;
-    lse = lse == -kInf ? nanf("") : lse;  // every class is masked
-    terms.loss += a.z_loss * lse * lse;
-    c.hard += factor * 2 * a.z_loss * lse;
-  }
-  if (c.hard != 0) c.hard /= x[kHardSum];
-  return terms;
+  f.hard = c.hard == 0 ? 0 : grad_loss * c.hard / c.hard_total;
+  f.label = grad_loss * c.label;
+  f.uniform = grad_loss * c.uniform;
+  return f;
 }
 
 // dl/ds of one class, but for what the label has of its own.
 //
-//   linear        Q * (level + student * log2(Q / P)) - P * teacher
-//   pointwise     soft * (psi - q * psi_sum)
-//   logit_mse     soft * (s - t - psi_sum)                               and + E * hard - uniform
+//   linear        Q * (level + slope * log2(Q / P)) - P * teacher
+//   pointwise     soft * (psi - q * shift)
+//   logit_mse     soft * (s - t - shift)                               and + E * hard - uniform
 template <class D>
-__device__ inline float gradient(float s, float t, const Coefficients& c, const Scales& x,
-                                 const RowScale& row) {
-  const float y = __fmaf_rn(s, row.slope, -x.student_offset);
-  float g = -c.uniform;
-  if constexpr (Statistics<D>::kMSE) {
-    g = __fmaf_rn(c.soft, s - t - c.psi_sum, g);
-  } else if constexpr (Statistics<D>::kSoft) {
-    const float q = fast_exp2(y);
-    const Exp p = teacher_exp(t, x.teacher_offset, row);
+__device__ inline float gradient(float s, float t, const Factors& f, const RowScale& row) {
+  const float y = __fmaf_rn(s, row.slope, -f.student_offset);
+  float g = -f.uniform;
+  if constexpr (kIsMSE<D>) {
+    g = __fmaf_rn(f.soft, s - t - f.shift, g);
+  } else if constexpr (kHasSoftmax<D>) {
+    const float exp = fast_exp2(y);
+    const Exp p = teacher_exp(t, f.teacher_offset, row);
     if constexpr (D::kPointwise) {
-      g = __fmaf_rn(c.soft, D::psi(p.exp * x.to_p, q * x.to_q, row.beta) - q * x.to_q * c.psi_sum, g);
+      const float q = exp * f.to_q;
+      g = __fmaf_rn(f.soft, D::psi(p.exp * f.to_p, q, row.beta) - q * f.shift, g);
     } else {
-      float per_exp = c.level;
-      if constexpr (D::kStudent) per_exp += c.student * (q == 0 ? 0 : fminf(y - p.log, 3e38f));
-      g = __fmaf_rn(q, per_exp, g);
-      if constexpr (D::kTeacher) g -= p.exp * c.teacher;
+      float per_exp = f.level;
+      if constexpr (D::kStudent) per_exp += f.slope * (exp == 0 ? 0 : fminf(y - p.log, 3e38f));
+      g = __fmaf_rn(exp, per_exp, g);
+      if constexpr (D::kTeacher) g -= p.exp * f.teacher;
     }
   }
-  return g + hard_exp(y, row) * c.hard;
+  return g + hard_exp(y, row) * f.hard;
 }
 
 }  // namespace

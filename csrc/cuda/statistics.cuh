@@ -12,7 +12,7 @@
 
 #include "device_math.cuh"  // before divergences.h, which uses it
 //
-#include "../divergences.h"
+#include "../row_math.h"
 #include "packs.cuh"
 #include "reduce.cuh"
 
@@ -62,7 +62,7 @@ enum Value {
 template <class D>
 struct Statistics {
   static constexpr int kCount = 8;
-  static constexpr bool kMSE = std::is_same_v<D, LogitMSE>, kSoft = !kMSE && !std::is_same_v<D, NoDivergence>;
+  static constexpr bool kMSE = kIsMSE<D>, kSoft = kHasSoftmax<D>;
   float value[kCount];
 
   __device__ static Statistics nothing() {

@@ -12,6 +12,7 @@ def _in(name: str) -> str:
 
 
 REDUCE, STATISTICS, ROWS = (_in(f"{name}.cuh") for name in ("reduce", "statistics", "row_kernels"))
+MATH = "csrc/row_math.h"
 PASSES, PACKS, LAUNCH, CALL = _in("row_passes.cuh"), _in("packs.cuh"), _in("launch.cu"), _in("call.h")
 
 MUTANTS = [
@@ -67,18 +68,21 @@ MUTANTS = [
            "A gradient that lies otherwise than the logits is written across 16-byte places.", CALLS),
     # fp16 alone, and reductions to one number
     Mutant("cuda-grad-output-by-row", CALL,
-           'args_.row_scale_step = grad_loss.numel() > 1;', "args_.row_scale_step = 1;",
+           "args_.grad_loss_step = grad_loss.numel() > 1;", "args_.grad_loss_step = 1;",
            "A mean's fp16 gradient reads a gradient of the loss for each row.", ("test_training.py", "test_calls.py")),
     # in place, logit_mse, metrics
     Mutant("cuda-metrics-write-a-gradient", CALL,
            "a.grad.data = nullptr;", "",
            "logit_mse's metrics overwrite the logits before its gradient is made of them.", METRICS),
     # ---- numbers ----
-    Mutant("cuda-share-of-0-times-infinity", PASSES,
+    Mutant("cuda-share-of-0-times-infinity", MATH,
            "if (share != 0)\n", "",
            "Reverse KL is NaN where forward KL would be infinite.", LIMITS),
-    Mutant("cuda-z-loss-gradient-halved", PASSES,
-           "c.hard += factor * 2 * a.z_loss * lse;", "c.hard += factor * a.z_loss * lse;",
+    Mutant("cuda-table-without-its-row", ROWS,
+           "a.table + r.index * kCoefficients", "a.table",
+           "Every row's gradient in backward is of the first row's coefficients.", LAUNCHES),
+    Mutant("cuda-z-loss-gradient-halved", MATH,
+           "c.hard += row.factor * 2 * row.z_loss * lse;", "c.hard += row.factor * row.z_loss * lse;",
            "z_loss has half of its gradient.", OPTIONS),
     Mutant("cuda-ends-of-symmetric-kl-swapped", LAUNCH,
            "Divergence::kForwardKL ? 1 : 0", "Divergence::kForwardKL ? 0 : 1",
@@ -88,7 +92,7 @@ MUTANTS = [
            "A smoothed row's mean logit is that of one thread.", OPTIONS),
     # the loss is right
     Mutant("cuda-smoothing-of-no-class", PASSES,
-           "float g = -c.uniform;", "float g = 0;",
+           "float g = -f.uniform;", "float g = 0;",
            "Smoothing takes from the label and gives to no class.", OPTIONS),
     Mutant("cuda-last-of-equal-maxima", _in("measures.cuh"),
            "__float_as_int(at_bits) < __float_as_int(value[i + 1])",
