@@ -98,8 +98,8 @@ __device__ inline RowSettings<float> settings_of(const RowsArgs& a, const RowOf&
 
 using Columns = float[kCoefficients];
 
-// A row's loss and coefficients, by the lanes of the leading warp. In the table, which every backend may read,
-// exps at temperature 1 are relative to the hard offset, in the kernels to T times the student's.
+// A row's loss and coefficients, by the lanes of the leading warp. In the table, which every backend may
+// read, exps at temperature 1 are relative to the hard offset, in the kernels to T times the student's.
 __device__ inline void write_row(const RowsArgs& a, const RowOf& r, const Finished<float>& row) {
   const int lane = threadIdx.x & 31;
   if (a.losses && lane == 0) a.losses[r.index] = r.kept ? (r.bad ? nanf("") : r.share * row.loss) : 0;
