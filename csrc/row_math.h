@@ -6,13 +6,17 @@
 #include <cmath>
 #include <initializer_list>
 
-#include "divergences.h"
 #include "rows.h"
+//
+#include "divergences.h"
 
 namespace kdfast {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+template <class N>
+constexpr N kNatsPerBit = (N)0.69314718055994530942;
+template <class D>
+constexpr bool kHasSoftmax = D::kPointwise || D::kTeacher || D::kStudent;
 
 template <class V>
 struct Sums {
@@ -121,7 +125,13 @@ KDFAST_HD inline RowLoss<V> finish(const Sums<V>& x, const RowTerms<V, N>& r, Co
                       x.teacher_total,  x.hard_offset,   x.hard_total};
   c.student_unit = r.unit;
   c.teacher_unit = V{} + 1;
-  if constexpr (D::kPointwise || D::kTeacher || D::kStudent) {
+  if constexpr (D::kDifference) {  // the teacher's sums are of d = s - t - teacher_offset and of d^2
+    const V mean = x.teacher_total / x.classes;
+    out.soft = (x.over_teacher - x.teacher_total * mean) / (2 * x.classes);
+    out.loss = out.soft * r.alpha;
+    c.soft = r.factor * r.unit * r.alpha / x.classes;
+    c.shift = out.soft == out.soft ? mean : out.soft;  // one infinity makes all of a row NaN
+  } else if constexpr (kHasSoftmax<D>) {
     const V log_student = log2(x.student_total);
     if (!r.softmaxed) c.teacher_total = exp2(-x.teacher_offset);
     const V log_teacher = r.softmaxed ? log2(x.teacher_total) : -x.teacher_offset;
@@ -138,7 +148,7 @@ KDFAST_HD inline RowLoss<V> finish(const Sums<V>& x, const RowTerms<V, N>& r, Co
       const N share = D::teacher_share(r.beta);
       if (share != 0) {  // or there may be an infinity that is none of the loss's
         const V rest = D::over_teacher(mass, -log_student, above);
-        divergence += (x.over_teacher / c.teacher_total + rest) * (share * (N)kLn2);
+        divergence += (x.over_teacher / c.teacher_total + rest) * (share * kNatsPerBit<N>);
       }
       psi -= mass * share;
       c.teacher = weight * share;
@@ -147,7 +157,7 @@ KDFAST_HD inline RowLoss<V> finish(const Sums<V>& x, const RowTerms<V, N>& r, Co
       const N share = D::student_share(r.beta);
       if (share != 0) {
         const V part =
-            (x.over_student / x.student_total + D::over_student(V{} + 1, above)) * (share * (N)kLn2);
+            (x.over_student / x.student_total + D::over_student(V{} + 1, above)) * (share * kNatsPerBit<N>);
         divergence += part;
         psi += part;
       }
@@ -160,8 +170,8 @@ KDFAST_HD inline RowLoss<V> finish(const Sums<V>& x, const RowTerms<V, N>& r, Co
   const V log_hard = log2(x.hard_total);
   if (r.labelled) {
     const N e = r.label_smoothing;
-    out.hard = (log_hard - x.label) * (N)kLn2;
-    if (e != 0) out.hard = out.hard * (1 - e) + (log_hard - x.exponents / x.classes) * (e * (N)kLn2);
+    out.hard = (log_hard - x.label) * kNatsPerBit<N>;
+    if (e != 0) out.hard = out.hard * (1 - e) + (log_hard - x.exponents / x.classes) * (e * kNatsPerBit<N>);
   }
   if (r.hard_weight != 0) {
     out.loss += out.hard * r.hard_weight;
@@ -170,7 +180,7 @@ KDFAST_HD inline RowLoss<V> finish(const Sums<V>& x, const RowTerms<V, N>& r, Co
     c.uniform = c.hard * r.label_smoothing / x.classes;
   }
   if (r.z_loss != 0) {
-    V lse = (log_hard + x.hard_offset) * (N)kLn2;
+    V lse = (log_hard + x.hard_offset) * kNatsPerBit<N>;
     lse = lse == -(N)INFINITY ? nan : lse;  // every class is masked
     out.loss += lse * lse * r.z_loss;
     c.hard += lse * r.factor * (2 * r.z_loss);
@@ -203,7 +213,7 @@ struct PerExp {
 };
 template <class N, class V>  // N: the number that V is or is made of
 KDFAST_HD inline PerExp<V> per_exp(const Coefficients<V>& c, const Scales<V>& x) {
-  const V slope = c.slope * x.to_q * (N)kLn2;
+  const V slope = c.slope * x.to_q * kNatsPerBit<N>;
   const V level =
       c.level * x.to_q + masked(slope, x.log_to_q - x.log_to_p);  // no slope: there may be no exps
   return {level,  slope,  c.teacher * x.to_p,      c.soft,   c.psi_sum,

@@ -47,7 +47,6 @@ constexpr int kSums = 13;
 constexpr int kCoefficients = 21;
 // In place of a label that another shard of the vocabulary has.
 constexpr int64_t kElsewhere = INT64_MIN;
-constexpr int kStats = 7;  // of the table of the CUDA kernels
 
 // What return_metrics reports, in this order.
 struct RowMetrics {

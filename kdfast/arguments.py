@@ -66,17 +66,6 @@ class Settings(NamedTuple):
 # In place of a label that another shard of the vocabulary has.
 ELSEWHERE = -(2**63)
 
-# Numbers of a row in the table that `stats` returns and `grad` takes.
-TABLE_COLUMNS = 21
-GPU_TABLE_COLUMNS = 7
-
-
-def table_columns(namespace: str, device: str) -> int:
-    """Of the operators of a namespace, for tensors of a type of device."""
-    on_gpu = namespace.endswith(("triton", "cuda")) or device == "cuda"
-    return GPU_TABLE_COLUMNS if on_gpu else TABLE_COLUMNS
-
-
 def relevant(inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:
     """Without what neither the loss nor the metrics look at, so that no backend has to ask what has a weight."""
     if not settings.reads_teacher:

@@ -1,91 +1,17 @@
 """Which backend a call gets: what is compiled, what is usable here, and why not the others."""
 
 import ctypes
-from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdfast.divergences import names
+from kdfast import gpu_choice
 from kdfast.torch_private import constant_in_graphs
 
-# ---- of CUDA tensors ----
-
-
-class Case(NamedTuple):
-    """What the choice between the CUDA and the Triton kernels looks at."""
-
-    operator: str
-    divergence: str | None  # None: there is no soft term
-    dtypes: frozenset[torch.dtype]  # of the student, or what is scaled, and of the teachers
-    rows: int
-    vocab: int
-    capability: int  # 90: sm_90
-
-
-class Rule(NamedTuple):
-    backend: str
-    holds: Callable[[Case], bool]
-    reason: str
-    must: bool = False  # the other backend cannot
-
-
-_IN_CUDA = frozenset(names())  # those that kdfast comes with
-_NOT_IN_CUDA = ("tempered_softmax", "tempered_softmax_backward")
-
-# The first that holds. Until measured on a device it prefers by bytes, counted as the kernels run on an emulator.
-RULES = (
-    Rule("triton", lambda c: torch.float64 in c.dtypes, "float64: the CUDA kernels' arithmetic is fp32", must=True),
-    Rule(
-        "triton",
-        lambda c: c.divergence is not None and c.divergence not in _IN_CUDA,
-        "a divergence that a program has added: the CUDA kernels know their own names alone",
-        must=True,
-    ),
-    Rule("triton", lambda c: c.operator in _NOT_IN_CUDA, "tempered_softmax: it has no CUDA kernel", must=True),
-    Rule(
-        "triton",
-        lambda c: c.capability < 90 and c.rows <= 64 and c.vocab > 32768,
-        "before sm_90, at most 64 rows of more than 32768 classes: Triton's kernels split them over the device, "
-        "a CUDA kernel's row has one block where there are no clusters",
-    ),
-    Rule(
-        "cuda",
-        lambda c: True,
-        "each logit is read once, 6 bytes a bf16 pair, to V = 262144 on sm_90 and 40 thousand on sm_80, where "
-        "Triton's kernels do so to 32768; beyond, both read it twice. Counted, not yet measured on a device",
-    ),
-)
-
-
-def of_gpu(name: str, first: Tensor, teachers: Sequence[Tensor], divergence: str | None) -> str:
-    """The backend that an operator gets for tensors of a CUDA or ROCm device, `first` the one it is about."""
-    device = first.device.type
-    has_cuda, has_triton = (failure(device) is None for failure in (cuda_failure, triton_failure))
-    if not has_cuda:
-        return "triton" if has_triton else "reference"
-    dtypes = frozenset(t.dtype for t in (first, *teachers))
-    rows = first.shape[:-1].numel()
-    case = Case(name, divergence, dtypes, rows, first.shape[-1], _capability(first.device))
-    rule = next(rule for rule in RULES if rule.holds(case))
-    if rule.backend == "triton" and not has_triton:
-        return "reference" if rule.must else "cuda"
-    return rule.backend
-
-
-@lru_cache
-def _capability(device: torch.device | int) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-# ---- what is usable ----
-
 _LEAST_TRITON = (3, 6)  # what torch 2.10, the least torch, comes with
-_LEAST_CAPABILITY = 80
 
 
 def _library(name: str) -> str | None:
@@ -155,10 +81,13 @@ def _load_cuda() -> str | None:
     built, driver = library.kdfast_cuda_version() // 1000, library.kdfast_driver_version() // 1000
     if driver < built:
         return f"it was built with CUDA {built}, and the driver knows no later one than CUDA {driver}"
-    least = min(map(_capability, range(torch.cuda.device_count())))
-    if least < _LEAST_CAPABILITY:
-        return f"there is a device of capability sm_{least}, sm_{_LEAST_CAPABILITY} is the least"
-    return None
+    most = max(map(gpu_choice.capability, range(torch.cuda.device_count())))  # an older one excludes itself alone
+    return _too_old(most) and f"the best device here is {_too_old(most)}"
+
+
+def _too_old(capability: int) -> str | None:
+    least = gpu_choice.LEAST_CAPABILITY
+    return f"sm_{capability}, and sm_{least} is the least" if capability < least else None
 
 
 def cuda_failure(device: str) -> str | None:
@@ -189,6 +118,11 @@ for _function in (triton_failure, cuda_failure):
     constant_in_graphs(_function)
 
 
+def usable_on(device: str) -> list[str]:
+    """Of "cuda" and "triton", those that can serve tensors of this type of device."""
+    return [name for name, failure in (("cuda", cuda_failure), ("triton", triton_failure)) if failure(device) is None]
+
+
 def why_not(device: str) -> str:
     """Why a device has no kernels of its own."""
     if device == "cpu" and _cpu_failure is not None:
@@ -211,6 +145,9 @@ def namespace(backend: str | None, student: Tensor) -> Any:
             raise RuntimeError(f"backend: 'cpu' is not usable here: {_cpu_failure}")
         return torch.ops.kdfast
     failure = (cuda_failure if backend == "cuda" else triton_failure)(student.device.type)
+    if backend == "cuda" and failure is None and student.is_cuda:
+        too_old = _too_old(gpu_choice.capability(student.device))
+        failure = too_old and f"{student.device} is {too_old}"
     if failure is not None:
         raise RuntimeError(f"backend: {backend!r} is not usable here: {failure}")
     return torch.ops.kdfast_cuda if backend == "cuda" else torch.ops.kdfast_triton
@@ -245,7 +182,7 @@ def backends() -> dict[str, Any]:
         "compiled": cuda_is_compiled(),
         "usable": failure is None,
         "why_not": failure,
-        "choice": [(rule.backend, rule.reason) for rule in RULES],
+        "choice": gpu_choice.table(),
     }
     of_cuda = "cuda" if failure is None else "triton" if failures["cuda"] is None else "reference"
     return {

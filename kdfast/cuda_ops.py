@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdfast import gpu_choice
 from kdfast.arguments import Inputs, Settings
 from kdfast.rows import divisor, mean_metrics, no_metrics, row_weights
 
@@ -15,6 +16,7 @@ class _Rows:
     """A call as the kernels take it: the weight of each row, and what the losses are divided by."""
 
     def __init__(self, student: Tensor, inputs: Inputs, settings: Settings) -> None:
+        gpu_choice.check_cuda(student, inputs.teachers, settings)
         self.settings, self.weights = settings, row_weights(inputs, settings)
         number, tensor = divisor(student, self.weights, inputs, settings)
         inputs = inputs._replace(row_weight=self.weights, normalizer=tensor)

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.arguments import Heads, Inputs, KDMetrics, Settings, measured_apart, table_columns
+from kdfast.arguments import Heads, Inputs, KDMetrics, Settings, measured_apart
 from kdfast.chunks import Chunk, Chunks
+from kdfast.row_math import table_columns
 
 
 def loss_grad(

@@ -1,10 +1,11 @@
 """The operators: their schemas, their fake tensors, and which implementation a device gets.
 
 Every operator is defined here, once, in four namespaces: `torch.ops.kdfast.*`, where the dispatcher picks by device
-(the C++ kernels register themselves for the CPU when their library is loaded; of CUDA and ROCm tensors choice.py says
-whose kernels they get), and `torch.ops.kdfast_reference.*`, `torch.ops.kdfast_triton.*` and `torch.ops.kdfast_cuda.*`,
-which are that backend on every device that it knows. `kdfast_cuda_rows` has the CUDA kernels themselves, which know
-rows alone; cuda_ops.py calls them. A device without kernels of its own gets the reference, with one warning.
+(the C++ kernels register themselves for the CPU when their library is loaded; of CUDA and ROCm tensors gpu_choice.py
+says whose kernels they get), and `torch.ops.kdfast_reference.*`, `torch.ops.kdfast_triton.*` and
+`torch.ops.kdfast_cuda.*`, which are that backend on every device that it knows. `kdfast_cuda_rows` has the CUDA kernels
+themselves, which know rows alone; cuda_ops.py calls them. A device without kernels of its own gets the reference, with
+one warning.
 """
 
 import math
@@ -16,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import choice, cuda_ops, linear_ops, reference
-from kdfast.arguments import Heads, Inputs, KDMetrics, Settings, table_columns
-from kdfast.row_math import Coefficients, Sums
+from kdfast import choice, cuda_ops, gpu_choice, linear_ops, reference
+from kdfast.arguments import Heads, Inputs, KDMetrics, Settings
+from kdfast.row_math import Coefficients, Sums, table_columns
 from kdfast.rows import loss_dtype
 
 _TYPES = {
@@ -201,13 +202,15 @@ def _gpu(name: str) -> Callable[..., Any]:
     kernels = {"triton": _triton(name), "reference": _with_warning(name)}
     kernels |= {"cuda": _cuda(name)} if name in CUDA_KERNELS else {}
 
+    def chosen(first: Tensor, teachers: list[Tensor], settings: Settings | None) -> Callable[..., Any]:
+        return kernels[gpu_choice.of_gpu(choice.usable_on(first.device.type), name, first, teachers, settings)]
+
     def plain(first: Tensor, *args: Any) -> Any:
-        return kernels[choice.of_gpu(name, first, (), None)](first, *args)
+        return chosen(first, [], None)(first, *args)
 
     def of_loss(*args: Any) -> Any:
-        *_, inputs, settings = arguments(*args)
-        divergence = settings.divergence if inputs.teachers else None
-        return kernels[choice.of_gpu(name, args[0], inputs.teachers, divergence)](*args)
+        first, *_, inputs, settings = arguments(*args)
+        return chosen(first, inputs.teachers, settings)(*args)
 
     arguments = _bundled(lambda *args: args)
     return plain if name in _PLAIN else of_loss

@@ -60,7 +60,7 @@ class Coefficients(NamedTuple):
     hard: Any
     label: Any
     uniform: Any
-    # logit_mse: soft * (s - t - shift)
+    # logit_mse: soft * (s - t - teacher_offset - shift)
     shift: Any
     # standardized logits: s * student_unit and t * teacher_unit are what T divides; tilt * (s - mean) is added
     mean: Any
@@ -70,6 +70,17 @@ class Coefficients(NamedTuple):
     teacher_mean: Any
     # dkd, whose totals leave the label out: the whole gradient at the label
     at_label: Any
+
+
+# Numbers of a row in the table that `stats` returns and `grad` takes.
+TABLE_COLUMNS = len(Coefficients._fields)
+GPU_TABLE_COLUMNS = 7
+
+
+def table_columns(namespace: str, device: str) -> int:
+    """Of the operators of a namespace, for tensors of a type of device."""
+    on_gpu = namespace.endswith("triton") or device == "cuda"
+    return GPU_TABLE_COLUMNS if on_gpu else TABLE_COLUMNS
 
 
 def shares(settings: Settings) -> tuple[float, float] | None:

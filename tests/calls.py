@@ -417,9 +417,26 @@ def covering(axes: dict[str, dict[str, Any]], seed: int = 0) -> list[Call]:
     return calls
 
 
+# What the CUDA kernels, those of plain calls, have not.
+NOT_IN_CUDA: dict[str, tuple[str, ...]] = {
+    "divergence": ("dkd",),
+    "dtypes": tuple(k for k, pair in AXES["dtypes"].items() if pair[0] != pair[1] or F64 in pair),
+    "teacher": tuple(k for k in TEACHERS if k not in ("logits", "a list of one")),
+    "option": (*CAPPED, *STANDARDIZED[:1], "a large cap"),
+}
+
+
 @lru_cache
 def all_calls() -> list[Call]:
     return [*covering(AXES), *SPECIAL]
+
+
+@lru_cache
+def plain_calls() -> list[Call]:
+    """The same without what the CUDA kernels have not: theirs cover each other's values alone."""
+    axes = {a: {k: v for k, v in values.items() if k not in NOT_IN_CUDA.get(a, ())} for a, values in AXES.items()}
+    special = [c for c in SPECIAL if all(c.named(axis) in values for axis, values in axes.items())]
+    return [*covering(axes), *special]
 
 
 if __name__ == "__main__":

@@ -28,6 +28,10 @@ def dtypes_for(backend: str) -> tuple[torch.dtype, ...]:
     return DTYPES if backend != "cuda" else DTYPES[:-1]
 
 
+def divergences_for(backend: str) -> tuple[str, ...]:
+    return DIVERGENCES if backend != "cuda" else tuple(d for d in DIVERGENCES if d != "dkd")
+
+
 def arithmetics(backend: str) -> tuple[torch.dtype, ...]:
     """The two that kernels have: logits of 16 bits are computed in fp32."""
     return tuple(dtype for dtype in dtypes_for(backend) if dtype in (F32, F64))

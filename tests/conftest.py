@@ -8,7 +8,7 @@ import emulated
 import gpu  # before anything that imports Triton
 import pytest
 import torch
-from cases import BACKENDS, ON_GPU
+from cases import BACKENDS, ON_GPU, divergences_for
 
 import kdfast
 
@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("KDFAST_TEST_SEED", f"{datetime.date.today():%Y%m%d}")  # one for all processes
+    config.addinivalue_line("markers", "beyond_cuda: of what the CUDA kernels have not, and Triton's have")
     config.addinivalue_line("markers", "full: of `make test-full` alone, for another test has the same promise")
 
 
@@ -41,7 +42,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_left_out(item: pytest.Item, full: bool, only: str | None) -> bool:
     backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-    if backend == "cuda" and item.module.__name__ not in OF_KERNELS:
+    if backend == "cuda" and (item.module.__name__ not in OF_KERNELS or item.get_closest_marker("beyond_cuda")):
+        return True
+    if backend is not None and item.callspec.params.get("divergence") not in (None, *divergences_for(backend)):
         return True
     if only is not None and backend != only:
         return True

@@ -29,7 +29,7 @@ SOURCES = ROOT / "csrc"
 BUILD = ROOT / "build" / "emulated"
 LIBRARY = BUILD / "libkdfast_emulated.so"
 STUB = Path(__file__).parent / "cpp" / "cuda_stub.cpp"
-STORAGES = {"bf16": "__nv_bfloat16", "fp16": "__half", "fp32": "float", "general": "General"}
+STORAGES = {"bf16": "__nv_bfloat16", "fp16": "__half", "fp32": "float"}
 FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC")
 UNITS = {
     **{f"rows_{k}": ("rows.cu", f"-DKDFAST_STORAGE={s}", f"-DKDFAST_STORAGE_NAME={k}") for k, s in STORAGES.items()},

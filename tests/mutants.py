@@ -70,11 +70,11 @@ def planted(m: Mutant, root: Path) -> str:
 def is_compiled(m: Mutant) -> bool:
     """Whether the CPU's library is made of it."""
     path = Path(m.file)
-    return m.file in ("CMakeLists.txt", "setup.py") or (path.parts[0] == "csrc" and "cuda" not in path.parts)
+    return m.file in ("CMakeLists.txt", "setup.py") or (path.parts[0] == "csrc" and not is_cuda(m))
 
 
 def is_cuda(m: Mutant) -> bool:
-    return m.file.startswith("csrc/cuda/")
+    return m.file.startswith(("csrc/cuda/", "csrc/row_math.h"))
 
 
 def backend_of(m: Mutant) -> str | None:

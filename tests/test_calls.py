@@ -5,24 +5,25 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
-from calls import SPECIAL, Call, all_calls
-from cases import F64
+from calls import SPECIAL, Call, all_calls, plain_calls
 from judge import Truth, judge, truth_of
 from judge_metrics import judge_metrics
 
 # How many of the calls, from the first, a backend gets in `make test`, and the special ones; in `make test-full` it
 # gets all. Triton compiles for nearly each of them. The reference in fp64 is the truth itself, which test_reference.py
 # holds; here it shows on a few calls that it reads other dtypes, and in fp32 its arithmetic is that of eager PyTorch.
-FAST = {"reference": 30, "cpu": 10_000, "triton": 60, "cuda": 10_000}
-FULL = {"reference": 30, "cpu": 10_000, "triton": 10_000, "cuda": 10_000}
+FAST = {"reference": 30, "cpu": 10_000, "triton": 60}
+FULL = {"reference": 30, "cpu": 10_000, "triton": 10_000}
 
 
 def grid() -> Iterator[Any]:
     for number, call in enumerate(all_calls()):
         for backend in FAST:
-            if number < FULL[backend] and not (backend == "cuda" and F64 in call["dtypes"]):  # which takes no fp64
+            if number < FULL[backend]:
                 marks = () if number < FAST[backend] or call in SPECIAL else pytest.mark.full
                 yield pytest.param(call, backend, marks=marks, id=f"{number}: {call.id}, {backend}")
+    for number, call in enumerate(plain_calls()):
+        yield pytest.param(call, "cuda", id=f"{number}: {call.id}, cuda")
 
 
 @lru_cache(maxsize=2)

@@ -1,14 +1,25 @@
 """How the CUDA kernels are launched: by how many threads and blocks, and by whom."""
 
+import math
+import re
 from typing import Any
 
 import emulated
 import pytest
 import torch
-from cases import BF16, F32
+from calls import LAYOUTS, NOT_IN_CUDA, call
+from cases import BF16, F32, KINDS, Batch, batch
+from judge import judge
 from linear_cases import Case, check
+from torch import Tensor
 
 import kdfast
+from kdfast import divergences
+from kdfast.arguments import Settings
+from kdfast.gpu_choice import of_gpu
+from kdfast.losses import KDLoss
+from kdfast.options import check_inputs, check_settings
+from kdfast.row_math import Coefficients, Sums
 
 pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
 
@@ -49,3 +60,93 @@ def test_the_linear_losses_take_the_cuda_kernels_for_their_chunks() -> None:
     with emulated.kernels() as reports:
         check(case, case.labels, chunk_rows=4, **SETTINGS)
     assert sum("rows" in report.launched[0] for report in reports) == 2
+
+
+BEYOND = [(axis, value) for axis, values in NOT_IN_CUDA.items() for value in values]
+
+
+@pytest.mark.parametrize(("axis", "value"), BEYOND, ids=[value for _, value in BEYOND])
+def test_what_they_have_not_is_an_error_that_names_it_and_goes_to_triton(axis: str, value: str) -> None:
+    arguments, settings = call(**{axis: value, "shape": "3x16", "output": "metrics"}).arguments()
+    checked = check_settings(dict(KDLoss.defaults) | settings | {"row_weight": None, "normalizer": None}, True)
+    teachers = arguments[1] if isinstance(arguments[1], list) else arguments[1:2]
+    assert of_gpu(("cuda", "triton"), "loss_grad", arguments[0], teachers, checked) == "triton"
+    assert of_gpu(("cuda",), "loss_grad", arguments[0], teachers, checked) == "reference"
+    what = {
+        "divergence": "divergence='dkd'",
+        "dtypes": "float64|a teacher of another dtype than student_logits",
+        "teacher": "several teachers|target='probs' and 'log_probs'|a teacher of another dtype than student_logits",
+        "option": "softcap|teacher_softcap|standardize",
+    }[axis]
+    advice = 'use backend="triton", or None, which chooses by call'
+    for late in ({}, {"reduction": "none"}):
+        with (
+            emulated.kernels(),
+            pytest.raises(ValueError, match=f"^backend: 'cuda' has no kernel for ({what}); {advice}"),
+        ):
+            kdfast.kd_loss(*arguments, **settings | late | {"backend": "cuda"})
+    with emulated.kernels(), pytest.raises(ValueError, match=f"^backend: 'cuda' has no kernel for ({what}); {advice}"):
+        kdfast.kd_loss(arguments[0].requires_grad_(), *arguments[1:], **settings | {"backend": "cuda"})
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_tensors_that_lie_differently_are_copied_where_cuda_is_asked_for_by_name(inplace: bool) -> None:
+    """The table sends them to Triton, which reads them as they lie: the copies cost 4 bytes a logit."""
+    for layout in ("padded rows", "odd padding", "offset by one", "every second class"):
+        for moved in ((layout, "contiguous"), ("contiguous", layout), (layout, layout)):
+            student, teacher, labels = batch(3, 2049, BF16)
+            student, teacher = (LAYOUTS[name](x) for name, x in zip(moved, (student, teacher), strict=True))
+            with emulated.kernels():
+                judge(student, teacher, labels, inplace=inplace, **SETTINGS)
+
+
+def test_the_columns_of_the_table_are_the_ones_of_row_math() -> None:
+    header = (emulated.SOURCES / "row_math.h").read_text()
+    for kind in (Sums, Coefficients):
+        (fields,) = re.findall(rf"struct {kind.__name__} {{(.*?)}};", header, re.DOTALL)
+        fields = re.sub(r"//.*", "", fields)
+        assert tuple(name for line in re.findall(r"N ([^;]*);", fields) for name in line.split(", ")) == kind._fields
+
+
+@pytest.mark.parametrize("divergence", KINDS)
+@pytest.mark.parametrize(("capability", "vocab"), [(90, 1000), (90, 4097), (80, 50257)], ids=["warp", "kept", "swept"])
+def test_a_gradient_is_a_function_of_the_logits_and_the_table_alone(
+    capability: int, vocab: int, divergence: str
+) -> None:
+    """Handed another row's coefficients it is another one: the one that row_math.py says."""
+    arguments = batch(2, vocab, F32)
+    chosen = {"divergence": divergence, "temperature": 2.5, "teacher_temperature": 1.5, "label_smoothing": 0.1}
+    options = dict(KDLoss.defaults) | chosen | {"z_loss": 0.1, "reduction": "none"}
+    options |= {"row_weight": None, "normalizer": None}
+    inputs, settings = check_inputs(*arguments, options, check_settings(options, True))
+    student, grad_loss = arguments.student, torch.tensor([3.0, -0.5])
+    with emulated.kernels(capability):
+        _, table, _ = torch.ops.kdfast_cuda.stats(student, *inputs, *settings)
+        for given in (table, table.flip(0)):
+            grad = torch.ops.kdfast_cuda.grad(student, given, grad_loss, *inputs, *settings)
+            want, size = by_formula(Coefficients(*given.double().unsqueeze(-1).unbind(1)), arguments, settings)
+            # exponents of logits that lie otherwise than the table's row reach some tens: as many ulp
+            torch.testing.assert_close(grad.double(), want * grad_loss.unsqueeze(-1), rtol=0, atol=1e-5 * float(size))
+
+
+def by_formula(c: Coefficients, arguments: Batch, settings: Settings) -> tuple[Tensor, Tensor]:
+    """The gradient as kdfast/row_math.py has it, and the largest of its terms."""
+    student, teacher, labels = arguments.student.double(), arguments.teacher.double(), arguments.labels
+    bits = math.log2(math.e)
+    y, y_teacher = (
+        x * bits / T - offset
+        for x, T, offset in (
+            (student, settings.temperature, c.student_offset),
+            (teacher, settings.teacher_temperature, c.teacher_offset),
+        )
+    )
+    q, p = torch.exp2(y) / c.student_total, torch.exp2(y_teacher) / c.teacher_total
+    log_q, log_p = q.log(), p.log()
+    terms = [c.hard * torch.exp2(student * bits - c.hard_offset) / c.hard_total, -c.uniform.expand_as(student)]
+    terms.append(-c.label * torch.nn.functional.one_hot(labels, student.shape[-1]))
+    if settings.divergence == "logit_mse":
+        terms.append(c.soft * (student - teacher - c.shift))
+    else:
+        psi = divergences.DIVERGENCES[settings.divergence].psi(p, q, log_p, log_q, settings.beta)
+        terms += [q * c.level, q * c.slope * (log_q - log_p), -c.teacher * p, c.soft * psi]
+    return sum(terms[1:], terms[0]), torch.stack([term.abs().max() for term in terms]).max()

@@ -48,18 +48,11 @@ def test_so_it_is_for_every_kind_of_sums(divergence: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"softcap": 30.0, "teacher_softcap": 30.0},
-        {"temperature": 2.5},
-        {"label_smoothing": 0.1},
-        {"return_metrics": True},
-    ],
-    ids=name,
+    "settings", [{"temperature": 2.5}, {"label_smoothing": 0.1}, {"return_metrics": True}], ids=name
 )
 def test_options_read_each_logit_once_too(settings: dict[str, Any]) -> None:
     for vocab in (4096, 151936):
-        assert per_pair(traffic(90, vocab, **settings), vocab) <= 6.2  # metrics, and the first class by every warp
+        assert per_pair(traffic(90, vocab, **settings), vocab) <= 6.06
 
 
 @capabilities
@@ -70,11 +63,12 @@ def test_without_a_gradient_nothing_is_written(capability: int, vocab: int) -> N
     assert sum(report.store_sectors for report in reports) <= 3 * ROWS + 2
 
 
-def test_by_row_the_longest_are_read_once_in_forward_and_once_in_backward() -> None:
-    for capability in gpu.CAPABILITIES:
-        forward, backward, _ = launches("cuda", capability, 50257, factor=1.0, reduction="none")
-        assert per_pair(forward, 50257) <= 4.04
-        assert per_pair(backward, 50257) <= 6.06
+@capabilities
+@pytest.mark.parametrize("vocab", (1000, 4096, 50257))
+def test_by_row_logits_are_read_once_in_forward_and_once_in_backward(capability: int, vocab: int) -> None:
+    forward, backward, _ = launches("cuda", capability, vocab, factor=1.0, reduction="none")
+    assert per_pair(forward, vocab) <= 4.06
+    assert per_pair(backward, vocab) <= 6.06
 
 
 @capabilities
@@ -88,7 +82,7 @@ def test_rows_are_accessed_in_16_byte_pieces(capability: int, dtype: torch.dtype
 @pytest.mark.parametrize("vocab", (1000, 50257))
 def test_backward_with_a_gradient_of_1_moves_nothing_but_that_1(capability: int, vocab: int) -> None:
     scale = scaling("cuda", capability, vocab)
-    assert scale.launched[0] == "scale"
+    assert scale.launched[0].startswith("scale<")
     assert scale.load_sectors * 32 <= scale.launched[1] * 8 * 32, "a factor for each warp"
 
 
@@ -98,8 +92,8 @@ def test_no_atomics_and_the_same_bits_every_time(capability: int) -> None:
         assert_the_same_bits_without_atomics("cuda", capability, vocab, **settings)
 
 
-@pytest.mark.parametrize("divergence", ("cross_entropy", "symmetric_kl", "skew_reverse_kl", "logit_mse", "dkd"))
-@pytest.mark.parametrize("options", ({}, {"label_smoothing": 0.1, "softcap": 20.0, "standardize": True}), ids=name)
+@pytest.mark.parametrize("divergence", ("cross_entropy", "symmetric_kl", "skew_reverse_kl", "logit_mse"))
+@pytest.mark.parametrize("options", ({}, {"label_smoothing": 0.1, "z_loss": 0.1}), ids=name)
 def test_sweeps_find_what_is_right(divergence: str, options: dict[str, Any]) -> None:
     """Rows that are kept nowhere, without clusters: by themselves and, of reduction "none", from their statistics."""
     with emulated.kernels(80):

@@ -5,7 +5,7 @@ How logits may lie is an axis of calls.py.
 
 import pytest
 import torch
-from cases import DIVERGENCES, F16, F32, F64, REDUCTIONS, batch, dtypes_for, labels_for
+from cases import F16, F32, F64, REDUCTIONS, batch, divergences_for, dtypes_for, labels_for
 from judge import judge, run
 
 ROWS, VOCAB = 6, 1000
@@ -23,6 +23,7 @@ def test_labels_and_row_values_of_any_strides(backend: str, expanded: bool) -> N
     judge(student, teacher, labels, backend=backend, reduction="none" if expanded else "mean", **settings)
 
 
+@pytest.mark.beyond_cuda
 def test_vocab_size_cuts_an_ensemble_of_which_one_is_padded(backend: str) -> None:
     student, teacher, labels = batch(ROWS, VOCAB)
     others = [torch.nn.functional.pad(teacher, (0, 24), value=torch.nan), batch(ROWS, VOCAB - 3).teacher]
@@ -51,7 +52,7 @@ def test_no_rows_are_no_loss(backend: str, shape: tuple[int, ...]) -> None:
     for dtype in dtypes_for(backend):
         empty = torch.empty(*shape, 33, dtype=dtype)
         for labelled in (False, True):
-            for i, divergence in enumerate(DIVERGENCES):
+            for i, divergence in enumerate(divergences_for(backend)):
                 reduction = REDUCTIONS[(i + labelled) % 4]  # each of them with some
                 labels = labels_for(divergence, torch.empty(shape, dtype=torch.int64), labelled)
                 rows = torch.ones(shape, dtype=F64 if dtype == F64 else F32) if reduction == "none" else None

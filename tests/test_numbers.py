@@ -37,6 +37,7 @@ def test_near_equality_a_divergence_keeps_its_digits(backend: str, divergence: s
             assert loss.min() >= -1e-9
 
 
+@pytest.mark.beyond_cuda
 def test_a_row_of_one_class_or_of_equal_logits_has_a_deviation_of_0(backend: str) -> None:
     """z is 0 then, q is uniform, and the deviation has no gradient: (g - mean g) / 1e-7."""
     for vocab, dtype in ((1, F32), (2, BF16), (17, F64), (100, F16), (2500, F32)):
@@ -75,6 +76,7 @@ def test_grad_output_scales_the_gradient(backend: str) -> None:
         torch.testing.assert_close(leaf.grad.double(), factor * grad, rtol=torch.finfo(dtype).eps, atol=fine + smallest)
 
 
+@pytest.mark.beyond_cuda
 def test_a_standardized_offset_keeps_its_digits(backend: str) -> None:
     """Of each side another, far from 0: means and deviations must not lose the digits."""
     for vocab in (17, 2049) if backend not in ON_GPU else (100,):
@@ -86,6 +88,7 @@ def test_a_standardized_offset_keeps_its_digits(backend: str) -> None:
                 judge(student, teacher, labels, backend=backend, **settings)
 
 
+@pytest.mark.beyond_cuda
 def test_dkd_where_the_label_takes_everything(backend: str) -> None:
     for scale in (2.0, 30.0):
         student, teacher, labels = batch(3, 100, scale=scale)

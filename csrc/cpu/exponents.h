@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t kFitsL2 = 65536;  // classes whose logits and exps a megabyte holds
 constexpr int kSample = 128;
 constexpr int kMaxPower = 4;
+constexpr double kLog2E = 1.4426950408889634, kLn2 = kNatsPerBit<double>;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 

@@ -151,14 +151,7 @@ KD_NOINLINE RowLoss<double> finish_row(const LossArgs& a, int64_t row, const Sum
   const RowTerms<double, double> terms = terms_of<typename P::C>(a, row, x, scale);
   const double n = x.classes, t = scale.temperature;
   RowLoss<double> out{};
-  if constexpr (P::kMSE) {
-    out = finish<NoDivergence>(x, terms, c);
-    const double mean = x.teacher_total / n;
-    out.soft = (x.over_teacher - x.teacher_total * mean) / (2 * n);
-    out.loss += a.alpha * out.soft;
-    c.soft = terms.factor * a.alpha / n * scale.student_unit;
-    c.shift = out.soft == out.soft ? mean : out.soft;  // one infinity makes all of a row NaN
-  } else if (std::is_same_v<typename P::D, ForwardKL> && a.divergence == Divergence::kDKD) {
+  if (std::is_same_v<typename P::D, ForwardKL> && a.divergence == Divergence::kDKD) {
     using C = typename P::C;
     const double ys = label.student * (C)scale.student - finite(x.student_offset);
     const double yt =

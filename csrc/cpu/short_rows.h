@@ -154,14 +154,7 @@ struct ShortRows {
                                a.labelled()};
     Coefficients<V> c;
     RowLoss<V> out{};
-    if constexpr (P::kMSE) {
-      out = finish<NoDivergence>(x, terms, c);
-      const V mean = x.teacher_total / x.classes;
-      const V soft = (x.over_teacher - x.teacher_total * mean) * (C)(0.5 / a.vocab);
-      out.loss += soft * (C)a.alpha;
-      c.soft = terms.factor * (C)(a.alpha / a.vocab);
-      c.shift = soft == soft ? mean : soft;
-    } else if constexpr (P::kPointwise) {
+    if constexpr (P::kPointwise) {
       with_pointwise(a, [&](auto d) { out = finish<decltype(d)>(x, terms, c); });
     } else {
       out = finish<typename P::D>(x, terms, c);

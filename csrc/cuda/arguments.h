@@ -5,7 +5,6 @@
 
 namespace kdfast {
 
-constexpr int kMostTeachers = 8;
 constexpr int kMostThreads = 256;  // of a block
 constexpr int kWarpThreads = 128;  // of one in which each warp has a row
 constexpr int kMostBlocks = 16;    // of a cluster
@@ -20,33 +19,28 @@ enum class Number { kFloat, kBFloat16, kHalf, kBool };
 
 struct RowsArgs {
   int rows, vocab;
-  int width;  // of the student with its padding: the gradient beyond vocab is 0
-  int n_teachers;
-  Matrix student, grad;  // grad.data null: none is wanted
-  Matrix teachers[kMostTeachers];
-  float teacher_weights[kMostTeachers];
-  Target target;
-  bool geometric;
-  Divergence divergence;  // kNone: no teacher is read
+  int width;              // of the student with its padding: the gradient beyond vocab is 0
+  Matrix student, grad;   // grad.data null: none is wanted
+  Matrix teacher;         // lies as the student's does; data null: none is read
+  Divergence divergence;  // kNone: there is no teacher
 
   const int64_t* labels;   // (rows) or null, as are all that follow
   const void* row_weight;  // 0: the row is not kept
   Number row_weight_type;
   const float *temperatures, *teacher_temperatures;
-  const float* row_scale;  // backward: row r's gradient is multiplied by row_scale[r * row_scale_step]
-  int row_scale_step;
   const float* divisor;  // 0-dim or null: of the sum of losses, beside `scale`; 0 where no row is kept
   float* losses;         // shares of the loss: row_weight * scale / divisor * l
   float* metrics;        // (kMetrics, rows)
-  float* new_stats;      // (rows, kStats), in the order of Statistics
-  const float* stats;    // the same: passes A and B are not taken again
+  float* new_table;      // (rows, kCoefficients)
+  // Backward, from that table and the logits alone: row r's gradient is multiplied by
+  // grad_loss[r * grad_loss_step].
+  const float *table, *grad_loss;
+  int grad_loss_step;
   float temperature, teacher_temperature;  // where there is none per row
   float alpha, hard_weight, z_loss, beta;
   float scale;
-  float label_smoothing, softcap, teacher_softcap;  // 0: none
-  float dkd_target, dkd_others;                     // weights
-  bool t_squared, standardize;
-  bool keep;  // whether there is shared memory for a row; of the general kernel
+  float label_smoothing;
+  bool t_squared;
 };
 
 struct ScaleArgs {

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "../row_math.h"
 #include "../tensors.h"
 #include "launch.h"
 
@@ -33,6 +34,24 @@ inline Place place_of(const Tensor& t) {
   return {device, current_stream(device)};
 }
 
+// Whether all rows of two matrices have their vectors at the same classes.
+inline bool lie_alike(const Matrix& a, const Matrix& b) {
+  if (a.size[0] * a.size[1] * a.size[2] == 0) return true;
+  const int64_t bytes = bytes_of(a.dtype);  // of both
+  bool alike = ((uintptr_t)a.data - (uintptr_t)b.data) % 16 == 0;
+  const auto spread = [&](const Matrix& m, int64_t row) { return m.offset(row) * bytes % 16; };
+  // the rows' places modulo 16 are sums of their dimensions' strides
+  int64_t step = 1;
+  for (int d = 2; d >= 0; step *= a.size[d--]) {
+    if (a.size[d] > 1) alike = alike && spread(a, step) == spread(b, step);
+  }
+  step = 1;
+  for (int d = 2; d >= 0; step *= b.size[d--]) {
+    if (b.size[d] > 1) alike = alike && spread(a, step) == spread(b, step);
+  }
+  return alike;
+}
+
 // One call: the kernels' arguments, and the tensors that hold what they point to.
 class Call {
  public:
@@ -40,10 +59,10 @@ class Call {
        const std::optional<Tensor>& row_weight, const std::optional<Tensor>& normalizer,
        const std::optional<Tensor>& temperatures, const std::optional<Tensor>& teacher_temperatures,
        double temperature, double teacher_temperature, double alpha, double hard_weight, bool t_squared,
-       const std::string& divergence, double beta, const std::string& target, const std::string& ensemble,
-       const std::vector<double>& teacher_weights, int64_t vocab_size, int64_t, const std::string&,
-       double divisor, double label_smoothing, double z_loss, double softcap, double teacher_softcap,
-       bool standardize, const std::vector<double>& dkd_weights, bool metrics)
+       const std::string& divergence, double beta, const std::string& target, const std::string&,
+       const std::vector<double>&, int64_t vocab_size, int64_t, const std::string&, double divisor,
+       double label_smoothing, double z_loss, double softcap, double teacher_softcap, bool standardize,
+       const std::vector<double>&, bool metrics)
       : student_(readable(student)), copied_(student_.get() != student.get()) {
     place_ = place_of(student);
     RowsArgs& a = args_;
@@ -54,19 +73,16 @@ class Call {
     a.width = (int)classes_of(student_);
     a.vocab = vocab_size < 0 ? a.width : (int)vocab_size;
     a.rows = (int)rows_of(student_);
-    if (teachers.size() > kMostTeachers) {
-      fail<std::invalid_argument>("teacher: ", teachers.size(),
-                                  " teachers, but the CUDA kernels take at most ", kMostTeachers);
+    a.divergence = Divergence::kNone;
+    if (!teachers.empty()) {
+      a.divergence = divergence_of(divergence, "CUDA");
+      set_teacher(teachers[0]);
     }
-    a.n_teachers = (int)teachers.size();
-    for (int k = 0; k < a.n_teachers; ++k) {
-      held_.push_back(readable(teachers[k]));
-      a.teachers[k] = tensor(held_.back());
-      a.teacher_weights[k] = (float)teacher_weights[k];
+    if (teachers.size() > 1 || (!teachers.empty() && target != "logits") || softcap != 0 ||
+        teacher_softcap != 0 || standardize || a.divergence == Divergence::kDKD) {
+      fail<std::invalid_argument>(
+          "kdfast: the CUDA kernels are those of plain calls; see kdfast/gpu_choice.py");
     }
-    a.divergence = a.n_teachers ? divergence_of(divergence, "CUDA") : Divergence::kNone;
-    a.target = target == "logits" ? Target::kLogits : target == "probs" ? Target::kProbs : Target::kLogProbs;
-    a.geometric = ensemble == "geometric";
     if (labels) {
       held_.push_back(torch::stable::contiguous(*labels));
       a.labels = (const int64_t*)held_.back().const_data_ptr();
@@ -81,12 +97,7 @@ class Call {
     a.z_loss = (float)z_loss;
     a.beta = (float)beta;
     a.label_smoothing = (float)label_smoothing;
-    a.softcap = (float)softcap;
-    a.teacher_softcap = (float)teacher_softcap;
-    a.dkd_target = (float)dkd_weights[0];
-    a.dkd_others = (float)dkd_weights[1];
     a.t_squared = t_squared;
-    a.standardize = standardize;
     a.scale = (float)(1 / divisor);
     a.divisor = by_row(normalizer);
     if (metrics) {
@@ -110,30 +121,31 @@ class Call {
 
   // ---- the launches ----
 
-  // Shares of the loss and, where it has a place, the gradient; metrics; statistics.
-  Tensor run(float* new_stats = nullptr) {
+  // Shares of the loss and, where it has a place, the gradient; metrics; the table of coefficients.
+  Tensor run(float* new_table = nullptr) {
     const Tensor losses = new_floats({args_.rows});
     if (args_.rows) {
       measure_softmaxes();
       args_.losses = floats(losses);
-      args_.new_stats = new_stats;
+      args_.new_table = new_table;
       launch_rows(args_, place_);
     }
     return by_rows(losses, {});
   }
 
-  void backward(const Tensor& stats, const Tensor& grad_loss) {
+  void backward(const Tensor& table, const Tensor& grad_loss) {
     held_.push_back(torch::stable::contiguous(grad_loss));
-    args_.row_scale = floats(held_.back());
-    args_.row_scale_step = grad_loss.numel() > 1;
-    args_.stats = floats(stats);
+    args_.grad_loss = floats(held_.back());
+    args_.grad_loss_step = grad_loss.numel() > 1;
+    held_.push_back(torch::stable::contiguous(table));
+    args_.table = floats(held_.back());
     if (args_.rows) launch_rows(args_, place_);
   }
 
   // What return_metrics reports, of every row.
   Tensor metrics() const { return measured_ ? by_rows(*measured_, {kMetrics}) : new_floats({0}); }
 
-  Tensor new_stats() const { return new_floats({args_.rows, kStats}); }
+  Tensor new_table() const { return new_floats({args_.rows, kCoefficients}); }
 
  private:
   Tensor student_;
@@ -157,6 +169,31 @@ class Call {
     if (!values) return nullptr;
     held_.push_back(torch::stable::contiguous(torch::stable::to(*values, ScalarType::Float)));
     return floats(held_.back());
+  }
+
+  // The vectors of both must be at the same classes. Where they are not, both are copied, 4 bytes a logit
+  // more than Triton moves, to which the table sends such calls: this is for who asks for CUDA by name.
+  void set_teacher(const Tensor& teacher) {
+    RowsArgs& a = args_;
+    held_.push_back(readable(teacher));
+    a.teacher = tensor(held_.back());
+    if (a.teacher.dtype != a.student.dtype) {
+      fail<std::invalid_argument>("kdfast: a teacher of another dtype than the student's");
+    }
+    if (lie_alike(a.student, a.teacher)) return;
+    const auto copied = [&](Tensor t) {  // as wide as the student's
+      Tensor copy = torch::stable::new_empty(student_, student_.sizes());
+      const int64_t last = copy.dim() - 1, classes = std::min(classes_of(t), classes_of(copy));
+      Tensor real = torch::stable::narrow(copy, last, 0, classes);
+      torch::stable::copy_(real, torch::stable::narrow(t, last, 0, classes));
+      return copy;
+    };
+    held_.push_back(copied(teacher));
+    a.teacher = tensor(held_.back());
+    if (lie_alike(a.student, a.teacher)) return;
+    student_ = copied(student_);
+    copied_ = true;
+    a.student = tensor(student_);
   }
 
   void set_weights(const Tensor& weights) {

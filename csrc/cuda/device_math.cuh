@@ -31,18 +31,5 @@ __device__ inline float log_ratio(float a, float b, float difference) {
   return b < 1e-37f ? 0 : log == -kInf ? -87.f : log;  // a is 0 there, which it is multiplied with
 }
 
-// To within 2 ulp: a polynomial near 0 (Moshier's Cephes), where the other form cancels.
-__device__ inline float capped_tanh(float x) {
-  const float z = x * x, far = 1 - 2 / (fast_exp2(fabsf(x) * (2 * kLog2E)) + 1);
-  float series =
-      ((z * -5.70498872745e-3f + 2.06390887954e-2f) * z - 5.37397155531e-2f) * z + 1.33314422036e-1f;
-  series = series * z - 3.33332819422e-1f;
-  return fabsf(x) < 0.625f ? x + x * z * series : copysignf(far, x);
-}
-// A masked class stays masked; cap 0: none.
-__device__ inline float softcapped(float x, float cap) {
-  return cap == 0 || x == -kInf ? x : cap * capped_tanh(x / cap);
-}
-
 }  // namespace
 }  // namespace kdfast

@@ -138,34 +138,7 @@ void run(const Kernel& kernel, const Launch& l, const Args& args, const Device& 
 
 // ---- which kernel ----
 
-// Whether all rows of two matrices have their vectors at the same classes.
-bool lie_alike(const Matrix& a, const Matrix& b) {
-  const int64_t bytes = bytes_of(a.dtype);
-  bool alike = a.dtype == b.dtype && ((uintptr_t)a.data - (uintptr_t)b.data) % 16 == 0;
-  const auto spread = [&](const Matrix& m, int64_t row) { return m.offset(row) * bytes % 16; };
-  // the rows' places modulo 16 are sums of their dimensions' strides
-  int64_t step = 1;
-  for (int d = 2; d >= 0; step *= a.size[d--]) {
-    if (a.size[d] > 1) alike = alike && spread(a, step) == spread(b, step);
-  }
-  step = 1;
-  for (int d = 2; d >= 0; step *= b.size[d--]) {
-    if (b.size[d] > 1) alike = alike && spread(a, step) == spread(b, step);
-  }
-  return alike;
-}
-
-bool is_plain(const RowsArgs& a) {
-  if (a.softcap != 0 || a.teacher_softcap != 0 || a.standardize || a.label_smoothing != 0 || a.metrics)
-    return false;
-  if (a.divergence == Divergence::kDKD || a.n_teachers > 1 || (a.n_teachers && a.target != Target::kLogits))
-    return false;
-  if (a.n_teachers && !lie_alike(a.student, a.teachers[0])) return false;
-  return !a.grad.data || lie_alike(a.student, a.grad);
-}
-
-Kernel kernel_of(const RowsArgs& a, bool plain, Shape shape) {
-  if (!plain) return row_kernel_general(a.divergence, shape);
+Kernel kernel_of(const RowsArgs& a, Shape shape) {
   switch (a.student.dtype) {
     case DType::kBFloat16:
       return row_kernel_bf16(a.divergence, shape);
@@ -178,27 +151,28 @@ Kernel kernel_of(const RowsArgs& a, bool plain, Shape shape) {
 
 // ---- how many ----
 
+constexpr int kKeptBytes = 32;  // of a pair of packs
+
 Launch by_warps(const RowsArgs& a, int packs) {
   return {(int)(((int64_t)a.rows + kWarpRows - 1) / kWarpRows), kWarpThreads, 1,
-          (int64_t)kWarpRows * packs * 32};
+          (int64_t)kWarpRows * packs * kKeptBytes};
 }
 
-Launch by_blocks(const RowsArgs& a, int packs, int kept_bytes, int most_blocks, const Device& device) {
+Launch by_blocks(const RowsArgs& a, int packs, int most_blocks, const Device& device) {
   int blocks = 1;
   const auto too_few = [&] {
     return 2 * (int64_t)a.rows * blocks <= device.multiprocessors && packs >= 2 * kFewPacks * blocks;
   };
-  while (blocks < most_blocks && ((int64_t)packs * kept_bytes > kBlockBytes * blocks || too_few()))
+  while (blocks < most_blocks && ((int64_t)packs * kKeptBytes > kBlockBytes * blocks || too_few()))
     blocks *= 2;
   const int64_t part = part_of(packs, blocks);
   const int64_t most = 0x7fffffff / kMostBlocks;
   return {(int)std::min<int64_t>(a.rows, most) * blocks,
-          part * kept_bytes <= kFewBytes ? kMostThreads / 2 : kMostThreads, blocks, part * kept_bytes};
+          part * kKeptBytes <= kFewBytes ? kMostThreads / 2 : kMostThreads, blocks, part * kKeptBytes};
 }
 
 Launch by_sweeps(const RowsArgs& a, const Device& device) {
-  int64_t row = bytes_of(a.student.dtype) * a.vocab;
-  for (int k = 0; k < a.n_teachers; ++k) row += bytes_of(a.teachers[k].dtype) * a.vocab;
+  const int64_t row = (a.teacher.data ? 2 : 1) * bytes_of(a.student.dtype) * a.vocab;
   const int64_t fitting = device.cache * 3 / 4 / row, least = device.multiprocessors;
   const int64_t blocks = std::min<int64_t>(a.rows, std::max(least, std::min(2 * least, fitting)));
   return {(int)std::max<int64_t>(1, blocks), kMostThreads, 1, 0};
@@ -219,28 +193,23 @@ void launch_rows(RowsArgs a, const Place& place) {
     a.beta = a.divergence == Divergence::kForwardKL ? 1 : 0;
     a.divergence = Divergence::kSymmetricKL;
   }
-  const bool plain = is_plain(a);
-  const int vec = plain ? 16 / (int)bytes_of(a.student.dtype) : 8;
-  const int packs = a.vocab / vec;
-  if (plain && a.vocab <= kWarpClasses) {
-    return run(kernel_of(a, true, Shape::kWarp), by_warps(a, packs), a, device, place);
-  }
-  const Kernel kept = kernel_of(a, plain, Shape::kKept);
+  const int packs = a.vocab / (16 / (int)bytes_of(a.student.dtype));
+  if (a.vocab <= kWarpClasses) return run(kernel_of(a, Shape::kWarp), by_warps(a, packs), a, device, place);
+  const Kernel kept = kernel_of(a, Shape::kKept);
   for (int most = device.most_blocks(); most >= 1; most /= 2) {
-    const Launch launch = by_blocks(a, packs, plain ? 32 : 64, most, device);
+    const Launch launch = by_blocks(a, packs, most, device);
     if (launch.shared + kStaticBytes > device.shared) break;
     if (!fits(kept, launch, device, place)) continue;
-    a.keep = true;
     return run(kept, launch, a, device, place);
   }
-  run(kernel_of(a, plain, Shape::kSwept), by_sweeps(a, device), a, device, place);
+  run(kernel_of(a, Shape::kSwept), by_sweeps(a, device), a, device, place);
 }
 
 void launch_scale(const ScaleArgs& args, const Place& place) {
   const DeviceScope scope(place.device);
   const Device device = device_of(place.device);
-  run(scale_kernel(), {std::min(args.rows, 8 * device.multiprocessors), kMostThreads, 1, 0}, args, device,
-      place);
+  run(scale_kernel(args.grad.dtype), {std::min(args.rows, 8 * device.multiprocessors), kMostThreads, 1, 0},
+      args, device, place);
 }
 
 }  // namespace kdfast

@@ -17,10 +17,9 @@ enum class Shape { kWarp, kKept, kSwept };
 Kernel row_kernel_bf16(Divergence, Shape);
 Kernel row_kernel_fp16(Divergence, Shape);
 Kernel row_kernel_fp32(Divergence, Shape);
-Kernel row_kernel_general(Divergence, Shape);
 
 // Of scale.cu.
-Kernel scale_kernel();  // ScaleArgs: the gradient times the factor; nothing where that is 1
+Kernel scale_kernel(DType);  // ScaleArgs: the gradient times the factor; nothing where that is 1
 
 // 1000 * major + 10 * minor: of the runtime, which is a part of this library, and the latest that the driver
 // knows.

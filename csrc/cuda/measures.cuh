@@ -6,7 +6,9 @@
 namespace kdfast {
 namespace {
 
+template <class D>
 struct Measures {
+  static constexpr bool kTaught = Statistics<D>::kSoft || Statistics<D>::kMSE;
   static constexpr int kCount =
       7;  // 3 sums; the largest logit and, as its bits, its class: student's, teacher's
   float value[kCount];
@@ -39,29 +41,32 @@ struct Measures {
                       const RowScale& row) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const Pair<true> pair(s[i], t[i], scales, row);
-      value[0] += masked(pair.p, pair.log_p - pair.log_q);
-      value[1] += masked(pair.p, pair.log_p);
+      const Pair pair(s[i], t[i], scales, row);
       value[2] += masked(pair.q, pair.log_q);
       keep_larger(3, s[i], __int_as_float(first + i));
-      keep_larger(5, t[i], __int_as_float(first + i));
+      if constexpr (kTaught) {
+        value[0] += masked(pair.p, pair.log_p - pair.log_q);
+        value[1] += masked(pair.p, pair.log_p);
+        keep_larger(5, t[i], __int_as_float(first + i));
+      }
     }
   }
 
-  // NaN where there is nothing to measure.
-  __device__ void write(const RowsArgs& a, int64_t index, bool kept, int label, const Terms& terms,
-                        bool taught) const {
+  // NaN where there is nothing to measure. Of logit_mse `soft` alone: see call.h.
+  __device__ void write(const RowsArgs& a, int64_t index, bool kept, int label,
+                        const RowLoss<float>& row) const {
     const float nan = nanf("");
     const int of_student = __float_as_int(value[4]), of_teacher = __float_as_int(value[6]);
-    const float columns[kMetrics] = {taught ? terms.soft : nan,
-                                     a.labels ? terms.hard : nan,
-                                     taught ? value[0] * kLn2 : nan,
+    const float columns[kMetrics] = {kTaught ? row.soft : nan,
+                                     a.labels ? row.hard : nan,
+                                     kTaught ? value[0] * kLn2 : nan,
                                      -value[2] * kLn2,
-                                     taught ? -value[1] * kLn2 : nan,
-                                     taught ? (float)(of_student == of_teacher) : nan,
+                                     kTaught ? -value[1] * kLn2 : nan,
+                                     kTaught ? (float)(of_student == of_teacher) : nan,
                                      a.labels ? (float)(of_student == label) : nan};
 #pragma unroll
-    for (int k = 0; k < kMetrics; ++k) a.metrics[(int64_t)a.rows * k + index] = kept ? columns[k] : nan;
+    for (int k = 0; k < (Statistics<D>::kMSE ? 1 : kMetrics); ++k)
+      a.metrics[(int64_t)a.rows * k + index] = kept ? columns[k] : nan;
   }
 };
 

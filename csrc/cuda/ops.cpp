@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> loss_grad_(Tensor student, KDFAST_INPUTS) {
 
 std::tuple<Tensor, Tensor, Tensor> stats(Tensor student, KDFAST_INPUTS) {
   Call call(student, KDFAST_PASS);
-  Tensor table = call.new_stats();
+  Tensor table = call.new_table();
   Tensor loss = call.run(floats(table));
   return {loss, table, call.metrics()};
 }

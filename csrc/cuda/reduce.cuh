@@ -70,7 +70,7 @@ __device__ inline void store_in_block(float* place, int rank, float x) {
 template <int kCount>
 struct Lines {
   float of_warp[kCount][kMostWarps];
-  float of_block[kMostBlocks][kCount];  // written by a block at a time
+  float of_block[kMostBlocks][kCount | 1];  // written by a block at a time; odd, against bank conflicts
 };
 
 // ---- teams: what shares a row ----
@@ -86,10 +86,20 @@ struct WarpTeam {
   }
   __device__ int64_t rows_at_once() const { return (int64_t)gridDim.x * (blockDim.x >> 5); }
   __device__ bool leading_warp() const { return true; }
+  __device__ bool leads() const { return thread() == 0; }
   __device__ void meet() const { __syncwarp(); }
   template <class N, class F>
   __device__ N numbers(N&, F read) const {
     return read();
+  }
+
+  // The same numbers of memory, in every thread.
+  template <int kCount>
+  __device__ void fetch(float (&to)[kCount], float (&)[kCount], const float* from) const {
+    const int lane = threadIdx.x & 31;
+    const float mine = lane < kCount ? from[lane] : 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to[i] = __shfl_sync(~0u, mine, i);
   }
 
   template <class A, int kCount, class R>
@@ -126,6 +136,13 @@ struct BlockTeam {
     if (threadIdx.x == 0) shared = read();
     __syncthreads();
     return shared;
+  }
+  template <int kCount>
+  __device__ void fetch(float (&to)[kCount], float (&shared)[kCount], const float* from) const {
+    if (threadIdx.x < kCount) shared[threadIdx.x] = from[threadIdx.x];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to[i] = shared[i];
   }
   // After it the lines of earlier joinings may be written again.
   __device__ void meet() const {

@@ -4,14 +4,13 @@
 // that every logit is read once; or one block goes over it in sweeps, each from the end where the one before
 // it stopped, for the last classes read are those that the caches still hold.
 //
-// S is the type of all logits, and student, teacher and gradient lie alike: the vectors of one are those of
-// the others. What else a call may ask for is general_rows.cuh's.
+// S is the type of all logits, and student and teacher lie alike: the vectors of one are those of the other.
 //
 // A row's classes before the first multiple of 32 bytes, and those after the last whole vector, are "ends":
 // of one thread each, of the first block.
 #pragma once
 
-#include "row_passes.cuh"
+#include "measures.cuh"
 
 namespace kdfast {
 namespace {
@@ -26,16 +25,15 @@ struct RowOf {
   int64_t index;
   bool kept, bad;  // bad: a label out of range, whose row is NaN
   int n;           // classes that are looked at: none where the row drops out
-  float share;     // of the loss: what its loss is multiplied by
-  float factor;    // what its gradient is multiplied by
+  float share;     // of the loss: what its loss and its gradient are multiplied by
   RowScale scale;
 };
 
 // What a row has beside its logits; one thread of a block reads it for all, for each warp's reads count.
 struct RowNumbers {
   int64_t label;
-  float weight, temperature, teacher_temperature, share, factor;
-  float label_s, shift;  // of a row that is not general
+  float weight, temperature, teacher_temperature, share, grad_loss;
+  float label_s, first_s, first_t;
 };
 
 __device__ inline float weight_of(const RowsArgs& a, int64_t index) {
@@ -54,21 +52,22 @@ __device__ inline float weight_of(const RowsArgs& a, int64_t index) {
 
 template <class S, class D>
 __device__ inline RowNumbers numbers_of(const RowsArgs& a, int64_t index) {
-  using Stats = Statistics<D, kGeneral<S>>;
   RowNumbers x{};
   if (a.labels) x.label = a.labels[index];
   x.weight = weight_of(a, index);
   x.temperature = a.temperatures ? a.temperatures[index] : a.temperature;
   x.teacher_temperature = a.teacher_temperatures ? a.teacher_temperatures[index] : a.teacher_temperature;
+  x.grad_loss = 1;
+  if (a.table) {
+    x.grad_loss = a.grad_loss[index * a.grad_loss_step];
+    return x;
+  }
   x.share = x.weight * a.scale;
   if (a.divisor) x.share *= *a.divisor == 0 ? 0 : 1 / *a.divisor;
-  x.factor = x.share;
-  if (a.row_scale) x.factor *= a.row_scale[index * a.row_scale_step];
-  if constexpr (!kGeneral<S>) {  // whose label's logit is to be prepared
-    const S* student = row_at<const S>(a.student, index);
-    if (a.labels && x.label >= 0 && x.label < a.vocab && x.weight != 0) x.label_s = widened(student[x.label]);
-    if (Stats::kMSE) x.shift = widened(student[0]) - widened(row_at<const S>(a.teachers[0], index)[0]);
-  }
+  const S* student = row_at<const S>(a.student, index);
+  if (a.labels && x.label >= 0 && x.label < a.vocab && x.weight != 0) x.label_s = widened(student[x.label]);
+  if (Statistics<D>::kMSE || a.label_smoothing != 0) x.first_s = widened(student[0]);
+  if (Statistics<D>::kMSE) x.first_t = widened(row_at<const S>(a.teacher, index)[0]);
   return x;
 }
 
@@ -80,40 +79,62 @@ __device__ inline RowOf row_of(const RowsArgs& a, int64_t index, const RowNumber
   const bool inside = x.label >= 0 && x.label < a.vocab;
   r.bad = r.kept && a.labels && !inside;
   r.n = r.kept ? a.vocab : 0;
-  r.scale = {
-      kLog2E / x.temperature, kLog2E / x.teacher_temperature, x.temperature, a.beta, x.temperature, x.shift};
+  r.scale = {kLog2E / x.temperature, kLog2E / x.teacher_temperature, x.temperature, a.beta};
+  r.scale.shift = x.first_s - x.first_t;
+  r.scale.smoothed = a.label_smoothing != 0;
+  r.scale.first = x.first_s == -kInf ? 0 : x.first_s;
   r.scale.label = a.labels && r.kept && inside ? (int)x.label : -1;
-  r.scale.inverse = 1;
-  r.factor = r.bad ? nanf("") : x.factor;
   return r;
 }
 
-// A row's loss and statistics, by the lanes of the leading warp.
-template <class D, bool G>
-__device__ inline void write_row(const RowsArgs& a, const RowOf& r, const Statistics<D, G>& statistics,
-                                 const PointwiseSums& sums, const Terms& terms) {
+__device__ inline RowTerms<float, float> terms_of(const RowsArgs& a, const RowOf& r,
+                                                  const Sums<float>& sums) {
+  return {r.scale.temperature,
+          r.bad ? nanf("") : r.share,
+          1,
+          __fmaf_rn(1 / sums.student_total, sums.student_total, -1.f),
+          a.alpha,
+          a.hard_weight,
+          a.label_smoothing,
+          a.z_loss,
+          a.beta,
+          a.t_squared,
+          true,
+          a.labels != nullptr};
+}
+
+using Columns = float[kCoefficients];
+
+// A row's loss and coefficients, by the lanes of the leading warp. In the table, which every backend may
+// read, exps at temperature 1 are relative to the hard offset, in the kernels to T times the student's.
+__device__ inline void write_row(const RowsArgs& a, const RowOf& r, const RowLoss<float>& row,
+                                 Coefficients<float> c) {
   const int lane = threadIdx.x & 31;
-  if (a.losses && lane == 0) a.losses[r.index] = r.kept ? (r.bad ? nanf("") : r.share * terms.loss) : 0;
-  if (!a.new_stats) return;
-  float mine = 0;  // the lane's of the statistics
+  if (a.losses && lane == 0) a.losses[r.index] = r.kept ? (r.bad ? nanf("") : r.share * row.loss) : 0;
+  if (!a.new_table) return;
+  c.hard_total *= exp2f(hard_shift(c, r.scale.temperature));
+  float mine = 0;  // the lane's column
 #pragma unroll
-  for (int i = 0; i < kStats; ++i) {
-    const bool psi_sum = D::kPointwise && i == kOverStudent;
-    mine = lane == i ? (psi_sum ? sums.value[1] : statistics.value[i]) : mine;
-  }
-  if (lane < kStats) a.new_stats[r.index * kStats + lane] = mine;
+  for (int i = 0; i < kCoefficients; ++i) mine = lane == i ? reinterpret_cast<const Columns&>(c)[i] : mine;
+  if (lane < kCoefficients) a.new_table[r.index * kCoefficients + lane] = r.kept ? mine : 0;
+}
+template <class Team>
+__device__ inline Coefficients<float> read_row(const RowsArgs& a, const RowOf& r, const Team& team,
+                                               Columns& shared) {
+  Coefficients<float> c;
+  team.fetch(reinterpret_cast<Columns&>(c), shared, a.table + r.index * kCoefficients);
+  c.hard_total *= exp2f(-hard_shift(c, r.scale.temperature));
+  return c;
 }
 
 // Zeros from class n on: padding, or a row that drops out. By the threads of all its blocks.
-template <class Team>
-__device__ inline void zero_from(void* row, DType dtype, int n, int width, const Team& team) {
+template <class S, class Team>
+__device__ inline void zero_from(S* row, int n, int width, const Team& team) {
   const int thread = team.rank() * team.threads() + team.thread(), threads = team.blocks() * team.threads();
-  const int bytes = (int)bytes_of(dtype), per_pack = 16 / bytes;
-  char* start = (char*)row + (int64_t)n * bytes;
-  const int head = head_of(start, bytes, width - n), packs = (width - n - head) / per_pack;
-  for (int i = thread; i < head; i += threads) set_element(start, dtype, i, 0);
-  for (int i = thread; i < packs; i += threads) __stcs((uint4*)(start + head * bytes) + i, uint4{0, 0, 0, 0});
-  for (int i = head + packs * per_pack + thread; i < width - n; i += threads) set_element(start, dtype, i, 0);
+  const int head = n + head_of(row + n, sizeof(S), width - n), packs = (width - head) / kVec<S>;
+  for (int i = n + thread; i < head; i += threads) row[i] = narrowed<S>(0);
+  for (int i = thread; i < packs; i += threads) __stcs((uint4*)(row + head) + i, uint4{0, 0, 0, 0});
+  for (int i = head + packs * kVec<S> + thread; i < width; i += threads) row[i] = narrowed<S>(0);
 }
 
 // ---- a team's part of a row: its packs, as they come from global memory by way of shared memory, where they
@@ -145,18 +166,21 @@ struct Packs : Part<Team> {
   using Part<Team>::head, Part<Team>::first, Part<Team>::count, Part<Team>::part, Part<Team>::end;
   const S *student, *teacher;
   S* grad;
+  bool by_vectors;  // whether the gradient's are those of the logits
   uint4 *kept_student, *kept_teacher;
 
   __device__ Packs(const Team& team, const RowsArgs& a, const RowOf& r, uint4* kept)
       : Part<Team>(team, row_at<const S>(a.student, r.index), sizeof(S), kN, r.n),
         student(row_at<const S>(a.student, r.index)),
-        teacher(a.n_teachers ? row_at<const S>(a.teachers[0], r.index) : nullptr),
+        teacher(a.teacher.data ? row_at<const S>(a.teacher, r.index) : nullptr),
         grad(a.grad.data ? row_at<S>(a.grad, r.index) : nullptr),
+        by_vectors(((uintptr_t)grad - (uintptr_t)student) % 16 == 0),
         kept_student(kept),
         kept_teacher(kept + part) {}
 
-  // f(first class, student's, teacher's) for the thread's packs. sweep: which one this is.
-  template <class F>
+  // f(first class, student's, teacher's) for the thread's packs. sweep: how many were before this one;
+  // kFirst: none.
+  template <bool kFirst, class F>
   __device__ void each(const Team& team, int sweep, F f) const {
     const int threads = team.threads(), thread = team.thread();
     const uint4 *s = (const uint4*)(student + head) + first,
@@ -164,11 +188,9 @@ struct Packs : Part<Team> {
     auto call = [&](int i, uint4 a, uint4 b) {
       f(head + (first + i) * kN, widened<S>(a).x, widened<S>(b).x);
     };
-    if constexpr (kKeep) {
-      if (sweep > 0) {
-        for (int i = thread; i < count; i += threads) call(i, kept_student[i], kept_teacher[i]);
-        return;
-      }
+    if constexpr (kKeep && !kFirst) {
+      for (int i = thread; i < count; i += threads) call(i, kept_student[i], kept_teacher[i]);
+    } else if constexpr (kKeep) {
       int next = thread;
       auto fetch = [&] {
         if (next < count) {
@@ -197,14 +219,23 @@ struct Packs : Part<Team> {
     s[0] = widened(student[end]);
     if (teacher) t[0] = widened(teacher[end]);
   }
-  __device__ void store(int at, const Wide<S>& g) const { __stcs((uint4*)(grad + at), narrowed_pack<S>(g)); }
+  __device__ void store(int at, const Wide<S>& g) const {
+    if (by_vectors) {
+      __stcs((uint4*)(grad + at), narrowed_pack<S>(g));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kN; ++i) grad[at + i] = narrowed<S>(g.x[i]);
+    }
+  }
   __device__ void store_end(float g) const { grad[end] = narrowed<S>(g); }
 };
 
 // What all blocks' threads share beside the kept logits.
 struct Shared {
-  Lines<kStats> statistics;
+  Lines<8> statistics;
   Lines<PointwiseSums::kCount> sums;
+  Lines<7> measures;
+  float columns[kCoefficients];
   RowNumbers row;
 };
 
@@ -218,50 +249,59 @@ __device__ inline void rows_of_team(const RowsArgs& a, uint4* kept, Shared& shar
     float s_end[1] = {-kInf}, t_end[1] = {-kInf};
     if (packs.end >= 0) packs.load_end(s_end, t_end);
 
-    Statistics<D, false> statistics = Statistics<D, false>::nothing();
-    PointwiseSums sums{};
+    Coefficients<float> coefficients;
     int sweep = 0;
-    const float* known = kKeep || !a.stats ? nullptr : a.stats + index * kStats;
-    if (known) {
-#pragma unroll
-      for (int i = 0; i < kStats; ++i) statistics.value[i] = known[i];
-      if (D::kPointwise) sums.value[1] = known[kOverStudent];
+    if (a.table) {
+      coefficients = read_row(a, r, team, shared.columns);
+      if constexpr (kKeep) packs.template each<true>(team, sweep++, [](int, const auto&, const auto&) {});
     } else {
-      packs.each(team, sweep++,
-                 [&](int at, const auto& s, const auto& t) { statistics.add(s, t, at, true, r.scale); });
-      statistics.add(s_end, t_end, packs.end, packs.end >= 0, r.scale);
+      Statistics<D> statistics = Statistics<D>::nothing();
+      PointwiseSums sums{};
+      packs.template each<true>(
+          team, sweep++, [&](int, const auto& s, const auto& t) { statistics.add(s, t, true, r.scale); });
+      statistics.add(s_end, t_end, packs.end >= 0, r.scale);
       statistics = team.join(statistics, shared.statistics, r.scale);
-    }
-    const Scales scales = scales_of(statistics, r.scale);
-    if constexpr (D::kPointwise) {
-      if (!known) {
-        packs.each(team, sweep++, [&](int, const auto& s, const auto& t) {
-          sums.template add<D, false>(s, t, scales, r.scale);
+      const Scales scales = scales_of(statistics);
+      if constexpr (D::kPointwise) {
+        packs.template each<false>(team, sweep++, [&](int, const auto& s, const auto& t) {
+          sums.template add<D>(s, t, scales, r.scale);
         });
-        if (packs.end >= 0) sums.template add<D, false>(s_end, t_end, scales, r.scale);
+        if (packs.end >= 0) sums.template add<D>(s_end, t_end, scales, r.scale);
         sums = team.join(sums, shared.sums, r.scale);
       }
-    }
 
-    const Terms terms = finish(statistics, sums, scales, numbers.label_s, 0, r.scale, a, r.factor);
-    if (team.leading_warp()) write_row(a, r, statistics, sums, terms);
+      const Sums<float> of_row = sums_of(statistics, sums, numbers.label_s, (float)a.vocab, r.scale);
+      const RowLoss<float> row = finish<D>(of_row, terms_of(a, r, of_row), coefficients);
+      if (team.leading_warp()) write_row(a, r, row, coefficients);
+      if (a.metrics) {
+        Measures<D> measures = Measures<D>::nothing();
+        if constexpr (!D::kDifference) {  // whose others are of softmaxes: see call.h
+          packs.template each<false>(team, sweep++, [&](int at, const auto& s, const auto& t) {
+            measures.add(s, t, at, scales, r.scale);
+          });
+          if (packs.end >= 0) measures.add(s_end, t_end, packs.end, scales, r.scale);
+          measures = team.join(measures, shared.measures, r.scale);
+        }
+        if (team.leads()) measures.write(a, index, r.kept && !r.bad, r.scale.label, row);
+      }
+    }
     if (packs.grad) {
-      packs.each(team, sweep, [&](int at, const auto& s, const auto& t) {
+      const Factors factors = factors_of<D>(coefficients, numbers.grad_loss);
+      packs.template each<false>(team, sweep, [&](int at, const auto& s, const auto& t) {
         Wide<S> g;
 #pragma unroll
-        for (int i = 0; i < kVec<S>; ++i)
-          g.x[i] = gradient<D, false>(s[i], t[i], at + i, terms.c, scales, r.scale, 0);
+        for (int i = 0; i < kVec<S>; ++i) g.x[i] = gradient<D>(s[i], t[i], factors, r.scale);
         if ((unsigned)(r.scale.label - at) < (unsigned)kVec<S>) {  // one pack of the row has the label
 #pragma unroll
-          for (int i = 0; i < kVec<S>; ++i) g.x[i] -= at + i == r.scale.label ? terms.c.label : 0;
+          for (int i = 0; i < kVec<S>; ++i) g.x[i] -= at + i == r.scale.label ? factors.label : 0;
         }
         packs.store(at, g);
       });
       if (packs.end >= 0) {
-        const float g = gradient<D, false>(s_end[0], t_end[0], packs.end, terms.c, scales, r.scale, 0);
-        packs.store_end(packs.end == r.scale.label ? g - terms.c.label : g);
+        const float g = gradient<D>(s_end[0], t_end[0], factors, r.scale);
+        packs.store_end(packs.end == r.scale.label ? g - factors.label : g);
       }
-      zero_from(packs.grad, a.grad.dtype, r.n, a.width, team);
+      zero_from(packs.grad, r.n, a.width, team);
     }
     team.meet();  // before the next row's statistics are written to the same lines
   }

@@ -1,9 +1,9 @@
 // The row kernels for one type of logits, KDFAST_STORAGE, known by the name KDFAST_STORAGE_NAME.
 //
 // Each divergence as a row by a warp, by blocks that keep it, by a block in sweeps. forward_kl and reverse_kl
-// are symmetric_kl's kernels with beta at its ends; dkd is General's alone, and General has no warps'.
-#include "general_rows.cuh"
+// are symmetric_kl's kernels with beta at its ends; dkd has none.
 #include "launch.h"
+#include "row_kernels.cuh"
 
 #define KDFAST_TEXT_(x) #x
 #define KDFAST_TEXT(x) KDFAST_TEXT_(x)
@@ -13,35 +13,29 @@
 namespace kdfast {
 namespace {
 
-template <class S, class D>
-constexpr bool kHasKernel = !std::is_same_v<D, ForwardKL> && !std::is_same_v<D, ReverseKL> &&
-                            (kGeneral<S> || !std::is_same_v<D, DKD>);
+template <class D>
+constexpr bool kHasKernel =
+    !std::is_same_v<D, ForwardKL> && !std::is_same_v<D, ReverseKL> && !std::is_same_v<D, DKD>;
 
 template <class S, class D>
 const void* function_of(Shape shape) {
-  if constexpr (!kHasKernel<S, D>) {
+  if constexpr (!kHasKernel<D>) {
     return nullptr;
   } else {
-    if constexpr (kGeneral<S>) {
-      if (shape == Shape::kWarp) return nullptr;
-      return (const void*)&general_rows<D>;
-    } else {
-      if (shape == Shape::kWarp) return (const void*)&warp_rows<S, D>;
-      return shape == Shape::kKept ? (const void*)&block_rows<S, D, true>
-                                   : (const void*)&block_rows<S, D, false>;
-    }
+    if (shape == Shape::kWarp) return (const void*)&warp_rows<S, D>;
+    return shape == Shape::kKept ? (const void*)&block_rows<S, D, true>
+                                 : (const void*)&block_rows<S, D, false>;
   }
 }
 
 }  // namespace
 
 Kernel KDFAST_JOIN(row_kernel_, KDFAST_STORAGE_NAME)(Divergence divergence, Shape shape) {
-#define KERNEL(Type)                                                                                \
-  return {function_of<KDFAST_STORAGE, Type>(shape),                                                 \
-          kGeneral<KDFAST_STORAGE> ? "general_rows<" #Type ">"                                      \
-          : shape == Shape::kWarp  ? "warp_rows<" KDFAST_TEXT(KDFAST_STORAGE) ", " #Type ">"        \
-          : shape == Shape::kKept  ? "block_rows<" KDFAST_TEXT(KDFAST_STORAGE) ", " #Type ", true>" \
-                                   : "block_rows<" KDFAST_TEXT(KDFAST_STORAGE) ", " #Type ", false>"}
+#define KERNEL(Type)                                                                               \
+  return {function_of<KDFAST_STORAGE, Type>(shape),                                                \
+          shape == Shape::kWarp   ? "warp_rows<" KDFAST_TEXT(KDFAST_STORAGE) ", " #Type ">"        \
+          : shape == Shape::kKept ? "block_rows<" KDFAST_TEXT(KDFAST_STORAGE) ", " #Type ", true>" \
+                                  : "block_rows<" KDFAST_TEXT(KDFAST_STORAGE) ", " #Type ", false>"}
   switch (divergence) {
 #define X(name, Type)       \
   case Divergence::k##Type: \

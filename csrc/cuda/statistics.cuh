@@ -8,14 +8,11 @@
 //
 // Each thread has an offset of its own, which grows as larger logits come by. To bring sums from an old to a
 // new one, d = old - new:  sum' = sum * 2^d,  part' = (part + D's part(sum P, ...)) * 2^d.
-//
-// G: whether the row may have whatever a call can ask for; else it has what the fast kernels have, see
-// launch.cu.
 #pragma once
 
 #include "device_math.cuh"  // before divergences.h, which uses it
 //
-#include "../divergences.h"
+#include "../row_math.h"
 #include "packs.cuh"
 #include "reduce.cuh"
 
@@ -26,26 +23,19 @@ namespace {
 struct RowScale {
   float slope, teacher_slope;  // log2(e) / T
   float temperature, beta;
-  float hard_ratio;  // of exponents at temperature 1 to those at T: T, or what standardizing makes of it
-  float shift;       // logit_mse: k, a difference near the mean one
-  int label;         // -1: none
-
-  // G alone
-  bool given;             // the teacher's probabilities are as given: not divided by their sum, at offset 0
-  bool as_probabilities;  // and are not logarithms
-  float mean, inverse, spread;  // standardized: z = (s - mean) * inverse, spread = 1 / ((V - 1) deviation)
-  float first;                  // the student's first logit, or 0: near the mean one
+  float shift;    // logit_mse: k, a difference near the mean one
+  bool smoothed;  // whether the sum of the logits is wanted
+  float first;    // the student's first logit, or 0: near the mean one
+  int label;      // -1: none
 };
 
-// Of exps at temperature 1: exponents are those at T times hard_ratio, offsets too.
-__device__ inline float hard_exp(float y, const RowScale& row) { return fast_exp2(y * row.hard_ratio); }
+// Of exps at temperature 1: exponents are those at T times T, offsets too.
+__device__ inline float hard_exp(float y, const RowScale& row) { return fast_exp2(y * row.temperature); }
 
 struct Exp {
   float exp, log;  // to base 2
 };
-template <bool G>
 __device__ inline Exp teacher_exp(float t, float offset, const RowScale& row) {
-  if (G && row.as_probabilities) return {t, log2f(t)};
   const float y = __fmaf_rn(t, row.teacher_slope, -offset);
   return {fast_exp2(y), y};
 }
@@ -63,17 +53,16 @@ enum Value {
   kHardSum,
   kOverTeacher,
   kOverStudent,
-  kSmooth
+  kLogits
 };
 
 // The statistics of D by one thread, or of all. Without a teacher's softmax the teacher's are 0. For LogitMSE
-// the teacher's are 0, sum d and sum d^2 of d = s - t - k, in the places of sum and running sum. kSmooth:
-// sum of s less row.first, for label smoothing. DKD's leave the label out.
-template <class D, bool G>
+// the teacher's are 0, sum d and sum d^2 of d = s - t - k, in the places of sum and running sum. kLogits:
+// sum of s less row.first, for label smoothing.
+template <class D>
 struct Statistics {
-  static constexpr int kCount = G ? 8 : kStats;
-  static constexpr bool kMSE = std::is_same_v<D, LogitMSE>, kSoft = !kMSE && !std::is_same_v<D, NoDivergence>;
-  static constexpr bool kDKD = std::is_same_v<D, DKD>;
+  static constexpr int kCount = 8;
+  static constexpr bool kMSE = D::kDifference, kSoft = kHasSoftmax<D>;
   float value[kCount];
 
   __device__ static Statistics nothing() {
@@ -109,17 +98,9 @@ struct Statistics {
     value[kStudentOffset] = student;
   }
 
-  // there: whether these are classes at all (else they are -inf); first: the first of them.
+  // there: whether these are classes at all; else they are -inf.
   template <int N>
-  __device__ void add(const float (&given_s)[N], const float (&given_t)[N], int first, bool there,
-                      const RowScale& row) {
-    float s[N], t[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const bool out = kDKD && first + i == row.label;
-      s[i] = out ? -kInf : given_s[i];
-      t[i] = out ? (row.as_probabilities ? 0 : -kInf) : given_t[i];
-    }
+  __device__ void add(const float (&s)[N], const float (&t)[N], bool there, const RowScale& row) {
     float high = s[0], teacher_high = t[0];
 #pragma unroll
     for (int i = 1; i < N; ++i) {
@@ -128,7 +109,6 @@ struct Statistics {
     }
     high = fmaxf(value[kStudentOffset], high * row.slope);
     teacher_high = kSoft ? fmaxf(value[kTeacherOffset], teacher_high * row.teacher_slope) : 0;
-    if (G && row.given) teacher_high = 0;
     if (high > value[kStudentOffset] || teacher_high > value[kTeacherOffset]) move(high, teacher_high, row);
     const float so = finite(high), to = finite(teacher_high);
     float q_sum = 0, p_sum = 0, hard = 0, over_teacher = 0, over_student = 0, d1 = 0, d2 = 0;
@@ -138,22 +118,25 @@ struct Statistics {
       q_sum += q;
       hard += hard_exp(ys, row);
       if constexpr (kSoft) {
-        const Exp p = teacher_exp<G>(t[i], to, row);
+        const Exp p = teacher_exp(t[i], to, row);
         p_sum += p.exp;
         if constexpr (D::kTeacher) over_teacher += D::over_teacher(p.exp, ys, ys - p.log);
         if constexpr (D::kStudent) over_student += D::over_student(q, ys - p.log);
       } else if constexpr (kMSE) {
-        const float d = there ? (G ? (s[i] - row.mean) * row.inverse : s[i]) - t[i] - row.shift : 0;
+        const float d = there ? s[i] - t[i] - row.shift : 0;
         d1 += d;
         d2 += d * d;
       }
-      if constexpr (G) value[kSmooth] += there ? given_s[i] - row.first : 0;
     }
     value[kStudentSum] += q_sum;
     value[kHardSum] += hard;
     value[kTeacherSum] += kMSE ? d1 : p_sum;
     value[kOverTeacher] += kMSE ? d2 : over_teacher;
     value[kOverStudent] += over_student;
+    if (row.smoothed && there) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) value[kLogits] += s[i] - row.first;
+    }
   }
 
   // Of a warp's lanes. NaN offsets are nobody's: max leaves them out, and the sums are NaN.
@@ -164,7 +147,7 @@ struct Statistics {
     x.move(student, teacher, row);
 #pragma unroll
     for (int i = kStudentSum; i < kCount; ++i) {
-      if (used(i)) x.value[i] = warp_sum(x.value[i]);
+      if (used(i) && (i != kLogits || row.smoothed)) x.value[i] = warp_sum(x.value[i]);
     }
     return x;
   }

@@ -11,10 +11,9 @@ def _in(name: str) -> str:
     return f"csrc/cuda/{name}"
 
 
-REDUCE, STATISTICS, ROWS, GENERAL = (
-    _in(f"{name}.cuh") for name in ("reduce", "statistics", "row_kernels", "general_rows")
-)
-PASSES, PACKS, LAUNCH = _in("row_passes.cuh"), _in("packs.cuh"), _in("launch.cu")
+REDUCE, STATISTICS, ROWS = (_in(f"{name}.cuh") for name in ("reduce", "statistics", "row_kernels"))
+MATH = "csrc/row_math.h"
+PASSES, PACKS, LAUNCH, CALL = _in("row_passes.cuh"), _in("packs.cuh"), _in("launch.cu"), _in("call.h")
 
 MUTANTS = [
     # ---- how threads join what they have ----
@@ -56,40 +55,45 @@ MUTANTS = [
            "__uint_as_float(word[i] & 0xffff0000u)", "__uint_as_float(word[i])",
            "Every other bf16 logit has its neighbour's bits below its own.", CALLS),
     Mutant("cuda-dropped-row-keeps-its-memory", ROWS,
-           "zero_from(packs.grad, a.grad.dtype, r.n, a.width, team);",
-           "zero_from(packs.grad, a.grad.dtype, a.vocab, a.width, team);",
+           "zero_from(packs.grad, r.n, a.width, team);",
+           "zero_from(packs.grad, a.vocab, a.width, team);",
            "A row that drops out has as its gradient what was in memory.", DROPPED),
     # one alignment: 8 bytes apart
-    Mutant("cuda-teacher-half-a-pack-off", LAUNCH,
+    Mutant("cuda-teacher-half-a-pack-off", CALL,
            "((uintptr_t)a.data - (uintptr_t)b.data) % 16 == 0", "((uintptr_t)a.data - (uintptr_t)b.data) % 8 == 0",
-           "Teachers that lie 8 bytes off the student's vectors are read as if they lay alike.", LAYOUTS),
+           "Teachers that lie 8 bytes off the student's vectors are read as if they lay alike.", (*LAUNCHES, *CALLS)),
+    # a slice of odd rows beside its gradient, which has none
+    Mutant("cuda-gradient-by-the-logits-vectors", ROWS,
+           "by_vectors(((uintptr_t)grad - (uintptr_t)student) % 16 == 0)", "by_vectors(true)",
+           "A gradient that lies otherwise than the logits is written across 16-byte places.", CALLS),
     # fp16 alone, and reductions to one number
-    Mutant("cuda-grad-output-by-row", _in("call.h"),
-           'args_.row_scale_step = grad_loss.numel() > 1;', "args_.row_scale_step = 1;",
+    Mutant("cuda-grad-output-by-row", CALL,
+           "args_.grad_loss_step = grad_loss.numel() > 1;", "args_.grad_loss_step = 1;",
            "A mean's fp16 gradient reads a gradient of the loss for each row.", ("test_training.py", "test_calls.py")),
     # in place, logit_mse, metrics
-    Mutant("cuda-metrics-write-a-gradient", _in("call.h"),
+    Mutant("cuda-metrics-write-a-gradient", CALL,
            "a.grad.data = nullptr;", "",
            "logit_mse's metrics overwrite the logits before its gradient is made of them.", METRICS),
     # ---- numbers ----
-    Mutant("cuda-share-of-0-times-infinity", PASSES,
+    Mutant("cuda-share-of-0-times-infinity", MATH,
            "if (share != 0)\n", "",
            "Reverse KL is NaN where forward KL would be infinite.", LIMITS),
-    Mutant("cuda-z-loss-gradient-halved", PASSES,
-           "c.hard += factor * 2 * a.z_loss * lse;", "c.hard += factor * a.z_loss * lse;",
+    Mutant("cuda-table-without-its-row", ROWS,
+           "a.table + r.index * kCoefficients", "a.table",
+           "Every row's gradient in backward is of the first row's coefficients.", LAUNCHES),
+    Mutant("cuda-z-loss-gradient-halved", MATH,
+           "c.hard += row.factor * 2 * row.z_loss * lse;", "c.hard += row.factor * row.z_loss * lse;",
            "z_loss has half of its gradient.", OPTIONS),
     Mutant("cuda-ends-of-symmetric-kl-swapped", LAUNCH,
            "Divergence::kForwardKL ? 1 : 0", "Divergence::kForwardKL ? 0 : 1",
            "Forward and reverse KL are each other.", CALLS),
-    Mutant("cuda-smoothing-takes-the-plain-kernel", LAUNCH,
-           "a.standardize || a.label_smoothing != 0 || a.metrics", "a.standardize || a.metrics",
-           "Label smoothing is ignored where nothing else needs the general kernel.", OPTIONS),
-    Mutant("cuda-standardised-hard-exponents", GENERAL,
-           "scale.hard_ratio /= scale.inverse;", "scale.hard_ratio *= scale.inverse;",
-           "Beside a standardised soft term the hard term is of scaled logits.", OPTIONS),
-    Mutant("cuda-moments-joined-unweighted", _in("prepared.cuh"),
-           "squares + d * d * (value[0] * share)", "squares + d * d * share",
-           "The deviation of a row is off where its parts have different means.", OPTIONS),
+    Mutant("cuda-smoothing-joins-no-logits", STATISTICS,
+           "if (used(i) && (i != kLogits || row.smoothed))", "if (used(i) && i != kLogits)",
+           "A smoothed row's mean logit is that of one thread.", OPTIONS),
+    # the loss is right
+    Mutant("cuda-smoothing-of-no-class", PASSES,
+           "float g = -f.uniform;", "float g = 0;",
+           "Smoothing takes from the label and gives to no class.", OPTIONS),
     Mutant("cuda-last-of-equal-maxima", _in("measures.cuh"),
            "__float_as_int(at_bits) < __float_as_int(value[i + 1])",
            "__float_as_int(at_bits) > __float_as_int(value[i + 1])",

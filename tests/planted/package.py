@@ -8,6 +8,7 @@ REFERENCE, METRICS, COMPILE = ("test_reference.py",), ("test_metrics.py",), ("te
 BUILD = ("test_build.py",)
 CHECKS, TARGETS, FUNCTIONS = "kdfast/checks.py", "kdfast/targets.py", "kdfast/autograd.py"
 OPERATORS, CHOICE, TRUTH = "kdfast/ops.py", "kdfast/choice.py", "kdfast/reference.py"
+GPU_CHOICE = "kdfast/gpu_choice.py"
 OPTIONS, ROWS = "kdfast/options.py", "kdfast/rows.py"
 
 OF_ARGUMENTS = [
@@ -113,7 +114,13 @@ OF_OPERATORS = [
     Mutant("warning-at-every-call", OPERATORS,
            "_warned.add(device)", "pass",
            "Without kernels every call warns.", BACKENDS),
-    Mutant("cuda-where-it-cannot", CHOICE,
+    Mutant("one-old-device-excludes-all", CHOICE,
+           "most = max(map(", "most = min(map(",
+           "A device before sm_80 keeps the CUDA kernels from the H100 beside it.", BACKENDS),
+    Mutant("cuda-without-its-options", "kdfast/cuda_ops.py",
+           "gpu_choice.check_cuda(student, inputs.teachers, settings)", "pass",
+           "backend='cuda' leaves out what it does not have.", ("test_cuda_launches.py",)),
+    Mutant("cuda-where-it-cannot", GPU_CHOICE,
            'return "reference" if rule.must else "cuda"', 'return "cuda"',
            "Without Triton the CUDA kernels get what they do not have.", BACKENDS),
     Mutant("triton-for-any-device", CHOICE,
