@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdfast.row_math import Coefficients
+
 
 class Heads(NamedTuple):
     """What the operators of linear_ops.py take in place of the student's logits, in their order."""
@@ -65,13 +67,18 @@ class Settings(NamedTuple):
 
 # Numbers of a row in the table that `stats` returns and `grad` takes: what they are is each backend's own matter.
 TABLE_COLUMNS = 18
-GPU_TABLE_COLUMNS = 7
+CUDA_TABLE_COLUMNS = 7
+TRITON_TABLE_COLUMNS = len(Coefficients._fields)
+FURTHER_COLUMNS = 4  # spec.Further, of each teacher but the first
 
 
-def table_columns(namespace: str, device: str) -> int:
-    """Of the operators of a namespace, for tensors of a type of device."""
-    on_gpu = namespace.endswith(("triton", "cuda")) or device == "cuda"
-    return GPU_TABLE_COLUMNS if on_gpu else TABLE_COLUMNS
+def table_columns(namespace: str, device: str, teachers: int = 1) -> int:
+    """Of the operators of a namespace, for tensors of a type of device, and so many teachers."""
+    if namespace.endswith("cuda"):
+        return CUDA_TABLE_COLUMNS
+    if namespace.endswith("triton") or device == "cuda":
+        return TRITON_TABLE_COLUMNS + FURTHER_COLUMNS * max(0, teachers - 1)
+    return TABLE_COLUMNS
 
 
 def relevant(inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:

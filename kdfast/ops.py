@@ -78,9 +78,9 @@ def _new_grad(student: Tensor) -> Tensor:
     return student.new_empty(student.shape)
 
 
-def _new_table(student: Tensor, namespace: str) -> Tensor:
+def _new_table(student: Tensor, inputs: Inputs, namespace: str) -> Tensor:
     rows = math.prod(student.shape[:-1])  # .numel() would fix a symbolic size
-    columns = table_columns(namespace, student.device.type)
+    columns = table_columns(namespace, student.device.type, len(inputs.teachers))
     return student.new_empty((rows, columns), dtype=loss_dtype(student))
 
 
@@ -147,7 +147,7 @@ def _fake(name: str, namespace: str) -> Callable[..., Any]:
         return _FAKES[name]
 
     def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-        return _new_loss(student, settings), _new_table(student, namespace), _new_metrics(student, settings)
+        return _new_loss(student, settings), _new_table(student, inputs, namespace), _new_metrics(student, settings)
 
     if name == "stats":
         return _bundled(stats)

@@ -7,7 +7,8 @@ import triton
 from torch import Tensor
 
 from kdfast import rows
-from kdfast.arguments import GPU_TABLE_COLUMNS, Inputs, KDMetrics, Settings
+from kdfast.arguments import Inputs, KDMetrics, Settings, table_columns
+from kdfast.row_math import Sums
 from kdfast.triton import autotune, launch, reductions, row_kernels
 from kdfast.triton.divergences import DIVERGENCES, parts
 from kdfast.triton.matrices import aligned, arithmetic, bits, by_row, launching_on, matrix, readable, rows_of
@@ -33,7 +34,7 @@ class Call:
         self.spec = self._spec(inputs)
         joined = 1 if self.spec.joint and self.teachers else len(self.teachers)
         self.members = 0 if self.spec.teacher == "none" else joined
-        self.columns = GPU_TABLE_COLUMNS + 3 * max(0, self.members - 1)
+        self.columns = table_columns("kdfast_triton", student.device.type, len(self.teachers))
         self.room = launch.room_for(self.spec, self.read)
         self.plan = launch.plan(self.vocab, self.read, self.facts.warp, self.room)
         self.sweep = launch.sweep(self.vocab, self.read, self.facts.warp, self.room)
@@ -107,11 +108,11 @@ class Call:
                 self._grad(table, None, output)
                 return loss, self._metrics()
             if self.rows:
-                self._rows(output, None, self.losses)
+                self._rows(output)
         return self.losses.sum(), self._metrics()
 
     def stats(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss under the reduction, the row statistics as far as the operator's table has room, the metrics."""
+        """The loss under the reduction, the rows' coefficients, the metrics."""
         table = self.losses.new_empty(self.rows, self.columns)
         with launching_on(self.losses):
             if self.segments > 1:
@@ -119,18 +120,15 @@ class Call:
             elif self.rows:
                 self._stats(table, self.losses)
         loss = self.losses.view(self.shape) if self.settings.reduction == "none" else self.losses.sum()
-        return loss, table[:, :GPU_TABLE_COLUMNS].contiguous(), self._metrics()
+        return loss, table, self._metrics()
 
     def grad(self, stats: Tensor, grad_loss: Tensor, output: Tensor) -> None:
-        """The gradient from the statistics; from the logits alone where that reads no more, or the table lacks some."""
+        """The gradient, from the rows' coefficients."""
         if not self.rows:
             return
         grad_loss = grad_loss.expand(self.shape).reshape(-1).contiguous()
         with launching_on(output):
-            if self.plan.tiles or self.members > 1 or self.spec.dkd or self.spec.standardize:
-                self._rows(output, grad_loss, None)
-            else:
-                self._grad(stats, grad_loss, output)
+            self._grad(stats.contiguous(), grad_loss, output)
 
     def _metrics(self) -> Tensor:
         """KDMetrics, of the rows or reduced over them; empty where they are not wanted."""
@@ -151,21 +149,21 @@ class Call:
     def _constants(self, plan: launch.Plan, output: Tensor | None) -> dict[str, Any]:
         places = aligned(self.student, [self.student if output is None else output, *self.teachers], plan.vec)
         return {
-            "members": self.members, "LANES": plan.lanes, "VEC": plan.vec,
+            "LANES": plan.lanes, "VEC": plan.vec,
             "SPEC": self.spec._replace(aligned=places), **plan.options(),
         }  # fmt: skip
 
     def _tensors(self) -> tuple[Any, Any]:
         return matrix(self.student), tuple(map(matrix, self.teachers))
 
-    def _rows(self, output: Tensor, grad_loss: Tensor | None, losses: Tensor | None) -> None:
+    def _rows(self, output: Tensor) -> None:
         def run(choice: tuple[launch.Plan, int], output: Tensor) -> None:
             plan, programs = choice
             args = (
-                *self._tensors(), matrix(output), self._pointers(grad_loss, losses), self.numbers,
+                *self._tensors(), matrix(output), self._pointers(None, self.losses), self.numbers,
                 self.rows, self.vocab, self.width, self.settings.ignore_index,
             )  # fmt: skip
-            constants = self._constants(plan, output)
+            constants = {"members": self.members, **self._constants(plan, output)}
             if plan.tiles:
                 row_kernels.loss_grad_short[(programs,)](*args, TILES=plan.tiles, **constants)
             else:
@@ -183,7 +181,7 @@ class Call:
         row_kernels.stats[(programs,)](
             *self._tensors(), table, self._pointers(None, losses), self.numbers,
             self.rows, self.vocab, self.settings.ignore_index, self.segments, self.segment,
-            COLUMNS=self.columns, SPLIT=self.segments > 1, **self._constants(self.sweep, None),
+            members=self.members, COLUMNS=table.shape[1], SPLIT=self.segments > 1, **self._constants(self.sweep, None),
             enable_fp_fusion=False,  # or a product enters a sum unrounded in its own thread, rounded in the others
         )  # fmt: skip
 
@@ -191,19 +189,18 @@ class Call:
         row_kernels.grad[(self.rows * self.segments,)](
             *self._tensors(), matrix(output), table, self._pointers(grad_loss, None), self.numbers,
             self.vocab, self.width, self.settings.ignore_index, self.segments, self.segment,
-            COLUMNS=self.columns, **self._constants(self.sweep, output),
+            COLUMNS=table.shape[1], **self._constants(self.sweep, output),
         )  # fmt: skip
 
     def _split_statistics(self) -> tuple[Tensor, Tensor]:
-        """The statistics of few and long rows, whose losses are written too, and the sum of the losses."""
+        """The coefficients of few and long rows, whose losses are written too, and the sum of the losses."""
         table, loss = self.losses.new_empty(self.rows, self.columns), self.losses.new_empty(())
-        parts = self.losses.new_empty(self.rows * self.segments, self.columns)
+        parts = self.losses.new_empty(self.rows * self.segments, len(Sums._fields) + 3 * max(0, self.members - 1))
         self._stats(parts, None)
         reductions.join[(1,)](
             matrix(self.student), parts, table, loss, self._pointers(None, self.losses), self.numbers,
             self.rows, self.vocab, self.settings.ignore_index, self.segments,
-            members=self.members, COLUMNS=self.columns,
-            WIDTH=triton.next_power_of_2(self.columns), ROWS=triton.next_power_of_2(self.rows),
+            members=self.members, COLUMNS=self.columns, PARTS=parts.shape[1], ROWS=triton.next_power_of_2(self.rows),
             SEGMENTS=triton.next_power_of_2(self.segments), SPEC=self.spec, num_warps=128 // self.facts.warp,
         )  # fmt: skip
         return table, loss

@@ -15,8 +15,8 @@ from kdfast.triton.spec import INF, LOG2E
 
 class Scaling(NamedTuple):
     mean: Any
-    inverse: Any  # 1 / d
-    d: Any
+    unit: Any  # 1 / d
+    d: Any  # 1 / unit: what a gradient has that knows the unit alone
     spread: Any  # 1 / ((V - 1) sd); 0 where all logits are equal
 
 
@@ -51,7 +51,7 @@ def capped_slope(s, row, SPEC: tl.constexpr):
 
 @triton.jit
 def scaled_by(x, scaling):
-    return (x - scaling.mean) * scaling.inverse
+    return (x - scaling.mean) * scaling.unit
 
 
 @triton.jit
@@ -108,5 +108,5 @@ def scaling_of(moments):
     count, mean, squares = tl.reduce(moments, 0, joined)
     freedom = tl.maximum(count - 1, 1)
     deviation = tl.sqrt(squares / freedom)
-    d = deviation + 1e-7
-    return Scaling(mean, 1 / d, d, tl.where(deviation == 0, 0, 1 / (freedom * deviation)))
+    unit = 1 / (deviation + 1e-7)
+    return Scaling(mean, unit, 1 / unit, tl.where(deviation == 0, 0, 1 / (freedom * deviation)))

@@ -120,18 +120,13 @@ def share_of_row(weight, scale, divisor, SPEC: tl.constexpr):
 
 
 @triton.jit
-def gradient_factor(per_row, row, label, share, SPEC: tl.constexpr):
+def gradient_factor(per_row, label, share):
     """What dl/ds is multiplied by.
 
     A label out of range cannot raise here without a wait for the device: it makes its row NaN, loss and gradient, and
     no other row.
     """
-    factor = share
-    if per_row.grad_loss is not None:
-        factor *= row_value(per_row.grad_loss, row, SPEC.dtype)
-    if per_row.labels is not None:
-        factor = tl.where(label >= 0, factor, float("nan"))
-    return factor
+    return share if per_row.labels is None else tl.where(label >= 0, share, float("nan"))
 
 
 @triton.jit

@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 
 from kdfast.triton.logits import prepared
-from kdfast.triton.per_row import number, row_of, share_of_row, term_factors
-from kdfast.triton.row_passes import finish, linear_divergence
+from kdfast.triton.per_row import gradient_factor, number, row_of, share_of_row, term_factors
+from kdfast.triton.row_passes import finish, linear_divergence, scales_of
 from kdfast.triton.statistics import merge
-from kdfast.triton.tables import statistics_in, table_row
+from kdfast.triton.tables import SUMS, as_columns, laid, sums_in, width_of
 from kdfast.triton.tiles import end_classes, head_of, load_body, row_start, row_value, store_body, widened
 
 RUN_TIME = ["student", "per_row", "numbers", "grad", "rows", "vocab", "width", "ignore_index", "segments"]
@@ -25,10 +25,11 @@ def _by_row(data, at, there, fallback, dtype: tl.constexpr):
 def join(
     student, parts, table, loss, per_row, numbers, rows: tl.int32, vocab: tl.int32, ignore_index: tl.int64,
     segments: tl.int32,
-    members: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    members: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
     SEGMENTS: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Few and long rows, all of them at once: their statistics, their shares of the loss, and the sum of these."""
+    """Few and long rows, all of them at once, from the sums of their segments, PARTS numbers each: their coefficients,
+    COLUMNS each, their shares of the loss, and the sum of these."""
     at = tl.arange(0, ROWS)
     there = at < rows
     row = tl.minimum(at, rows - 1)
@@ -37,13 +38,12 @@ def join(
     scalars = row_of(t, t_teacher, numbers, None, SPEC)
 
     part = tl.arange(0, SEGMENTS)[:, None, None]
-    column = tl.arange(0, WIDTH)
-    cells = (row[None, :, None] * segments + part).to(tl.int64) * COLUMNS + column[None, None, :]
-    nothing = tl.where(column <= 1, float("-inf"), 0)[None, None, :]
-    lines = tl.load(parts + cells, mask=(part < segments) & (column < COLUMNS)[None, None, :], other=nothing)
-    statistics = merge(statistics_in(lines, members, SPEC), scalars, SPEC)
-    line = table_row(statistics, statistics.student.total, tl.zeros((ROWS, WIDTH), SPEC.dtype), SPEC)
-    tl.store(table + at[:, None] * COLUMNS + column[None, :], line, mask=there[:, None] & (column < COLUMNS)[None, :])
+    column = tl.arange(0, width_of(PARTS))
+    cells = (row[None, :, None] * segments + part).to(tl.int64) * PARTS + column[None, None, :]
+    is_offset = (column == 0) | (column == 2) | ((column >= SUMS) & ((column - SUMS) % 3 == 0))
+    nothing = tl.where(is_offset, float("-inf"), 0)[None, None, :]
+    lines = tl.load(parts + cells, mask=(part < segments) & (column < PARTS)[None, None, :], other=nothing)
+    statistics = merge(sums_in(lines, members, SPEC), scalars, SPEC)
 
     label = tl.zeros((ROWS,), tl.int32)
     logit = tl.zeros((ROWS,), SPEC.dtype)
@@ -62,12 +62,18 @@ def join(
     sums = ((), ())
     if SPEC.divergence is not None:
         sums = (linear_divergence(statistics, scalars, SPEC), ())
-    factors = term_factors(numbers, logit, SPEC)
+    share = share_of_row(weight, numbers.scale, divisor, SPEC)
+    factors = term_factors(numbers, gradient_factor(per_row, label, share), SPEC)
     at_label = prepared(logit, (), scalars, SPEC)
-    each, coefficients, none = finish(statistics, sums, at_label, scalars, factors, vocab.to(SPEC.dtype), SPEC)
+    scales = scales_of(statistics, at_label, scalars, SPEC)
+    found = finish(statistics, scales, sums, at_label, scalars, factors, vocab.to(SPEC.dtype), SPEC)
+    each, coefficients, further, none = found
+    line = laid(as_columns(coefficients, further), tl.zeros((ROWS, width_of(COLUMNS)), SPEC.dtype))
+    column = tl.arange(0, width_of(COLUMNS))
+    tl.store(table + at[:, None] * COLUMNS + column[None, :], line, mask=there[:, None] & (column < COLUMNS)[None, :])
     if per_row.labels is not None:
         each = tl.where(label >= 0, each, float("nan"))
-    each = tl.where(there & (weight != 0), each * share_of_row(weight, numbers.scale, divisor, SPEC), 0)
+    each = tl.where(there & (weight != 0), each * share, 0)
     tl.store(per_row.losses + at, each, mask=there)
     tl.store(loss, tl.sum(each, 0))
 

@@ -3,7 +3,7 @@
     loss_grad_short   a row and its teachers' stay in the registers of one program: each logit is read once
     loss_grad_long    pass A over the row, then pass C over it once more; pass B in between where there is one
     stats             pass A (and B), of whole rows or of segments of few and long ones, which reductions.py joins
-    grad              pass C alone, from the statistics
+    grad              pass C alone, from the rows' coefficients
 
 A program that keeps no row in registers reads it twice, or three times where B is there. Each sweep starts where the
 one before it ended, since the last classes read are those that the caches still hold; the first sweeps ask them to hold
@@ -33,7 +33,7 @@ from kdfast.triton.per_row import (
     share_of_row,
     term_factors,
 )
-from kdfast.triton.row_passes import add_divergence, finish, gradient, linear_divergence, no_sums, scales_of
+from kdfast.triton.row_passes import add_divergence, finish, gradient, linear_divergence, no_sums, rescaled, scales_of
 from kdfast.triton.rows import (
     add_tiles,
     divergence_of,
@@ -47,9 +47,9 @@ from kdfast.triton.rows import (
     widened_tiles,
     write_gradient,
 )
-from kdfast.triton.statistics import accumulate, merge, no_statistics
-from kdfast.triton.tables import statistics_in, table_row
-from kdfast.triton.tiles import body_classes, end_classes, head_of, row_start, row_starts, store_body, zero
+from kdfast.triton.statistics import accumulate, hard_offset, merge, no_statistics
+from kdfast.triton.tables import as_columns, coefficients_in, laid, sums_as_columns, width_of
+from kdfast.triton.tiles import body_classes, end_classes, head_of, row_start, row_starts, row_value, store_body, zero
 
 # Nothing is compiled for once more because it is 1 or a multiple of 16; what tuples hold, matrices.py keeps from it.
 MATRICES = ["student", "teachers", "output", "per_row", "numbers"]
@@ -86,12 +86,12 @@ def loss_grad_long(
         scales = scales_of(statistics, at_label, row, SPEC)
         sums = divergence_of(s, ts, n, statistics, scales, row, LANES, VEC, SPEC)
         share = share_of_row(weight, numbers.scale, divisor, SPEC)
-        factor = gradient_factor(per_row, index, label, share, SPEC)
-        factors = term_factors(numbers, factor, SPEC)
-        found = finish(statistics, sums, at_label, row, factors, vocab.to(SPEC.dtype), SPEC)
-        store_row(per_row, index, rows, found[0], found[2], kept, label, share, vocab, SPEC)
+        factors = term_factors(numbers, gradient_factor(per_row, label, share), SPEC)
+        found = finish(statistics, scales, sums, at_label, row, factors, vocab.to(SPEC.dtype), SPEC)
+        loss, coefficients, further, values = found
+        store_row(per_row, index, rows, loss, values, kept, label, share, vocab, SPEC)
         out = row_start(output, index)
-        write_gradient(s, ts, out, n, scales, found[1], row, LANES, VEC, SPEC)
+        write_gradient(s, ts, out, n, coefficients, further, row, LANES, VEC, SPEC)
         zero(out + n, width - n, LANES, VEC)
 
 
@@ -113,7 +113,7 @@ def loss_grad_short(
     ends, there = end_classes(head, n, LANES, VEC)
     s_ends, t_ends = load_ends(s, ts, ends, there, SPEC)
     logit, divisor = label_and_divisor(s, label, per_row.divisor, LANES, SPEC)
-    opaque = (rows < 0).to(tl.int32)
+    opaque, again = (rows < 0).to(tl.int32), (rows < -1).to(tl.int32)  # pass B's and pass C's, see tiles.widened
     classes = body_classes(LANES, VEC)
     body = (n - head) // VEC * VEC
     if SPEC.standardize:
@@ -146,18 +146,18 @@ def loss_grad_short(
             sums = add_divergence(sums, s_tile, t_tiles, head + at + classes, at + classes < body, scales, row, SPEC)
         sums = sums_of_row(sums, SPEC)
     share = share_of_row(weight, numbers.scale, divisor, SPEC)
-    factor = gradient_factor(per_row, index, label, share, SPEC)
-    factors = term_factors(numbers, factor, SPEC)
-    found = finish(statistics, sums, at_label, row, factors, vocab.to(SPEC.dtype), SPEC)
-    store_row(per_row, index, rows, found[0], found[2], kept, label, share, vocab, SPEC)
+    factors = term_factors(numbers, gradient_factor(per_row, label, share), SPEC)
+    found = finish(statistics, scales, sums, at_label, row, factors, vocab.to(SPEC.dtype), SPEC)
+    loss, coefficients, further, values = found
+    store_row(per_row, index, rows, loss, values, kept, label, share, vocab, SPEC)
     out = row_start(output, index)
     if kept:
         for i in tl.static_range(TILES):
-            s_tile, t_tiles = widened_tiles(s, ts, held[i], opaque, row, SPEC)
+            s_tile, t_tiles = widened_tiles(s, ts, held[i], again, row, SPEC)
             at = i * (LANES * VEC)
-            g = gradient(s_tile, t_tiles, head + at + classes, scales, found[1], row, SPEC)
+            g = gradient(s_tile, t_tiles, head + at + classes, coefficients, further, row, SPEC)
             store_body(out, head, at, n, g, SPEC.aligned[0])
-        g_ends = gradient(s_ends, t_ends, ends, scales, found[1], row, SPEC)
+        g_ends = gradient(s_ends, t_ends, ends, coefficients, further, row, SPEC)
         tl.store(out + ends, g_ends.to(out.dtype.element_ty), mask=there)
     zero(out + n, width - n, LANES, VEC)
 
@@ -169,7 +169,7 @@ def stats(
     members: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of each segment of `segment` classes, (rows, segments, COLUMNS); losses where rows are not SPLIT."""
+    """Each row's loss and its coefficients, (rows, COLUMNS); SPLIT: each segment's sums, (rows, segments, COLUMNS)."""
     for unit in range(tl.program_id(0), rows * segments, tl.num_programs(0)):
         index = unit // segments
         kept, label, weight = kept_row(per_row, index, ignore_index, vocab, LANES, SPEC)
@@ -180,21 +180,23 @@ def stats(
         shift = first_difference(s, ts, row, SPEC)
         parts = row_starts(teachers, index, begin)
         statistics = statistics_of(s + begin, parts, shift, end - begin, row, members, LANES, VEC, SPEC)
-        psi_sum = tl.zeros((), SPEC.dtype)
-        if not SPLIT:
+        if SPLIT:
+            at_1 = hard_offset(statistics.student.offset, row, SPEC)
+            columns = sums_as_columns(statistics, at_1, end - begin, SPEC)
+        else:
             logit, divisor = label_and_divisor(s, label, per_row.divisor, LANES, SPEC)
             at_label = label_logits(logit, ts, row, SPEC)
             scales = scales_of(statistics, at_label, row, SPEC)
             sums = divergence_of(s, ts, end, statistics, scales, row, LANES, VEC, SPEC)
-            if not SPEC.linear:
-                psi_sum = sums[0][1]
-            found = finish(
-                statistics, sums, at_label, row, term_factors(numbers, weight, SPEC), vocab.to(SPEC.dtype), SPEC
-            )
             share = share_of_row(weight, numbers.scale, divisor, SPEC)
-            store_row(per_row, index, rows, found[0], found[2], kept, label, share, vocab, SPEC)
-        line = table_row(statistics, psi_sum, tl.zeros((LANES,), SPEC.dtype), SPEC)
-        lane = tl.arange(0, LANES)
+            factors = term_factors(numbers, gradient_factor(per_row, label, share), SPEC)
+            found = finish(statistics, scales, sums, at_label, row, factors, vocab.to(SPEC.dtype), SPEC)
+            loss, coefficients, further, values = found
+            store_row(per_row, index, rows, loss, values, kept, label, share, vocab, SPEC)
+            columns = as_columns(coefficients, further)
+        WIDTH: tl.constexpr = width_of(COLUMNS)
+        lane = tl.arange(0, WIDTH)
+        line = laid(columns, tl.zeros((WIDTH,), SPEC.dtype))
         tl.store(table + (unit + tl.zeros((), tl.int64)) * COLUMNS + lane, line, mask=lane < COLUMNS)
 
 
@@ -202,33 +204,27 @@ def stats(
 def grad(
     student, teachers, output, table, per_row, numbers,
     vocab: tl.int32, width: tl.int32, ignore_index: tl.int64, segments: tl.int32, segment: tl.int32,
-    members: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
+    COLUMNS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of each segment of `segment` classes, from the statistics of the row, (rows, COLUMNS)."""
+    """The gradient of each segment of `segment` classes, from the coefficients of the row, (rows, COLUMNS)."""
     unit = tl.program_id(0)
     index = unit // segments
     kept, label, weight = kept_row(per_row, index, ignore_index, vocab, LANES, SPEC)
     s = row_start(student, index)
     begin, end = segment_of(s, unit, segments, segment, vocab, kept, VEC)
     row = row_scales(per_row, index, numbers, label - begin, SPEC)
-    lane = tl.arange(0, LANES)
+    WIDTH: tl.constexpr = max(LANES, width_of(COLUMNS))  # of the program's threads each reads one at most
+    lane = tl.arange(0, WIDTH)
     line = tl.load(table + (index + tl.zeros((), tl.int64)) * COLUMNS + lane, mask=lane < COLUMNS, other=0)
-    statistics = statistics_in(line, members, SPEC)
-    unused, divisor = label_and_divisor(s, tl.full((), -1, tl.int32), per_row.divisor, LANES, SPEC)
-    at_label = (unused, ())
-    scales = scales_of(statistics, at_label, row, SPEC)
-    if SPEC.divergence is None:
-        sums = ((), ())
-    elif SPEC.linear:
-        sums = (linear_divergence(statistics, row, SPEC), ())
-    else:
-        sums = ((statistics.student.parts[0], statistics.student.parts[0]), ())
-    share = share_of_row(weight, numbers.scale, divisor, SPEC)
-    factor = gradient_factor(per_row, index, label, share, SPEC)
-    found = finish(statistics, sums, at_label, row, term_factors(numbers, factor, SPEC), vocab.to(SPEC.dtype), SPEC)
+    factor = tl.full((), 1, SPEC.dtype)
+    if per_row.grad_loss is not None:
+        factor = row_value(per_row.grad_loss, index, SPEC.dtype)
+    coefficients, further = coefficients_in(line, factor, max(1, len(teachers)))
+    if SPEC.standardize:
+        row = rescaled(row, coefficients, further)
     out = row_start(output, index)
     parts = row_starts(teachers, index, begin)
-    write_gradient(s + begin, parts, out + begin, end - begin, scales, found[1], row, LANES, VEC, SPEC)
+    write_gradient(s + begin, parts, out + begin, end - begin, coefficients, further, row, LANES, VEC, SPEC)
     # padding is the last segment's, and of a row that drops out all is the first one's
     writes_rest = unit % segments == tl.where(kept, segments - 1, 0)
     zero(out + end, tl.where(writes_rest, width - end, 0), LANES, VEC)

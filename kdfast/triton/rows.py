@@ -159,7 +159,7 @@ def divergence_of(
 
 @triton.jit
 def write_gradient(
-    student, teachers, out, n, scales, coefficients, row, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr
+    student, teachers, out, n, coefficients, further, row, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr
 ):
     """Pass C over n classes, in the other direction than the pass before it: those are what the caches still hold."""
     head = head_of(student, n, VEC)
@@ -169,10 +169,10 @@ def write_gradient(
         at = (count - 1 - i if SPEC.linear else i) * (LANES * VEC)
         tiles = load_tiles(student, teachers, head, at, n, False, LANES, VEC, SPEC)
         s, ts = widened_tiles(student, teachers, tiles, 0, row, SPEC)
-        g = gradient(s, ts, head + at + classes, scales, coefficients, row, SPEC)
+        g = gradient(s, ts, head + at + classes, coefficients, further, row, SPEC)
         store_body(out, head, at, n, g, SPEC.aligned[0])
     ends, there = end_classes(head, n, LANES, VEC)
     s_ends, t_ends = load_ends(student, teachers, ends, there, SPEC)
     s_ends, t_ends = prepared(s_ends, t_ends, row, SPEC)
-    g_ends = gradient(s_ends, t_ends, ends, scales, coefficients, row, SPEC)
+    g_ends = gradient(s_ends, t_ends, ends, coefficients, further, row, SPEC)
     tl.store(out + ends, g_ends.to(out.dtype.element_ty), mask=there)

@@ -90,18 +90,13 @@ class Factors(NamedTuple):
     z_loss: Any
     target: Any  # dkd's two
     others: Any
-    gradient: Any
+    gradient: Any  # a row's share of the loss
 
 
-class Coefficients(NamedTuple):
-    """What the gradient's terms are multiplied by."""
+class Further(NamedTuple):
+    """What each teacher but the first adds to row_math.Coefficients; 0 where it is not wanted."""
 
-    soft: Any
-    psi_sum: Any
-    psi_scale: Any  # dkd's; and the soft and the hard term at its label
-    label_soft: Any
-    label_hard: Any
-    hard: Any
-    label: Any
-    everywhere: Any  # of label smoothing
-    spread: Any  # standardized: of what comes through the deviation
+    offset: Any  # of an arithmetic ensemble's distribution
+    total: Any  # what P is divided by, the teacher's weight in it
+    unit: Any  # where logits are standardized
+    mean: Any

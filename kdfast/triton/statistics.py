@@ -94,14 +94,14 @@ def hard_shift(old, new, row, SPEC: tl.constexpr):
 
 @triton.jit
 def hard_exponent(s, y, offset, row, SPEC: tl.constexpr):
-    """log2 of an exp at temperature 1, from the logit or from the exponent at T."""
+    """log2 of an exp at temperature 1, from the logit and hard_offset's offset, or from the exponent at T."""
     if SPEC.power > 0:
         return y * SPEC.power
     else:
         slope = tl.full((), LOG2E, SPEC.dtype)
         if SPEC.standardize:
             slope = slope * row.scaling.d
-        return exponent(s, slope, hard_offset(offset, row, SPEC))
+        return exponent(s, slope, offset)
 
 
 @triton.jit
@@ -192,11 +192,12 @@ def accumulate(statistics, s, tiles, classes, there, row, SPEC: tl.constexpr):
     total = student.total * tl.exp2(ds) + tl.sum(e, 1)
     hard, smooth = student.hard, student.smooth
     if SPEC.hard:
-        hard = hard * tl.exp2(hard_shift(old, new, row, SPEC)) + tl.sum(hard_exps(s, y, e, new[:, None], row, SPEC), 1)
+        at_1 = hard_offset(new, row, SPEC)[:, None]
+        hard = hard * tl.exp2(hard_shift(old, new, row, SPEC)) + tl.sum(hard_exps(s, y, e, at_1, row, SPEC), 1)
     if SPEC.smoothed:
         real = there & (classes != row.label) if SPEC.dkd else there
         moved_by = hard_shift(old, new, row, SPEC)
-        y_hard = tl.where(real, hard_exponent(s, y, new[:, None], row, SPEC), 0)
+        y_hard = tl.where(real, hard_exponent(s, y, hard_offset(new, row, SPEC)[:, None], row, SPEC), 0)
         smooth = (
             smooth[0] + smooth[1] * moved_by + tl.sum(y_hard, 1),
             smooth[1] + tl.sum(real.to(SPEC.dtype), 1),
