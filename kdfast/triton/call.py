@@ -8,11 +8,11 @@ from torch import Tensor
 
 from kdfast import rows
 from kdfast.arguments import Inputs, KDMetrics, Settings, table_columns
-from kdfast.row_math import Sums
-from kdfast.triton import autotune, launch, reductions, row_kernels
+from kdfast.triton import launch, reductions, row_kernels
 from kdfast.triton.divergences import DIVERGENCES, parts
 from kdfast.triton.matrices import aligned, arithmetic, bits, by_row, launching_on, matrix, readable, rows_of
 from kdfast.triton.spec import Numbers, PerRow, Spec
+from kdfast.triton.tables import PARTS
 
 MOST_TEACHERS = 8
 
@@ -32,8 +32,6 @@ class Call:
         self.facts = launch.facts(student.device)
         self.read = [self.student, *self.teachers]
         self.spec = self._spec(inputs)
-        joined = 1 if self.spec.joint and self.teachers else len(self.teachers)
-        self.members = 0 if self.spec.teacher == "none" else joined
         self.columns = table_columns("kdfast_triton", student.device.type, len(self.teachers))
         self.room = launch.room_for(self.spec, self.read)
         self.plan = launch.plan(self.vocab, self.read, self.facts.warp, self.room)
@@ -96,6 +94,7 @@ class Call:
             smoothed=settings.label_smoothing != 0, z_loss=settings.z_loss != 0, softcap=settings.softcap != 0,
             teacher_softcap=bool(self.teachers) and settings.teacher_softcap != 0,
             standardize=settings.standardize, metrics=settings.metrics,
+            members=0 if teacher == "none" else 1 if joint else len(self.teachers),
         )  # fmt: skip
 
     # ---- the operators ----
@@ -148,10 +147,8 @@ class Call:
 
     def _constants(self, plan: launch.Plan, output: Tensor | None) -> dict[str, Any]:
         places = aligned(self.student, [self.student if output is None else output, *self.teachers], plan.vec)
-        return {
-            "LANES": plan.lanes, "VEC": plan.vec,
-            "SPEC": self.spec._replace(aligned=places), **plan.options(),
-        }  # fmt: skip
+        spec = self.spec._replace(aligned=places, lanes=plan.lanes, vec=plan.vec, tiles=plan.tiles)
+        return {"SPEC": spec, **plan.options()}
 
     def _tensors(self) -> tuple[Any, Any]:
         return matrix(self.student), tuple(map(matrix, self.teachers))
@@ -163,13 +160,10 @@ class Call:
                 *self._tensors(), matrix(output), self._pointers(None, self.losses), self.numbers,
                 self.rows, self.vocab, self.width, self.settings.ignore_index,
             )  # fmt: skip
-            constants = {"members": self.members, **self._constants(plan, output)}
-            if plan.tiles:
-                row_kernels.loss_grad_short[(programs,)](*args, TILES=plan.tiles, **constants)
-            else:
-                row_kernels.loss_grad_long[(programs,)](*args, **constants)
+            kernel = row_kernels.loss_grad_short if plan.tiles else row_kernels.loss_grad_long
+            kernel[(programs,)](*args, **self._constants(plan, output))
 
-        choice = autotune.chosen(
+        choice = launch.chosen(
             (self.rows, self.vocab, self.spec, tuple(t.dtype for t in self.read), output.device),
             lambda: launch.choices(self.rows, self.vocab, self.read, self.facts, self.room),
             lambda choice: run(choice, torch.empty_like(output)),  # the output may be the student
@@ -178,10 +172,12 @@ class Call:
 
     def _stats(self, table: Tensor, losses: Tensor | None) -> None:
         programs = min(self.rows * self.segments, 8 * self.facts.multiprocessors)
-        row_kernels.stats[(programs,)](
+        split = self.segments > 1
+        kernel = row_kernels.part_sums if split else row_kernels.stats
+        kernel[(programs,)](
             *self._tensors(), table, self._pointers(None, losses), self.numbers,
-            self.rows, self.vocab, self.settings.ignore_index, self.segments, self.segment,
-            members=self.members, COLUMNS=table.shape[1], SPLIT=self.segments > 1, **self._constants(self.sweep, None),
+            self.rows, self.vocab, self.settings.ignore_index, *((self.segments, self.segment) if split else ()),
+            COLUMNS=table.shape[1], **self._constants(self.sweep, None),
             enable_fp_fusion=False,  # or a product enters a sum unrounded in its own thread, rounded in the others
         )  # fmt: skip
 
@@ -195,12 +191,12 @@ class Call:
     def _split_statistics(self) -> tuple[Tensor, Tensor]:
         """The coefficients of few and long rows, whose losses are written too, and the sum of the losses."""
         table, loss = self.losses.new_empty(self.rows, self.columns), self.losses.new_empty(())
-        parts = self.losses.new_empty(self.rows * self.segments, len(Sums._fields) + 3 * max(0, self.members - 1))
+        parts = self.losses.new_empty(self.rows * self.segments, PARTS.value + 3 * max(0, self.spec.members - 1))
         self._stats(parts, None)
         reductions.join[(1,)](
             matrix(self.student), parts, table, loss, self._pointers(None, self.losses), self.numbers,
             self.rows, self.vocab, self.settings.ignore_index, self.segments,
-            members=self.members, COLUMNS=self.columns, PARTS=parts.shape[1], ROWS=triton.next_power_of_2(self.rows),
+            COLUMNS=self.columns, SUMS=parts.shape[1], ROWS=triton.next_power_of_2(self.rows),
             SEGMENTS=triton.next_power_of_2(self.segments), SPEC=self.spec, num_warps=128 // self.facts.warp,
         )  # fmt: skip
         return table, loss

@@ -3,10 +3,9 @@
 import triton
 import triton.language as tl
 
-from kdfast.triton.logits import prepared, student_logits, teacher_tile
+from kdfast.triton.logits import base2, prepared, student_logits, teacher_slope, teacher_tile
 from kdfast.triton.spec import Factors, Row
-from kdfast.triton.teachers import base2, teacher_slope
-from kdfast.triton.tiles import first_lane, head_of, row_value
+from kdfast.triton.tiles import first_lane, head_of, in_lanes, row_value
 
 
 @triton.jit
@@ -91,15 +90,15 @@ def _add(a, b, c, d):
 
 
 @triton.jit
-def label_and_divisor(student, label, divisor, LANES: tl.constexpr, SPEC: tl.constexpr):
+def label_and_divisor(student, label, divisor, SPEC: tl.constexpr):
     """The label's logit, and what the reduction divides by."""
-    logit = tl.zeros((LANES,), SPEC.dtype)
+    logit = in_lanes(0, SPEC)
     if SPEC.hard or SPEC.dkd:
-        logit = first_lane(student, label, LANES, label >= 0).to(SPEC.dtype)
+        logit = first_lane(student, label, SPEC.lanes, label >= 0).to(SPEC.dtype)
     if divisor is None:
         return tl.sum(logit, 0), tl.full((), 1, SPEC.dtype)
     else:
-        return tl.reduce((logit, first_lane(divisor, 0, LANES).to(SPEC.dtype)), 0, _add)
+        return tl.reduce((logit, first_lane(divisor, 0, SPEC.lanes).to(SPEC.dtype)), 0, _add)
 
 
 @triton.jit

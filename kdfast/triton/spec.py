@@ -33,7 +33,11 @@ class Spec(NamedTuple):
     teacher_softcap: bool = False
     standardize: bool = False
     metrics: bool = False
+    members: int = 0  # how many distributions the teachers are
     aligned: tuple[bool, ...] = ()  # of the output, then of the teachers: their vectors lie as the student's do
+    lanes: int = 0  # launch.Plan's
+    vec: int = 0
+    tiles: int = 0
 
 
 class PerRow(NamedTuple):

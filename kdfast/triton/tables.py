@@ -10,7 +10,7 @@ from kdfast.triton.spec import INF, Further
 from kdfast.triton.statistics import Statistics, Student, Teacher
 
 COEFFICIENTS = tl.constexpr(len(Coefficients._fields))
-SUMS = tl.constexpr(len(Sums._fields))
+PARTS = tl.constexpr(Sums._fields.index("label"))
 
 
 @triton.constexpr_function
@@ -47,6 +47,21 @@ def laid(values, line):
 
 
 @triton.jit
+def store_line(table, index, values, COLUMNS: tl.constexpr, SPEC: tl.constexpr):
+    WIDTH: tl.constexpr = width_of(COLUMNS)
+    lane = tl.arange(0, WIDTH)
+    line = laid(values, tl.zeros((WIDTH,), SPEC.dtype))
+    tl.store(table + (index + tl.zeros((), tl.int64)) * COLUMNS + lane, line, mask=lane < COLUMNS)
+
+
+@triton.jit
+def load_line(table, index, COLUMNS: tl.constexpr, SPEC: tl.constexpr):
+    WIDTH: tl.constexpr = max(4 * SPEC.lanes, width_of(COLUMNS))  # 16 bytes a thread, and each number by one alone
+    lane = tl.arange(0, WIDTH)
+    return tl.load(table + (index + tl.zeros((), tl.int64)) * COLUMNS + lane, mask=lane < COLUMNS, other=0)
+
+
+@triton.jit
 def as_columns(coefficients, further):
     """In the order in which a table has them."""
     values = ()
@@ -73,25 +88,25 @@ def coefficients_in(line, factor, teachers: tl.constexpr):
     return scaled, further
 
 
-# Sums of a segment: row_math.Sums, and for each further teacher its offset, its total and its over_teacher. logit_mse,
-# which has no teacher's distribution, has its three sums of differences in the teacher's places.
+# Sums of a segment: row_math.Sums up to what the rows that are split have, and for each further teacher its offset, its
+# total and its over_teacher. logit_mse, without a teacher's distribution, has its sums of differences in their places.
 
 
 @triton.jit
-def sums_in(line, members: tl.constexpr, SPEC: tl.constexpr):
-    s = Sums(*columns_of(line, 0, SUMS))
-    teachers, differences, smooth = (), (), ()
-    for k in tl.static_range(members):
+def sums_in(line, SPEC: tl.constexpr):
+    nothing = column(line, 0) * 0
+    s = Sums(*columns_of(line, 0, PARTS), nothing, nothing, nothing, nothing, nothing)
+    teachers, differences = (), ()
+    MEMBERS: tl.constexpr = SPEC.members
+    for k in tl.static_range(MEMBERS):
         offset, mass, part = s.teacher_offset, s.teacher_total, s.over_teacher
         if k > 0:
-            offset, mass, part = columns_of(line, SUMS + 3 * (k - 1), 3)
+            offset, mass, part = columns_of(line, PARTS + 3 * (k - 1), 3)
         teachers = teachers + (Teacher(offset, mass, (part,)[: len(SPEC.parts.over_teacher)]),)
     if SPEC.difference:
         differences = (s.teacher_offset, s.teacher_total, s.over_teacher)
-    if SPEC.smoothed:
-        smooth = (s.exponents, s.classes)
     parts = (s.over_student,)[: len(SPEC.parts.over_student)]
-    student = Student(s.student_offset, s.student_total, s.hard_total, parts, smooth)
+    student = Student(s.student_offset, s.student_total, s.hard_total, parts, ())
     return Statistics(student, teachers, differences, ())
 
 
@@ -121,6 +136,6 @@ def sums_as_columns(statistics, at_1, classes, SPEC: tl.constexpr):
         exponents, nothing + classes, nothing, nothing,
     )  # fmt: skip
     columns = ()
-    for k in tl.static_range(SUMS):
+    for k in tl.static_range(PARTS):
         columns = columns + (s[k],)
     return columns + further
