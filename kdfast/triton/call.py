@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdfast import rows
 from kdfast.arguments import Inputs, KDMetrics, Settings, table_columns
+from kdfast.row_math import Sums
 from kdfast.triton import launch, reductions, row_kernels
 from kdfast.triton.divergences import DIVERGENCES, parts
 from kdfast.triton.matrices import aligned, arithmetic, bits, by_row, launching_on, matrix, readable, rows_of
@@ -18,8 +19,9 @@ MOST_TEACHERS = 8
 
 
 class Call:
-    def __init__(self, student: Tensor, inputs: Inputs, settings: Settings) -> None:
-        rows.check_values(student, inputs, settings)
+    def __init__(self, student: Tensor, inputs: Inputs, settings: Settings, shard: bool = False) -> None:
+        if not shard:  # whose labels are mostly another one's
+            rows.check_values(student, inputs, settings)
         self.student, self.settings = readable(student), settings
         self.shape, self.rows, self.width = student.shape[:-1], rows_of(student), student.shape[-1]
         self.vocab = self.width if settings.vocab_size < 0 else settings.vocab_size
@@ -116,8 +118,8 @@ class Call:
         with launching_on(self.losses):
             if self.segments > 1:
                 table, _ = self._split_statistics()
-            elif self.rows:
-                self._stats(table, self.losses)
+            else:
+                self._by_row(row_kernels.stats, table, losses=self.losses)
         loss = self.losses.view(self.shape) if self.settings.reduction == "none" else self.losses.sum()
         return loss, table, self._metrics()
 
@@ -135,6 +137,22 @@ class Call:
             return rows.no_metrics(self.losses)
         measured = self.measured.view(self.measured.shape[0], *self.shape)
         return rows.mean_metrics(measured, self.weights, self.settings)
+
+    def sums(self) -> Tensor:
+        """row_math.Sums of the classes that are here, (rows, 13)."""
+        table = self.losses.new_empty(self.rows, len(Sums._fields))
+        with launching_on(table):
+            self._by_row(row_kernels.sums, table, segments=1, segment=self.vocab, WHOLE=True)
+        return table
+
+    def pointwise_sums(self, sums: Tensor) -> Tensor:
+        """phi and psi of the classes that are here, (rows, 2), from the sums of all classes."""
+        if self.spec.linear:
+            raise ValueError(f"divergence: {self.settings.divergence!r} has no sums of its own beside Sums")
+        table = self.losses.new_empty(self.rows, 2)
+        with launching_on(table):
+            self._by_row(row_kernels.pointwise_sums, table, sums.contiguous())
+        return table
 
     def copy_back(self, student: Tensor) -> None:
         if self.student is not student:
@@ -170,16 +188,16 @@ class Call:
         )
         run(choice, output)
 
-    def _stats(self, table: Tensor, losses: Tensor | None) -> None:
-        programs = min(self.rows * self.segments, 8 * self.facts.multiprocessors)
-        split = self.segments > 1
-        kernel = row_kernels.part_sums if split else row_kernels.stats
-        kernel[(programs,)](
-            *self._tensors(), table, self._pointers(None, losses), self.numbers,
-            self.rows, self.vocab, self.settings.ignore_index, *((self.segments, self.segment) if split else ()),
-            COLUMNS=table.shape[1], **self._constants(self.sweep, None),
-            enable_fp_fusion=False,  # or a product enters a sum unrounded in its own thread, rounded in the others
-        )  # fmt: skip
+    def _by_row(self, kernel: Any, *tables: Tensor, losses: Tensor | None = None, **others: Any) -> None:
+        """A kernel that writes the first of the tables, a line for each row or segment."""
+        programs = min(tables[0].shape[0], 8 * self.facts.multiprocessors)
+        if programs:
+            kernel[(programs,)](
+                *self._tensors(), *tables, self._pointers(None, losses), self.numbers,
+                self.rows, self.vocab, self.settings.ignore_index,
+                **others, COLUMNS=tables[-1].shape[1], **self._constants(self.sweep, None),
+                enable_fp_fusion=False,  # or a product enters a sum unrounded in its own thread, rounded in the others
+            )  # fmt: skip
 
     def _grad(self, table: Tensor, grad_loss: Tensor | None, output: Tensor) -> None:
         row_kernels.grad[(self.rows * self.segments,)](
@@ -192,7 +210,8 @@ class Call:
         """The coefficients of few and long rows, whose losses are written too, and the sum of the losses."""
         table, loss = self.losses.new_empty(self.rows, self.columns), self.losses.new_empty(())
         parts = self.losses.new_empty(self.rows * self.segments, PARTS.value + 3 * max(0, self.spec.members - 1))
-        self._stats(parts, None)
+        split = {"segments": self.segments, "segment": self.segment, "WHOLE": False}
+        self._by_row(row_kernels.sums, parts, **split)
         reductions.join[(1,)](
             matrix(self.student), parts, table, loss, self._pointers(None, self.losses), self.numbers,
             self.rows, self.vocab, self.settings.ignore_index, self.segments,

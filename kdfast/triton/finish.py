@@ -25,13 +25,13 @@ def soft_terms(statistics, sums, at_label, row, factors, vocab, SPEC: tl.constex
     if SPEC.standardize:
         scale *= row.scaling.unit
     if SPEC.difference:
-        first, second = statistics.differences[1], statistics.differences[2]
-        mean = first / vocab
-        term = (second - first * mean) / (2 * vocab)
+        d = statistics.differences
+        mean = d.first / vocab
+        term = (d.second - d.first * mean) / (2 * vocab)
         soft = scale / vocab
-        shift = statistics.differences[0] + tl.where(term == term, mean, term)  # an infinity makes its row NaN
+        shift = d.shift + tl.where(term == term, mean, term)  # an infinity makes its row NaN
         if SPEC.standardize:
-            pull = soft * statistics.differences[3]
+            pull = soft * d.with_z
     elif SPEC.divergence is not None:
         scale = scale * row.temperature if SPEC.t_squared else scale / row.temperature
         of_psi = scale

@@ -38,8 +38,8 @@ def tanh(x):
 
 
 @triton.jit
-def capped(x, cap):
-    return tl.where(x == -INF, x, cap[0] * tanh(x * cap[1]))
+def capped(x, cap, inverse):
+    return tl.where(x == -INF, x, cap * tanh(x * inverse))
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def capped_slope(s, row, SPEC: tl.constexpr):
     """ds'/ds from what student_logits gave."""
     if SPEC.standardize:
         s = s * row.scaling.d + row.scaling.mean
-    x = s * row.caps[0][1]
+    x = s * row.caps.student_inverse
     return tl.where(x == -INF, 0, (1 - x) * (1 + x))
 
 
@@ -59,7 +59,7 @@ def scaled_by(x, scaling):
 @triton.jit
 def student_logits(s, row, SPEC: tl.constexpr):
     if SPEC.softcap:
-        s = capped(s, row.caps[0])
+        s = capped(s, row.caps.student, row.caps.student_inverse)
     if SPEC.standardize and len(row.scaling) > 0:
         s = scaled_by(s, row.scaling)
     return s
@@ -68,7 +68,7 @@ def student_logits(s, row, SPEC: tl.constexpr):
 @triton.jit
 def teacher_tile(t, k: tl.constexpr, row, SPEC: tl.constexpr):
     if SPEC.teacher_softcap:
-        t = capped(t, row.caps[1])
+        t = capped(t, row.caps.teacher, row.caps.teacher_inverse)
     if SPEC.standardize and len(row.teacher_scalings) > 0:
         t = scaled_by(t, row.teacher_scalings[k])
     return t

@@ -51,6 +51,16 @@ def grad_(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, set
     call.copy_back(student)
 
 
+def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+    """row_math.Sums of whatever classes are given, (rows, 13); a label that is not among them adds nothing."""
+    return Call(student, inputs, settings._replace(reduction="sum", metrics=False), shard=True).sums()
+
+
+def pointwise_sums(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+    """phi's and psi's sums over these classes, (rows, 2), once all sums are merged; not of a linear divergence."""
+    return Call(student, inputs, settings._replace(reduction="sum", metrics=False), shard=True).pointwise_sums(sums)
+
+
 def scale_(grad: Tensor, factor: Tensor) -> None:
     view = readable(grad)
     rows, width = rows_of(view), view.shape[-1]

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from kdfast.triton.logits import base2, prepared, student_logits, teacher_slope, teacher_tile
-from kdfast.triton.spec import Factors, Row
+from kdfast.triton.spec import Caps, Factors, Row
 from kdfast.triton.tiles import first_lane, head_of, in_lanes, row_value
 
 
@@ -65,10 +65,9 @@ def term_factors(numbers, factor, SPEC: tl.constexpr):
 def row_of(temperature, at, numbers, label, SPEC: tl.constexpr):
     """A spec.Row, for now without its moments."""
     cap, teacher_cap = number(numbers.softcap, SPEC.dtype), number(numbers.teacher_softcap, SPEC.dtype)
-    caps = ((cap, 1 / cap), (teacher_cap, 1 / teacher_cap))
     return Row(
         base2(temperature), teacher_slope(at, SPEC), temperature, weights_of(numbers, SPEC.dtype),
-        number(numbers.beta, SPEC.dtype), label, caps, (), (),
+        number(numbers.beta, SPEC.dtype), label, Caps(cap, 1 / cap, teacher_cap, 1 / teacher_cap), (), (),
     )  # fmt: skip
 
 

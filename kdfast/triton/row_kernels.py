@@ -4,7 +4,8 @@ and finish.py have a row's mathematics, per_row.py what it has beside its logits
     loss_grad_short   a row and its teachers' stay in the registers of one program: each logit is read once
     loss_grad_long    pass A over the row, then pass C over it once more; pass B in between where there is one
     stats             pass A (and B), to the rows' coefficients
-    part_sums         pass A of segments of few and long rows, which reductions.py joins
+    sums              pass A alone, of a shard's classes, or of segments of few and long rows, which reductions.py joins
+    pointwise_sums    pass B alone, of a shard's classes, from the sums of all shards
     grad              pass C alone, from the rows' coefficients
 
 A program that keeps no row in registers reads it twice, or three times where B is there. Each sweep starts where the
@@ -37,10 +38,10 @@ from kdfast.triton.per_row import (
     share_of_row,
     term_factors,
 )
-from kdfast.triton.statistics import accumulate, hard_offset, no_statistics
+from kdfast.triton.statistics import accumulate, exponent, finite, hard_exponent, hard_offset, no_statistics
 from kdfast.triton.sums import linear_divergence, merge, scales_of
 from kdfast.triton.sweep import opened, sweep
-from kdfast.triton.tables import as_columns, coefficients_in, load_line, store_line, sums_as_columns
+from kdfast.triton.tables import as_columns, coefficients_in, load_line, store_line, sums_as_columns, sums_in
 from kdfast.triton.tiles import row_start, row_starts, row_value, zero
 
 # Nothing is compiled for once more because it is 1 or a multiple of 16; what tuples hold, matrices.py keeps from it.
@@ -132,12 +133,12 @@ def stats(
 
 
 @triton.jit(do_not_specialize=MATRICES + SIZES)
-def part_sums(
+def sums(
     student, teachers, table, per_row, numbers,
     rows: tl.int32, vocab: tl.int32, ignore_index: tl.int64, segments: tl.int32, segment: tl.int32,
-    COLUMNS: tl.constexpr, SPEC: tl.constexpr,
+    WHOLE: tl.constexpr, COLUMNS: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """The sums of each segment of `segment` classes, (rows, segments, COLUMNS)."""
+    """Each segment's sums of `segment` classes, (rows, segments, COLUMNS): WHOLE, or what split rows have."""
     for at in range(tl.program_id(0), rows * segments, tl.num_programs(0)):
         index = at // segments
         kept, label, weight = kept_row(per_row, index, ignore_index, vocab, SPEC.lanes, SPEC)
@@ -146,9 +147,32 @@ def part_sums(
         begin, end = segment_of(s, at, segments, segment, vocab, kept, SPEC.vec)
         unit = opened(s + begin, row_starts(teachers, index, begin), end - begin, kept, SPEC)
         statistics = no_statistics(first_difference(s, ts, row, SPEC), SPEC)
-        statistics = merge(sweep(accumulate, statistics, (), unit, row, 0, True, False, SPEC), row, SPEC)
-        at_1 = hard_offset(statistics.student.offset, row, SPEC)
-        store_line(table, at, sums_as_columns(statistics, at_1, unit.n, SPEC), COLUMNS, SPEC)
+        found = merge(sweep(accumulate, statistics, (), unit, row, 0, True, False, SPEC), row, SPEC)
+        y = found.student.total
+        if WHOLE:
+            logit, divisor = label_and_divisor(s, label, None, SPEC)
+            logit = label_logits(logit, (), row, SPEC)[0]
+            offset = finite(found.student.offset)
+            y = hard_exponent(logit, exponent(logit, row.slope, offset), hard_offset(offset, row, SPEC), row, SPEC)
+            y = tl.where(kept & (label >= 0), y, float("-inf"))
+        store_line(table, at, sums_as_columns(found, y, unit.n, row, WHOLE, SPEC), COLUMNS, SPEC)
+
+
+@triton.jit(do_not_specialize=MATRICES + SIZES)
+def pointwise_sums(
+    student, teachers, table, of_all, per_row, numbers,
+    rows: tl.int32, vocab: tl.int32, ignore_index: tl.int64, COLUMNS: tl.constexpr, SPEC: tl.constexpr,
+):  # fmt: skip
+    """phi and psi of each row's classes, (rows, 2), from the sums of all of its classes, (rows, COLUMNS)."""
+    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+        kept, label, weight = kept_row(per_row, index, ignore_index, vocab, SPEC.lanes, SPEC)
+        row = row_scales(per_row, index, numbers, label, SPEC)
+        unit = opened(
+            row_start(student, index), row_starts(teachers, index, 0), tl.where(kept, vocab, 0), kept, SPEC
+        )  # fmt: skip
+        scales = scales_of(sums_in(load_line(of_all, index, COLUMNS, SPEC), SPEC), (), row, SPEC)
+        found = sums_of_row(sweep(add_divergence, no_sums(SPEC), scales, unit, row, 2, False, False, SPEC), SPEC)
+        store_line(table, index, (found.phi, found.psi), 2, SPEC)
 
 
 @triton.jit(do_not_specialize=MATRICES + SIZES)

@@ -71,6 +71,15 @@ class Numbers(NamedTuple):
     teacher_weights: Any  # a tuple
 
 
+class Caps(NamedTuple):
+    """Of soft-capped logits, and 1 / cap."""
+
+    student: Any
+    student_inverse: Any
+    teacher: Any
+    teacher_inverse: Any
+
+
 class Row(NamedTuple):
     """What a row's passes know beforehand."""
 
@@ -80,7 +89,7 @@ class Row(NamedTuple):
     weights: Any  # the teachers'
     beta: Any
     label: Any
-    caps: Any  # (cap, 1 / cap) of the student, of the teachers
+    caps: Any
     scaling: Any  # logits.Scaling of the student, () while it is not known
     teacher_scalings: Any
 

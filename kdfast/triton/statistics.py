@@ -40,10 +40,19 @@ class Teacher(NamedTuple):
     parts: Any
 
 
+class Differences(NamedTuple):
+    """logit_mse's, of d = s - t - shift."""
+
+    shift: Any
+    first: Any  # sum d
+    second: Any  # sum d^2
+    with_z: Any  # standardized: sum d z, else ()
+
+
 class Statistics(NamedTuple):
     student: Any
     teachers: Any  # one of each distribution
-    differences: Any  # logit_mse: k, sum d, sum d^2, standardized also sum d z
+    differences: Any
     best: Any  # metrics: the student's metrics.Best, the teacher's
 
 
@@ -139,9 +148,7 @@ def no_statistics(shift, SPEC: tl.constexpr):
     if SPEC.smoothed:
         smooth = (nothing, nothing)
     if SPEC.difference:
-        differences = (nothing + shift, nothing, nothing)
-        if SPEC.standardize:
-            differences = differences + (nothing,)
+        differences = Differences(nothing + shift, nothing, nothing, nothing if SPEC.standardize else ())
     if SPEC.metrics:
         best = (metrics.no_best(SPEC), metrics.no_best(SPEC))
     student = Student(nothing - INF, nothing, nothing, zeros_like(SPEC.parts.over_student, nothing), smooth)
@@ -179,11 +186,11 @@ def accumulate(statistics, tile, given, row, SPEC: tl.constexpr):
         best = metrics.add_best(best, tile, row, SPEC)
     if SPEC.difference:
         difference = s - teacher_logits(tiles, row.weights, SPEC)[0]
-        d = tl.where(there, difference - differences[0][:, None], 0)
-        sums = (differences[0], differences[1] + tl.sum(d, 1), differences[2] + tl.sum(d * d, 1))
+        shift, first, second, with_z = differences
+        d = tl.where(there, difference - shift[:, None], 0)
         if SPEC.standardize:
-            sums = sums + (differences[3] + tl.sum(tl.where(there, d * s, 0), 1),)
-        differences = sums
+            with_z += tl.sum(tl.where(there, d * s, 0), 1)
+        differences = Differences(shift, first + tl.sum(d, 1), second + tl.sum(d * d, 1), with_z)
 
     s = without_label(s, float("-inf"), classes, row, SPEC)
     higher = tl.maximum(student.offset, tl.max(s, 1) * row.slope)

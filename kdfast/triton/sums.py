@@ -10,7 +10,18 @@ import triton.language as tl
 
 from kdfast.triton import dkd, metrics
 from kdfast.triton.spec import INF, LN2
-from kdfast.triton.statistics import Statistics, Student, Teacher, before, exponent, finite, hard_shift, moved, scaled
+from kdfast.triton.statistics import (
+    Differences,
+    Statistics,
+    Student,
+    Teacher,
+    before,
+    exponent,
+    finite,
+    hard_shift,
+    moved,
+    scaled,
+)
 
 
 class Scale(NamedTuple):
@@ -115,7 +126,9 @@ def merge(statistics, row, SPEC: tl.constexpr):
         moved_by = hard_shift(old, new, row, SPEC)
         smooth = sums_of((smooth[0] + smooth[1] * moved_by, smooth[1]))
     if SPEC.difference:
-        differences = (tl.max(differences[0], 0),) + sums_of(differences[1:])
+        first, second = sums_of((differences.first, differences.second))
+        with_z = tl.sum(differences.with_z, 0) if SPEC.standardize else ()
+        differences = Differences(tl.max(differences.shift, 0), first, second, with_z)
     if SPEC.metrics:
         best = (metrics.best_of(best[0]), metrics.best_of(best[1]))
     return Statistics(Student(highest, sums[0], sums[1], sums[2:], smooth), out, differences, best)

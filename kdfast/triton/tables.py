@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from kdfast.row_math import Coefficients, Sums
-from kdfast.triton.spec import INF, Further
-from kdfast.triton.statistics import Statistics, Student, Teacher
+from kdfast.triton.spec import Further
+from kdfast.triton.statistics import Differences, Statistics, Student, Teacher, hard_offset
 
 COEFFICIENTS = tl.constexpr(len(Coefficients._fields))
 PARTS = tl.constexpr(Sums._fields.index("label"))
@@ -104,15 +104,15 @@ def sums_in(line, SPEC: tl.constexpr):
             offset, mass, part = columns_of(line, PARTS + 3 * (k - 1), 3)
         teachers = teachers + (Teacher(offset, mass, (part,)[: len(SPEC.parts.over_teacher)]),)
     if SPEC.difference:
-        differences = (s.teacher_offset, s.teacher_total, s.over_teacher)
+        differences = Differences(s.teacher_offset, s.teacher_total, s.over_teacher, ())
     parts = (s.over_student,)[: len(SPEC.parts.over_student)]
     student = Student(s.student_offset, s.student_total, s.hard_total, parts, ())
     return Statistics(student, teachers, differences, ())
 
 
 @triton.jit
-def sums_as_columns(statistics, at_1, classes, SPEC: tl.constexpr):
-    """at_1: the offset of exps at temperature 1; classes: how many."""
+def sums_as_columns(statistics, label, classes, row, WHOLE: tl.constexpr, SPEC: tl.constexpr):
+    """label: its log2 E; classes: how many; WHOLE: all of row_math.Sums, of one teacher."""
     student, teachers, differences, best = statistics
     nothing = student.total * 0
     offset, total, of_teacher, of_student, exponents = nothing, nothing, nothing, nothing, nothing
@@ -128,14 +128,14 @@ def sums_as_columns(statistics, at_1, classes, SPEC: tl.constexpr):
     if len(SPEC.parts.over_student) > 0:
         of_student = student.parts[0]
     if SPEC.difference:
-        offset, total, of_teacher = differences
+        offset, total, of_teacher = differences.shift, differences.first, differences.second
     if SPEC.smoothed:
         exponents = student.smooth[0]
     s = Sums(
-        student.offset, student.total, offset, total, at_1, student.hard, of_teacher, of_student, nothing - INF,
-        exponents, nothing + classes, nothing, nothing,
+        student.offset, student.total, offset, total, hard_offset(student.offset, row, SPEC), student.hard,
+        of_teacher, of_student, label, exponents, nothing + classes, nothing, nothing,
     )  # fmt: skip
     columns = ()
-    for k in tl.static_range(PARTS):
+    for k in tl.static_range(len(s) if WHOLE else PARTS):
         columns = columns + (s[k],)
     return columns + further

@@ -17,7 +17,7 @@ def _in(name: str) -> str:
 
 
 STATISTICS, SUMS, DIVERGENCES = _in("statistics"), _in("sums"), _in("divergences")
-PASSES, FINISH = _in("passes"), _in("finish")
+PASSES, FINISH, KERNELS = _in("passes"), _in("finish"), _in("row_kernels")
 
 OF_NUMBERS = [
     Mutant("triton-parts-offsets-swapped", STATISTICS,
@@ -38,6 +38,14 @@ OF_NUMBERS = [
            "smooth = sums_of((smooth[0] + smooth[1] * moved_by, smooth[1]))",
            "smooth = sums_of((smooth[0], smooth[1]))",
            "Label smoothing's sums are joined at different offsets.", OPTIONS),
+    # vocabulary shards
+    Mutant("triton-label-of-another-shard", KERNELS,
+           "y = tl.where(kept & (label >= 0), y, float(\"-inf\"))", "",
+           "A label that is not among a shard's classes counts as one of its own.", ("test_triton_sums.py",)),
+    Mutant("triton-shard-of-no-scale", KERNELS,
+           "scales = scales_of(sums_in(load_line(of_all, index, COLUMNS, SPEC), SPEC), (), row, SPEC)",
+           "scales = scales_of(sums_in(load_line(of_all, 0, COLUMNS, SPEC), SPEC), (), row, SPEC)",
+           "Pass B of a shard takes the first row's sums for each row's.", ("test_triton_sums.py",)),
     Mutant("triton-reverse-psi-sum", FINISH,
            "level = scale * (of_p - over_student)", "level = scale * of_p",
            "Reverse KL's gradient does not sum to 0.", CALLS),
@@ -81,7 +89,7 @@ OF_NUMBERS = [
            "The gradient of tempered_softmax lacks its 1 / T.", ("test_tempered_softmax.py",)),
 ]  # fmt: skip
 
-TILES, PER_ROW, KERNELS, REDUCTIONS = _in("tiles"), _in("per_row"), _in("row_kernels"), _in("reductions")
+TILES, PER_ROW, REDUCTIONS = _in("tiles"), _in("per_row"), _in("reductions")
 
 OF_MEMORY = [
     Mutant("triton-tail-counted-twice", TILES,
