@@ -210,7 +210,7 @@ class Call:
         """The coefficients of few and long rows, whose losses are written too, and the sum of the losses."""
         table, loss = self.losses.new_empty(self.rows, self.columns), self.losses.new_empty(())
         parts = self.losses.new_empty(self.rows * self.segments, PARTS.value + 3 * max(0, self.spec.members - 1))
-        split = {"segments": self.segments, "segment": self.segment, "WHOLE": False}
+        split: dict[str, Any] = {"segments": self.segments, "segment": self.segment, "WHOLE": False}
         self._by_row(row_kernels.sums, parts, **split)
         reductions.join[(1,)](
             matrix(self.student), parts, table, loss, self._pointers(None, self.losses), self.numbers,

@@ -93,4 +93,4 @@ def scale(grad, factor, rows: tl.int32, width: tl.int32, SPEC: tl.constexpr):
     if by != 1:
         for index in range(tl.program_id(0), rows, tl.num_programs(0)):
             unit = opened(row_start(grad, index), (), width, True, SPEC)
-            sweep(_scale_tile, (), (unit.student, unit.head, width, by), unit, None, 0, False, False, SPEC)
+            sweep(_scale_tile, (), (unit.student, unit.head, width, by), unit, None, SPEC)

@@ -71,21 +71,24 @@ def loss_of_row(
     unit = opened(s, ts, tl.where(kept, vocab, 0), kept, SPEC)
     logit, divisor = label_and_divisor(s, label, per_row.divisor, SPEC)
     if SPEC.standardize:
-        row = standardized(row, sweep(moments_pass, no_moments(ts, SPEC), (), unit, row, 1, True, True, SPEC))
+        moments = sweep(moments_pass, no_moments(ts, SPEC), (), unit, row, SPEC, NUMBER=1, AGAIN=True, DOWN=True)
+        row = standardized(row, moments)
     at_label = label_logits(logit, ts, row, SPEC)
     statistics = no_statistics(first_difference(s, ts, row, SPEC), SPEC)
-    statistics = merge(sweep(accumulate, statistics, (), unit, row, 0, True, False, SPEC), row, SPEC)
+    statistics = merge(sweep(accumulate, statistics, (), unit, row, SPEC, AGAIN=True), row, SPEC)
     scales = scales_of(statistics, at_label, row, SPEC)
     sums = ()
     if SPEC.divergence is not None:
         if SPEC.linear:
             sums = linear_divergence(statistics, row, SPEC)
         else:
-            sums = sums_of_row(sweep(add_divergence, no_sums(SPEC), scales, unit, row, 2, True, True, SPEC), SPEC)
+            sums = sweep(add_divergence, no_sums(SPEC), scales, unit, row, SPEC, NUMBER=2, AGAIN=True, DOWN=True)
+            sums = sums_of_row(sums, SPEC)
     share = share_of_row(weight, numbers.scale, divisor, SPEC)
     factors = term_factors(numbers, gradient_factor(per_row, label, share), SPEC)
-    found = finish(statistics, scales, sums, at_label, row, factors, vocab.to(SPEC.dtype), SPEC)
-    loss, coefficients, further, values = found
+    loss, coefficients, further, values = finish(
+        statistics, scales, sums, at_label, row, factors, vocab.to(SPEC.dtype), SPEC
+    )
     store_row(per_row, index, rows, loss, values, kept, label, share, vocab, SPEC)
     return unit, row, (coefficients, further)
 
@@ -97,7 +100,7 @@ def loss_grad_of_row(
     unit, row, found = loss_of_row(student, teachers, per_row, numbers, index, rows, vocab, ignore_index, 32, SPEC)
     out = row_start(output, index)
     given = (out, unit.head, unit.n, found[0], found[1])
-    sweep(write_gradient, (), given, unit, row, 3, False, SPEC.linear, SPEC)
+    sweep(write_gradient, (), given, unit, row, SPEC, NUMBER=3, DOWN=SPEC.linear)
     zero(out + unit.n, width - unit.n, SPEC)
 
 
@@ -147,7 +150,7 @@ def sums(
         begin, end = segment_of(s, at, segments, segment, vocab, kept, SPEC.vec)
         unit = opened(s + begin, row_starts(teachers, index, begin), end - begin, kept, SPEC)
         statistics = no_statistics(first_difference(s, ts, row, SPEC), SPEC)
-        found = merge(sweep(accumulate, statistics, (), unit, row, 0, True, False, SPEC), row, SPEC)
+        found = merge(sweep(accumulate, statistics, (), unit, row, SPEC, AGAIN=True), row, SPEC)
         y = found.student.total
         if WHOLE:
             logit, divisor = label_and_divisor(s, label, None, SPEC)
@@ -171,7 +174,7 @@ def pointwise_sums(
             row_start(student, index), row_starts(teachers, index, 0), tl.where(kept, vocab, 0), kept, SPEC
         )  # fmt: skip
         scales = scales_of(sums_in(load_line(of_all, index, COLUMNS, SPEC), SPEC), (), row, SPEC)
-        found = sums_of_row(sweep(add_divergence, no_sums(SPEC), scales, unit, row, 2, False, False, SPEC), SPEC)
+        found = sums_of_row(sweep(add_divergence, no_sums(SPEC), scales, unit, row, SPEC, NUMBER=2), SPEC)
         store_line(table, index, (found.phi, found.psi), 2, SPEC)
 
 
@@ -197,7 +200,7 @@ def grad(
     out = row_start(output, index)
     unit = opened(s + begin, row_starts(teachers, index, begin), end - begin, kept, SPEC)
     given = (out + begin, unit.head, unit.n, coefficients, further)
-    sweep(write_gradient, (), given, unit, row, 3, False, SPEC.linear, SPEC)
+    sweep(write_gradient, (), given, unit, row, SPEC, NUMBER=3, DOWN=SPEC.linear)
     # padding is the last segment's, and of a row that drops out all is the first one's
     writes_rest = at % segments == tl.where(kept, segments - 1, 0)
     zero(out + end, tl.where(writes_rest, width - end, 0), SPEC)

@@ -46,11 +46,11 @@ def _softmax_of_row(inputs, output, temperatures, temperature, index, vocab, LOG
     starts, out = row_starts(inputs, index, 0), row_start(output, index)
     unit = opened(starts[0], starts[1:], vocab, True, SPEC)
     if len(inputs) == 1:
-        sums = merge(sweep(accumulate, no_statistics(0, SPEC), (), unit, row, 0, True, False, SPEC), row, SPEC)
+        sums = merge(sweep(accumulate, no_statistics(0, SPEC), (), unit, row, SPEC, AGAIN=True), row, SPEC)
         found = (finite(sums.student.offset), sums.student.total)
     else:
-        found = tl.sum(sweep(_add, in_lanes(0, SPEC), LOG, unit, row, 0, True, False, SPEC), 0)
-    sweep(_write, (), (out, unit.head, vocab, found, LOG), unit, row, 3, False, True, SPEC)
+        found = tl.sum(sweep(_add, in_lanes(0, SPEC), LOG, unit, row, SPEC, AGAIN=True), 0)
+    sweep(_write, (), (out, unit.head, vocab, found, LOG), unit, row, SPEC, NUMBER=3, DOWN=True)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)

@@ -78,8 +78,8 @@ def _ends(unit, loaded, row, SPEC: tl.constexpr):
 
 @triton.jit
 def sweep(
-    PASS: tl.constexpr, state, given, unit, row,
-    NUMBER: tl.constexpr, AGAIN: tl.constexpr, DOWN: tl.constexpr, SPEC: tl.constexpr,
+    PASS: tl.constexpr, state, given, unit, row, SPEC: tl.constexpr,
+    NUMBER: tl.constexpr = 0, AGAIN: tl.constexpr = False, DOWN: tl.constexpr = False,
 ):  # fmt: skip
     """The state after all tiles.
 
