@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 
+
 class Heads(NamedTuple):
     """What the operators of linear_ops.py take in place of the student's logits, in their order."""
 

@@ -42,12 +42,12 @@ def stats(ops: Any, heads: Heads, inputs: Inputs, settings: Settings) -> tuple[T
     """The loss under `reduction`, the table of all rows, from which `grad` goes on, and the metrics."""
     chunks = Chunks(heads, inputs, settings)
     results = Results(chunks, settings)
-    columns = table_columns(ops.name, chunks.hidden.device.type)
+    columns = table_columns(ops.name, chunks.hidden.device.type, len(inputs.teachers))
     collected = chunks.hidden.new_zeros((chunks.rows, columns), dtype=chunks.loss_dtype)
     for chunk in chunks:
         of_loss, left, apart = measured_apart(ops, chunk.logits, chunk.inputs, chunks.settings)
         loss, of_chunk, metrics = ops.stats(chunk.logits, *of_loss, *left)
-        collected[chunk.rows] = of_chunk
+        collected[chunk.rows, : of_chunk.shape[1]] = of_chunk  # which has fewer where its loss reads no teacher
         results.add(chunk, loss, metrics if apart is None else apart)
     return results.loss(), collected, results.metrics()
 

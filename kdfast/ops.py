@@ -159,7 +159,7 @@ def _fake(name: str, namespace: str) -> Callable[..., Any]:
         return _FAKES[name]
 
     def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-        table = _new_table(student, table_columns(namespace, student.device.type))
+        table = _new_table(student, table_columns(namespace, student.device.type, len(inputs.teachers)))
         return _new_loss(student, settings), table, _new_metrics(student, settings)
 
     if name == "stats":

@@ -72,15 +72,13 @@ class Coefficients(NamedTuple):
     at_label: Any
 
 
-# Numbers of a row in the table that `stats` returns and `grad` takes.
-TABLE_COLUMNS = len(Coefficients._fields)
-GPU_TABLE_COLUMNS = 7
+FURTHER_COLUMNS = 4  # Triton's, of each teacher but the first: triton/spec.py's Further
 
 
-def table_columns(namespace: str, device: str) -> int:
-    """Of the operators of a namespace, for tensors of a type of device."""
-    on_gpu = namespace.endswith("triton") or device == "cuda"
-    return GPU_TABLE_COLUMNS if on_gpu else TABLE_COLUMNS
+def table_columns(namespace: str, device: str, teachers: int) -> int:
+    """Of the table that `stats` returns and `grad` takes, of a namespace's operators."""
+    further = max(0, teachers - 1) if namespace.endswith("triton") or device == "cuda" else 0
+    return len(Coefficients._fields) + further * FURTHER_COLUMNS
 
 
 def shares(settings: Settings) -> tuple[float, float] | None:

@@ -19,6 +19,9 @@ from judge import run
 
 import kdfast
 from kdfast import rows
+from kdfast.row_math import table_columns
+from kdfast.options import check_inputs, check_settings
+from kdfast.row_math import Coefficients
 
 VOCABS = (1000, 40000)  # a row in registers; one in two sweeps, split over programs
 SETTINGS: dict[str, Any] = {"backend": "triton"}
@@ -93,6 +96,45 @@ def test_forward_takes_at_most_five_launches_and_backward_one(
         split = backend == "triton" and forward == 3 and weight is not None
         assert 3 <= forward + len(by_torch) <= 5 + split, by_torch
         assert len(reports) - forward <= 1
+
+
+# Of one kind each: a table of two offsets and totals; of several; of moments; of a gradient at the label.
+TABLES: dict[str, tuple[int, dict[str, Any]]] = {
+    "short": (1000, {}),
+    "long": (40001, {}),
+    "ensemble": (1000, {"divergence": "reverse_kl", "ensemble": "arithmetic"}),
+    "split ensemble": (40001, {"ensemble": "arithmetic"}),
+    "dkd": (1000, {"divergence": "dkd"}),
+    "standardize": (1000, {"divergence": "jsd", "standardize": True, "label_smoothing": 0.1, "softcap": 30.0}),
+}
+
+
+@on_triton
+@pytest.mark.parametrize("case", TABLES)
+def test_backward_takes_a_rows_numbers_from_the_table_and_computes_none_again(backend: str, case: str) -> None:
+    vocab, more = TABLES[case]
+    student, teacher, labels = batch(3, vocab, F32)
+    several = "ensemble" in more
+    options = kdfast.kd_loss.__kwdefaults__ | {"temperature": 2.0, "reduction": "none"} | more
+    given = [teacher, batch(3, vocab, F32, seed=1).teacher] if several else teacher
+    inputs, settings = check_inputs(student, given, labels, options, check_settings(options, has_labels=True))
+    _, table, _ = torch.ops.kdfast_triton.stats(student, *inputs, *settings)
+    assert table.shape[1] == table_columns("kdfast_triton", "cpu", 1 + several)
+    zeros = table.clone()
+    for name in ("level", "slope", "teacher", "soft", "hard", "label", "uniform", "tilt", "at_label"):
+        zeros[:, Coefficients._fields.index(name)] = 0
+
+    def grad(table: torch.Tensor) -> torch.Tensor:
+        return torch.ops.kdfast_triton.grad(student, table, torch.ones(3), *inputs, *settings)
+
+    of_table, of_another = grad(table), grad(table[[1, 0, 2]])
+    assert torch.equal(of_another[2], of_table[2])
+    assert not torch.allclose(of_another[:2], of_table[:2], rtol=1e-3)
+    assert not grad(zeros).any()
+    if several:
+        other = table.clone()
+        other[:, len(Coefficients._fields)] += 1  # a further teacher's offset, which halves its exps
+        assert not torch.allclose(grad(other), of_table, rtol=1e-3)
 
 
 @on_triton

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kdfast
 from kdfast import rows
 from kdfast.options import check_inputs, check_settings
-from kdfast.triton import autotune, launch, ops, row_kernels
+from kdfast.triton import launch, ops, row_kernels
 
 pytestmark = pytest.mark.skipif(not gpu.EMULATED, reason=gpu.NEEDS_EMULATOR)
 SETTINGS: dict[str, Any] = {"backend": "triton", "temperature": 2}
@@ -68,14 +68,14 @@ def test_autotuning_where_it_is_wanted_measures_once_and_stays_right(
     monkeypatch: pytest.MonkeyPatch, inplace: bool
 ) -> None:
     monkeypatch.delenv("KDFAST_AUTOTUNE", raising=False)
-    monkeypatch.setattr(autotune, "_best", {})
+    monkeypatch.setattr(launch, "_best", {})
     inputs, settings = batch(2, 3000, F32), {"inplace": inplace, "reduction": "sum", **SETTINGS}
     with gpu.kernels() as reports:
         run(*inputs, **settings)
-        assert not autotune._best
+        assert not launch._best
         monkeypatch.setenv("KDFAST_AUTOTUNE", "1")
         judge(*inputs, **settings)
-        (choice,) = autotune._best.values()
+        (choice,) = launch._best.values()
         assert isinstance(choice[0], launch.Plan)
         measured = len(reports)
         run(*inputs, **settings)

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.skipif(not gpu.EMULATED, reason=gpu.NEEDS_EMULATOR)
 ARCHITECTURES = (80, 90, 100)
 AMD = ("gfx942", "gfx90a")  # MI300, MI200
 KERNELS = [
-    row_kernels.loss_grad_short, row_kernels.loss_grad_long, row_kernels.stats, row_kernels.grad, reductions.join,
+    row_kernels.loss_grad_short, row_kernels.loss_grad_long, row_kernels.stats, row_kernels.sums,
+    row_kernels.grad, reductions.join,
     reductions.scale,
     softmax_kernels.softmax_short, softmax_kernels.softmax_long,
 ]  # fmt: skip

@@ -7,18 +7,22 @@ import triton
 from torch import Tensor
 
 from kdfast import rows
-from kdfast.arguments import GPU_TABLE_COLUMNS, Inputs, KDMetrics, Settings
-from kdfast.triton import autotune, launch, reductions, row_kernels
+from kdfast.arguments import Inputs, KDMetrics, Settings
+from kdfast.row_math import table_columns
+from kdfast.row_math import Sums
+from kdfast.triton import launch, reductions, row_kernels
 from kdfast.triton.divergences import DIVERGENCES, parts
 from kdfast.triton.matrices import aligned, arithmetic, bits, by_row, launching_on, matrix, readable, rows_of
 from kdfast.triton.spec import Numbers, PerRow, Spec
+from kdfast.triton.tables import PARTS
 
 MOST_TEACHERS = 8
 
 
 class Call:
-    def __init__(self, student: Tensor, inputs: Inputs, settings: Settings) -> None:
-        rows.check_values(student, inputs, settings)
+    def __init__(self, student: Tensor, inputs: Inputs, settings: Settings, shard: bool = False) -> None:
+        if not shard:  # whose labels are mostly another one's
+            rows.check_values(student, inputs, settings)
         self.student, self.settings = readable(student), settings
         self.shape, self.rows, self.width = student.shape[:-1], rows_of(student), student.shape[-1]
         self.vocab = self.width if settings.vocab_size < 0 else settings.vocab_size
@@ -31,9 +35,7 @@ class Call:
         self.facts = launch.facts(student.device)
         self.read = [self.student, *self.teachers]
         self.spec = self._spec(inputs)
-        joined = 1 if self.spec.joint and self.teachers else len(self.teachers)
-        self.members = 0 if self.spec.teacher == "none" else joined
-        self.columns = GPU_TABLE_COLUMNS + 3 * max(0, self.members - 1)
+        self.columns = table_columns("kdfast_triton", student.device.type, len(self.teachers))
         self.room = launch.room_for(self.spec, self.read)
         self.plan = launch.plan(self.vocab, self.read, self.facts.warp, self.room)
         self.sweep = launch.sweep(self.vocab, self.read, self.facts.warp, self.room)
@@ -95,6 +97,7 @@ class Call:
             smoothed=settings.label_smoothing != 0, z_loss=settings.z_loss != 0, softcap=settings.softcap != 0,
             teacher_softcap=bool(self.teachers) and settings.teacher_softcap != 0,
             standardize=settings.standardize, metrics=settings.metrics,
+            members=0 if teacher == "none" else 1 if joint else len(self.teachers),
         )  # fmt: skip
 
     # ---- the operators ----
@@ -107,30 +110,27 @@ class Call:
                 self._grad(table, None, output)
                 return loss, self._metrics()
             if self.rows:
-                self._rows(output, None, self.losses)
+                self._rows(output)
         return self.losses.sum(), self._metrics()
 
     def stats(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss under the reduction, the row statistics as far as the operator's table has room, the metrics."""
+        """The loss under the reduction, the rows' coefficients, the metrics."""
         table = self.losses.new_empty(self.rows, self.columns)
         with launching_on(self.losses):
             if self.segments > 1:
                 table, _ = self._split_statistics()
-            elif self.rows:
-                self._stats(table, self.losses)
+            else:
+                self._by_row(row_kernels.stats, table, losses=self.losses)
         loss = self.losses.view(self.shape) if self.settings.reduction == "none" else self.losses.sum()
-        return loss, table[:, :GPU_TABLE_COLUMNS].contiguous(), self._metrics()
+        return loss, table, self._metrics()
 
     def grad(self, stats: Tensor, grad_loss: Tensor, output: Tensor) -> None:
-        """The gradient from the statistics; from the logits alone where that reads no more, or the table lacks some."""
+        """The gradient, from the rows' coefficients."""
         if not self.rows:
             return
         grad_loss = grad_loss.expand(self.shape).reshape(-1).contiguous()
         with launching_on(output):
-            if self.plan.tiles or self.members > 1 or self.spec.dkd or self.spec.standardize:
-                self._rows(output, grad_loss, None)
-            else:
-                self._grad(stats, grad_loss, output)
+            self._grad(stats.contiguous(), grad_loss, output)
 
     def _metrics(self) -> Tensor:
         """KDMetrics, of the rows or reduced over them; empty where they are not wanted."""
@@ -138,6 +138,22 @@ class Call:
             return rows.no_metrics(self.losses)
         measured = self.measured.view(self.measured.shape[0], *self.shape)
         return rows.mean_metrics(measured, self.weights, self.settings)
+
+    def sums(self) -> Tensor:
+        """row_math.Sums of the classes that are here, (rows, 13)."""
+        table = self.losses.new_empty(self.rows, len(Sums._fields))
+        with launching_on(table):
+            self._by_row(row_kernels.sums, table, segments=1, segment=self.vocab, WHOLE=True)
+        return table
+
+    def pointwise_sums(self, sums: Tensor) -> Tensor:
+        """phi and psi of the classes that are here, (rows, 2), from the sums of all classes."""
+        if self.spec.linear:
+            raise ValueError(f"divergence: {self.settings.divergence!r} has no sums of its own beside Sums")
+        table = self.losses.new_empty(self.rows, 2)
+        with launching_on(table):
+            self._by_row(row_kernels.pointwise_sums, table, sums.contiguous())
+        return table
 
     def copy_back(self, student: Tensor) -> None:
         if self.student is not student:
@@ -150,60 +166,57 @@ class Call:
 
     def _constants(self, plan: launch.Plan, output: Tensor | None) -> dict[str, Any]:
         places = aligned(self.student, [self.student if output is None else output, *self.teachers], plan.vec)
-        return {
-            "members": self.members, "LANES": plan.lanes, "VEC": plan.vec,
-            "SPEC": self.spec._replace(aligned=places), **plan.options(),
-        }  # fmt: skip
+        spec = self.spec._replace(aligned=places, lanes=plan.lanes, vec=plan.vec, tiles=plan.tiles)
+        return {"SPEC": spec, **plan.options()}
 
     def _tensors(self) -> tuple[Any, Any]:
         return matrix(self.student), tuple(map(matrix, self.teachers))
 
-    def _rows(self, output: Tensor, grad_loss: Tensor | None, losses: Tensor | None) -> None:
+    def _rows(self, output: Tensor) -> None:
         def run(choice: tuple[launch.Plan, int], output: Tensor) -> None:
             plan, programs = choice
             args = (
-                *self._tensors(), matrix(output), self._pointers(grad_loss, losses), self.numbers,
+                *self._tensors(), matrix(output), self._pointers(None, self.losses), self.numbers,
                 self.rows, self.vocab, self.width, self.settings.ignore_index,
             )  # fmt: skip
-            constants = self._constants(plan, output)
-            if plan.tiles:
-                row_kernels.loss_grad_short[(programs,)](*args, TILES=plan.tiles, **constants)
-            else:
-                row_kernels.loss_grad_long[(programs,)](*args, **constants)
+            kernel = row_kernels.loss_grad_short if plan.tiles else row_kernels.loss_grad_long
+            kernel[(programs,)](*args, **self._constants(plan, output))
 
-        choice = autotune.chosen(
+        choice = launch.chosen(
             (self.rows, self.vocab, self.spec, tuple(t.dtype for t in self.read), output.device),
             lambda: launch.choices(self.rows, self.vocab, self.read, self.facts, self.room),
             lambda choice: run(choice, torch.empty_like(output)),  # the output may be the student
         )
         run(choice, output)
 
-    def _stats(self, table: Tensor, losses: Tensor | None) -> None:
-        programs = min(self.rows * self.segments, 8 * self.facts.multiprocessors)
-        row_kernels.stats[(programs,)](
-            *self._tensors(), table, self._pointers(None, losses), self.numbers,
-            self.rows, self.vocab, self.settings.ignore_index, self.segments, self.segment,
-            COLUMNS=self.columns, SPLIT=self.segments > 1, **self._constants(self.sweep, None),
-            enable_fp_fusion=False,  # or a product enters a sum unrounded in its own thread, rounded in the others
-        )  # fmt: skip
+    def _by_row(self, kernel: Any, *tables: Tensor, losses: Tensor | None = None, **others: Any) -> None:
+        """A kernel that writes the first of the tables, a line for each row or segment."""
+        programs = min(tables[0].shape[0], 8 * self.facts.multiprocessors)
+        if programs:
+            kernel[(programs,)](
+                *self._tensors(), *tables, self._pointers(None, losses), self.numbers,
+                self.rows, self.vocab, self.settings.ignore_index,
+                **others, COLUMNS=tables[-1].shape[1], **self._constants(self.sweep, None),
+                enable_fp_fusion=False,  # or a product enters a sum unrounded in its own thread, rounded in the others
+            )  # fmt: skip
 
     def _grad(self, table: Tensor, grad_loss: Tensor | None, output: Tensor) -> None:
         row_kernels.grad[(self.rows * self.segments,)](
             *self._tensors(), matrix(output), table, self._pointers(grad_loss, None), self.numbers,
             self.vocab, self.width, self.settings.ignore_index, self.segments, self.segment,
-            COLUMNS=self.columns, **self._constants(self.sweep, output),
+            COLUMNS=table.shape[1], **self._constants(self.sweep, output),
         )  # fmt: skip
 
     def _split_statistics(self) -> tuple[Tensor, Tensor]:
-        """The statistics of few and long rows, whose losses are written too, and the sum of the losses."""
+        """The coefficients of few and long rows, whose losses are written too, and the sum of the losses."""
         table, loss = self.losses.new_empty(self.rows, self.columns), self.losses.new_empty(())
-        parts = self.losses.new_empty(self.rows * self.segments, self.columns)
-        self._stats(parts, None)
+        parts = self.losses.new_empty(self.rows * self.segments, PARTS.value + 3 * max(0, self.spec.members - 1))
+        split: dict[str, Any] = {"segments": self.segments, "segment": self.segment, "WHOLE": False}
+        self._by_row(row_kernels.sums, parts, **split)
         reductions.join[(1,)](
             matrix(self.student), parts, table, loss, self._pointers(None, self.losses), self.numbers,
             self.rows, self.vocab, self.settings.ignore_index, self.segments,
-            members=self.members, COLUMNS=self.columns,
-            WIDTH=triton.next_power_of_2(self.columns), ROWS=triton.next_power_of_2(self.rows),
+            COLUMNS=self.columns, SUMS=parts.shape[1], ROWS=triton.next_power_of_2(self.rows),
             SEGMENTS=triton.next_power_of_2(self.segments), SPEC=self.spec, num_warps=128 // self.facts.warp,
         )  # fmt: skip
         return table, loss

@@ -6,6 +6,7 @@ To add a divergence is to write these two, functions of (p, q, beta), and a row 
 of q. Their sums take a pass of their own over the row, once p and q are known; `constant` of (sum p, beta) is what phi
 lacks. A *linear* divergence spares that pass: there phi is linear in (log p, log q), each of its terms carries p or q,
 and it is given as these two parts, functions of (p or q, log p, log q, beta), whose sums run over unnormalised ones.
+Its psi is slope q log(q / p) - teacher p, but for a multiple of q, and these two are functions of beta.
 """
 
 from typing import Any, NamedTuple
@@ -15,17 +16,18 @@ import triton.language as tl
 
 
 class Divergence(NamedTuple):
-    psi: Any  # of a linear one a function of (p, q, log p, log q, beta)
+    psi: Any = None
     phi: Any = None
     constant: Any = None
-    over_teacher: Any = None  # the parts of a linear one's phi
+    over_teacher: Any = None  # the parts of a linear one's phi, and what its psi is made of
     over_student: Any = None
-    psi_sum: Any = None  # then: sum psi from (over_teacher's sum, over_student's sum, sum p, beta)
+    teacher: Any = None
+    slope: Any = None
     log_p: bool = True  # whether phi depends on log p, which a mixture of teachers has only when all sums are known
     source: str = ""  # of the functions, for Triton's cache on disk, which does not look into tuples
 
 
-def divergence(psi: Any, **others: Any) -> Divergence:
+def divergence(psi: Any = None, **others: Any) -> Divergence:
     functions = (psi, *others.values())
     # the interpreter's functions have no keys, and need none
     return Divergence(psi, source="".join(getattr(f, "cache_key", "") for f in functions), **others)
@@ -89,28 +91,8 @@ def forward_kl(p, log_p, log_q, beta):
 
 
 @triton.jit
-def forward_psi(p, q, log_p, log_q, beta):
-    return -p
-
-
-@triton.jit
-def forward_psi_sum(teacher, student, mass, beta):
-    return -mass
-
-
-@triton.jit
 def reverse_kl(q, log_p, log_q, beta):
     return masked(q, log_q - log_p)
-
-
-@triton.jit
-def reverse_psi(p, q, log_p, log_q, beta):
-    return masked(q, log_q - log_p + 1)
-
-
-@triton.jit
-def reverse_psi_sum(teacher, student, mass, beta):
-    return student + 1
 
 
 @triton.jit
@@ -124,13 +106,18 @@ def reverse_part(q, log_p, log_q, beta):
 
 
 @triton.jit
-def symmetric_psi(p, q, log_p, log_q, beta):
-    return (1 - beta) * masked(q, log_q - log_p + 1) - beta * p
+def all_of(beta):
+    return beta * 0 + 1
 
 
 @triton.jit
-def symmetric_psi_sum(teacher, student, mass, beta):
-    return student + (1 - beta) - beta * mass
+def forward_share(beta):
+    return beta
+
+
+@triton.jit
+def reverse_share(beta):
+    return 1 - beta
 
 
 @triton.jit
@@ -221,16 +208,16 @@ def hellinger_constant(mass, beta):
 
 
 DIVERGENCES = {
-    "cross_entropy": divergence(forward_psi, over_teacher=cross_entropy, psi_sum=forward_psi_sum)._replace(log_p=False),
-    "forward_kl": divergence(forward_psi, over_teacher=forward_kl, psi_sum=forward_psi_sum),
-    "reverse_kl": divergence(reverse_psi, over_student=reverse_kl, psi_sum=reverse_psi_sum),
+    "cross_entropy": divergence(over_teacher=cross_entropy, teacher=all_of)._replace(log_p=False),
+    "forward_kl": divergence(over_teacher=forward_kl, teacher=all_of),
+    "reverse_kl": divergence(over_student=reverse_kl, slope=all_of),
     "symmetric_kl": divergence(
-        symmetric_psi, over_teacher=forward_part, over_student=reverse_part, psi_sum=symmetric_psi_sum
+        over_teacher=forward_part, over_student=reverse_part, teacher=forward_share, slope=reverse_share
     ),
     "jsd": divergence(jsd_psi, phi=jsd),
     "skew_forward_kl": divergence(skew_forward_psi, phi=skew_forward_kl, constant=skew_forward_constant),
     "skew_reverse_kl": divergence(skew_reverse_psi, phi=skew_reverse_kl, constant=skew_reverse_constant),
     "tvd": divergence(tvd_psi, phi=tvd),
-    "dkd": divergence(forward_psi, over_teacher=forward_kl, psi_sum=forward_psi_sum),  # of the others; see dkd.py
+    "dkd": divergence(over_teacher=forward_kl, teacher=all_of),  # of the others; see dkd.py
     "hellinger": divergence(hellinger_psi, phi=hellinger, constant=hellinger_constant),
 }

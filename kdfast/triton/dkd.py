@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from kdfast.triton.divergences import masked
+from kdfast.triton.logits import teacher_logits, teacher_probabilities
 from kdfast.triton.spec import INF, LN2
 from kdfast.triton.statistics import exponent, finite
-from kdfast.triton.teachers import teacher_logits, teacher_probabilities
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def teacher_shares(statistics, t_labels, row, SPEC: tl.constexpr):
 
 @triton.jit
 def divergence_of(statistics, sums, at_label, row, factors, SPEC: tl.constexpr):
-    """sums[0]: of p log(p / q^) over the rest. (D, psi_sum, psi's scale, dl/ds_y) and, for metrics, KL(p, q)."""
+    """sums.phi: of p log(p / q^) over the rest. (D, psi_sum, psi's scale, dl/ds_y) and, for metrics, KL(p, q)."""
     s_label, t_labels = at_label
     student = statistics.student
     m, p_y, log_m, log_p_y, mass = teacher_shares(statistics, t_labels, row, SPEC)
@@ -67,7 +67,7 @@ def divergence_of(statistics, sums, at_label, row, factors, SPEC: tl.constexpr):
     rest, q_y, log_rest, log_q_y = parted(student.total, y)
     of_label = masked(p_y, log_p_y - log_q_y) * LN2
     target = of_label + masked(m, log_m - log_rest) * LN2
-    others = tl.where(student.total == 0, INF, sums[0] / mass - tl.log2(mass) * LN2)
+    others = tl.where(student.total == 0, INF, sums.phi / mass - tl.log2(mass) * LN2)
     others = tl.where(mass == 0, 0, others)
     divergence = masked(factors.target, target) + masked(factors.others, others)
     kl = of_label + masked(m, others + (log_m - log_rest) * LN2)

@@ -17,9 +17,10 @@ programs, whose 80 MB do not fit any more, but the last half of each row, which 
 Few and long rows are split, so that every multiprocessor has a part of one.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -33,6 +34,9 @@ SPLIT_ROWS = 64  # with fewer rows than this
 SPLIT_CLASSES = 32768  # and more classes than this
 SEGMENTS = 64  # at most; a row's statistics are joined by one tile of (SEGMENTS, rows)
 LEAST_TILES = 2  # in a segment: it costs 200 bytes of labels and statistics
+
+Choice = TypeVar("Choice")
+_best: dict[Hashable, Any] = {}  # what was measured
 
 
 class Facts(NamedTuple):
@@ -172,3 +176,17 @@ def segments(rows: int, vocab: int, tile: int, of: Facts) -> tuple[int, int]:
     wanted = min(SEGMENTS, triton.cdiv(2 * of.multiprocessors, rows), vocab // (LEAST_TILES * tile))
     segment = triton.cdiv(triton.cdiv(vocab, wanted), tile) * tile
     return triton.cdiv(vocab, segment), segment
+
+
+def chosen(key: Hashable, choices: Callable[[], Iterable[Choice]], run: Callable[[Choice], Any]) -> Choice:
+    """KDFAST_AUTOTUNE=1: the fastest of `choices` by measurement, once per key; else the first one, without any.
+
+    run: launches the kernel; what it writes must be written again afterwards.
+    """
+    if os.environ.get("KDFAST_AUTOTUNE") != "1":
+        return next(iter(choices()))
+    if key not in _best:
+        bench = triton.runtime.driver.active.get_benchmarker()
+        times = {choice: bench(lambda choice=choice: run(choice), quantiles=[0.5])[0] for choice in choices()}
+        _best[key] = min(times, key=times.__getitem__)
+    return _best[key]

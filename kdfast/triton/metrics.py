@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from kdfast.triton.teachers import teacher_logits, teacher_probabilities
+from kdfast.triton.logits import teacher_logits, teacher_probabilities
+from kdfast.triton.tiles import in_lanes
 
 NO_CLASS = tl.constexpr(2**31 - 1)
 
@@ -18,8 +19,9 @@ class Best(NamedTuple):
 
 
 @triton.jit
-def no_best(LANES: tl.constexpr, SPEC: tl.constexpr):
-    return Best(tl.full((LANES,), float("-inf"), SPEC.dtype), tl.full((LANES,), NO_CLASS, tl.int32))
+def no_best(SPEC: tl.constexpr):
+    nothing = in_lanes(float("-inf"), SPEC)
+    return Best(nothing, tl.full(nothing.shape, NO_CLASS, tl.int32))
 
 
 @triton.jit
@@ -38,9 +40,10 @@ def best_of(best):
 
 
 @triton.jit
-def add_best(best, s, tiles, classes, there, row, SPEC: tl.constexpr):
+def add_best(best, tile, row, SPEC: tl.constexpr):
     """Of several teachers with a distribution each p is known in pass B alone."""
     of_student, of_teacher = best
+    s, tiles, classes, there, at = tile
     of_student = larger(of_student, s, classes, there)
     if len(tiles) == 1:
         of_teacher = larger(of_teacher, tiles[0], classes, there)

@@ -51,6 +51,16 @@ def grad_(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, set
     call.copy_back(student)
 
 
+def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+    """row_math.Sums of whatever classes are given, (rows, 13); a label that is not among them adds nothing."""
+    return Call(student, inputs, settings._replace(reduction="sum", metrics=False), shard=True).sums()
+
+
+def pointwise_sums(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+    """phi's and psi's sums over these classes, (rows, 2), once all sums are merged; not of a linear divergence."""
+    return Call(student, inputs, settings._replace(reduction="sum", metrics=False), shard=True).pointwise_sums(sums)
+
+
 def scale_(grad: Tensor, factor: Tensor) -> None:
     view = readable(grad)
     rows, width = rows_of(view), view.shape[-1]
@@ -60,7 +70,7 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
         grid = (min(rows, 4 * facts.multiprocessors),)
         with launching_on(grad):
             reductions.scale[grid](
-                matrix(view), factor, rows, width, LANES=plan.lanes, VEC=plan.vec, dtype=arithmetic(grad),
+                matrix(view), factor, rows, width, SPEC=Spec(arithmetic(grad), lanes=plan.lanes, vec=plan.vec),
                 **plan.options(),
             )  # fmt: skip
     if view is not grad:
@@ -90,17 +100,12 @@ def _softmax(
     facts = launch.facts(output.device)
     plan = launch.plan(vocab, inputs, facts.warp, launch.ROOM_BESIDE_ARITHMETIC)
     per_row = None if temperatures is None else by_row(temperatures)
-    spec = Spec(wide, aligned=aligned(inputs[0], [output, *inputs], plan.vec))
-    args = (tuple(map(matrix, inputs)), matrix(output), per_row, bits(temperature))
+    places = aligned(inputs[0], [output, *inputs[1:]], plan.vec)
+    spec = Spec(wide, aligned=places, lanes=plan.lanes, vec=plan.vec, tiles=plan.tiles)
+    args = (tuple(map(matrix, inputs)), matrix(output), per_row, bits(temperature), rows, vocab)
     with launching_on(output):
-        if plan.tiles:
-            softmax_kernels.softmax_short[(rows,)](
-                *args, vocab, 0, LOG=log, TILES=plan.tiles, LANES=plan.lanes, VEC=plan.vec, SPEC=spec,
-                **plan.options(),
-            )  # fmt: skip
-        else:
-            grid = (launch.programs(rows, vocab, inputs, facts),)
-            softmax_kernels.softmax_long[grid](
-                *args, rows, vocab, LOG=log, LANES=plan.lanes, VEC=plan.vec, SPEC=spec, **plan.options()
-            )
+        kernel, programs = softmax_kernels.softmax_short, rows
+        if not plan.tiles:
+            kernel, programs = softmax_kernels.softmax_long, launch.programs(rows, vocab, inputs, facts)
+        kernel[(programs,)](*args, LOG=log, SPEC=spec, **plan.options())
     return output

@@ -3,10 +3,9 @@
 import triton
 import triton.language as tl
 
-from kdfast.triton.logits import prepared, student_logits, teacher_tile
-from kdfast.triton.spec import Factors, Row
-from kdfast.triton.teachers import base2, teacher_slope
-from kdfast.triton.tiles import first_lane, head_of, row_value
+from kdfast.triton.logits import base2, prepared, student_logits, teacher_slope, teacher_tile
+from kdfast.triton.spec import Caps, Factors, Row
+from kdfast.triton.tiles import first_lane, head_of, in_lanes, row_value
 
 
 @triton.jit
@@ -66,10 +65,9 @@ def term_factors(numbers, factor, SPEC: tl.constexpr):
 def row_of(temperature, at, numbers, label, SPEC: tl.constexpr):
     """A spec.Row, for now without its moments."""
     cap, teacher_cap = number(numbers.softcap, SPEC.dtype), number(numbers.teacher_softcap, SPEC.dtype)
-    caps = ((cap, 1 / cap), (teacher_cap, 1 / teacher_cap))
     return Row(
         base2(temperature), teacher_slope(at, SPEC), temperature, weights_of(numbers, SPEC.dtype),
-        number(numbers.beta, SPEC.dtype), label, caps, (), (),
+        number(numbers.beta, SPEC.dtype), label, Caps(cap, 1 / cap, teacher_cap, 1 / teacher_cap), (), (),
     )  # fmt: skip
 
 
@@ -91,15 +89,15 @@ def _add(a, b, c, d):
 
 
 @triton.jit
-def label_and_divisor(student, label, divisor, LANES: tl.constexpr, SPEC: tl.constexpr):
+def label_and_divisor(student, label, divisor, SPEC: tl.constexpr):
     """The label's logit, and what the reduction divides by."""
-    logit = tl.zeros((LANES,), SPEC.dtype)
+    logit = in_lanes(0, SPEC)
     if SPEC.hard or SPEC.dkd:
-        logit = first_lane(student, label, LANES, label >= 0).to(SPEC.dtype)
+        logit = first_lane(student, label, SPEC.lanes, label >= 0).to(SPEC.dtype)
     if divisor is None:
         return tl.sum(logit, 0), tl.full((), 1, SPEC.dtype)
     else:
-        return tl.reduce((logit, first_lane(divisor, 0, LANES).to(SPEC.dtype)), 0, _add)
+        return tl.reduce((logit, first_lane(divisor, 0, SPEC.lanes).to(SPEC.dtype)), 0, _add)
 
 
 @triton.jit
@@ -120,18 +118,13 @@ def share_of_row(weight, scale, divisor, SPEC: tl.constexpr):
 
 
 @triton.jit
-def gradient_factor(per_row, row, label, share, SPEC: tl.constexpr):
+def gradient_factor(per_row, label, share):
     """What dl/ds is multiplied by.
 
     A label out of range cannot raise here without a wait for the device: it makes its row NaN, loss and gradient, and
     no other row.
     """
-    factor = share
-    if per_row.grad_loss is not None:
-        factor *= row_value(per_row.grad_loss, row, SPEC.dtype)
-    if per_row.labels is not None:
-        factor = tl.where(label >= 0, factor, float("nan"))
-    return factor
+    return share if per_row.labels is None else tl.where(label >= 0, share, float("nan"))
 
 
 @triton.jit

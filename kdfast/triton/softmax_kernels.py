@@ -6,135 +6,63 @@ Forward: inputs are (logits,); backward: (output, its gradient). Short rows stay
 import triton
 import triton.language as tl
 
+from kdfast.triton.logits import base2
 from kdfast.triton.per_row import by_row
 from kdfast.triton.spec import LN2, LOG2E, Row
-from kdfast.triton.statistics import accumulate, exponent, finite, merge, no_statistics
-from kdfast.triton.teachers import base2
-from kdfast.triton.tiles import end_classes, head_of, load_body, row_start, row_starts, store_body, widened
+from kdfast.triton.statistics import accumulate, exponent, finite, no_statistics
+from kdfast.triton.sums import merge
+from kdfast.triton.sweep import opened, sweep
+from kdfast.triton.tiles import in_lanes, row_start, row_starts, store_tile
 
-RUN_TIME = ["inputs", "output", "temperatures", "temperature", "rows", "vocab", "opaque"]
-
-
-@triton.jit
-def _load(starts, head, at, n, AGAIN: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr):
-    PROBS: tl.constexpr = len(starts) == 2
-    tiles = ()
-    for k in tl.static_range(len(starts)):
-        tiles = tiles + (load_body(starts[k], head, at, n, PROBS, SPEC.aligned[k + 1], AGAIN, LANES, VEC),)
-    return tiles
+RUN_TIME = ["inputs", "output", "temperatures", "temperature", "rows", "vocab"]
 
 
 @triton.jit
-def _widened(starts, tiles, opaque, SPEC: tl.constexpr):
-    out = ()
-    for k in tl.static_range(len(tiles)):
-        out = out + (widened(starts[k], tiles[k], opaque, SPEC.dtype),)
-    return out
+def _add(total, tile, LOG: tl.constexpr, row, SPEC: tl.constexpr):
+    """Backward: the row's sum."""
+    g = tile.teachers[0]
+    return total + tl.sum(tl.where(tile.there, g if LOG else tile.s * g, 0), 1)
 
 
 @triton.jit
-def _load_ends(starts, ends, there, SPEC: tl.constexpr):
-    fill: tl.constexpr = 0.0 if len(starts) == 2 else float("-inf")
-    out = ()
-    for k in tl.static_range(len(starts)):
-        out = out + (tl.load(starts[k] + ends, mask=there, other=fill).to(SPEC.dtype),)
-    return out
-
-
-@triton.jit
-def _nothing(LANES: tl.constexpr, BACKWARD: tl.constexpr, SPEC: tl.constexpr):
-    if BACKWARD:
-        return tl.zeros((LANES,), SPEC.dtype)
-    else:
-        return no_statistics(0, 0, LANES, SPEC)
-
-
-@triton.jit
-def _add(sums, tiles, row, LOG: tl.constexpr, SPEC: tl.constexpr):
-    """Forward: the logits' statistics; backward: the row's sum."""
-    if len(tiles) == 1:
-        return accumulate(sums, tiles[0], (), None, None, row, SPEC)
+def _write(state, tile, given, row, SPEC: tl.constexpr):
+    out, head, n, found, LOG = given
+    if len(tile.teachers) == 0:
+        offset, total = found
+        y = exponent(tile.s, row.slope, offset)
+        x = (y - tl.log2(total)) * LN2 if LOG else tl.exp2(y) * (1 / total)
     elif LOG:
-        return sums + tl.sum(tiles[1], 1)
+        x = (tile.teachers[0] - tl.exp2(tile.s * LOG2E) * found) * (1 / row.temperature)
     else:
-        return sums + tl.sum(tiles[0] * tiles[1], 1)
+        x = tile.s * (tile.teachers[0] - found) * (1 / row.temperature)
+    store_tile(out, head, n, tile, x, SPEC.aligned[0])
+    return state
 
 
 @triton.jit
-def _join(sums, row, BACKWARD: tl.constexpr, SPEC: tl.constexpr):
-    if BACKWARD:
-        return tl.sum(sums, 0)
-    else:
-        return merge(sums, row, SPEC)
-
-
-@triton.jit
-def _value(sums, tiles, row, LOG: tl.constexpr, SPEC: tl.constexpr):
-    if len(tiles) == 1:
-        y = exponent(tiles[0], row.slope, finite(sums.student.offset))
-        if LOG:
-            return (y - tl.log2(sums.student.total)) * LN2
-        else:
-            return tl.exp2(y) * (1 / sums.student.total)
-    elif LOG:
-        return (tiles[1] - tl.exp2(tiles[0] * LOG2E) * sums) * (1 / row.temperature)
-    else:
-        return tiles[0] * (tiles[1] - sums) * (1 / row.temperature)
-
-
-@triton.jit
-def _row(temperatures, index, temperature, SPEC: tl.constexpr):
+def _softmax_of_row(inputs, output, temperatures, temperature, index, vocab, LOG: tl.constexpr, SPEC: tl.constexpr):
     t = by_row(temperatures, index, temperature, SPEC.dtype)
-    return Row(base2(t), t, t, (), t, None, (), (), ())
+    row = Row(base2(t), t, t, (), t, None, (), (), ())
+    starts, out = row_starts(inputs, index, 0), row_start(output, index)
+    unit = opened(starts[0], starts[1:], vocab, True, SPEC)
+    if len(inputs) == 1:
+        sums = merge(sweep(accumulate, no_statistics(0, SPEC), (), unit, row, SPEC, AGAIN=True), row, SPEC)
+        found = (finite(sums.student.offset), sums.student.total)
+    else:
+        found = tl.sum(sweep(_add, in_lanes(0, SPEC), LOG, unit, row, SPEC, AGAIN=True), 0)
+    sweep(_write, (), (out, unit.head, vocab, found, LOG), unit, row, SPEC, NUMBER=3, DOWN=True)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def softmax_short(
-    inputs, output, temperatures, temperature, vocab: tl.int32, opaque: tl.int32, LOG: tl.constexpr,
-    TILES: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
-):  # fmt: skip
-    index = tl.program_id(0)
-    BACKWARD: tl.constexpr = len(inputs) == 2
-    row = _row(temperatures, index, temperature, SPEC)
-    starts, out = row_starts(inputs, index, 0), row_start(output, index)
-    head = head_of(starts[0], vocab, VEC)
-    held = ()
-    for i in tl.static_range(TILES):
-        held = held + (_load(starts, head, i * (LANES * VEC), vocab, False, LANES, VEC, SPEC),)
-    ends, there = end_classes(head, vocab, LANES, VEC)
-    at_ends = _load_ends(starts, ends, there, SPEC)
-    sums = _add(_nothing(LANES, BACKWARD, SPEC), at_ends, row, LOG, SPEC)
-    for i in tl.static_range(TILES):
-        sums = _add(sums, _widened(starts, held[i], 0, SPEC), row, LOG, SPEC)
-    sums = _join(sums, row, BACKWARD, SPEC)
-    for i in tl.static_range(TILES):
-        x = _value(sums, _widened(starts, held[i], opaque, SPEC), row, LOG, SPEC)
-        store_body(out, head, i * (LANES * VEC), vocab, x, SPEC.aligned[0])
-    x_ends = _value(sums, at_ends, row, LOG, SPEC)
-    tl.store(out + ends, x_ends.to(out.dtype.element_ty), mask=there)
+    inputs, output, temperatures, temperature, rows: tl.int32, vocab: tl.int32, LOG: tl.constexpr, SPEC: tl.constexpr
+):
+    _softmax_of_row(inputs, output, temperatures, temperature, tl.program_id(0), vocab, LOG, SPEC)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def softmax_long(
-    inputs, output, temperatures, temperature, rows: tl.int32, vocab: tl.int32, LOG: tl.constexpr,
-    LANES: tl.constexpr, VEC: tl.constexpr, SPEC: tl.constexpr,
-):  # fmt: skip
-    BACKWARD: tl.constexpr = len(inputs) == 2
+    inputs, output, temperatures, temperature, rows: tl.int32, vocab: tl.int32, LOG: tl.constexpr, SPEC: tl.constexpr
+):
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
-        row = _row(temperatures, index, temperature, SPEC)
-        starts, out = row_starts(inputs, index, 0), row_start(output, index)
-        head = head_of(starts[0], vocab, VEC)
-        ends, there = end_classes(head, vocab, LANES, VEC)
-        sums = _add(_nothing(LANES, BACKWARD, SPEC), _load_ends(starts, ends, there, SPEC), row, LOG, SPEC)
-        for at in range(0, vocab - head, LANES * VEC):
-            tiles = _load(starts, head, at, vocab, True, LANES, VEC, SPEC)
-            sums = _add(sums, _widened(starts, tiles, 0, SPEC), row, LOG, SPEC)
-        sums = _join(sums, row, BACKWARD, SPEC)
-        count = tl.cdiv(vocab - head, LANES * VEC)
-        for i in range(count):
-            at = (count - 1 - i) * (LANES * VEC)
-            tiles = _load(starts, head, at, vocab, False, LANES, VEC, SPEC)
-            x = _value(sums, _widened(starts, tiles, 0, SPEC), row, LOG, SPEC)
-            store_body(out, head, at, vocab, x, SPEC.aligned[0])
-        x_ends = _value(sums, _load_ends(starts, ends, there, SPEC), row, LOG, SPEC)
-        tl.store(out + ends, x_ends.to(out.dtype.element_ty), mask=there)
+        _softmax_of_row(inputs, output, temperatures, temperature, index, vocab, LOG, SPEC)

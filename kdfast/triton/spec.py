@@ -33,7 +33,11 @@ class Spec(NamedTuple):
     teacher_softcap: bool = False
     standardize: bool = False
     metrics: bool = False
+    members: int = 0  # how many distributions the teachers are
     aligned: tuple[bool, ...] = ()  # of the output, then of the teachers: their vectors lie as the student's do
+    lanes: int = 0  # launch.Plan's
+    vec: int = 0
+    tiles: int = 0
 
 
 class PerRow(NamedTuple):
@@ -67,6 +71,15 @@ class Numbers(NamedTuple):
     teacher_weights: Any  # a tuple
 
 
+class Caps(NamedTuple):
+    """Of soft-capped logits, and 1 / cap."""
+
+    student: Any
+    student_inverse: Any
+    teacher: Any
+    teacher_inverse: Any
+
+
 class Row(NamedTuple):
     """What a row's passes know beforehand."""
 
@@ -76,7 +89,7 @@ class Row(NamedTuple):
     weights: Any  # the teachers'
     beta: Any
     label: Any
-    caps: Any  # (cap, 1 / cap) of the student, of the teachers
+    caps: Any
     scaling: Any  # logits.Scaling of the student, () while it is not known
     teacher_scalings: Any
 
@@ -90,18 +103,13 @@ class Factors(NamedTuple):
     z_loss: Any
     target: Any  # dkd's two
     others: Any
-    gradient: Any
+    gradient: Any  # a row's share of the loss
 
 
-class Coefficients(NamedTuple):
-    """What the gradient's terms are multiplied by."""
+class Further(NamedTuple):
+    """What each teacher but the first adds to row_math.Coefficients; 0 where it is not wanted."""
 
-    soft: Any
-    psi_sum: Any
-    psi_scale: Any  # dkd's; and the soft and the hard term at its label
-    label_soft: Any
-    label_hard: Any
-    hard: Any
-    label: Any
-    everywhere: Any  # of label smoothing
-    spread: Any  # standardized: of what comes through the deviation
+    offset: Any  # of an arithmetic ensemble's distribution
+    total: Any  # what P is divided by, the teacher's weight in it
+    unit: Any  # where logits are standardized
+    mean: Any

@@ -1,4 +1,4 @@
-"""Pass A over a row, tile by tile, and the one rule by which its sums are joined; csrc/cpu/row_sums.h has it in C++.
+"""Pass A over a row, tile by tile; csrc/cpu/row_sums.h has it in C++.
 
 Per row, in base 2, with slope = log2(e) / T and an offset o near the row's largest exponent (-inf where every class is
 masked, and counted as 0 then):
@@ -7,7 +7,7 @@ masked, and counted as 0 then):
     hard term: exps at temperature 1 are Q_i^T for small whole T (SPEC.power), else taken by themselves
 
 Each lane keeps the statistics of its own classes and its own offset, which grows as larger logits come by. Lanes, tiles
-and segments of a row are joined by one rule: to bring sums from an old to a new offset, d = old - new,
+and segments of a row are joined by one rule, in sums.py: to bring sums from an old to a new offset, d = old - new,
 
     sum' = sum * 2^d            part' = (part + phi's part(sum P, d_teacher, d_student)) * 2^d_teacher
 
@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 
 from kdfast.triton import metrics
+from kdfast.triton.logits import teacher_logits, teacher_probabilities
 from kdfast.triton.spec import INF, LOG2E
-from kdfast.triton.teachers import teacher_logits, teacher_probabilities
+from kdfast.triton.tiles import in_lanes
 
 
 class Student(NamedTuple):
@@ -39,10 +40,19 @@ class Teacher(NamedTuple):
     parts: Any
 
 
+class Differences(NamedTuple):
+    """logit_mse's, of d = s - t - shift."""
+
+    shift: Any
+    first: Any  # sum d
+    second: Any  # sum d^2
+    with_z: Any  # standardized: sum d z, else ()
+
+
 class Statistics(NamedTuple):
     student: Any
     teachers: Any  # one of each distribution
-    differences: Any  # logit_mse: k, sum d, sum d^2, standardized also sum d z
+    differences: Any
     best: Any  # metrics: the student's metrics.Best, the teacher's
 
 
@@ -94,14 +104,14 @@ def hard_shift(old, new, row, SPEC: tl.constexpr):
 
 @triton.jit
 def hard_exponent(s, y, offset, row, SPEC: tl.constexpr):
-    """log2 of an exp at temperature 1, from the logit or from the exponent at T."""
+    """log2 of an exp at temperature 1, from the logit and hard_offset's offset, or from the exponent at T."""
     if SPEC.power > 0:
         return y * SPEC.power
     else:
         slope = tl.full((), LOG2E, SPEC.dtype)
         if SPEC.standardize:
             slope = slope * row.scaling.d
-        return exponent(s, slope, hard_offset(offset, row, SPEC))
+        return exponent(s, slope, offset)
 
 
 @triton.jit
@@ -126,22 +136,21 @@ def zeros_like(parts, nothing):
 
 
 @triton.jit
-def no_statistics(members: tl.constexpr, shift, LANES: tl.constexpr, SPEC: tl.constexpr):
+def no_statistics(shift, SPEC: tl.constexpr):
     """The statistics of no class at all."""
-    nothing = tl.zeros((LANES,), SPEC.dtype)
+    nothing = in_lanes(0, SPEC)
     teachers = ()
-    for _ in tl.static_range(members):
+    MEMBERS: tl.constexpr = SPEC.members
+    for _ in tl.static_range(MEMBERS):
         offset = nothing if SPEC.teacher == "given" else nothing - INF
         teachers = teachers + (Teacher(offset, nothing, zeros_like(SPEC.parts.over_teacher, nothing)),)
     smooth, differences, best = (), (), ()
     if SPEC.smoothed:
         smooth = (nothing, nothing)
     if SPEC.difference:
-        differences = (nothing + shift, nothing, nothing)
-        if SPEC.standardize:
-            differences = differences + (nothing,)
+        differences = Differences(nothing + shift, nothing, nothing, nothing if SPEC.standardize else ())
     if SPEC.metrics:
-        best = (metrics.no_best(LANES, SPEC), metrics.no_best(LANES, SPEC))
+        best = (metrics.no_best(SPEC), metrics.no_best(SPEC))
     student = Student(nothing - INF, nothing, nothing, zeros_like(SPEC.parts.over_student, nothing), smooth)
     return Statistics(student, teachers, differences, best)
 
@@ -169,18 +178,19 @@ def without_label(x, nothing, classes, row, SPEC: tl.constexpr):
 
 
 @triton.jit
-def accumulate(statistics, s, tiles, classes, there, row, SPEC: tl.constexpr):
-    """The statistics of each lane, (lanes,), with a tile, (lanes, n), added."""
+def accumulate(statistics, tile, given, row, SPEC: tl.constexpr):
+    """Pass A: the statistics of each lane, (lanes,), with a tile, (lanes, n), added."""
     student, teachers, differences, best = statistics
+    s, tiles, classes, there, at = tile
     if SPEC.metrics:
-        best = metrics.add_best(best, s, tiles, classes, there, row, SPEC)
+        best = metrics.add_best(best, tile, row, SPEC)
     if SPEC.difference:
         difference = s - teacher_logits(tiles, row.weights, SPEC)[0]
-        d = tl.where(there, difference - differences[0][:, None], 0)
-        sums = (differences[0], differences[1] + tl.sum(d, 1), differences[2] + tl.sum(d * d, 1))
+        shift, first, second, with_z = differences
+        d = tl.where(there, difference - shift[:, None], 0)
         if SPEC.standardize:
-            sums = sums + (differences[3] + tl.sum(tl.where(there, d * s, 0), 1),)
-        differences = sums
+            with_z += tl.sum(tl.where(there, d * s, 0), 1)
+        differences = Differences(shift, first + tl.sum(d, 1), second + tl.sum(d * d, 1), with_z)
 
     s = without_label(s, float("-inf"), classes, row, SPEC)
     higher = tl.maximum(student.offset, tl.max(s, 1) * row.slope)
@@ -192,11 +202,12 @@ def accumulate(statistics, s, tiles, classes, there, row, SPEC: tl.constexpr):
     total = student.total * tl.exp2(ds) + tl.sum(e, 1)
     hard, smooth = student.hard, student.smooth
     if SPEC.hard:
-        hard = hard * tl.exp2(hard_shift(old, new, row, SPEC)) + tl.sum(hard_exps(s, y, e, new[:, None], row, SPEC), 1)
+        at_1 = hard_offset(new, row, SPEC)[:, None]
+        hard = hard * tl.exp2(hard_shift(old, new, row, SPEC)) + tl.sum(hard_exps(s, y, e, at_1, row, SPEC), 1)
     if SPEC.smoothed:
         real = there & (classes != row.label) if SPEC.dkd else there
         moved_by = hard_shift(old, new, row, SPEC)
-        y_hard = tl.where(real, hard_exponent(s, y, new[:, None], row, SPEC), 0)
+        y_hard = tl.where(real, hard_exponent(s, y, hard_offset(new, row, SPEC)[:, None], row, SPEC), 0)
         smooth = (
             smooth[0] + smooth[1] * moved_by + tl.sum(y_hard, 1),
             smooth[1] + tl.sum(real.to(SPEC.dtype), 1),
@@ -228,87 +239,3 @@ def accumulate(statistics, s, tiles, classes, there, row, SPEC: tl.constexpr):
     parts = moved(student.parts, SPEC.parts.over_student, student.total, ds, dt, ds, row.beta)
     parts = added(parts, SPEC.parts.over_student, e, log_p, y, row.beta)
     return Statistics(Student(higher, total, hard, parts, smooth), out, differences, best)
-
-
-@triton.jit
-def _largest(a, b, c, d):
-    return tl.maximum(a, c), tl.maximum(b, d)
-
-
-@triton.jit
-def _pair(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.constexpr_function
-def _log2(n):
-    return int(n).bit_length() - 1
-
-
-@triton.jit
-def _pair_sums(a, b):
-    """Over the first axis; of segments of several rows by halves, or the number of rows would decide on the order."""
-    if len(a.shape) > 1:
-        SEGMENTS: tl.constexpr = a.shape[0]
-        ROWS: tl.constexpr = a.shape[1]
-        HALVINGS: tl.constexpr = _log2(SEGMENTS)
-        for k in tl.static_range(HALVINGS):
-            a = tl.reshape(a, 2, SEGMENTS >> (k + 1), ROWS)
-            b = tl.reshape(b, 2, SEGMENTS >> (k + 1), ROWS)
-            a, b = tl.reduce((a, b), 0, _pair)
-        return tl.reshape(a, ROWS), tl.reshape(b, ROWS)
-    else:
-        return tl.reduce((a, b), 0, _pair)
-
-
-@triton.jit
-def sums_of(values):
-    """Sums over the first axis, two at a time."""
-    out = ()
-    for k in tl.static_range(0, len(values), 2):
-        if k + 1 < len(values):
-            out = out + _pair_sums(values[k], values[k + 1])
-        else:
-            out = out + (_pair_sums(values[k], values[k])[0],)
-    return out
-
-
-@triton.jit
-def merge(statistics, row, SPEC: tl.constexpr):
-    """Statistics of lanes, or of segments, (n,), joined to those of the row."""
-    student, teachers, differences, best = statistics
-    if SPEC.teacher == "softmaxed":
-        highest, first_highest = tl.reduce((student.offset, teachers[0].offset), 0, _largest)
-    else:
-        highest = tl.max(student.offset, 0)
-    new = finite(highest)
-    old = before(student.offset, new)
-    ds = old - new
-    hard = student.hard
-    if SPEC.hard:
-        hard = scaled(hard, hard_shift(old, new, row, SPEC))
-    out = ()
-    dt = ds
-    for k in tl.static_range(len(teachers)):
-        teacher = teachers[k]
-        if SPEC.teacher == "softmaxed":
-            teacher_highest = first_highest if k == 0 else tl.max(teacher.offset, 0)
-            base = finite(teacher_highest)
-            dt = before(teacher.offset, base) - base
-            mass = scaled(teacher.mass, dt)
-        else:
-            teacher_highest, dt, mass = tl.max(teacher.offset, 0), teacher.offset, teacher.mass
-        parts = moved(teacher.parts, SPEC.parts.over_teacher, teacher.mass, dt, dt, ds, row.beta)
-        sums = sums_of((mass,) + parts)
-        out = out + (Teacher(teacher_highest, sums[0], sums[1:]),)
-    parts = moved(student.parts, SPEC.parts.over_student, student.total, ds, dt, ds, row.beta)
-    sums = sums_of((scaled(student.total, ds), hard) + parts)
-    smooth = student.smooth
-    if SPEC.smoothed:
-        moved_by = hard_shift(old, new, row, SPEC)
-        smooth = sums_of((smooth[0] + smooth[1] * moved_by, smooth[1]))
-    if SPEC.difference:
-        differences = (tl.max(differences[0], 0),) + sums_of(differences[1:])
-    if SPEC.metrics:
-        best = (metrics.best_of(best[0]), metrics.best_of(best[1]))
-    return Statistics(Student(highest, sums[0], sums[1], sums[2:], smooth), out, differences, best)

@@ -15,8 +15,20 @@ register of its own, and keeps what it widened in one pass for the next: at 64 c
 spills on sm_80, and none with pairs.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Tile(NamedTuple):
+    """Of the student and of each teacher the same classes, as the terms see them: of the body, or the row's ends."""
+
+    s: Any
+    teachers: Any
+    classes: Any
+    there: Any
+    at: Any  # the first one's place in the body
 
 
 @triton.jit
@@ -57,15 +69,23 @@ def head_of(start, n, VEC: tl.constexpr):
 
 
 @triton.jit
+def in_lanes(value, SPEC: tl.constexpr):
+    """A number for each lane, (LANES,)."""
+    LANES: tl.constexpr = SPEC.lanes
+    return tl.full((LANES,), value, SPEC.dtype)
+
+
+@triton.jit
 def body_classes(LANES: tl.constexpr, VEC: tl.constexpr):
     """Where a tile's classes are, (LANES, VEC), from the tile's first."""
     return tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
 
 
 @triton.jit
-def end_classes(head, n, LANES: tl.constexpr, VEC: tl.constexpr):
+def end_classes(head, n, SPEC: tl.constexpr):
     """The classes of a row's ends, (LANES, 1), and which of them there are."""
-    lane = tl.arange(0, LANES)[:, None]
+    VEC: tl.constexpr = SPEC.vec
+    lane = tl.arange(0, SPEC.lanes)[:, None]
     tail = head + (n - head) // VEC * VEC
     classes = tl.where(lane < 2 * VEC, lane, tail + lane - 2 * VEC)
     there = tl.where(lane < 2 * VEC, lane < head, classes < n)
@@ -86,11 +106,10 @@ def filler(start, PROBS: tl.constexpr):
 
 
 @triton.jit
-def load_body(
-    start, head, at, n, PROBS: tl.constexpr, ALIGNED: tl.constexpr, AGAIN: tl.constexpr,
-    LANES: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
+def load_body(start, head, at, n, PROBS: tl.constexpr, ALIGNED: tl.constexpr, AGAIN: tl.constexpr, SPEC: tl.constexpr):
     """Classes `at` and on of the body as they are stored; AGAIN: they will be read once more."""
+    LANES: tl.constexpr = SPEC.lanes
+    VEC: tl.constexpr = SPEC.vec
     policy: tl.constexpr = "evict_last" if AGAIN else "evict_first"
     narrow: tl.constexpr = start.dtype.element_ty.primitive_bitwidth == 16
     pair: tl.constexpr = 2 if narrow and ALIGNED else 1
@@ -143,10 +162,21 @@ def store_body(start, head, at, n, values, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def zero(start, n, LANES: tl.constexpr, VEC: tl.constexpr):
+def store_tile(start, head, n, tile, values, ALIGNED: tl.constexpr):
+    """Values in the place of a tile's."""
+    if values.shape[1] == 1:
+        tl.store(start + tile.classes, values.to(start.dtype.element_ty), mask=tile.there)
+    else:
+        store_body(start, head, tile.at, n, values, ALIGNED)
+
+
+@triton.jit
+def zero(start, n, SPEC: tl.constexpr):
     """n zeros: of padding, and of rows that dropped out."""
+    LANES: tl.constexpr = SPEC.lanes
+    VEC: tl.constexpr = SPEC.vec
     head = head_of(start, n, VEC)
     for at in range(0, n - head, LANES * VEC):
         store_body(start, head, at, n, tl.zeros((LANES, VEC), start.dtype.element_ty), True)
-    ends, there = end_classes(head, n, LANES, VEC)
+    ends, there = end_classes(head, n, SPEC)
     tl.store(start + ends, tl.zeros((LANES, 1), start.dtype.element_ty), mask=there)

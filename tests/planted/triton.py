@@ -16,7 +16,8 @@ def _in(name: str) -> str:
     return f"kdfast/triton/{name}.py"
 
 
-STATISTICS, PASSES, DIVERGENCES = _in("statistics"), _in("row_passes"), _in("divergences")
+STATISTICS, SUMS, DIVERGENCES = _in("statistics"), _in("sums"), _in("divergences")
+PASSES, FINISH, KERNELS = _in("passes"), _in("finish"), _in("row_kernels")
 
 OF_NUMBERS = [
     Mutant("triton-parts-offsets-swapped", STATISTICS,
@@ -26,36 +27,44 @@ OF_NUMBERS = [
     Mutant("triton-mass-at-an-old-offset", STATISTICS,
            "teacher.mass * tl.exp2(dt) + tl.sum(p, 1)", "teacher.mass + tl.sum(p, 1)",
            "A lane's sum of the teacher's exps stays at the offset that it had.", CALLS),
-    Mutant("triton-lanes-hard-sums-unmoved", STATISTICS,
+    Mutant("triton-lanes-hard-sums-unmoved", SUMS,
            "hard = scaled(hard, hard_shift(old, new, row, SPEC))", "hard = scaled(hard, ds)",
            "Lanes' sums at temperature 1 are joined as those at T.", CALLS),
     # T = 3 and 4 alone
     Mutant("triton-power-by-squaring", STATISTICS,
            "power = power * e", "power = power * power",
            "At T = 3 and 4 the hard term takes the 4th and the 8th power.", CALLS),
-    Mutant("triton-smoothing-moved-once", STATISTICS,
+    Mutant("triton-smoothing-moved-once", SUMS,
            "smooth = sums_of((smooth[0] + smooth[1] * moved_by, smooth[1]))",
            "smooth = sums_of((smooth[0], smooth[1]))",
            "Label smoothing's sums are joined at different offsets.", OPTIONS),
-    Mutant("triton-reverse-psi-sum", DIVERGENCES,
-           "return student + 1", "return student",
+    # vocabulary shards
+    Mutant("triton-label-of-another-shard", KERNELS,
+           "y = tl.where(kept & (label >= 0), y, float(\"-inf\"))", "",
+           "A label that is not among a shard's classes counts as one of its own.", ("test_triton_sums.py",)),
+    Mutant("triton-shard-of-no-scale", KERNELS,
+           "scales = scales_of(sums_in(load_line(of_all, index, COLUMNS, SPEC), SPEC), (), row, SPEC)",
+           "scales = scales_of(sums_in(load_line(of_all, 0, COLUMNS, SPEC), SPEC), (), row, SPEC)",
+           "Pass B of a shard takes the first row's sums for each row's.", ("test_triton_sums.py",)),
+    Mutant("triton-reverse-psi-sum", FINISH,
+           "level = scale * (of_p - over_student)", "level = scale * of_p",
            "Reverse KL's gradient does not sum to 0.", CALLS),
     # beta alone: at its default, 1/2, both are equal
     Mutant("triton-symmetric-psi", DIVERGENCES,
-           "masked(q, log_q - log_p + 1) - beta * p", "masked(q, log_q - log_p + 1) - (1 - beta) * p",
-           "Symmetric KL's gradient weighs the teacher with the other share.", CALLS),
+           "return 1 - beta", "return beta",
+           "Symmetric KL's gradient weighs log(q / p) with the other share.", CALLS),
     Mutant("triton-series-too-far", DIVERGENCES,
            "tl.abs(w) < 0.125", "tl.abs(w) < 0.5",
            "A series of four terms is taken where it wants more of them.", CALLS),
     # log-probabilities of one teacher
-    Mutant("triton-given-logarithms-to-base-e", _in("teachers"),
+    Mutant("triton-given-logarithms-to-base-e", _in("logits"),
            "return probabilities[0], tiles[0] * LOG2E", "return probabilities[0], tiles[0]",
            "Given log-probabilities count as logarithms to base 2.", CALLS),
     # standardize with z_loss
-    Mutant("triton-z-loss-of-centred-logits", PASSES,
+    Mutant("triton-z-loss-of-centred-logits", FINISH,
            "lse += row.scaling.mean", "lse += 0",
            "z_loss beside standardised logits is of centred ones.", OPTIONS),
-    Mutant("triton-gradient-sees-no-smoothing", PASSES,
+    Mutant("triton-gradient-sees-no-smoothing", FINISH,
            "label = hard * (1 - factors.smoothing)", "label = hard",
            "The gradient at a smoothed label is that of a whole one.", OPTIONS),
     Mutant("triton-softcap-slope-of-a-mask", _in("logits"),
@@ -76,11 +85,11 @@ OF_NUMBERS = [
            "better = (value > best.value) | ((value == best.value) & (at < best.at))", "better = value > best.value",
            "Of equal maxima that one lane meets the first met counts, not the first class.", METRICS),
     Mutant("triton-softmax-gradient-without-t", _in("softmax_kernels"),
-           "return tiles[0] * (tiles[1] - sums) * (1 / row.temperature)", "return tiles[0] * (tiles[1] - sums)",
+           "tile.s * (tile.teachers[0] - found) * (1 / row.temperature)", "tile.s * (tile.teachers[0] - found)",
            "The gradient of tempered_softmax lacks its 1 / T.", ("test_tempered_softmax.py",)),
 ]  # fmt: skip
 
-TILES, PER_ROW, KERNELS, REDUCTIONS = _in("tiles"), _in("per_row"), _in("row_kernels"), _in("reductions")
+TILES, PER_ROW, REDUCTIONS = _in("tiles"), _in("per_row"), _in("reductions")
 
 OF_MEMORY = [
     Mutant("triton-tail-counted-twice", TILES,
@@ -110,19 +119,27 @@ OF_MEMORY = [
            "label = tl.where((wide >= 0) & (wide < vocab), wide, -1).to(tl.int32)", "label = wide.to(tl.int32)",
            "A label beyond the classes of a split row is read where it points.", FAULTS),
     # few and long rows whose number is no power of 2
-    # short rows that drop out
     Mutant("triton-dropped-row-keeps-its-memory", KERNELS,
-           "mask=there)\n    zero(out + n, width - n, LANES, VEC)",
-           "mask=there)\n    zero(out + vocab, width - vocab, LANES, VEC)",
-           "A short row that drops out has as its gradient what was in memory.", DROPPED),
+           "zero(out + unit.n, width - unit.n, SPEC)", "zero(out + vocab, width - vocab, SPEC)",
+           "A row that drops out has as its gradient what was in memory.", DROPPED),
     # few and long rows that drop out
     Mutant("triton-dropped-split-row", KERNELS,
            "tl.where(kept, segments - 1, 0)", "segments - 1",
            "Of a split row that drops out the first segments' gradient is what was in memory.", DROPPED),
     # few and long rows under an ensemble
     Mutant("triton-table-of-several-teachers", _in("tables"),
-           "mass = _column(row, 3 if k == 0 else 5 + 3 * k)", "mass = _column(row, 3 if k == 0 else 4 + 3 * k)",
+           "offset, mass, part = columns_of(line, PARTS", "mass, offset, part = columns_of(line, PARTS",
            "In split rows the further teachers' sums are read off their offsets.", CALLS),
+    # reduction "none" and fp16
+    Mutant("triton-table-of-one-teacher", PASSES,
+           "teachers = teachers + (Scale(further[k].offset, further[k].total),)", "teachers = teachers + teachers[:1]",
+           "Backward takes each teacher's exps relative to the first one's offset and total.", CALLS),
+    Mutant("triton-backward-forgets-the-smoothing", _in("tables"),
+           "factor * c.uniform", "c.uniform",
+           "Label smoothing's share of the gradient is the same whatever the gradient of the row's loss.", OPTIONS),
+    Mutant("triton-dkd-label-lacks-its-term", FINISH,
+           "whole += hard * of_label - label - uniform", "whole += hard * of_label - uniform",
+           "Under dkd the gradient at the label lacks the hard term's -1.", CALLS),
     # one layout: rows apart by no whole vector
     Mutant("triton-aligned-by-the-first-row", _in("matrices"),
            "% vec, *strides]", "% vec]",
