@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 
-
 class Heads(NamedTuple):
     """What the operators of linear_ops.py take in place of the student's logits, in their order."""
 
@@ -66,6 +65,7 @@ class Settings(NamedTuple):
 
 # In place of a label that another shard of the vocabulary has.
 ELSEWHERE = -(2**63)
+
 
 def relevant(inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:
     """Without what neither the loss nor the metrics look at, so that no backend has to ask what has a weight."""

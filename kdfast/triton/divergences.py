@@ -5,8 +5,8 @@
 To add a divergence is to write these two, functions of (p, q, beta), and a row of DIVERGENCES; psi may lack a multiple
 of q. Their sums take a pass of their own over the row, once p and q are known; `constant` of (sum p, beta) is what phi
 lacks. A *linear* divergence spares that pass: there phi is linear in (log p, log q), each of its terms carries p or q,
-and it is given as these two parts, functions of (p or q, log p, log q, beta), whose sums run over unnormalised ones.
-Its psi is slope q log(q / p) - teacher p, but for a multiple of q, and these two are functions of beta.
+and it is given as these two parts, functions of (p or q, log p, log q, beta), whose sums run over unnormalised ones,
+and their shares of D, functions of beta. Its psi is student_share q log(q / p) - teacher_share p, but for a multiple of q.
 """
 
 from typing import Any, NamedTuple
@@ -19,10 +19,10 @@ class Divergence(NamedTuple):
     psi: Any = None
     phi: Any = None
     constant: Any = None
-    over_teacher: Any = None  # the parts of a linear one's phi, and what its psi is made of
+    over_teacher: Any = None  # the parts of a linear one's phi, and their shares
     over_student: Any = None
-    teacher: Any = None
-    slope: Any = None
+    teacher_share: Any = None
+    student_share: Any = None
     log_p: bool = True  # whether phi depends on log p, which a mixture of teachers has only when all sums are known
     source: str = ""  # of the functions, for Triton's cache on disk, which does not look into tuples
 
@@ -93,16 +93,6 @@ def forward_kl(p, log_p, log_q, beta):
 @triton.jit
 def reverse_kl(q, log_p, log_q, beta):
     return masked(q, log_q - log_p)
-
-
-@triton.jit
-def forward_part(p, log_p, log_q, beta):
-    return beta * masked(p, log_p - log_q)
-
-
-@triton.jit
-def reverse_part(q, log_p, log_q, beta):
-    return (1 - beta) * masked(q, log_q - log_p)
 
 
 @triton.jit
@@ -208,16 +198,16 @@ def hellinger_constant(mass, beta):
 
 
 DIVERGENCES = {
-    "cross_entropy": divergence(over_teacher=cross_entropy, teacher=all_of)._replace(log_p=False),
-    "forward_kl": divergence(over_teacher=forward_kl, teacher=all_of),
-    "reverse_kl": divergence(over_student=reverse_kl, slope=all_of),
+    "cross_entropy": divergence(over_teacher=cross_entropy, teacher_share=all_of)._replace(log_p=False),
+    "forward_kl": divergence(over_teacher=forward_kl, teacher_share=all_of),
+    "reverse_kl": divergence(over_student=reverse_kl, student_share=all_of),
     "symmetric_kl": divergence(
-        over_teacher=forward_part, over_student=reverse_part, teacher=forward_share, slope=reverse_share
+        over_teacher=forward_kl, over_student=reverse_kl, teacher_share=forward_share, student_share=reverse_share
     ),
     "jsd": divergence(jsd_psi, phi=jsd),
     "skew_forward_kl": divergence(skew_forward_psi, phi=skew_forward_kl, constant=skew_forward_constant),
     "skew_reverse_kl": divergence(skew_reverse_psi, phi=skew_reverse_kl, constant=skew_reverse_constant),
     "tvd": divergence(tvd_psi, phi=tvd),
-    "dkd": divergence(over_teacher=forward_kl, teacher=all_of),  # of the others; see dkd.py
+    "dkd": divergence(over_teacher=forward_kl, teacher_share=all_of),  # of the others; see dkd.py
     "hellinger": divergence(hellinger_psi, phi=hellinger, constant=hellinger_constant),
 }

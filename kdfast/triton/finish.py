@@ -46,10 +46,10 @@ def soft_terms(statistics, sums, at_label, row, factors, vocab, SPEC: tl.constex
         elif SPEC.divergence.phi is None:
             divergence, over_student = sums.phi, sums.psi
             of_p = nothing
-            if SPEC.divergence.slope is not None:
-                slope = scale * SPEC.divergence.slope(beta)
-            if SPEC.divergence.teacher is not None:
-                share = SPEC.divergence.teacher(beta)
+            if SPEC.divergence.student_share is not None:
+                slope = scale * SPEC.divergence.student_share(beta)
+            if SPEC.divergence.teacher_share is not None:
+                share = SPEC.divergence.teacher_share(beta)
                 teacher = scale * share
                 of_p = share * teacher_mass(statistics, row, SPEC)
             level = scale * (of_p - over_student)

@@ -34,10 +34,10 @@ def psi_of(p, q, log_p, log_q, beta, SPEC: tl.constexpr):
     psi = tl.zeros_like(p)
     if SPEC.divergence.phi is not None:
         psi = SPEC.divergence.psi(p, q, beta)
-    if SPEC.divergence.slope is not None:
-        psi += SPEC.divergence.slope(beta) * masked(q, log_q - log_p)
-    if SPEC.divergence.teacher is not None:
-        psi -= SPEC.divergence.teacher(beta) * p
+    if SPEC.divergence.student_share is not None:
+        psi += SPEC.divergence.student_share(beta) * masked(q, log_q - log_p)
+    if SPEC.divergence.teacher_share is not None:
+        psi -= SPEC.divergence.teacher_share(beta) * p
     return psi
 
 
@@ -47,9 +47,9 @@ def phi_of(p, q, log_p, log_q, beta, SPEC: tl.constexpr):
     if SPEC.divergence.phi is not None:
         phi = SPEC.divergence.phi(p, q, beta)
     if SPEC.divergence.over_teacher is not None:
-        phi += SPEC.divergence.over_teacher(p, log_p, log_q, beta)
+        phi += SPEC.divergence.teacher_share(beta) * SPEC.divergence.over_teacher(p, log_p, log_q, beta)
     if SPEC.divergence.over_student is not None:
-        phi += SPEC.divergence.over_student(q, log_p, log_q, beta)
+        phi += SPEC.divergence.student_share(beta) * SPEC.divergence.over_student(q, log_p, log_q, beta)
     return phi
 
 
@@ -106,7 +106,7 @@ def add_divergence(sums, tile, scales, row, SPEC: tl.constexpr):
     if SPEC.divergence.phi is None:
         second = tl.zeros_like(p)
         if SPEC.divergence.over_student is not None:
-            second = SPEC.divergence.over_student(q, log_p, log_q, beta)
+            second = SPEC.divergence.student_share(beta) * SPEC.divergence.over_student(q, log_p, log_q, beta)
     out = (before[0] + tl.sum(phi_of(p, q, log_p, log_q, beta, SPEC), 1), before[1] + tl.sum(second, 1))
     if SPEC.standardize:
         out = out + (before[2] + tl.sum(masked(psi, s), 1), before[3] + tl.sum(masked(q, s), 1))
@@ -138,9 +138,9 @@ def gradient(tile, c, further, row, SPEC: tl.constexpr):
             g = c.soft * (SPEC.divergence.psi(p, q, row.beta) - q * c.psi_sum)
         else:
             g = q * c.level
-        if SPEC.divergence.slope is not None:
+        if SPEC.divergence.student_share is not None:
             g += c.slope * masked(q, log_q - log_p)
-        if SPEC.divergence.teacher is not None:
+        if SPEC.divergence.teacher_share is not None:
             g -= c.teacher * p
     else:
         y = exponent(s, row.slope, c.student_offset)

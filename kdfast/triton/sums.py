@@ -207,7 +207,7 @@ def linear_divergence(statistics, row, SPEC: tl.constexpr):
     of_teacher = statistics.student.total * 0
     of_student = of_teacher
     if SPEC.divergence.over_teacher is not None:
-        of_teacher = sum_over_teacher(statistics, 0, row, SPEC) * LN2
+        of_teacher = SPEC.divergence.teacher_share(row.beta) * sum_over_teacher(statistics, 0, row, SPEC) * LN2
     if SPEC.divergence.over_student is not None:
-        of_student = sum_over_student(statistics, 0, row, SPEC) * LN2
+        of_student = SPEC.divergence.student_share(row.beta) * sum_over_student(statistics, 0, row, SPEC) * LN2
     return DivergenceSums(of_teacher + of_student, of_student, (), (), (), (), ())
