@@ -269,6 +269,8 @@ for _name, _schema in SCHEMAS.items():
     _defined["kdfast_triton"].impl(_name, _triton(_name), "CompositeExplicitAutograd")
     if _name in CUDA_KERNELS:
         _defined["kdfast_cuda"].impl(_name, _cuda(_name), "CompositeExplicitAutograd")
+    elif _name in ("sums", "pointwise_sums"):  # of shards, for which the CUDA kernels have no pass of its own
+        _defined["kdfast_cuda"].impl(_name, _triton(_name), "CompositeExplicitAutograd")
 
 
 choice.load()  # what is compiled registers for the operators defined here

@@ -19,9 +19,8 @@ from judge import run
 
 import kdfast
 from kdfast import rows
-from kdfast.row_math import table_columns
 from kdfast.options import check_inputs, check_settings
-from kdfast.row_math import Coefficients
+from kdfast.row_math import Coefficients, table_columns
 
 VOCABS = (1000, 40000)  # a row in registers; one in two sweeps, split over programs
 SETTINGS: dict[str, Any] = {"backend": "triton"}

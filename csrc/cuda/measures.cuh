@@ -37,7 +37,7 @@ struct Measures {
   }
 
   template <int N>
-  __device__ void add(const float (&s)[N], const float (&t)[N], int first, const Scales& scales,
+  __device__ void add(const float (&s)[N], const float (&t)[N], int first, const Scales<float>& scales,
                       const RowScale& row) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {

@@ -261,7 +261,7 @@ __device__ inline void rows_of_team(const RowsArgs& a, uint4* kept, Shared& shar
           team, sweep++, [&](int, const auto& s, const auto& t) { statistics.add(s, t, true, r.scale); });
       statistics.add(s_end, t_end, packs.end >= 0, r.scale);
       statistics = team.join(statistics, shared.statistics, r.scale);
-      const Scales scales = scales_of(statistics);
+      const Scales<float> scales = scales_of(statistics);
       if constexpr (D::kPointwise) {
         packs.template each<false>(team, sweep++, [&](int, const auto& s, const auto& t) {
           sums.template add<D>(s, t, scales, r.scale);

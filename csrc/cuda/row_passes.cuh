@@ -6,16 +6,9 @@
 namespace kdfast {
 namespace {
 
-// How exps become probabilities: relative to these offsets.
-struct Scales {
-  float student_offset, teacher_offset;
-  float to_q, to_p;          // factors
-  float log_to_q, log_to_p;  // their logarithms to base 2
-};
-
 template <class D>
-__device__ inline Scales scales_of(const Statistics<D>& x) {
-  Scales scales{finite(x[kStudentOffset]), 0, 1 / x[kStudentSum], 1, -log2f(x[kStudentSum]), 0};
+__device__ inline Scales<float> scales_of(const Statistics<D>& x) {
+  Scales<float> scales{finite(x[kStudentOffset]), 0, 0, 1 / x[kStudentSum], 1, 1, -log2f(x[kStudentSum]), 0};
   if (Statistics<D>::kSoft) {
     scales.teacher_offset = finite(x[kTeacherOffset]);
     scales.to_p = 1 / x[kTeacherSum];
@@ -26,7 +19,7 @@ __device__ inline Scales scales_of(const Statistics<D>& x) {
 
 struct Pair {  // of one class
   float q, p, log_q, log_p;
-  __device__ Pair(float s, float t, const Scales& x, const RowScale& row) {
+  __device__ Pair(float s, float t, const Scales<float>& x, const RowScale& row) {
     const float y = __fmaf_rn(s, row.slope, -x.student_offset);
     const Exp teacher = teacher_exp(t, x.teacher_offset, row);
     q = fast_exp2(y) * x.to_q;
@@ -47,7 +40,7 @@ struct PointwiseSums {
   }
 
   template <class D, int N>
-  __device__ void add(const float (&s)[N], const float (&t)[N], const Scales& x, const RowScale& row) {
+  __device__ void add(const float (&s)[N], const float (&t)[N], const Scales<float>& x, const RowScale& row) {
     float phi = 0, psi = 0;
 #pragma unroll
     for (int i = 0; i < N; ++i) {

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from kdfast import rows
 from kdfast.arguments import Inputs, KDMetrics, Settings
-from kdfast.row_math import table_columns
-from kdfast.row_math import Sums
+from kdfast.row_math import Sums, table_columns
 from kdfast.triton import launch, reductions, row_kernels
 from kdfast.triton.divergences import DIVERGENCES, parts
 from kdfast.triton.matrices import aligned, arithmetic, bits, by_row, launching_on, matrix, readable, rows_of

@@ -6,7 +6,8 @@ To add a divergence is to write these two, functions of (p, q, beta), and a row 
 of q. Their sums take a pass of their own over the row, once p and q are known; `constant` of (sum p, beta) is what phi
 lacks. A *linear* divergence spares that pass: there phi is linear in (log p, log q), each of its terms carries p or q,
 and it is given as these two parts, functions of (p or q, log p, log q, beta), whose sums run over unnormalised ones,
-and their shares of D, functions of beta. Its psi is student_share q log(q / p) - teacher_share p, but for a multiple of q.
+and their shares of D, functions of beta. But for a multiple of q its psi is student_share q log(q / p) -
+teacher_share p.
 """
 
 from typing import Any, NamedTuple

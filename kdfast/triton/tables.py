@@ -82,8 +82,8 @@ def coefficients_in(line, factor, teachers: tl.constexpr):
     scaled = Coefficients(
         c.student_offset, c.student_total, c.teacher_offset, c.teacher_total, c.hard_offset, c.hard_total,
         factor * c.level, factor * c.slope, factor * c.teacher, factor * c.soft, c.psi_sum, factor * c.hard,
-        factor * c.label, factor * c.uniform, c.shift, c.mean, factor * c.tilt, c.student_unit, c.teacher_unit, c.teacher_mean,
-        factor * c.at_label,
+        factor * c.label, factor * c.uniform, c.shift, c.mean, factor * c.tilt, c.student_unit, c.teacher_unit,
+        c.teacher_mean, factor * c.at_label,
     )  # fmt: skip
     return scaled, further
 
