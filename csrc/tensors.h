@@ -50,6 +50,10 @@ inline Divergence divergence_of(const std::string& name, const char* kernels) {
   fail<std::invalid_argument>("divergence: no ", kernels, " kernel for '", name, "'");
 }
 
+inline Target target_of(const std::string& name) {
+  return name == "logits" ? Target::kLogits : name == "probs" ? Target::kProbs : Target::kLogProbs;
+}
+
 inline int64_t classes_of(const Tensor& t) { return t.sizes()[t.dim() - 1]; }
 inline int64_t rows_of(const Tensor& t) { return t.numel() / std::max<int64_t>(1, classes_of(t)); }
 
@@ -92,3 +96,12 @@ inline Matrix matrix(const Tensor& t) {
 
 }  // namespace
 }  // namespace kdfast
+
+// The functions of these names in kdfast as the operators.
+#define KDFAST_REGISTER_LOSS(m)                         \
+  m.impl("loss_grad", TORCH_BOX(&kdfast::loss_grad));   \
+  m.impl("loss_grad_", TORCH_BOX(&kdfast::loss_grad_)); \
+  m.impl("stats", TORCH_BOX(&kdfast::stats));           \
+  m.impl("grad", TORCH_BOX(&kdfast::grad));             \
+  m.impl("grad_", TORCH_BOX(&kdfast::grad_));           \
+  m.impl("scale_", TORCH_BOX(&kdfast::scale_))

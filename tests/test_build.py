@@ -1,5 +1,6 @@
 """What the build promises: its objects, its library, its wheels, its choice of an instruction set."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -164,3 +165,11 @@ def test_failing_compiler_fails_the_install(tmp_path):
     assert done.returncode != 0
     assert "PURE PYTHON" not in done.stderr
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_cpp_reads_the_operators_arguments_as_python_defines_them():
+    spec = importlib.util.spec_from_file_location("write_operators", ROOT / "tools" / "write_operators.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, text in module.files().items():
+        assert (ROOT / "csrc" / name).read_text() == text, f"csrc/{name}: run `python tools/write_operators.py`"

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "../operators.h"
 #include "tensors.h"
 
 namespace kdfast {
@@ -19,62 +20,45 @@ struct Loss {
   std::vector<RowMetrics> metrics;
   std::string reduction;
   double divisor;  // of the sum of the row losses
-  bool copied = false, measures = false;
+  bool copied = false;
 
-  Loss(const Tensor& student_, const std::vector<Tensor>& teachers, const std::optional<Tensor>& labels,
-       const std::optional<Tensor>& row_weight, const std::optional<Tensor>& normalizer,
-       const std::optional<Tensor>& temperatures, const std::optional<Tensor>& teacher_temperatures,
-       double temperature, double teacher_temperature, double alpha, double hard_weight, bool t_squared,
-       const std::string& divergence, double beta, const std::string& target, const std::string& ensemble,
-       const std::vector<double>& teacher_weights, int64_t vocab_size, int64_t ignore_index,
-       const std::string& reduction_, double given_divisor, double label_smoothing, double z_loss,
-       double softcap, double teacher_softcap, bool standardize, const std::vector<double>& dkd_weights,
-       bool with_metrics)
-      : student(readable(student_)), reduction(reduction_) {
+  Loss(const Tensor& student_, const Inputs& inputs, const Settings& settings)
+      : student(readable(student_)), reduction(settings.reduction) {
     LossArgs& a = args;
+#define KDFAST_COPY(type, name) a.name = settings.name;
+    KDFAST_NUMBERS(KDFAST_COPY)
+#undef KDFAST_COPY
     copied = student.get() != student_.get();
     a.student = matrix(student);
     a.width = classes_of(student);
-    a.vocab = vocab_size < 0 ? a.width : vocab_size;
+    a.vocab = settings.vocab_size < 0 ? a.width : settings.vocab_size;
     a.rows = rows_of(student);
-    if (teachers.size() > kMaxTeachers) {
-      fail<std::invalid_argument>("teacher: ", teachers.size(),
+    if (inputs.teachers.size() > kMaxTeachers) {
+      fail<std::invalid_argument>("teacher: ", inputs.teachers.size(),
                                   " teachers, but the CPU kernels take at most ", kMaxTeachers);
     }
-    a.n_teachers = (int)teachers.size();
+    a.n_teachers = (int)inputs.teachers.size();
     for (int k = 0; k < a.n_teachers; ++k) {
-      kept.push_back(readable(teachers[k]));
+      kept.push_back(readable(inputs.teachers[k]));
       a.teachers[k] = matrix(kept.back());
-      a.teacher_weights[k] = teacher_weights[k];
+      a.teacher_weights[k] = settings.teacher_weights[k];
     }
-    a.divergence = a.n_teachers ? divergence_of(divergence, "CPU") : Divergence::kNone;
-    a.beta = beta;
-    a.target = target == "logits" ? Target::kLogits : target == "probs" ? Target::kProbs : Target::kLogProbs;
-    a.geometric = ensemble == "geometric";
-    a.temperature = temperature;
-    a.teacher_temperature = teacher_temperature;
-    a.temperatures = hold(row_values("temperature", temperatures, false));
-    a.teacher_temperatures = hold(row_values("teacher_temperature", teacher_temperatures, false));
-    a.row_weight = hold(row_values("row_weight", row_weight, true));
-    a.alpha = alpha;
-    a.hard_weight = hard_weight;
-    a.t_squared = t_squared;
-    a.label_smoothing = label_smoothing;
-    a.z_loss = z_loss;
-    a.softcap = softcap;
-    a.teacher_softcap = teacher_softcap;
-    a.standardize = standardize;
-    a.dkd_target = dkd_weights[0];
-    a.dkd_others = dkd_weights[1];
-    a.ignore_index = ignore_index;
-    if (labels) check_labels(*labels);
+    a.divergence = a.n_teachers ? divergence_of(settings.divergence, "CPU") : Divergence::kNone;
+    a.target = target_of(settings.target);
+    a.geometric = settings.ensemble == "geometric";
+    a.temperatures = hold(row_values("temperature", inputs.temperatures, false));
+    a.teacher_temperatures = hold(row_values("teacher_temperature", inputs.teacher_temperatures, false));
+    a.row_weight = hold(row_values("row_weight", inputs.row_weight, true));
+    a.dkd_target = settings.dkd_weights[0];
+    a.dkd_others = settings.dkd_weights[1];
+    a.ignore_index = settings.ignore_index;
+    if (inputs.labels) check_labels(*inputs.labels);
     losses.resize(a.rows);
     a.losses = losses.data();
-    measures = with_metrics;
-    if (measures) metrics.resize(a.rows);
-    a.metrics = measures ? metrics.data() : nullptr;
+    if (a.metrics) metrics.resize(a.rows);
+    a.row_metrics = metrics.data();
     a.scale = 1;
-    set_divisor(normalizer, given_divisor);
+    set_divisor(inputs.normalizer);
   }
 
   const double* hold(const std::optional<Tensor>& values) {
@@ -96,14 +80,14 @@ struct Loss {
     }
   }
 
-  void set_divisor(const std::optional<Tensor>& normalizer, double given) {
+  void set_divisor(const std::optional<Tensor>& normalizer) {
     divisor = 1;
     if (reduction == "batchmean") divisor = student.dim() > 1 ? student.sizes()[0] : 1;
     if (reduction != "mean") return;
     if (normalizer) {
       divisor = scalar(*normalizer);
-    } else if (given != 0) {
-      divisor = given;
+    } else if (args.divisor != 0) {
+      divisor = args.divisor;
     } else {
       divisor = 0;
       for (int64_t row = 0; row < args.rows; ++row) {
@@ -196,12 +180,12 @@ struct Loss {
 
   // What return_metrics reports: of every row, or the means over those kept, with their weights.
   Tensor measured() const {
-    std::vector<int64_t> shape{measures ? kMetrics : 0};
-    const bool by_row = measures && reduction == "none";
+    std::vector<int64_t> shape{args.metrics ? kMetrics : 0};
+    const bool by_row = args.metrics && reduction == "none";
     const auto sizes = student.sizes();
     if (by_row) shape.insert(shape.end(), sizes.begin(), sizes.end() - 1);
     Tensor out = torch::stable::new_empty(student, shape, loss_dtype());
-    if (measures) {
+    if (args.metrics) {
       with_numbers(out, [&](auto* to) {
         for (int k = 0; k < kMetrics; ++k) {
           double total = 0, weights = 0;

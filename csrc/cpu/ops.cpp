@@ -17,7 +17,6 @@
 #include <vector>
 
 #include "../divergences.h"
-#include "../operators.h"
 #include "arguments.h"
 #include "isa.h"
 #include "row_kernels.h"
@@ -119,31 +118,31 @@ void run_loss_grad(Loss& loss) {
 
 // ---- the operators ----
 
-std::tuple<Tensor, Tensor, Tensor> loss_grad(Tensor student, KDFAST_INPUTS) {
-  Loss loss(student, KDFAST_PASS);
+std::tuple<Tensor, Tensor, Tensor> loss_grad(Tensor student, KDFAST_ARGUMENTS) {
+  Loss loss(student, KDFAST_CALL);
   Tensor grad = loss.new_grad();
   run_loss_grad(loss);
   return {loss.reduced(), grad, loss.measured()};
 }
 
-std::tuple<Tensor, Tensor> loss_grad_(Tensor student, KDFAST_INPUTS) {
-  Loss loss(student, KDFAST_PASS);
+std::tuple<Tensor, Tensor> loss_grad_(Tensor student, KDFAST_ARGUMENTS) {
+  Loss loss(student, KDFAST_CALL);
   loss.grad_in_place();
   run_loss_grad(loss);
   loss.copy_back(student);
   return {loss.reduced(), loss.measured()};
 }
 
-std::tuple<Tensor, Tensor, Tensor> stats(Tensor student, KDFAST_INPUTS) {
-  Loss loss(student, KDFAST_PASS);
+std::tuple<Tensor, Tensor, Tensor> stats(Tensor student, KDFAST_ARGUMENTS) {
+  Loss loss(student, KDFAST_CALL);
   Tensor table = loss.new_table();
   loss.use_table(table);
   run_losses(loss.args);
   return {loss.reduced(), table, loss.measured()};
 }
 
-Tensor sums(Tensor student, KDFAST_INPUTS) {
-  Loss loss(student, KDFAST_PASS);
+Tensor sums(Tensor student, KDFAST_ARGUMENTS) {
+  Loss loss(student, KDFAST_CALL);
   const int64_t segments = segments_of(loss.args);
   std::vector<double> sums(loss.args.rows * segments * kSums);
   loss.args.sums = sums.data();
@@ -151,8 +150,8 @@ Tensor sums(Tensor student, KDFAST_INPUTS) {
   return loss.table_of(sums, segments);
 }
 
-Tensor pointwise_sums(Tensor student, Tensor sums, KDFAST_INPUTS) {
-  Loss loss(student, KDFAST_PASS);
+Tensor pointwise_sums(Tensor student, Tensor sums, KDFAST_ARGUMENTS) {
+  Loss loss(student, KDFAST_CALL);
   std::vector<double> numbers = loss.numbers_in(sums);
   loss.args.sums = numbers.data();
   in_parallel(loss.args.rows, loss.args.vocab,
@@ -160,8 +159,8 @@ Tensor pointwise_sums(Tensor student, Tensor sums, KDFAST_INPUTS) {
   return loss.table_of(numbers, 1);
 }
 
-std::tuple<Tensor, Tensor> finish(Tensor student, Tensor sums, KDFAST_INPUTS) {
-  Loss loss(student, KDFAST_PASS);
+std::tuple<Tensor, Tensor> finish(Tensor student, Tensor sums, KDFAST_ARGUMENTS) {
+  Loss loss(student, KDFAST_CALL);
   std::vector<double> numbers = loss.numbers_in(sums);
   loss.args.sums = numbers.data();
   Tensor table = loss.new_table();
@@ -170,8 +169,8 @@ std::tuple<Tensor, Tensor> finish(Tensor student, Tensor sums, KDFAST_INPUTS) {
   return {loss.by_row(), table};
 }
 
-Tensor grad(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_INPUTS) {
-  Loss loss(student, KDFAST_PASS);
+Tensor grad(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_ARGUMENTS) {
+  Loss loss(student, KDFAST_CALL);
   Tensor grad = loss.new_grad();
   loss.scale_by(grad_loss);
   loss.use_table(stats);
@@ -179,8 +178,8 @@ Tensor grad(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_INPUTS) {
   return grad;
 }
 
-void grad_(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_INPUTS) {
-  Loss loss(student, KDFAST_PASS);
+void grad_(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_ARGUMENTS) {
+  Loss loss(student, KDFAST_CALL);
   loss.grad_in_place();
   loss.scale_by(grad_loss);
   loss.use_table(stats);

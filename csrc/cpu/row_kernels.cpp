@@ -205,7 +205,7 @@ struct Kernels {
 
   static void drop(const LossArgs& a, int64_t row) {
     a.losses[row] = 0;
-    if (a.metrics) a.metrics[row] = {kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN};
+    if (a.metrics) a.row_metrics[row] = {kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN};
     if (a.table || a.wide_table) keep(a, row, {});
   }
 

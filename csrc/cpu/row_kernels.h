@@ -5,12 +5,16 @@
 #include <cstdint>
 
 #include "../rows.h"
+#include "../settings.h"
 
 namespace kdfast {
 
 constexpr int kMaxTeachers = 64;
 
 struct LossArgs {
+#define KDFAST_FIELD(type, name) type name;
+  KDFAST_NUMBERS(KDFAST_FIELD)  // temperatures: where there is none per row; softcaps: 0: none
+#undef KDFAST_FIELD
   int64_t rows, vocab;
   int64_t width;  // of the student with its padding: the gradient beyond vocab is 0
   Matrix student;
@@ -20,21 +24,14 @@ struct LossArgs {
   Target target;
   bool geometric;
   Divergence divergence;
-  double beta;
   const int64_t* labels;  // (rows) or null
   int64_t ignore_index;
   const double* row_weight;                           // (rows) or null
-  double temperature, teacher_temperature;            // where there is none per row
   const double *temperatures, *teacher_temperatures;  // (rows) or null
-  double alpha, hard_weight;
-  bool t_squared;
-  double label_smoothing, z_loss;
-  double softcap, teacher_softcap;  // 0: none
-  bool standardize;
-  double dkd_target, dkd_others;  // weights
+  double dkd_target, dkd_others;                      // weights
 
-  double* losses;       // (rows)
-  RowMetrics* metrics;  // (rows) or null
+  double* losses;           // (rows)
+  RowMetrics* row_metrics;  // (rows) or null
   double* sums;  // (rows * segments, kSums): Sums<double> of rows, or of segments of split ones; or null
   float* table;  // (rows, kCoefficients), Coefficients: out of `losses` or `finish`, into `grad`;
   double* wide_table;  // the other is null, or both

@@ -203,7 +203,7 @@ KD_NOINLINE void measure(const LossArgs& a, int64_t row, const S* s, const T* t,
                   i = block + first_at(z + block, left < kBlock ? left : kBlock, high);
     return without && (of_label > high || (of_label == high && label.index < i)) ? label.index : i;
   };
-  RowMetrics& m = a.metrics[row];
+  RowMetrics& m = a.row_metrics[row];
   m = {terms.soft, terms.hard, kNaN, kNaN, kNaN, kNaN, kNaN};
   const int64_t best = first(s, x.student_max, x.student_block, label.student);
   const double log_student = std::log2(x.student_sum);

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "../operators.h"
 #include "../row_math.h"
 #include "../tensors.h"
 #include "launch.h"
@@ -55,14 +56,7 @@ inline bool lie_alike(const Matrix& a, const Matrix& b) {
 // One call: the kernels' arguments, and the tensors that hold what they point to.
 class Call {
  public:
-  Call(const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& labels,
-       const std::optional<Tensor>& row_weight, const std::optional<Tensor>& normalizer,
-       const std::optional<Tensor>& temperatures, const std::optional<Tensor>& teacher_temperatures,
-       double temperature, double teacher_temperature, double alpha, double hard_weight, bool t_squared,
-       const std::string& divergence, double beta, const std::string& target, const std::string&,
-       const std::vector<double>&, int64_t vocab_size, int64_t, const std::string&, double divisor,
-       double label_smoothing, double z_loss, double softcap, double teacher_softcap, bool standardize,
-       const std::vector<double>&, bool metrics)
+  Call(const Tensor& student, const Inputs& inputs, const Settings& s)
       : student_(readable(student)), copied_(student_.get() != student.get()) {
     place_ = place_of(student);
     RowsArgs& a = args_;
@@ -71,36 +65,36 @@ class Call {
     }
     a.student = tensor(student_);
     a.width = (int)classes_of(student_);
-    a.vocab = vocab_size < 0 ? a.width : (int)vocab_size;
+    a.vocab = s.vocab_size < 0 ? a.width : (int)s.vocab_size;
     a.rows = (int)rows_of(student_);
     a.divergence = Divergence::kNone;
-    if (!teachers.empty()) {
-      a.divergence = divergence_of(divergence, "CUDA");
-      set_teacher(teachers[0]);
+    if (!inputs.teachers.empty()) {
+      a.divergence = divergence_of(s.divergence, "CUDA");
+      set_teacher(inputs.teachers[0]);
     }
-    if (teachers.size() > 1 || (!teachers.empty() && target != "logits") || softcap != 0 ||
-        teacher_softcap != 0 || standardize || a.divergence == Divergence::kDKD) {
+    if (inputs.teachers.size() > 1 || (!inputs.teachers.empty() && s.target != "logits") || s.softcap != 0 ||
+        s.teacher_softcap != 0 || s.standardize || a.divergence == Divergence::kDKD) {
       fail<std::invalid_argument>(
           "kdfast: the CUDA kernels are those of plain calls; see kdfast/gpu_choice.py");
     }
-    if (labels) {
-      held_.push_back(torch::stable::contiguous(*labels));
+    if (inputs.labels) {
+      held_.push_back(torch::stable::contiguous(*inputs.labels));
       a.labels = (const int64_t*)held_.back().const_data_ptr();
     }
-    if (row_weight) set_weights(*row_weight);
-    a.temperatures = by_row(temperatures);
-    a.teacher_temperatures = by_row(teacher_temperatures);
-    a.temperature = (float)temperature;
-    a.teacher_temperature = (float)teacher_temperature;
-    a.alpha = (float)alpha;
-    a.hard_weight = (float)hard_weight;
-    a.z_loss = (float)z_loss;
-    a.beta = (float)beta;
-    a.label_smoothing = (float)label_smoothing;
-    a.t_squared = t_squared;
-    a.scale = (float)(1 / divisor);
-    a.divisor = by_row(normalizer);
-    if (metrics) {
+    if (inputs.row_weight) set_weights(*inputs.row_weight);
+    a.temperatures = by_row(inputs.temperatures);
+    a.teacher_temperatures = by_row(inputs.teacher_temperatures);
+    a.temperature = (float)s.temperature;
+    a.teacher_temperature = (float)s.teacher_temperature;
+    a.alpha = (float)s.alpha;
+    a.hard_weight = (float)s.hard_weight;
+    a.z_loss = (float)s.z_loss;
+    a.beta = (float)s.beta;
+    a.label_smoothing = (float)s.label_smoothing;
+    a.t_squared = s.t_squared;
+    a.scale = (float)(1 / s.divisor);
+    a.divisor = by_row(inputs.normalizer);
+    if (s.metrics) {
       held_.push_back(new_floats({kMetrics, a.rows}));
       measured_ = held_.back();
       a.metrics = floats(*measured_);

@@ -5,7 +5,6 @@
 
 #include <tuple>
 
-#include "../operators.h"
 #include "call.h"
 
 #ifndef KDFAST_CUDA_KEY
@@ -23,37 +22,37 @@ namespace {
 
 // ---- the operators ----
 
-std::tuple<Tensor, Tensor, Tensor> loss_grad(Tensor student, KDFAST_INPUTS) {
-  Call call(student, KDFAST_PASS);
+std::tuple<Tensor, Tensor, Tensor> loss_grad(Tensor student, KDFAST_ARGUMENTS) {
+  Call call(student, KDFAST_CALL);
   Tensor grad = call.new_grad();
   Tensor loss = call.run();
   return {loss, grad, call.metrics()};
 }
 
-std::tuple<Tensor, Tensor> loss_grad_(Tensor student, KDFAST_INPUTS) {
-  Call call(student, KDFAST_PASS);
+std::tuple<Tensor, Tensor> loss_grad_(Tensor student, KDFAST_ARGUMENTS) {
+  Call call(student, KDFAST_CALL);
   call.grad_in_place();
   Tensor loss = call.run();
   call.copy_back(student);
   return {loss, call.metrics()};
 }
 
-std::tuple<Tensor, Tensor, Tensor> stats(Tensor student, KDFAST_INPUTS) {
-  Call call(student, KDFAST_PASS);
+std::tuple<Tensor, Tensor, Tensor> stats(Tensor student, KDFAST_ARGUMENTS) {
+  Call call(student, KDFAST_CALL);
   Tensor table = call.new_table();
   Tensor loss = call.run(floats(table));
   return {loss, table, call.metrics()};
 }
 
-Tensor grad(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_INPUTS) {
-  Call call(student, KDFAST_PASS);
+Tensor grad(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_ARGUMENTS) {
+  Call call(student, KDFAST_CALL);
   Tensor grad = call.new_grad();
   call.backward(stats, grad_loss);
   return grad;
 }
 
-void grad_(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_INPUTS) {
-  Call call(student, KDFAST_PASS);
+void grad_(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_ARGUMENTS) {
+  Call call(student, KDFAST_CALL);
   call.grad_in_place();
   call.backward(stats, grad_loss);
   call.copy_back(student);

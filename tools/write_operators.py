@@ -1,0 +1,84 @@
+"""Writes csrc/operators.h and csrc/settings.h from kdfast/arguments.py: `python tools/write_operators.py`.
+
+A setting has its name, its type and its place there alone; C++ reads it by name. tests/test_build.py holds the files to
+what this module makes of arguments.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast.arguments import Inputs, Settings
+
+CPP = {
+    list[Tensor]: "std::vector<torch::stable::Tensor>", Tensor | None: "std::optional<torch::stable::Tensor>",
+    float: "double", bool: "bool", str: "std::string", int: "int64_t", list[float]: "std::vector<double>",
+    torch.dtype: "torch::headeronly::ScalarType",
+}  # fmt: skip
+NOTE = "// Written by tools/write_operators.py from kdfast/arguments.py, which says what each of these is.\n#pragma once\n// clang-format off\n"
+SETTINGS = """
+// The settings that are numbers, as f(type, name).
+#define KDFAST_NUMBERS(f){numbers}
+"""
+OPERATORS = """
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace kdfast {{
+
+struct Inputs {{
+{inputs}
+}};
+
+struct Settings {{
+{settings}
+}};
+
+}}  // namespace kdfast
+
+// Both as the arguments of an operator, which torch hands over one by one, and as the structs of these.
+#define KDFAST_ARGUMENTS{arguments}
+#define KDFAST_CALL \
+  kdfast::Inputs{{{input_names}}}, \
+  kdfast::Settings{{{setting_names}}}
+"""
+
+
+def wrapped(items: list[str], between: str = ", ") -> str:
+    """A macro's text, in lines of at most 100 columns."""
+    lines, line = [], ""
+    for i, item in enumerate(items):
+        item += between if i < len(items) - 1 else ""
+        if len(line) + len(item) > 94:
+            lines, line = [*lines, line.rstrip()], ""
+        line += item
+    return " \\\n  ".join(["", *lines, line.rstrip()])
+
+
+def fields(types: dict[str, Any]) -> str:
+    return "\n".join(f"  {CPP[kind]} {name};" for name, kind in types.items())
+
+
+def files() -> dict[str, str]:
+    """The text of each file of csrc."""
+    inputs, settings = Inputs.__annotations__, Settings.__annotations__
+    numbers = [f"f({CPP[kind]}, {name})" for name, kind in settings.items() if kind in (float, bool)]
+    arguments = [f"{CPP[kind]} {name}" for name, kind in (inputs | settings).items()]
+    operators = OPERATORS.format(
+        inputs=fields(inputs), settings=fields(settings), arguments=wrapped(arguments),
+        input_names=", ".join(inputs), setting_names=wrapped(list(settings)),
+    )  # fmt: skip
+    return {
+        "settings.h": NOTE + SETTINGS.format(numbers=wrapped(numbers, " ")),
+        "operators.h": NOTE + operators,
+    }
+
+
+if __name__ == "__main__":
+    for name, text in files().items():
+        (Path(__file__).parents[1] / "csrc" / name).write_text(text)
