@@ -17,7 +17,10 @@ CPP = {
     float: "double", bool: "bool", str: "std::string", int: "int64_t", list[float]: "std::vector<double>",
     torch.dtype: "torch::headeronly::ScalarType",
 }  # fmt: skip
-NOTE = "// Written by tools/write_operators.py from kdfast/arguments.py, which says what each of these is.\n#pragma once\n// clang-format off\n"
+NOTE = """// Written by tools/write_operators.py from kdfast/arguments.py, which says what each of these is.
+#pragma once
+// clang-format off
+"""
 SETTINGS = """
 // The settings that are numbers, as f(type, name).
 #define KDFAST_NUMBERS(f){numbers}

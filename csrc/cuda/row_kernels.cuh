@@ -57,7 +57,6 @@ __device__ inline RowNumbers numbers_of(const RowsArgs& a, int64_t index) {
   x.weight = weight_of(a, index);
   x.temperature = a.temperatures ? a.temperatures[index] : a.temperature;
   x.teacher_temperature = a.teacher_temperatures ? a.teacher_temperatures[index] : a.teacher_temperature;
-  x.grad_loss = 1;
   if (a.table) {
     x.grad_loss = a.grad_loss[index * a.grad_loss_step];
     return x;
@@ -249,10 +248,10 @@ __device__ inline void rows_of_team(const RowsArgs& a, uint4* kept, Shared& shar
     float s_end[1] = {-kInf}, t_end[1] = {-kInf};
     if (packs.end >= 0) packs.load_end(s_end, t_end);
 
-    Coefficients<float> coefficients;
+    Factors factors;
     int sweep = 0;
     if (a.table) {
-      coefficients = read_row(a, r, team, shared.columns);
+      factors = factors_of<D>(read_row(a, r, team, shared.columns), numbers.grad_loss);
       if constexpr (kKeep) packs.template each<true>(team, sweep++, [](int, const auto&, const auto&) {});
     } else {
       Statistics<D> statistics = Statistics<D>::nothing();
@@ -271,7 +270,9 @@ __device__ inline void rows_of_team(const RowsArgs& a, uint4* kept, Shared& shar
       }
 
       const Sums<float> of_row = sums_of(statistics, sums, numbers.label_s, (float)a.vocab, r.scale);
+      Coefficients<float> coefficients;
       const RowLoss<float> row = finish<D>(of_row, terms_of(a, r, of_row), coefficients);
+      factors = factors_of<D>(coefficients, 1);
       if (team.leading_warp()) write_row(a, r, row, coefficients);
       if (a.metrics) {
         Measures<D> measures = Measures<D>::nothing();
@@ -286,7 +287,6 @@ __device__ inline void rows_of_team(const RowsArgs& a, uint4* kept, Shared& shar
       }
     }
     if (packs.grad) {
-      const Factors factors = factors_of<D>(coefficients, numbers.grad_loss);
       packs.template each<false>(team, sweep, [&](int at, const auto& s, const auto& t) {
         Wide<S> g;
 #pragma unroll
