@@ -15,7 +15,8 @@ import kdfast
 # Of the tests of all backends, those about kernels, which the cuda backend has too. The others are about what is
 # written once for all, and have float64 in their midst.
 OF_KERNELS = {"test_" + name for name in (
-    "autograd", "calls", "dropped_terms", "gpu_rows", "inplace", "layouts", "limits", "metrics", "numbers", "random", "row_math",
+    "autograd", "calls", "dropped_terms", "gpu_rows", "inplace", "layouts", "limits", "metrics", "numbers", "random",
+    "row_math",
 )}  # fmt: skip
 
 

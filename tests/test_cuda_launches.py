@@ -105,7 +105,7 @@ def test_the_columns_of_the_table_are_the_ones_of_row_math() -> None:
     for kind in (Sums, Coefficients):
         (fields,) = re.findall(rf"struct {kind.__name__} {{(.*?)}};", header, re.DOTALL)
         fields = re.sub(r"//.*", "", fields)
-        assert tuple(name for line in re.findall(r"N ([^;]*);", fields) for name in line.split(", ")) == kind._fields
+        assert tuple(name for line in re.findall(r"V ([^;]*);", fields) for name in line.split(", ")) == kind._fields
 
 
 @pytest.mark.parametrize("divergence", KINDS)
@@ -145,8 +145,8 @@ def by_formula(c: Coefficients, arguments: Batch, settings: Settings) -> tuple[T
     terms = [c.hard * torch.exp2(student * bits - c.hard_offset) / c.hard_total, -c.uniform.expand_as(student)]
     terms.append(-c.label * torch.nn.functional.one_hot(labels, student.shape[-1]))
     if settings.divergence == "logit_mse":
-        terms.append(c.soft * (student - teacher - c.shift))
+        terms.append(c.soft * (student - teacher - c.teacher_offset - c.shift))
     else:
         psi = divergences.DIVERGENCES[settings.divergence].psi(p, q, log_p, log_q, settings.beta)
-        terms += [q * c.level, q * c.slope * (log_q - log_p), -c.teacher * p, c.soft * psi]
+        terms += [q * c.level, q * c.slope * (log_q - log_p), -c.teacher * p, c.soft * (psi - q * c.psi_sum)]
     return sum(terms[1:], terms[0]), torch.stack([term.abs().max() for term in terms]).max()
