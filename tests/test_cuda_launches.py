@@ -92,10 +92,14 @@ def test_what_they_have_not_is_an_error_that_names_it_and_goes_to_triton(axis: s
 @pytest.mark.parametrize("inplace", [False, True])
 def test_tensors_that_lie_differently_are_copied_where_cuda_is_asked_for_by_name(inplace: bool) -> None:
     """The table sends them to Triton, which reads them as they lie: the copies cost 4 bytes a logit."""
-    for layout in ("padded rows", "odd padding", "offset by one", "every second class"):
+    half_a_vector = {
+        "half a vector off": lambda x: torch.cat([x.new_full((4,), torch.nan), x.flatten()])[4:].view_as(x)
+    }
+    layouts = LAYOUTS | half_a_vector  # 8 bytes
+    for layout in ("padded rows", "odd padding", "offset by one", "every second class", *half_a_vector):
         for moved in ((layout, "contiguous"), ("contiguous", layout), (layout, layout)):
             student, teacher, labels = batch(3, 2049, BF16)
-            student, teacher = (LAYOUTS[name](x) for name, x in zip(moved, (student, teacher), strict=True))
+            student, teacher = (layouts[name](x) for name, x in zip(moved, (student, teacher), strict=True))
             with emulated.kernels():
                 judge(student, teacher, labels, inplace=inplace, **SETTINGS)
 
