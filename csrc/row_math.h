@@ -111,16 +111,16 @@ struct RowTerms {
   bool labelled;   // whether there is a hard term to report
 };
 
-// A row's loss without its weight, and its two terms without theirs.
+// A row's loss without its weight, its two terms without theirs, and logarithms to base 2 of its totals.
 template <class V>
 struct RowLoss {
-  V loss, soft, hard;
+  V loss, soft, hard, log_student, log_teacher;
 };
 
 template <class D, class V, class N>
 KDFAST_HD inline RowLoss<V> finish(const Sums<V>& x, const RowTerms<V, N>& r, Coefficients<V>& c) {
   const V nan = V{} + (N)NAN;
-  RowLoss<V> out{V{}, nan, nan};
+  RowLoss<V> out{V{}, nan, nan, V{}, V{}};
   c = Coefficients<V>{x.student_offset, x.student_total, x.teacher_offset,
                       x.teacher_total,  x.hard_offset,   x.hard_total};
   c.student_unit = r.unit;
@@ -135,6 +135,8 @@ KDFAST_HD inline RowLoss<V> finish(const Sums<V>& x, const RowTerms<V, N>& r, Co
     const V log_student = log2(x.student_total);
     if (!r.softmaxed) c.teacher_total = exp2(-x.teacher_offset);
     const V log_teacher = r.softmaxed ? log2(x.teacher_total) : -x.teacher_offset;
+    out.log_student = log_student;
+    out.log_teacher = log_teacher;
     const V mass = x.teacher_total / c.teacher_total;
     const V weight = r.factor * r.unit * r.alpha * (r.t_squared ? r.temperature : 1 / r.temperature);
     V divergence{}, psi{};
@@ -197,10 +199,14 @@ struct Scales {
   V to_q, to_p, to_q1;
   V log_to_q, log_to_p;
 };
+template <class V>  // whose logarithms may be known
+KDFAST_HD inline Scales<V> scales_with(const Coefficients<V>& c, V log_student, V log_teacher) {
+  return {c.student_offset,    c.teacher_offset, c.hard_offset, 1 / c.student_total,
+          1 / c.teacher_total, 1 / c.hard_total, -log_student,  -log_teacher};
+}
 template <class V>
 KDFAST_HD inline Scales<V> scales_of(const Coefficients<V>& c) {
-  return {c.student_offset,    c.teacher_offset, c.hard_offset,          1 / c.student_total,
-          1 / c.teacher_total, 1 / c.hard_total, -log2(c.student_total), -log2(c.teacher_total)};
+  return scales_with(c, log2(c.student_total), log2(c.teacher_total));
 }
 
 // What the exps of a class are multiplied by:

@@ -23,6 +23,7 @@ struct Row {
 template <class P>
 KD_NOINLINE Scales<double> at_offsets(Scales<double> x, const RowScale& scale, const Block<P>& block) {
   const double of_hard = hard_offset<P>(scale, block.student_offset);
+  if (block == Block<P>{x.student_offset, x.teacher_offset} && of_hard == x.hard_offset) return x;
   const double ds = block.student_offset - x.student_offset, dt = block.teacher_offset - x.teacher_offset;
   if (block.student_offset != x.student_offset) x.to_q = scaled(x.to_q, ds), x.log_to_q += ds;
   if (block.teacher_offset != x.teacher_offset) x.to_p = scaled(x.to_p, dt), x.log_to_p += dt;
@@ -184,7 +185,7 @@ KD_INLINE Scales<double> scales_of(const LossArgs& a, const Sums<double>& x) {
   Coefficients<double> c{x.student_offset, x.student_total, x.teacher_offset,
                          x.teacher_total,  x.hard_offset,   1};
   if (!teacher_is_softmaxed(a)) c.teacher_total = std::exp2(-x.teacher_offset);
-  return scales_of(c);
+  return scales_with(c, 0., 0.);
 }
 
 // Pass B over a row of n classes, from the scratch.

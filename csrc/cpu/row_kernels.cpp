@@ -90,13 +90,13 @@ int place(int i) {
 // rounding.
 template <class P, bool kKeep>
 void write_gradient(const LossArgs& a, int64_t row, const Row<P>& r, int64_t begin, int64_t n,
-                    const RowScale& scale, const Coefficients<double>& c) {
+                    const RowScale& scale, const Coefficients<double>& c, const Scales<double>& of_row) {
   using C = typename P::C;
   const bool direct = (const void*)r.out == r.final_out;
   const bool decoupled = a.divergence == Divergence::kDKD;
   const int64_t label = a.labels && (a.hard_weight != 0 || decoupled) ? a.labels[row] - begin : -1;
-  const Scales<double> of_row = scales_of(c);
   Block<P> current{c.student_offset, c.teacher_offset};
+  if constexpr (kKeep) current = r.blocks[(n - 1) / kBlock];
   Scales<double> scales = at_offsets<P>(of_row, scale, current);
   Gradient<P, kKeep || P::kPointwise> gradient(scale, c, scales);
   // From the last block to the first: what was kept last is still in the cache, where not all of it fits
@@ -148,10 +148,12 @@ template <class P>
 struct Kernels {
   struct State {  // of a row
     RowScale scale;
-    Sums<double> sums{};
-    Coefficients<double> coefficients{};
-    Moments moments{};
+    Sums<double> sums;
+    Coefficients<double> coefficients;
+    Scales<double> scales;
+    Moments moments;
     double soft_at_label = 0;
+    explicit State(const RowScale& s) : scale(s) {}
   };
 
   // Passes A and B over a row, and its loss. kKeep: as the gradient wants it.
@@ -183,6 +185,7 @@ struct Kernels {
     add_pointwise_sums<P>(a, r, n, x.scale, x.sums);
     const RowLoss<double> loss =
         finish_row<P>(a, row, x.sums, x.scale, label, x.coefficients, x.soft_at_label);
+    x.scales = scales_with(x.coefficients, loss.log_student, loss.log_teacher);
     a.losses[row] = loss.loss;
     if (a.metrics) {
       measure<typename P::S, typename P::T, P::kSoft || P::kMSE, P::kProbs>(a, row, r.s, r.t, of_metrics,
@@ -217,11 +220,11 @@ struct Kernels {
         drop(a, row);
         continue;
       }
-      State x{row_scale(a, row)};
+      State x(row_scale(a, row));
       const Row<P> r = open_row<P>(a, row, 0, a.vocab, x.scale);
       fetch_for_writing(r, a.vocab);
       all_passes_but_c<true>(a, row, r, x);
-      write_gradient<P, true>(a, row, r, 0, a.vocab, x.scale, x.coefficients);
+      write_gradient<P, true>(a, row, r, 0, a.vocab, x.scale, x.coefficients, x.scales);
     }
   }
 
@@ -232,7 +235,7 @@ struct Kernels {
         drop(a, row);
         continue;
       }
-      State x{row_scale(a, row)};
+      State x(row_scale(a, row));
       const Row<P> r = open_row<P>(a, row, 0, a.vocab, x.scale);
       all_passes_but_c<P::kPointwise>(a, row, r, x);
       keep(a, row, x.coefficients);
@@ -316,7 +319,7 @@ struct Kernels {
         Coefficients<double> c = coefficients_of(a, row);
         set_units<P>(scale, c.student_unit, c.teacher_unit);
         scale_gradient(c, a.scale * at_row(a.row_scale, 1, row));
-        write_gradient<P, false>(a, row, r, first, n, scale, c);
+        write_gradient<P, false>(a, row, r, first, n, scale, c, scales_of(c));
       }
       if (first + n == a.vocab) zero(a, row, a.vocab, a.width);
     }

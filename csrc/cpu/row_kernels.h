@@ -49,7 +49,8 @@ struct LossArgs {
   __attribute__((always_inline)) bool hard() const { return labelled() || z_loss != 0; }
   // Whether something is asked for whose sums are not merged: such a row is not split.
   __attribute__((always_inline)) bool whole() const {
-    return softcap != 0 || teacher_softcap != 0 || standardize || metrics || divergence == Divergence::kDKD;
+    return softcap != 0 || teacher_softcap != 0 || standardize || metrics || label_smoothing != 0 ||
+           divergence == Divergence::kDKD;
   }
 };
 

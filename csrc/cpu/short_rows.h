@@ -4,6 +4,8 @@
 // the offset is the maximum.
 #pragma once
 
+#include <cstddef>
+
 #include "convert.h"
 #include "row_gradient.h"
 
@@ -29,11 +31,26 @@ struct ShortRows {
     int64_t label[kLanes];
   };
 
+  // Which coefficients such rows have; the others are 0.
+#define COLUMN(field) (offsetof(Coefficients<char>, field))
+  static constexpr bool has(size_t column) {
+    if (column == COLUMN(soft)) return P::kPointwise || P::kMSE;
+    if (column == COLUMN(psi_sum)) return P::kPointwise;
+    if (column == COLUMN(shift)) return P::kMSE;
+    if (column >= COLUMN(level) && column <= COLUMN(teacher)) return !P::kPointwise && !P::kMSE;
+    return column <= COLUMN(uniform) || column == COLUMN(student_unit) || column == COLUMN(teacher_unit);
+  }
+#undef COLUMN
   KD_NOINLINE static void store_table(const LossArgs& a, int64_t begin, int rows, const Coefficients<V>& c) {
     const C* lanes = (const C*)&c;
     for (int r = 0; r < rows; ++r) {
       float* row = a.table + (begin + r) * kCoefficients;
-      for (int k = 0; k < kCoefficients; ++k) row[k] = a.kept(begin + r) ? lanes[k * kLanes + r] : 0;
+      std::memset(row, 0, kCoefficients * sizeof(float));
+      if (!a.kept(begin + r)) continue;
+#pragma GCC unroll 32
+      for (int k = 0; k < kCoefficients; ++k) {
+        if (has(k)) row[k] = lanes[k * kLanes + r];
+      }
     }
   }
   KD_NOINLINE static Coefficients<V> load_table(const LossArgs& a, int64_t begin, int rows, const Group& g) {
@@ -41,7 +58,10 @@ struct ShortRows {
     C* lanes = (C*)&c;
     for (int r = 0; r < rows; ++r) {
       const float* row = a.table + (begin + r) * kCoefficients;
-      for (int k = 0; k < kCoefficients; ++k) lanes[k * kLanes + r] = row[k];
+#pragma GCC unroll 32
+      for (int k = 0; k < kCoefficients; ++k) {
+        if (has(k)) lanes[k * kLanes + r] = row[k];
+      }
     }
     scale_gradient(c, at(g.factor));
     return c;
@@ -139,7 +159,7 @@ struct ShortRows {
 
   // Losses of a group, and its gradient's coefficients.
   KD_NOINLINE static Coefficients<V> loss(const LossArgs& a, int64_t begin, int rows, const Sums<V>& x,
-                                          const Group& g) {
+                                          const Group& g, Scales<V>& scales) {
     const RowTerms<V, C> terms{at(g.temperature),
                                at(g.factor),
                                V{} + 1,
@@ -159,6 +179,7 @@ struct ShortRows {
     } else {
       out = finish<typename P::D>(x, terms, c);
     }
+    scales = scales_with(c, out.log_student, out.log_teacher);
     const V weight = at(g.weight), weighted = weight == 0 ? V{} : out.loss * weight;
     for (int r = 0; r < rows; ++r) a.losses[begin + r] = weighted[r];
     return c;
@@ -184,11 +205,11 @@ struct ShortRows {
   }
 
   KD_NOINLINE static void write(const LossArgs& a, int64_t begin, int rows, const Coefficients<V>& c,
-                                const Exponents<P>& exponents, Group& g) {
+                                const Scales<V>& scales, const Exponents<P>& exponents, Group& g) {
     const int64_t n = a.vocab;
     Gradient<P, true> gradient{};
     gradient.exponents = exponents;
-    gradient.per = per_exp<C>(c, scales_of(c));
+    gradient.per = per_exp<C>(c, scales);
     gradient.shift = c.shift;
     for (int64_t i = 0; i < n; ++i) {
       const Scratch<C> here{g.es + i * kLanes, g.et + i * kLanes, g.e1 + i * kLanes};
@@ -221,16 +242,18 @@ struct ShortRows {
     exponents.student = at(g.student);
     exponents.teacher = at(g.teacher);
     Coefficients<V> c;
+    Scales<V> scales;
     if constexpr (kWhat == Short::kGradient) {
       c = load_table(a, begin, rows, g);
+      scales = scales_of(c);
       keep_exps(a, c, exponents, g);
     } else {
-      c = loss(a, begin, rows, sums(a, exponents, g), g);
+      c = loss(a, begin, rows, sums(a, exponents, g), g, scales);
     }
     if constexpr (kWhat == Short::kLoss) {
       store_table(a, begin, rows, c);
     } else {
-      write(a, begin, rows, c, exponents, g);
+      write(a, begin, rows, c, scales, exponents, g);
     }
   }
 };
