@@ -188,16 +188,22 @@ void check_case(const char* isa, const RowKernels& kernels, DType dtype, Diverge
   check(isa, "loss_grad", a, losses, grad, want);
   for (int64_t segments : {int64_t{1}, (v + kSegment - 1) / kSegment}) {
     if (segments > 1 && divergence == Divergence::kJSD) continue;  // pass B is of whole rows
-    std::vector<RowStats> stats(rows * segments);
-    std::vector<double> table(rows * kColumns);
-    a.stats = stats.data();
-    a.wide_table = table.data();
+    std::vector<double> sums(rows * segments * kSums), table(rows * kCoefficients);
+    std::vector<float> narrow(rows * kCoefficients);
+    a.sums = sums.data();
+    // short rows' table is fp32's
+    (dtype == DType::kDouble || v > 64) ? void(a.wide_table = table.data()) : void(a.table = narrow.data());
     a.scale = 1;
-    kernels.stats(a, segments, 0, rows * segments);
-    if (segments > 1) kernels.merge(a, segments);
+    if (segments == 1) {
+      kernels.losses(a, 0, rows);
+    } else {
+      kernels.sums(a, segments, 0, rows * segments);
+      kernels.merge(a, segments);
+      kernels.finish(a, segments);
+    }
     a.scale = 0.5;
     kernels.grad(a, segments, 0, rows * segments);
-    check(isa, segments == 1 ? "stats, grad" : "stats, grad by segments", a, losses, grad, want);
+    check(isa, segments == 1 ? "losses, grad" : "sums, finish, grad by segments", a, losses, grad, want);
   }
 }
 
