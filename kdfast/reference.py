@@ -323,9 +323,9 @@ def _offset(y: Tensor, dtype: torch.dtype) -> Tensor:
     return y.amax(-1, keepdim=True).to(dtype).to(y.dtype)
 
 
-def _here(rows: _Rows) -> Tensor:
+def _here(rows: _Rows, labels: Tensor) -> Tensor:
     """Which classes are the row's label, (rows, V); none where it is another shard's."""
-    return torch.arange(rows.s.shape[-1], device=rows.s.device) == rows.labels  # type: ignore[operator]
+    return torch.arange(rows.s.shape[-1], device=labels.device).eq(labels)
 
 
 def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
@@ -342,7 +342,7 @@ def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
         classes=nothing + y_s.shape[-1],
     )  # fmt: skip
     if rows.labels is not None:
-        x = x._replace(label=torch.where(_here(rows), log_e, -math.inf).amax(-1))
+        x = x._replace(label=torch.where(_here(rows, rows.labels), log_e, -math.inf).amax(-1))
     if y_t is not None:
         to = _offset(y_t, dtype) if row_math.is_softmaxed(inputs, settings) else torch.zeros_like(so)
         log_p = y_t - torch.where(to == -math.inf, 0, to)
@@ -401,7 +401,7 @@ def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, sett
         else:
             g = g + times(q, c.level + times(c.slope + torch.zeros_like(q), log_q - log_p)) - times(c.teacher, p)
     if rows.labels is not None:
-        g = g - torch.where(_here(rows), c.label, 0)
+        g = g - torch.where(_here(rows, rows.labels), c.label, 0)
     if settings.softcap:
         g = g * torch.where(rows.s == -math.inf, 0, 1 - (rows.s / settings.softcap).square())
     factor = (

@@ -16,7 +16,7 @@ from kdfast.triton.sums import sum_over_student, sum_over_teacher, teacher_mass
 
 @triton.jit
 def soft_terms(statistics, sums, at_label, row, factors, vocab, SPEC: tl.constexpr):
-    """The soft term, its coefficients (level to psi_sum, shift), the sum of its gradient times z; dkd's at_label, KL."""
+    """The soft term, its coefficients (level to psi_sum, shift), sum of its gradient times z; dkd's at_label, KL."""
     student, beta = statistics.student, row.beta
     nothing = student.total * 0
     term, level, slope, teacher, soft, psi_sum, shift = nothing, nothing, nothing, nothing, nothing, nothing, nothing
