@@ -27,8 +27,8 @@ struct Sums {
 template <class V>
 struct Coefficients {
   V student_offset, student_total, teacher_offset, teacher_total, hard_offset, hard_total;
-  V level, slope, teacher, soft, psi_sum, hard, label, uniform;
-  V shift, mean, tilt, student_unit, teacher_unit, teacher_mean, at_label;
+  V level, slope, teacher, soft, center, hard, label, uniform;
+  V mean, tilt, student_unit, teacher_unit, teacher_mean, at_label;
 };
 
 static_assert(sizeof(Sums<char>) == kSums && sizeof(Coefficients<char>) == kCoefficients);
@@ -130,7 +130,7 @@ KDFAST_HD inline RowLoss<V> finish(const Sums<V>& x, const RowTerms<V, N>& r, Co
     out.soft = (x.over_teacher - x.teacher_total * mean) / (2 * x.classes);
     out.loss = out.soft * r.alpha;
     c.soft = r.factor * r.unit * r.alpha / x.classes;
-    c.shift = out.soft == out.soft ? mean : out.soft;  // one infinity makes all of a row NaN
+    c.center = out.soft == out.soft ? mean : out.soft;  // one infinity makes all of a row NaN
   } else if constexpr (kHasSoftmax<D>) {
     const V log_student = log2(x.student_total);
     if (!r.softmaxed) c.teacher_total = exp2(-x.teacher_offset);
@@ -143,7 +143,7 @@ KDFAST_HD inline RowLoss<V> finish(const Sums<V>& x, const RowTerms<V, N>& r, Co
     if constexpr (D::kPointwise) {
       divergence = x.phi + D::constant(mass, V{} + r.beta);
       c.soft = weight;
-      c.psi_sum = x.psi - x.psi * r.excess + 0 * x.phi;  // NaN where phi is
+      c.center = x.psi - x.psi * r.excess + 0 * x.phi;  // NaN where phi is
     }
     const V above = log_teacher - log_student;
     if constexpr (D::kTeacher) {
@@ -212,17 +212,17 @@ KDFAST_HD inline Scales<V> scales_of(const Coefficients<V>& c) {
 // What the exps of a class are multiplied by:
 //
 //   linear        Q (level + slope (log2 Q - log2 P)) - P teacher + E hard - uniform
-//   pointwise     soft (psi(P to_p, Q to_q) - Q to_q psi_sum) + E hard - uniform
+//   pointwise     soft (psi(P to_p, Q to_q) - Q to_q center) + E hard - uniform
 template <class V>
 struct PerExp {
-  V level, slope, teacher, soft, psi_sum, to_q, to_p, hard, uniform;
+  V level, slope, teacher, soft, center, to_q, to_p, hard, uniform;
 };
 template <class N, class V>  // N: the number that V is or is made of
 KDFAST_HD inline PerExp<V> per_exp(const Coefficients<V>& c, const Scales<V>& x) {
   const V slope = c.slope * x.to_q * kNatsPerBit<N>;
   const V level =
       c.level * x.to_q + masked(slope, x.log_to_q - x.log_to_p);  // no slope: there may be no exps
-  return {level,  slope,  c.teacher * x.to_p,      c.soft,   c.psi_sum,
+  return {level,  slope,  c.teacher * x.to_p,      c.soft,   c.center,
           x.to_q, x.to_p, masked(c.hard, x.to_q1), c.uniform};
 }
 

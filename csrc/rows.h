@@ -44,7 +44,7 @@ struct Matrix {
 
 // Numbers of a row, see row_math.h: of its sums, and of its gradient's coefficients.
 constexpr int kSums = 13;
-constexpr int kCoefficients = 21;
+constexpr int kCoefficients = 20;
 // In place of a label that another shard of the vocabulary has.
 constexpr int64_t kElsewhere = INT64_MIN;
 

@@ -397,7 +397,7 @@ def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, sett
     if y_t is not None and settings.alpha:
         p, q, log_p, log_q = pair = _pair(Coefficients(*stats.double().unbind(-1)), y_s, y_t)
         if row_math.shares(settings) is None:
-            g = g + c.soft * (DIVERGENCES[settings.divergence].psi(*pair, settings.beta) - q * c.psi_sum)
+            g = g + c.soft * (DIVERGENCES[settings.divergence].psi(*pair, settings.beta) - q * c.center)
         else:
             g = g + times(q, c.level + times(c.slope + torch.zeros_like(q), log_q - log_p)) - times(c.teacher, p)
     if rows.labels is not None:

@@ -43,7 +43,8 @@ class Coefficients(NamedTuple):
     q = Q / student_total        p = P / teacher_total        q1 = E / hard_total
 
     q (level + slope ln(q / p)) - teacher p + hard q1 - uniform - [i = y] label         of a linear divergence
-    soft (psi(p, q) - q psi_sum) + hard q1 - uniform - [i = y] label                    of the others
+    soft (psi(p, q) - q center) + hard q1 - uniform - [i = y] label                     of the others, with the sum of psi
+        soft (s - t - teacher_offset - center) + hard q1 - uniform - [i = y] label          of logit_mse, with the mean
     """
 
     student_offset: Any
@@ -56,12 +57,10 @@ class Coefficients(NamedTuple):
     slope: Any
     teacher: Any
     soft: Any
-    psi_sum: Any
+    center: Any
     hard: Any
     label: Any
     uniform: Any
-    # logit_mse: soft * (s - t - teacher_offset - shift)
-    shift: Any
     # standardized logits: s * student_unit and t * teacher_unit are what T divides; tilt * (s - mean) is added
     mean: Any
     tilt: Any
@@ -173,7 +172,7 @@ def finish(sums: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Te
         c = c._replace(teacher_total=total)
         if parts is None:
             divergence = x.phi + first_order(settings) * (mass - 1)
-            c = c._replace(soft=weight * factor, psi_sum=x.psi)
+            c = c._replace(soft=weight * factor, center=x.psi)
         else:
             divergence, psi = nothing, nothing
             if parts[0]:

@@ -149,8 +149,8 @@ def by_formula(c: Coefficients, arguments: Batch, settings: Settings) -> tuple[T
     terms = [c.hard * torch.exp2(student * bits - c.hard_offset) / c.hard_total, -c.uniform.expand_as(student)]
     terms.append(-c.label * torch.nn.functional.one_hot(labels, student.shape[-1]))
     if settings.divergence == "logit_mse":
-        terms.append(c.soft * (student - teacher - c.teacher_offset - c.shift))
+        terms.append(c.soft * (student - teacher - c.teacher_offset - c.center))
     else:
         psi = divergences.DIVERGENCES[settings.divergence].psi(p, q, log_p, log_q, settings.beta)
-        terms += [q * c.level, q * c.slope * (log_q - log_p), -c.teacher * p, c.soft * (psi - q * c.psi_sum)]
+        terms += [q * c.level, q * c.slope * (log_q - log_p), -c.teacher * p, c.soft * (psi - q * c.center)]
     return sum(terms[1:], terms[0]), torch.stack([term.abs().max() for term in terms]).max()

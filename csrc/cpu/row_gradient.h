@@ -36,7 +36,7 @@ KD_NOINLINE Scales<double> at_offsets(Scales<double> x, const RowScale& scale, c
 template <class C>
 KD_INLINE PerExp<typename Types<C>::V> splat(const PerExp<double>& x) {
   const auto all = [](double number) { return splat<C>(number); };
-  return {all(x.level), all(x.slope), all(x.teacher), all(x.soft),   all(x.psi_sum),
+  return {all(x.level), all(x.slope), all(x.teacher), all(x.soft),   all(x.center),
           all(x.to_q),  all(x.to_p),  all(x.hard),    all(x.uniform)};
 }
 
@@ -49,14 +49,13 @@ struct Gradient {
   using V = typename P::V;
   Exponents<P> exponents;
   PerExp<V> per;
-  V shift, mean, tilt;
+  V mean, tilt;
   bool tilted = false;
 
   Gradient() = default;
   KD_INLINE Gradient(const RowScale& scale, const Coefficients<double>& c, const Scales<double>& x)
       : exponents(scale, x.student_offset, x.teacher_offset, x.hard_offset),
         per(splat<C>(per_exp<double>(c, x))),
-        shift(splat<C>(c.shift)),
         mean(splat<C>(c.mean)),
         tilt(splat<C>(c.tilt)),
         tilted(c.tilt != 0) {}
@@ -74,9 +73,9 @@ struct Gradient {
   KD_INLINE V of_exps(const Lanes<P>& x, V s) const {
     V g = x.e1 * per.hard - per.uniform;
     if constexpr (P::kMSE) {
-      g += (x.et - shift) * per.soft;
+      g += (x.et - per.center) * per.soft;
     } else if constexpr (P::kPointwise) {
-      g += (x.et - (x.es * per.to_q) * per.psi_sum) * per.soft;  // psi is in P's place
+      g += (x.et - (x.es * per.to_q) * per.center) * per.soft;  // psi is in P's place
     } else if constexpr (P::kSoft) {
       V of_exp = per.level;
       if constexpr (P::D::kStudent) of_exp += per.slope * (x.es == 0 ? V{} : x.ys - x.yt);

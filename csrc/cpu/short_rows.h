@@ -34,9 +34,7 @@ struct ShortRows {
   // Which coefficients such rows have; the others are 0.
 #define COLUMN(field) (offsetof(Coefficients<char>, field))
   static constexpr bool has(size_t column) {
-    if (column == COLUMN(soft)) return P::kPointwise || P::kMSE;
-    if (column == COLUMN(psi_sum)) return P::kPointwise;
-    if (column == COLUMN(shift)) return P::kMSE;
+    if (column == COLUMN(soft) || column == COLUMN(center)) return P::kPointwise || P::kMSE;
     if (column >= COLUMN(level) && column <= COLUMN(teacher)) return !P::kPointwise && !P::kMSE;
     return column <= COLUMN(uniform) || column == COLUMN(student_unit) || column == COLUMN(teacher_unit);
   }
@@ -210,7 +208,6 @@ struct ShortRows {
     Gradient<P, true> gradient{};
     gradient.exponents = exponents;
     gradient.per = per_exp<C>(c, scales);
-    gradient.shift = c.shift;
     for (int64_t i = 0; i < n; ++i) {
       const Scratch<C> here{g.es + i * kLanes, g.et + i * kLanes, g.e1 + i * kLanes};
       store(g.es + i * kLanes, gradient.combine(at(g.s + i * kLanes), at(g.t + i * kLanes), here, 0));

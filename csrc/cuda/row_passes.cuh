@@ -85,7 +85,7 @@ __device__ inline float hard_shift(const Coefficients<float>& c, float t) {
 struct Factors {
   float student_offset, teacher_offset, to_q, to_p;
   float level, slope, teacher;  // linear divergences
-  float soft, shift;            // the others', and logit_mse's: soft * (s - t - shift)
+  float soft, center;           // the others', and logit_mse's
   float hard, label, uniform;
 };
 template <class D>
@@ -93,10 +93,10 @@ __device__ inline Factors factors_of(const Coefficients<float>& c, float grad_lo
   Factors f{finite(c.student_offset), finite(c.teacher_offset), 1 / c.student_total, 1 / c.teacher_total};
   if constexpr (D::kDifference) {
     f.soft = grad_loss * c.soft;
-    f.shift = c.teacher_offset + c.shift;
+    f.center = c.teacher_offset + c.center;
   } else if constexpr (kHasSoftmax<D> && D::kPointwise) {
     f.soft = grad_loss * c.soft;
-    f.shift = c.psi_sum;
+    f.center = c.center;
   } else if constexpr (kHasSoftmax<D>) {
     const float above = log2f(c.teacher_total) - log2f(c.student_total), slope = c.slope * kLn2;
     f.level = grad_loss * (c.slope == 0 ? c.level : c.level + slope * above) * f.to_q;
@@ -112,20 +112,20 @@ __device__ inline Factors factors_of(const Coefficients<float>& c, float grad_lo
 // dl/ds of one class, but for what the label has of its own.
 //
 //   linear        Q * (level + slope * log2(Q / P)) - P * teacher
-//   pointwise     soft * (psi - q * shift)
-//   logit_mse     soft * (s - t - shift)                               and + E * hard - uniform
+//   pointwise     soft * (psi - q * center)
+//   logit_mse     soft * (s - t - center)                               and + E * hard - uniform
 template <class D>
 __device__ inline float gradient(float s, float t, const Factors& f, const RowScale& row) {
   const float y = __fmaf_rn(s, row.slope, -f.student_offset);
   float g = -f.uniform;
   if constexpr (D::kDifference) {
-    g = __fmaf_rn(f.soft, s - t - f.shift, g);
+    g = __fmaf_rn(f.soft, s - t - f.center, g);
   } else if constexpr (kHasSoftmax<D>) {
     const float exp = fast_exp2(y);
     const Exp p = teacher_exp(t, f.teacher_offset, row);
     if constexpr (D::kPointwise) {
       const float q = exp * f.to_q;
-      g = __fmaf_rn(f.soft, D::psi(p.exp * f.to_p, q, row.beta) - q * f.shift, g);
+      g = __fmaf_rn(f.soft, D::psi(p.exp * f.to_p, q, row.beta) - q * f.center, g);
     } else {
       float per_exp = f.level;
       if constexpr (D::kStudent) per_exp += f.slope * (exp == 0 ? 0 : fminf(y - p.log, 3e38f));

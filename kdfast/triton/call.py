@@ -147,8 +147,6 @@ class Call:
 
     def pointwise_sums(self, sums: Tensor) -> Tensor:
         """phi and psi of the classes that are here, (rows, 2), from the sums of all classes."""
-        if self.spec.linear:
-            raise ValueError(f"divergence: {self.settings.divergence!r} has no sums of its own beside Sums")
         table = self.losses.new_empty(self.rows, 2)
         with launching_on(table):
             self._by_row(row_kernels.pointwise_sums, table, sums.contiguous())

@@ -16,10 +16,10 @@ from kdfast.triton.sums import sum_over_student, sum_over_teacher, teacher_mass
 
 @triton.jit
 def soft_terms(statistics, sums, at_label, row, factors, vocab, SPEC: tl.constexpr):
-    """The soft term, its coefficients (level to psi_sum, shift), sum of its gradient times z; dkd's at_label, KL."""
+    """The soft term, its coefficients (level to center), sum of its gradient times z; dkd's at_label, KL."""
     student, beta = statistics.student, row.beta
     nothing = student.total * 0
-    term, level, slope, teacher, soft, psi_sum, shift = nothing, nothing, nothing, nothing, nothing, nothing, nothing
+    term, level, slope, teacher, soft, center = nothing, nothing, nothing, nothing, nothing, nothing
     pull, of_label, kl = nothing, nothing, nothing
     scale = factors.gradient * factors.alpha
     if SPEC.standardize:
@@ -29,7 +29,7 @@ def soft_terms(statistics, sums, at_label, row, factors, vocab, SPEC: tl.constex
         mean = d.first / vocab
         term = (d.second - d.first * mean) / (2 * vocab)
         soft = scale / vocab
-        shift = d.shift + tl.where(term == term, mean, term)  # an infinity makes its row NaN
+        center = d.shift + tl.where(term == term, mean, term)  # an infinity makes its row NaN
         if SPEC.standardize:
             pull = soft * d.with_z
     elif SPEC.divergence is not None:
@@ -54,18 +54,18 @@ def soft_terms(statistics, sums, at_label, row, factors, vocab, SPEC: tl.constex
                 of_p = share * teacher_mass(statistics, row, SPEC)
             level = scale * (of_p - over_student)
         else:
-            divergence, psi_sum = sums.phi, sums.psi
+            divergence, center = sums.phi, sums.psi
             # for q as it is rounded: its sum is not quite 1, and the gradient's is to be 0
-            psi_sum -= psi_sum * tl.fma(1 / student.total, student.total, nothing - 1)
+            center -= center * tl.fma(1 / student.total, student.total, nothing - 1)
             soft = scale
             if SPEC.divergence.constant is not None:
                 divergence += SPEC.divergence.constant(teacher_mass(statistics, row, SPEC), beta)
         if SPEC.standardize:
-            pull = of_psi * sums.psi_z + (level - soft * psi_sum) * sums.q_z
+            pull = of_psi * sums.psi_z + (level - soft * center) * sums.q_z
             if SPEC.dkd:
                 pull += of_label * at_label[0]
         term = divergence * (row.temperature * row.temperature if SPEC.t_squared else 1)
-    return term, (level, slope, teacher, soft, psi_sum, shift), pull, of_label, kl
+    return term, (level, slope, teacher, soft, center), pull, of_label, kl
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def finish(statistics, scales, sums, at_label, row, factors, vocab, SPEC: tl.con
     student, teachers = scales
     nothing = statistics.student.total * 0
     term, of_soft, pull, whole, kl = soft_terms(statistics, sums, at_label, row, factors, vocab, SPEC)
-    level, slope, teacher, soft, psi_sum, shift = of_soft
+    level, slope, teacher, soft, center = of_soft
     loss = factors.alpha * term
     hard_loss, hard_total, hard, label, uniform, tilt = nothing, nothing, nothing, nothing, nothing, nothing
     if SPEC.hard:
@@ -128,8 +128,8 @@ def finish(statistics, scales, sums, at_label, row, factors, vocab, SPEC: tl.con
     coefficients = Coefficients(
         student.offset, student.total, first.offset, first.total,
         nothing + hard_offset(student.offset, row, SPEC), hard_total,
-        level, slope, teacher, soft, psi_sum, hard, label, uniform,
-        shift, mean, tilt, unit, first.unit, first.mean, whole,
+        level, slope, teacher, soft, center, hard, label, uniform,
+        mean, tilt, unit, first.unit, first.mean, whole,
     )  # fmt: skip
     values = ()
     if SPEC.metrics:

@@ -57,8 +57,9 @@ def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
 
 
 def pointwise_sums(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    """phi's and psi's sums over these classes, (rows, 2), once all sums are merged; not of a linear divergence."""
-    return Call(student, inputs, settings._replace(reduction="sum", metrics=False), shard=True).pointwise_sums(sums)
+    """Sums of all shards with phi and psi of the classes that are here."""
+    call = Call(student, inputs, settings._replace(reduction="sum", metrics=False), shard=True)
+    return sums.clone() if call.spec.linear else torch.cat([sums[:, :-2], call.pointwise_sums(sums)], 1)
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:

@@ -135,7 +135,7 @@ def gradient(tile, c, further, row, SPEC: tl.constexpr):
     if SPEC.divergence is not None:
         p, q, log_p, log_q, y, e = distributions(s, tiles, scales_in(c, further, SPEC), row, SPEC)
         if SPEC.divergence.phi is not None:
-            g = c.soft * (SPEC.divergence.psi(p, q, row.beta) - q * c.psi_sum)
+            g = c.soft * (SPEC.divergence.psi(p, q, row.beta) - q * c.center)
         else:
             g = q * c.level
         if SPEC.divergence.student_share is not None:
@@ -146,7 +146,7 @@ def gradient(tile, c, further, row, SPEC: tl.constexpr):
         y = exponent(s, row.slope, c.student_offset)
         e = tl.exp2(y)
         if SPEC.difference:
-            g = c.soft * (s - teacher_logits(tiles, row.weights, SPEC)[0] - c.shift)
+            g = c.soft * (s - teacher_logits(tiles, row.weights, SPEC)[0] - c.center)
         else:
             g = tl.zeros_like(s)
     if SPEC.labelled or SPEC.z_loss:

@@ -81,8 +81,8 @@ def coefficients_in(line, factor, teachers: tl.constexpr):
         further = further + (Further(*columns_of(line, COEFFICIENTS + 4 * k, 4)),)
     scaled = Coefficients(
         c.student_offset, c.student_total, c.teacher_offset, c.teacher_total, c.hard_offset, c.hard_total,
-        factor * c.level, factor * c.slope, factor * c.teacher, factor * c.soft, c.psi_sum, factor * c.hard,
-        factor * c.label, factor * c.uniform, c.shift, c.mean, factor * c.tilt, c.student_unit, c.teacher_unit,
+        factor * c.level, factor * c.slope, factor * c.teacher, factor * c.soft, c.center, factor * c.hard,
+        factor * c.label, factor * c.uniform, c.mean, factor * c.tilt, c.student_unit, c.teacher_unit,
         c.teacher_mean, factor * c.at_label,
     )  # fmt: skip
     return scaled, further
