@@ -42,9 +42,11 @@ class Coefficients(NamedTuple):
 
     q = Q / student_total        p = P / teacher_total        q1 = E / hard_total
 
-    q (level + slope ln(q / p)) - teacher p + hard q1 - uniform - [i = y] label         of a linear divergence
-    soft (psi(p, q) - q center) + hard q1 - uniform - [i = y] label                     of the others, with the sum of psi
-        soft (s - t - teacher_offset - center) + hard q1 - uniform - [i = y] label          of logit_mse, with the mean
+        q (level + slope ln(q / p)) - teacher p      of a linear divergence
+        soft (psi(p, q) - q center)                  of the others, center being the sum of psi
+        soft (s - t - teacher_offset - center)       of logit_mse, center being the mean
+
+    and to each of them is added hard q1 - uniform - [i = y] label.
     """
 
     student_offset: Any
