@@ -403,7 +403,7 @@ def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, sett
     if rows.labels is not None:
         g = g - torch.where(_here(rows, rows.labels), c.label, 0)
     if settings.softcap:
-        g = g * torch.where(rows.s == -math.inf, 0, 1 - (rows.s / settings.softcap).square())
+        g = torch.where(rows.s == -math.inf, 0, g * (1 - (rows.s / settings.softcap).square()))
     factor = (
         grad_loss.to(g.dtype) / denominator(student, inputs, settings) if settings.reduction != "none" else grad_loss
     )

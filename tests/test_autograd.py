@@ -23,6 +23,13 @@ whatever_the_kernels = pytest.mark.parametrize(
     indirect=True,
 )
 
+# With options that the CUDA kernels lack.
+whatever_the_kernels_of_options = pytest.mark.parametrize(
+    "backend",
+    ["reference", "cpu", pytest.param("triton", marks=pytest.mark.full)],
+    indirect=True,
+)
+
 
 class Allocations(TorchDispatchMode):
     """Records every tensor of at least VOCAB elements that an operator makes, and the storage that it is in."""
@@ -79,7 +86,7 @@ def test_one_tensor_of_the_logits_size_is_made_or_none_in_place_and_it_becomes_t
     torch.testing.assert_close(s.grad, expected, rtol=1e-6 if dtype == F32 else 1e-2, atol=1e-6)
 
 
-@whatever_the_kernels
+@whatever_the_kernels_of_options
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_options_and_metrics_make_no_tensor_of_the_logits_size(reduction, backend):
     s, t, y = data()
@@ -178,7 +185,7 @@ def test_double_backward_is_a_clear_error(inplace, reduction, backend):
             torch.autograd.grad(loss, s, coefficient, create_graph=True)
 
 
-@whatever_the_kernels
+@whatever_the_kernels_of_options
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_teacher_made_under_inference_mode_is_as_good_as_any(reduction, backend):
     s, t, y = data()

@@ -116,7 +116,8 @@ def assert_nothing_spills(kernels: list[Any], full: bool = True) -> None:
 def test_no_kernel_spills(compiled: Any, divergence: str, vocab: int, dtype: torch.dtype, full: bool) -> None:
     everything(dtype, vocab, divergence=divergence, temperature=3.7)  # not whole: the most arithmetic
     kernels = compiled()
-    assert any(kernel.name == "loss_grad_short" for kernel in kernels) == (vocab < 40000)
+    in_forward = dtype != F16  # whose gradient is of `stats` and `grad`
+    assert any(kernel.name == "loss_grad_short" for kernel in kernels) == (vocab < 40000 and in_forward)
     assert_nothing_spills(kernels, full)
 
 

@@ -51,14 +51,19 @@ def grad_(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, set
     call.copy_back(student)
 
 
+def _shard(student: Tensor, inputs: Inputs, settings: Settings) -> Call:
+    """Without what is not summed by shards."""
+    return Call(student, inputs, settings._replace(reduction="sum", metrics=False, standardize=False), shard=True)
+
+
 def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """row_math.Sums of whatever classes are given, (rows, 13); a label that is not among them adds nothing."""
-    return Call(student, inputs, settings._replace(reduction="sum", metrics=False), shard=True).sums()
+    return _shard(student, inputs, settings).sums()
 
 
 def pointwise_sums(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """Sums of all shards with phi and psi of the classes that are here."""
-    call = Call(student, inputs, settings._replace(reduction="sum", metrics=False), shard=True)
+    call = _shard(student, inputs, settings)
     return sums.clone() if call.spec.linear else torch.cat([sums[:, :-2], call.pointwise_sums(sums)], 1)
 
 
