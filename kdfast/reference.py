@@ -323,9 +323,9 @@ def _offset(y: Tensor, dtype: torch.dtype) -> Tensor:
     return y.amax(-1, keepdim=True).to(dtype).to(y.dtype)
 
 
-def _here(rows: _Rows, labels: Tensor) -> Tensor:
-    """Which classes are the row's label, (rows, V); none where it is another shard's."""
-    return torch.arange(rows.s.shape[-1], device=labels.device).eq(labels)
+def _is_label(labels: Tensor, classes: int) -> Tensor:
+    """Which classes are the row's label, (rows, classes); none where another shard has it."""
+    return torch.arange(classes, device=labels.device).eq(labels)
 
 
 def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
@@ -342,7 +342,7 @@ def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
         classes=nothing + y_s.shape[-1],
     )  # fmt: skip
     if rows.labels is not None:
-        x = x._replace(label=torch.where(_here(rows, rows.labels), log_e, -math.inf).amax(-1))
+        x = x._replace(label=torch.where(_is_label(rows.labels, log_e.shape[-1]), log_e, -math.inf).amax(-1))
     if y_t is not None:
         to = _offset(y_t, dtype) if row_math.is_softmaxed(inputs, settings) else torch.zeros_like(so)
         log_p = y_t - torch.where(to == -math.inf, 0, to)
@@ -391,17 +391,18 @@ def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, sett
     check_values(student, inputs, settings)
     student = student.detach()
     rows, y_s, y_t = _exponents(student, inputs, settings)
-    c = Coefficients(*(column.unsqueeze(-1) for column in stats.double().unbind(-1)))
+    of_rows = Coefficients(*stats.double().unbind(-1))
+    c = Coefficients(*(column.unsqueeze(-1) for column in of_rows))
     q1 = torch.exp2(rows.s / LN2 - torch.where(c.hard_offset == -math.inf, 0, c.hard_offset)) / c.hard_total
     g = times(c.hard + torch.zeros_like(q1), q1) - c.uniform
     if y_t is not None and settings.alpha:
-        p, q, log_p, log_q = pair = _pair(Coefficients(*stats.double().unbind(-1)), y_s, y_t)
+        p, q, log_p, log_q = pair = _pair(of_rows, y_s, y_t)
         if row_math.shares(settings) is None:
             g = g + c.soft * (DIVERGENCES[settings.divergence].psi(*pair, settings.beta) - q * c.center)
         else:
             g = g + times(q, c.level + times(c.slope + torch.zeros_like(q), log_q - log_p)) - times(c.teacher, p)
     if rows.labels is not None:
-        g = g - torch.where(_here(rows, rows.labels), c.label, 0)
+        g = g - torch.where(_is_label(rows.labels, g.shape[-1]), c.label, 0)
     if settings.softcap:
         g = torch.where(rows.s == -math.inf, 0, g * (1 - (rows.s / settings.softcap).square()))
     factor = (

@@ -342,15 +342,7 @@ void with_divergence(const LossArgs& a, F f) {
     }
     if constexpr (!kMSE) f(Spec<S, T, D, kProbs, true>{});
   };
-  switch (a.divergence) {
-#define X(name, Type)       \
-  case Divergence::k##Type: \
-    return call(Type{});
-    KDFAST_DIVERGENCES
-#undef X
-    case Divergence::kNone:
-      return call(NoDivergence{});
-  }
+  with_divergence_named(a, call);
 }
 
 #if defined(__AVX512BF16__)  // which rounds to bf16 in one instruction, and adds nothing to other storage
