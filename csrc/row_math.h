@@ -97,9 +97,9 @@ void merge(Sums<double>& total, Sums<double> more) {
   total.psi += more.psi;
 }
 
-// ---- finish ----
+// ---- loss and coefficients ----
 
-// What finish() knows of a row beside its sums. N: the type of what is the same in all rows.
+// What loss_and_coefficients() knows of a row beside its sums. N: the type of what is the same in all rows.
 template <class V, class N>
 struct RowTerms {
   V temperature, factor;  // the gradient's: weight, reduction
@@ -118,7 +118,7 @@ struct RowLoss {
 };
 
 template <class D, class V, class N>
-KDFAST_HD inline RowLoss<V> finish(const Sums<V>& x, const RowTerms<V, N>& r, Coefficients<V>& c) {
+KDFAST_HD inline RowLoss<V> loss_and_coefficients(const Sums<V>& x, const RowTerms<V, N>& r, Coefficients<V>& c) {
   const V nan = V{} + (N)NAN;
   RowLoss<V> out{V{}, nan, nan, V{}, V{}};
   c = Coefficients<V>{x.student_offset, x.student_total, x.teacher_offset,

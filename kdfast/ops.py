@@ -52,7 +52,7 @@ SCHEMAS = {
     "stats": f"(Tensor student, {_ARGS}) -> (Tensor loss, Tensor stats, Tensor metrics)",
     "sums": f"(Tensor student, {_ARGS}) -> Tensor",
     "pointwise_sums": f"(Tensor student, Tensor sums, {_ARGS}) -> Tensor",
-    "finish": f"(Tensor student, Tensor sums, {_ARGS}) -> (Tensor losses, Tensor coefficients)",
+    "losses_and_coefficients": f"(Tensor student, Tensor sums, {_ARGS}) -> (Tensor losses, Tensor coefficients)",
     "grad": f"(Tensor student, Tensor stats, Tensor grad_loss, {_ARGS}) -> Tensor",
     "grad_": f"(Tensor(a!) student, Tensor stats, Tensor grad_loss, {_ARGS}) -> ()",
     "linear_loss_grad": f"({_HEADS}, {_ARGS}) -> (Tensor loss, {_HEAD_GRADIENTS}, Tensor metrics)",
@@ -128,7 +128,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     ),
     "sums": _bundled(lambda student, inputs, settings: _new_table(student, len(Sums._fields))),
     "pointwise_sums": _bundled(lambda student, sums, inputs, settings: _new_table(student, len(Sums._fields))),
-    "finish": _bundled(
+    "losses_and_coefficients": _bundled(
         lambda student, sums, inputs, settings: (
             sums.new_empty(sums.shape[:1]),
             _new_table(student, len(Coefficients._fields)),
@@ -259,7 +259,7 @@ for _name, _schema in SCHEMAS.items():
         for _namespace, _library in _defined.items():
             _library.impl(_name, _linear(_name, _namespace), "CompositeExplicitAutograd")
         continue
-    if _name == "finish":  # of rows alone, in PyTorch, but for the CPU's
+    if _name == "losses_and_coefficients":  # of rows alone, in PyTorch, but for the CPU's
         for _library in _defined.values():
             _library.impl(_name, _reference(_name), "CompositeExplicitAutograd")
         continue

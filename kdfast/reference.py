@@ -286,7 +286,7 @@ def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, 
     loss = _reduced(student, inputs, settings)
     if _has_coefficients(settings):
         of_rows = pointwise_sums(student, sums(student, inputs, settings), inputs, settings)
-        table = row_math.finish(of_rows, inputs, settings)[1]
+        table = row_math.losses_and_coefficients(of_rows, inputs, settings)[1]
     else:
         table = loss.new_zeros(student.shape[:-1].numel(), len(Coefficients._fields))
     return loss, table, metrics(student, inputs, settings)
@@ -379,9 +379,9 @@ def pointwise_sums(student: Tensor, sums: Tensor, inputs: Inputs, settings: Sett
     return torch.cat([sums[:, :-2], torch.stack((phi.sum(-1), psi.sum(-1)), -1).to(sums.dtype)], -1)
 
 
-def finish(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
-    """row_math.finish on any device."""
-    return row_math.finish(sums, inputs, settings)
+def losses_and_coefficients(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+    """row_math.losses_and_coefficients on any device."""
+    return row_math.losses_and_coefficients(sums, inputs, settings)
 
 
 def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> Tensor:  # (..., V)

@@ -147,7 +147,7 @@ def merge(shards: Sequence[Tensor], settings: Settings) -> Tensor:
     return torch.stack(Sums(**columns), -1)
 
 
-def finish(sums: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+def losses_and_coefficients(sums: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     """Row losses, weights included, (rows,), and the coefficients, (rows, len(Coefficients._fields)): 0 where the
     weight is. A scalar reduction's divisor is not in them."""
     x = Sums(*sums.unbind(-1))

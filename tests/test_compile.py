@@ -229,7 +229,7 @@ def check_operator(name: str, backend: str | None, kind: str, *checks: str) -> N
         "tempered_softmax": (s, inputs.temperatures, 2.0, inputs.row_weight is None, torch.float32),
         "tempered_softmax_backward": (s, s.float(), inputs.temperatures, 2.0, inputs.row_weight is None, s.dtype),
         "pointwise_sums": (s, sums, *inputs, *settings),
-        "finish": (s, sums, *inputs, *settings),
+        "losses_and_coefficients": (s, sums, *inputs, *settings),
         "grad": (s, stats, torch.ones_like(loss), *inputs, *settings),
         "grad_": (s, stats, torch.ones_like(loss), *inputs, *settings),
     }.get(name, (s, *inputs, *settings))

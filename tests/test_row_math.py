@@ -67,7 +67,7 @@ def test_shards_have_the_loss_and_gradient_of_the_whole(
         each = [ops.pointwise_sums(x, merged, *own, *settings)[:, -2:] for x, own in parts]
         merged = torch.cat([merged[:, :-2], torch.stack(each).sum(0)], -1)
     x, own = parts[0]
-    losses, table = ops.finish(x, merged, *own, *settings)
+    losses, table = ops.losses_and_coefficients(x, merged, *own, *settings)
     assert table.shape == (ROWS, len(Coefficients._fields)) and merged.shape == (ROWS, len(Sums._fields))
     truth.judge_rows("losses of shards", losses)
     factor = torch.linspace(-1, 2, ROWS)
@@ -99,7 +99,7 @@ USUAL = {
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.25, "z_loss": 0.125}, {"hard_weight": 0.0}], ids=str)
-def test_finish_is_the_same_in_every_language(cpu: str, divergence: str, options: dict[str, Any]) -> None:
+def test_losses_and_coefficients_are_the_same_in_every_language(cpu: str, divergence: str, options: dict[str, Any]) -> None:
     rows = [USUAL | row for row in TABLE.values()]
     columns = {key: torch.tensor([row[key] for row in rows], dtype=torch.float64) for key in USUAL}
     weight = columns.pop("weight")
@@ -107,9 +107,9 @@ def test_finish_is_the_same_in_every_language(cpu: str, divergence: str, options
     s = torch.zeros(len(rows), 50, dtype=torch.float64)
     options = {"divergence": divergence, "temperature": 2.0, "row_weight": weight} | options
     inputs, settings = checked(s, s, torch.zeros(len(rows), dtype=torch.int64), **options)
-    want = row_math.finish(sums, inputs, settings)
+    want = row_math.losses_and_coefficients(sums, inputs, settings)
     for x, rtol in ((s, 1e-13), (s.float(), 1e-6)):
-        got = torch.ops.kdfast.finish(x, sums.to(x.dtype), *inputs, *settings)
+        got = torch.ops.kdfast.losses_and_coefficients(x, sums.to(x.dtype), *inputs, *settings)
         for one, other in zip(got, want, strict=True):
             torch.testing.assert_close(one.double(), other, rtol=rtol, atol=0, equal_nan=True)
 

@@ -93,7 +93,7 @@ void run_losses(const LossArgs& a) {
   LossArgs with_sums = a;
   with_sums.sums = sums.data();
   run_sums(with_sums, segments);
-  kernels().finish(with_sums, segments);
+  kernels().losses_and_coefficients(with_sums, segments);
 }
 
 void run_grad(const LossArgs& a) {
@@ -159,13 +159,13 @@ Tensor pointwise_sums(Tensor student, Tensor sums, KDFAST_ARGUMENTS) {
   return loss.table_of(numbers, 1);
 }
 
-std::tuple<Tensor, Tensor> finish(Tensor student, Tensor sums, KDFAST_ARGUMENTS) {
+std::tuple<Tensor, Tensor> losses_and_coefficients(Tensor student, Tensor sums, KDFAST_ARGUMENTS) {
   Loss loss(student, KDFAST_CALL);
   std::vector<double> numbers = loss.numbers_in(sums);
   loss.args.sums = numbers.data();
   Tensor table = loss.new_table();
   loss.use_table(table);
-  kernels().finish(loss.args, 1);
+  kernels().losses_and_coefficients(loss.args, 1);
   return {loss.by_row(), table};
 }
 
@@ -271,7 +271,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   KDFAST_REGISTER_LOSS(m);
   m.impl("sums", TORCH_BOX(&kdfast::sums));
   m.impl("pointwise_sums", TORCH_BOX(&kdfast::pointwise_sums));
-  m.impl("finish", TORCH_BOX(&kdfast::finish));
+  m.impl("losses_and_coefficients", TORCH_BOX(&kdfast::losses_and_coefficients));
   m.impl("tempered_softmax", TORCH_BOX(&kdfast::tempered_softmax));
   m.impl("tempered_softmax_backward", TORCH_BOX(&kdfast::tempered_softmax_backward));
 }

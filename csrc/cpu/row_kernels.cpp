@@ -184,7 +184,7 @@ struct Kernels {
     add_label<P>(a, x.scale, label, x.sums);
     add_pointwise_sums<P>(a, r, n, x.scale, x.sums);
     const RowLoss<double> loss =
-        finish_row<P>(a, row, x.sums, x.scale, label, x.coefficients, x.soft_at_label);
+        row_loss_and_coefficients<P>(a, row, x.sums, x.scale, label, x.coefficients, x.soft_at_label);
     x.scales = scales_with(x.coefficients, loss.log_student, loss.log_teacher);
     a.losses[row] = loss.loss;
     if (a.metrics) {
@@ -292,7 +292,7 @@ struct Kernels {
     }
   }
 
-  static void finish(const LossArgs& a, int64_t segments) {
+  static void losses_and_coefficients(const LossArgs& a, int64_t segments) {
     for (int64_t row = 0; row < a.rows; ++row) {
       if (!a.kept(row)) {
         drop(a, row);
@@ -301,7 +301,7 @@ struct Kernels {
       const Sums<double>& sums = ((const Sums<double>*)a.sums)[row * segments];
       Coefficients<double> c;
       double soft_at_label = 0;
-      a.losses[row] = finish_row<P>(a, row, sums, row_scale(a, row), {}, c, soft_at_label).loss;
+      a.losses[row] = row_loss_and_coefficients<P>(a, row, sums, row_scale(a, row), {}, c, soft_at_label).loss;
       keep(a, row, c);
     }
   }
@@ -332,7 +332,7 @@ template <class S, class T, bool kProbs, class F>
 void with_divergence(const LossArgs& a, F f) {
   auto call = [&](auto divergence) {
     using Named = decltype(divergence);
-    // which pointwise one it is pass B asks; whether forward_kl's sums are decoupled KD's, finish()
+    // which pointwise one it is pass B asks; whether forward_kl's sums are decoupled KD's, loss_and_coefficients()
     using D = std::conditional_t<Named::kPointwise, Pointwise,
                                  std::conditional_t<std::is_same_v<Named, DKD>, ForwardKL, Named>>;
     constexpr bool kMSE = std::is_same_v<D, LogitMSE>, kNone = std::is_same_v<D, NoDivergence>;
@@ -360,7 +360,7 @@ struct Kernels<Elsewhere> {
   KDFAST_ELSEWHERE(sums)
   KDFAST_ELSEWHERE(pointwise_sums)
   KDFAST_ELSEWHERE(merge)
-  KDFAST_ELSEWHERE(finish)
+  KDFAST_ELSEWHERE(losses_and_coefficients)
   KDFAST_ELSEWHERE(grad)
 #undef KDFAST_ELSEWHERE
 };
@@ -396,7 +396,7 @@ void with_spec(const LossArgs& a, F f) {
 const RowKernels& KDFAST_EXPORT(KDFAST_ISA)() {
   static const RowKernels kernels = {
       KDFAST_KERNEL(loss_grad), KDFAST_KERNEL(losses), KDFAST_KERNEL(sums), KDFAST_KERNEL(pointwise_sums),
-      KDFAST_KERNEL(merge),     KDFAST_KERNEL(finish), KDFAST_KERNEL(grad), softmax,
+      KDFAST_KERNEL(merge),     KDFAST_KERNEL(losses_and_coefficients), KDFAST_KERNEL(grad), softmax,
       softmax_backward};
   return kernels;
 }

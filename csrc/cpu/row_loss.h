@@ -88,10 +88,10 @@ KD_INLINE RowTerms<double, double> terms_of(const LossArgs& a, int64_t row, cons
 }
 
 // By the divergence's own formula, whatever a kernel is compiled for.
-KD_NOINLINE RowLoss<double> finish_named(const LossArgs& a, const Sums<double>& x,
+KD_NOINLINE RowLoss<double> dispatch_loss_and_coefficients(const LossArgs& a, const Sums<double>& x,
                                          const RowTerms<double, double>& terms, Coefficients<double>& c) {
   RowLoss<double> out{};
-  with_divergence_named(a, [&](auto d) { out = finish<decltype(d)>(x, terms, c); });
+  with_divergence_named(a, [&](auto d) { out = loss_and_coefficients<decltype(d)>(x, terms, c); });
   return out;
 }
 
@@ -114,7 +114,7 @@ Split softmaxed_split(double log_label, double log_others) {
 //
 //   dD/ds_i = (q^_i [w_0 (p_y (1 - q_y) - (1 - p_y) q_y) + w_1] - w_1 p^_i) / T
 //   dD/ds_y = -w_0 (p_y (1 - q_y) - (1 - p_y) q_y) / T
-KD_NOINLINE double finish_dkd(const LossArgs& a, const Sums<double>& x, double ys, double yt, double weight,
+KD_NOINLINE double dkd_loss_and_coefficients(const LossArgs& a, const Sums<double>& x, double ys, double yt, double weight,
                               Coefficients<double>& c) {
   const Split q = softmaxed_split(ys, std::log2(x.student_total));
   Split p = softmaxed_split(yt, std::log2(x.teacher_total));
@@ -145,7 +145,7 @@ KD_NOINLINE double finish_dkd(const LossArgs& a, const Sums<double>& x, double y
 
 // The row's loss, and what pass C needs, from the sums of all of its classes.
 template <class P>
-KD_NOINLINE RowLoss<double> finish_row(const LossArgs& a, int64_t row, const Sums<double>& x,
+KD_NOINLINE RowLoss<double> row_loss_and_coefficients(const LossArgs& a, int64_t row, const Sums<double>& x,
                                        const RowScale& scale, const Label& label, Coefficients<double>& c,
                                        double& soft_at_label) {
   const RowTerms<double, double> terms = terms_of<typename P::C>(a, row, x, scale);
@@ -165,14 +165,14 @@ KD_NOINLINE RowLoss<double> finish_row(const LossArgs& a, int64_t row, const Sum
       with_label.label = x.label - up;
       with_label.exponents = x.exponents - n * up;
     }
-    out = finish<NoDivergence>(with_label, terms, c);
+    out = loss_and_coefficients<NoDivergence>(with_label, terms, c);
     const double at_label = masked(c.hard, std::exp2(with_label.label) / with_label.hard_total) - c.label;
-    out.soft = (a.t_squared ? t * t : 1) * finish_dkd(a, x, ys, yt, weight, c);
+    out.soft = (a.t_squared ? t * t : 1) * dkd_loss_and_coefficients(a, x, ys, yt, weight, c);
     out.loss += a.alpha * out.soft;
     soft_at_label = c.at_label;
     c.at_label += at_label;
   } else {
-    out = finish_named(a, x, terms, c);
+    out = dispatch_loss_and_coefficients(a, x, terms, c);
   }
   c.teacher_unit = scale.teacher_unit;
   if (a.standardize && n == 1) c.level = c.slope = c.teacher = c.soft = 0;  // else 1e7 times their rounding

@@ -173,9 +173,9 @@ struct ShortRows {
     Coefficients<V> c;
     RowLoss<V> out{};
     if constexpr (P::kPointwise) {
-      with_pointwise(a, [&](auto d) { out = finish<decltype(d)>(x, terms, c); });
+      with_pointwise(a, [&](auto d) { out = loss_and_coefficients<decltype(d)>(x, terms, c); });
     } else {
-      out = finish<typename P::D>(x, terms, c);
+      out = loss_and_coefficients<typename P::D>(x, terms, c);
     }
     scales = scales_with(c, out.log_student, out.log_teacher);
     const V weight = at(g.weight), weighted = weight == 0 ? V{} : out.loss * weight;

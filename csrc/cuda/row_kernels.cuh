@@ -271,7 +271,7 @@ __device__ inline void rows_of_team(const RowsArgs& a, uint4* kept, Shared& shar
 
       const Sums<float> of_row = sums_of(statistics, sums, numbers.label_s, (float)a.vocab, r.scale);
       Coefficients<float> coefficients;
-      const RowLoss<float> row = finish<D>(of_row, terms_of(a, r, of_row), coefficients);
+      const RowLoss<float> row = loss_and_coefficients<D>(of_row, terms_of(a, r, of_row), coefficients);
       factors = factors_of<D>(coefficients, 1);
       if (team.leading_warp()) write_row(a, r, row, coefficients);
       if (a.metrics) {

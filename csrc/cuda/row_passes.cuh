@@ -53,7 +53,7 @@ struct PointwiseSums {
   }
 };
 
-// What finish takes, of all classes: in the kernels exps at temperature 1 are relative to T times the offset.
+// What loss_and_coefficients takes, of all classes: in the kernels exps at temperature 1 are relative to T times the offset.
 template <class D>
 __device__ inline Sums<float> sums_of(const Statistics<D>& x, const PointwiseSums& pointwise, float label_s,
                                       float classes, const RowScale& row) {

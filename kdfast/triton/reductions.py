@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kdfast.triton.finish import finish
+from kdfast.triton.row_math import loss_and_coefficients
 from kdfast.triton.logits import prepared
 from kdfast.triton.per_row import gradient_factor, number, row_of, share_of_row, term_factors
 from kdfast.triton.sums import linear_divergence, merge, scales_of
@@ -67,7 +67,7 @@ def join(
     factors = term_factors(numbers, gradient_factor(per_row, label, share), SPEC)
     at_label = prepared(logit, (), scalars, SPEC)
     scales = scales_of(statistics, at_label, scalars, SPEC)
-    found = finish(statistics, scales, sums, at_label, scalars, factors, vocab.to(SPEC.dtype), SPEC)
+    found = loss_and_coefficients(statistics, scales, sums, at_label, scalars, factors, vocab.to(SPEC.dtype), SPEC)
     each, coefficients, further, none = found
     line = laid(as_columns(coefficients, further), tl.zeros((ROWS, width_of(COLUMNS)), SPEC.dtype))
     column = tl.arange(0, width_of(COLUMNS))

@@ -1,5 +1,5 @@
 """The row kernels. What passes compute is in statistics.py (A) and passes.py (B, C), how they read in sweep.py; sums.py
-and finish.py have a row's mathematics, per_row.py what it has beside its logits.
+and row_math.py have a row's mathematics, per_row.py what it has beside its logits.
 
     loss_grad_short   a row and its teachers' stay in the registers of one program: each logit is read once
     loss_grad_long    pass A over the row, then pass C over it once more; pass B in between where there is one
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from kdfast.triton import metrics
-from kdfast.triton.finish import finish
+from kdfast.triton.row_math import loss_and_coefficients
 from kdfast.triton.logits import moments_pass, no_moments, rescaled, standardized
 from kdfast.triton.passes import add_divergence, no_sums, sums_of_row, write_gradient
 from kdfast.triton.per_row import (
@@ -86,7 +86,7 @@ def loss_of_row(
             sums = sums_of_row(sums, SPEC)
     share = share_of_row(weight, numbers.scale, divisor, SPEC)
     factors = term_factors(numbers, gradient_factor(per_row, label, share), SPEC)
-    loss, coefficients, further, values = finish(
+    loss, coefficients, further, values = loss_and_coefficients(
         statistics, scales, sums, at_label, row, factors, vocab.to(SPEC.dtype), SPEC
     )
     store_row(per_row, index, rows, loss, values, kept, label, share, vocab, SPEC)

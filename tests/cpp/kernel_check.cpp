@@ -199,11 +199,11 @@ void check_case(const char* isa, const RowKernels& kernels, DType dtype, Diverge
     } else {
       kernels.sums(a, segments, 0, rows * segments);
       kernels.merge(a, segments);
-      kernels.finish(a, segments);
+      kernels.losses_and_coefficients(a, segments);
     }
     a.scale = 0.5;
     kernels.grad(a, segments, 0, rows * segments);
-    check(isa, segments == 1 ? "losses, grad" : "sums, finish, grad by segments", a, losses, grad, want);
+    check(isa, segments == 1 ? "losses, grad" : "sums, losses_and_coefficients, grad by segments", a, losses, grad, want);
   }
 }
 

@@ -17,7 +17,7 @@ def _in(name: str) -> str:
 
 
 STATISTICS, SUMS, DIVERGENCES = _in("statistics"), _in("sums"), _in("divergences")
-PASSES, FINISH, KERNELS = _in("passes"), _in("finish"), _in("row_kernels")
+PASSES, ROW_MATH, KERNELS = _in("passes"), _in("row_math"), _in("row_kernels")
 
 OF_NUMBERS = [
     Mutant("triton-parts-offsets-swapped", STATISTICS,
@@ -46,7 +46,7 @@ OF_NUMBERS = [
            "scales = scales_of(sums_in(load_line(of_all, index, COLUMNS, SPEC), SPEC), (), row, SPEC)",
            "scales = scales_of(sums_in(load_line(of_all, 0, COLUMNS, SPEC), SPEC), (), row, SPEC)",
            "Pass B of a shard takes the first row's sums for each row's.", ("test_triton_sums.py",)),
-    Mutant("triton-reverse-psi-sum", FINISH,
+    Mutant("triton-reverse-psi-sum", ROW_MATH,
            "level = scale * (of_p - over_student)", "level = scale * of_p",
            "Reverse KL's gradient does not sum to 0.", CALLS),
     # beta alone: at its default, 1/2, both are equal
@@ -61,10 +61,10 @@ OF_NUMBERS = [
            "return probabilities[0], tiles[0] * LOG2E", "return probabilities[0], tiles[0]",
            "Given log-probabilities count as logarithms to base 2.", CALLS),
     # standardize with z_loss
-    Mutant("triton-z-loss-of-centred-logits", FINISH,
+    Mutant("triton-z-loss-of-centred-logits", ROW_MATH,
            "lse += row.scaling.mean", "lse += 0",
            "z_loss beside standardised logits is of centred ones.", OPTIONS),
-    Mutant("triton-gradient-sees-no-smoothing", FINISH,
+    Mutant("triton-gradient-sees-no-smoothing", ROW_MATH,
            "label = hard * (1 - factors.smoothing)", "label = hard",
            "The gradient at a smoothed label is that of a whole one.", OPTIONS),
     Mutant("triton-softcap-slope-of-a-mask", _in("logits"),
@@ -137,7 +137,7 @@ OF_MEMORY = [
     Mutant("triton-backward-forgets-the-smoothing", _in("tables"),
            "factor * c.uniform", "c.uniform",
            "Label smoothing's share of the gradient is the same whatever the gradient of the row's loss.", OPTIONS),
-    Mutant("triton-dkd-label-lacks-its-term", FINISH,
+    Mutant("triton-dkd-label-lacks-its-term", ROW_MATH,
            "whole += hard * of_label - label - uniform", "whole += hard * of_label - uniform",
            "Under dkd the gradient at the label lacks the hard term's -1.", CALLS),
     # one layout: rows apart by no whole vector

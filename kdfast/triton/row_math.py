@@ -98,7 +98,7 @@ def hard_terms(statistics, s_label, row, factors, vocab, SPEC: tl.constexpr):
 
 
 @triton.jit
-def finish(statistics, scales, sums, at_label, row, factors, vocab, SPEC: tl.constexpr):
+def loss_and_coefficients(statistics, scales, sums, at_label, row, factors, vocab, SPEC: tl.constexpr):
     """A row's loss without its weight, its coefficients, further teachers', and what metrics.write takes."""
     student, teachers = scales
     nothing = statistics.student.total * 0
