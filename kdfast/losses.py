@@ -76,6 +76,8 @@ def kd_loss(
     normalizer: float | Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
     softcap: float | None = None,
     teacher_softcap: float | None = None,
     standardize: bool = False,
@@ -127,7 +129,10 @@ def kd_loss(
             has it. Needs labels.
         z_loss: the weight >= 0 of the square of log(sum exp s), which keeps logits from drifting: PaLM, Chowdhery et
             al. 2022, section 5. It needs no labels, and alpha does not weigh it.
-        softcap: the student's logits are cap * tanh(s / cap) before anything else (Gemma 2, section 2), all terms and
+        logit_scale: a number > 0 that the student's logits are multiplied by before anything else (Cohere's
+            ``logit_scale``, 1 / ``logits_scaling`` of Granite). Logits of a Hugging Face model carry it already.
+        teacher_logit_scale: the same for the teacher's, which must be logits.
+        softcap: the student's logits are cap * tanh(s / cap) before all that follows (Gemma 2, section 2), all terms and
             metrics included; a masked class stays masked. None: as they are.
         teacher_softcap: the same for the teacher's, which must be logits.
         standardize: the soft term's logits are (s - mean) / (1e-7 + deviation), with the row's sample deviation, each
@@ -201,6 +206,8 @@ def kd_loss(
         "normalizer": normalizer,
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
+        "logit_scale": logit_scale,
+        "teacher_logit_scale": teacher_logit_scale,
         "softcap": softcap,
         "teacher_softcap": teacher_softcap,
         "standardize": standardize,

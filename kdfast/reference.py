@@ -98,11 +98,11 @@ def _rows(student: Tensor, inputs: Inputs, settings: Settings) -> _Rows:
     dtype = loss_dtype(student)
     keep = kept_rows(student, inputs, settings)
     s = student if settings.vocab_size < 0 else student[..., : settings.vocab_size]
-    s = softcapped(torch.where(keep.unsqueeze(-1), s.to(dtype), 0), settings.softcap)
+    s = softcapped(settings.logit_scale * torch.where(keep.unsqueeze(-1), s.to(dtype), 0), settings.softcap)
     teachers = []
     for t in inputs.teachers:
         t = torch.where(keep.unsqueeze(-1), _first_classes(t, settings).to(dtype), 0)
-        teachers.append(softcapped(t, settings.teacher_softcap))
+        teachers.append(softcapped(settings.teacher_logit_scale * t, settings.teacher_softcap))
     labels = None if inputs.labels is None else torch.where(keep, inputs.labels, 0).unsqueeze(-1)
     return _Rows(s, teachers, labels, keep)
 
@@ -405,7 +405,7 @@ def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, sett
         g = g - torch.where(_is_label(rows.labels, g.shape[-1]), c.label, 0)
     if settings.softcap:
         g = torch.where(rows.s == -math.inf, 0, g * (1 - (rows.s / settings.softcap).square()))
-    factor = (
+    factor = settings.logit_scale * (
         grad_loss.to(g.dtype) / denominator(student, inputs, settings) if settings.reduction != "none" else grad_loss
     )
     g = torch.where(rows.keep.unsqueeze(-1), g * factor.to(g.dtype).expand(student.shape[:-1]).reshape(len(g), 1), 0)
