@@ -1,5 +1,6 @@
-"""What the operators of a loss take beside the student's logits; their schemas are made from these."""
+"""The arguments of a loss's operators next to the student's logits, from which their schemas are made."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -7,23 +8,23 @@ from torch import Tensor
 
 
 class Heads(NamedTuple):
-    """What the operators of linear_ops.py take in place of the student's logits, in their order."""
+    """The arguments of linear_ops.py's operators in place of the student's logits, in the operators' order."""
 
     student_hidden: Tensor  # (..., H)
     student_weight: Tensor  # (V, H), of the same dtype, as is the bias
     student_bias: Tensor | None  # (V,)
-    teacher_hidden: Tensor | None  # (..., H'); None: the teachers are given as kd_loss takes them, or not read
+    teacher_hidden: Tensor | None  # (..., H'); None: kd_loss's kinds of teacher, or none is read
     teacher_weight: Tensor | None  # (V', H')
     teacher_bias: Tensor | None  # (V',)
-    chunk_rows: int  # at most so many rows at a time
-    accumulate_dtype: torch.dtype  # of the weight's gradient until all chunks are in it
+    chunk_rows: int  # the most rows of a chunk
+    accumulate_dtype: torch.dtype  # of the weight's gradient while chunks are added to it
     grad_hidden: bool  # which gradients are wanted
     grad_weight: bool
     grad_bias: bool
 
 
 class Inputs(NamedTuple):
-    """The tensors of a loss beside the student's logits, (..., V), in the order in which the operators take them."""
+    """The tensors of a loss next to the student's logits, (..., V), in the operators' order."""
 
     teachers: list[Tensor]  # each (..., V), each of its own V and dtype
     labels: Tensor | None  # (...)
@@ -34,7 +35,7 @@ class Inputs(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The arguments of a loss that are not tensors, in the order in which the operators take them."""
+    """The arguments of a loss that are not tensors, in the operators' order."""
 
     temperature: float  # the student's, where `temperatures` does not give one per row
     teacher_temperature: float
@@ -57,49 +58,66 @@ class Settings(NamedTuple):
     softcap: float  # 0: none
     teacher_softcap: float
     standardize: bool
-    dkd_weights: list[float]  # of the target's divergence and of that of the other classes
-    metrics: bool  # whether they are wanted; else the operators' third result is empty
+    dkd_weights: list[float]  # of label against rest, and of the classes of the rest
+    metrics: bool  # False: the operators' third result is empty
 
     @property
     def reads_teacher(self) -> bool:
         return self.alpha != 0 or self.metrics
 
 
-# In place of a label that another shard of the vocabulary has.
+# In place of a label that is in another shard of the vocabulary.
 ELSEWHERE = -(2**63)
 
 
-def relevant(inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:
-    """Without what neither the loss nor the metrics look at, so that no backend has to ask what has a weight."""
+def drop_unused(inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:
+    """Clears what neither the loss nor the metrics read, so that no backend has to ask which terms have a weight."""
     if not settings.reads_teacher:
         inputs = inputs._replace(teachers=[], temperatures=None, teacher_temperatures=None)
         settings = settings._replace(
             temperature=1.0, teacher_temperature=1.0, teacher_weights=[], teacher_logit_scale=1.0, teacher_softcap=0.0,
             standardize=False,
-        )
+        )  # fmt: skip
     if settings.label_smoothing and not (settings.hard_weight or settings.metrics):
         settings = settings._replace(label_smoothing=0.0)
     return inputs, settings
 
 
-def measured_apart(
+def metrics_of_unweighted_terms(
     ops: Any, student: Tensor, inputs: Inputs, settings: Settings
 ) -> tuple[Inputs, Settings, Tensor | None]:
-    """Metrics of what has no weight in the loss are made by themselves: what spoils them must not spoil the loss.
+    """Computes metrics of terms of weight 0 in a pass of their own, so that their NaN or inf cannot reach the loss.
 
-    Returns what is left to do, and these metrics; None where the loss's own pass makes them.
+    Returns the arguments of the loss's pass, and these metrics; None where the loss's pass computes them.
     """
     if not settings.metrics:
         return inputs, settings, None
-    of_soft = inputs.teachers or settings.standardize or inputs.temperatures is not None or settings.temperature != 1
-    if not ((settings.alpha == 0 and of_soft) or (settings.hard_weight == 0 and settings.label_smoothing != 0)):
+    is_soft = inputs.teachers or settings.standardize or inputs.temperatures is not None or settings.temperature != 1
+    if not ((settings.alpha == 0 and is_soft) or (settings.hard_weight == 0 and settings.label_smoothing != 0)):
         return inputs, settings, None
     metrics = ops.stats(student.detach(), *inputs, *settings)[2]
-    return *relevant(inputs, settings._replace(metrics=False)), metrics
+    return *drop_unused(inputs, settings._replace(metrics=False)), metrics
+
+
+def take_flat(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a function of (..., inputs, settings) one of an operator's flat arguments."""
+    tensors, numbers = len(Inputs._fields), len(Settings._fields)
+
+    def call(*args: Any) -> Any:
+        *first, inputs, settings = *args[: -tensors - numbers], args[-tensors - numbers : -numbers], args[-numbers:]
+        return function(*first, Inputs(*inputs), Settings(*settings))
+
+    return call
+
+
+def take_flat_heads(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a function of (heads, ..., inputs, settings)."""
+    count = len(Heads._fields)
+    return take_flat(lambda *args: function(Heads(*args[:count]), *args[count:]))
 
 
 class KDMetrics(NamedTuple):
-    """What `return_metrics` adds, detached: means over the rows kept, with the loss's weights; or (...), unweighted.
+    """The detached metrics that `return_metrics` adds: weighted means over the rows kept, or (...), unweighted.
 
     NaN where there is nothing to measure: no labels, no teacher, no row.
     """
@@ -109,5 +127,5 @@ class KDMetrics(NamedTuple):
     kl: Tensor  # KL(p, q) at T, in nats, without T^2
     student_entropy: Tensor  # of q, at T, in nats
     teacher_entropy: Tensor
-    agreement: Tensor  # the share of rows whose largest logits, the first of equals, are student's and teacher's alike
-    accuracy: Tensor  # the share of rows whose student's largest logit is the label's
+    agreement: Tensor  # share of rows whose argmax is the same in student and teacher; the first of equal maxima
+    accuracy: Tensor  # share of rows whose student's argmax is the label

@@ -1,4 +1,4 @@
-"""The autograd Functions: when a gradient is computed, and what is kept until then."""
+"""The autograd Functions: when a gradient is computed, and what is saved until then."""
 
 from typing import Any
 
@@ -7,25 +7,25 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from kdfast import reference
-from kdfast.arguments import Heads, Inputs, Settings, measured_apart, relevant
+from kdfast.arguments import Heads, Inputs, Settings, drop_unused, metrics_of_unweighted_terms
 from kdfast.torch_private import graph_is_kept
 
 
 def row_loss(student: Tensor, inputs: Inputs, settings: Settings, ops: Any, inplace: bool) -> tuple[Tensor, Tensor]:
     """The loss under settings.reduction, with a graph where the student wants a gradient, and the metrics."""
-    inputs, settings, apart = measured_apart(ops, student, inputs, settings)
+    inputs, settings, own_metrics = metrics_of_unweighted_terms(ops, student, inputs, settings)
     if not (student.requires_grad and torch.is_grad_enabled()):
         loss, _, metrics = ops.stats(student, *inputs, *settings)
     else:
-        # fp16: a gradient made before the loss scaler's factor is known would round to 0, which no scaling undoes
-        late = settings.reduction == "none" or student.dtype == torch.float16
-        function = GradInBackward if late else GradInForward
+        # fp16: a gradient computed before the loss scaler's factor is known would underflow to 0
+        in_backward = settings.reduction == "none" or student.dtype == torch.float16
+        function = GradInBackward if in_backward else GradInForward
         loss, metrics = function.apply(student, inputs, settings, ops, inplace)
-    return loss, metrics if apart is None else apart
+    return loss, metrics if own_metrics is None else own_metrics
 
 
 def linear_loss(heads: Heads, inputs: Inputs, settings: Settings, ops: Any) -> tuple[Tensor, Tensor]:
-    """The same from hidden states and heads."""
+    """The same for hidden states and heads."""
     if not (heads.grad_hidden or heads.grad_weight or heads.grad_bias):
         loss, _, metrics = ops.linear_stats(*heads, *inputs, *settings)
         return loss, metrics
@@ -34,7 +34,7 @@ def linear_loss(heads: Heads, inputs: Inputs, settings: Settings, ops: Any) -> t
 
 
 class GradInForward(torch.autograd.Function):
-    """Scalar reductions: forward makes the loss and the finished gradient, backward at most scales it."""
+    """Scalar reductions: forward computes the loss and its gradient, and backward at most scales that."""
 
     @staticmethod
     def forward(
@@ -42,28 +42,28 @@ class GradInForward(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # 0-dim, and the metrics
         if inplace:
             loss, metrics = ops.loss_grad_(student, *inputs, *settings)
-            _overwritten(student)
+            _mark_overwritten(student)
             grad = student.detach()
         else:
             loss, grad, metrics = ops.loss_grad(student, *inputs, *settings)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(metrics)
-        ctx.ops, ctx.inplace, ctx.spent = ops, inplace, False
+        ctx.ops, ctx.inplace, ctx.has_run = ops, inplace, False
         return loss, metrics
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
-        _no_double_backward()
+        _forbid_double_backward()
         (grad,) = ctx.saved_tensors
         if torch.compiler.is_compiling():
             return grad * grad_loss, None, None, None, None
         if ctx.inplace:
-            if ctx.spent:
+            if ctx.has_run:
                 raise RuntimeError(
-                    "kd_loss(inplace=True) can be backpropagated through once: its gradient has been handed on in the "
-                    "logits' own storage. Use inplace=False to backpropagate with retain_graph=True"
+                    "kd_loss(inplace=True) can be backpropagated through once, because its gradient is in the logits' "
+                    "own storage. Use inplace=False to backpropagate with retain_graph=True"
                 )
-            ctx.spent = True
+            ctx.has_run = True
         elif graph_is_kept():
             return grad * grad_loss, None, None, None, None  # this backward may run again
         ctx.ops.scale_(grad, grad_loss)
@@ -71,7 +71,7 @@ class GradInForward(torch.autograd.Function):
 
 
 class GradInBackward(torch.autograd.Function):
-    """Reduction "none", and fp16: forward keeps a few numbers per row, backward makes the gradient from them."""
+    """Reduction "none", and fp16: forward saves a few numbers per row, and backward computes the gradient from them."""
 
     @staticmethod
     def forward(
@@ -85,21 +85,21 @@ class GradInBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
-        _no_double_backward()
+        _forbid_double_backward()
         student, stats, *rest = _saved(ctx)
         inputs = _inputs(rest)
         if not ctx.inplace:
             return ctx.ops.grad(student, stats, grad_loss, *inputs, *ctx.settings), None, None, None, None
         student = student.detach()
         ctx.ops.grad_(student, stats, grad_loss, *inputs, *ctx.settings)
-        _overwritten(student)  # a second backward finds the logits changed, and says so
+        _mark_overwritten(student)  # so that a second backward raises
         return student, None, None, None, None
 
 
 class LinearGradInForward(torch.autograd.Function):
-    """Scalar reductions of a linear loss: forward makes the loss and the finished gradients, backward scales them.
+    """Scalar reductions of a linear loss: forward computes the loss and its gradients, and backward scales them.
 
-    float16's are fp32 until then, so that a loss scaler's factor comes before they are rounded.
+    float16 gradients stay fp32 until then, so that a loss scaler's factor is applied before they are rounded.
     """
 
     @staticmethod
@@ -121,13 +121,13 @@ class LinearGradInForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
-        _no_double_backward()
+        _forbid_double_backward()
         grads = [grad if want else None for grad, want in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
-        again = torch.compiler.is_compiling() or graph_is_kept()
+        keep_saved = torch.compiler.is_compiling() or graph_is_kept()
         for i, grad in enumerate(grads):
             if grad is None:
                 continue
-            if again or ctx.dtype == torch.float16:
+            if keep_saved or ctx.dtype == torch.float16:
                 grads[i] = (grad * grad_loss).to(ctx.dtype)
             else:
                 ctx.ops.scale_(grad, grad_loss)
@@ -135,7 +135,7 @@ class LinearGradInForward(torch.autograd.Function):
 
 
 class LinearGradInBackward(torch.autograd.Function):
-    """Reduction "none" of a linear loss, whose rows' coefficients are known in backward only: the logits once more."""
+    """Reduction "none" of a linear loss: grad_loss is known in backward only, which computes the logits again."""
 
     @staticmethod
     def forward(
@@ -149,7 +149,7 @@ class LinearGradInBackward(torch.autograd.Function):
         ops: Any,
     ) -> tuple[Tensor, Tensor]:  # (...), and the metrics
         loss, stats, metrics = ops.linear_stats(hidden, weight, bias, *heads[3:], *inputs, *settings)
-        inputs, settings = relevant(inputs, settings._replace(metrics=False))
+        inputs, settings = drop_unused(inputs, settings._replace(metrics=False))
         _save(ctx, hidden, weight, bias, stats, *heads[3:6], *inputs[1:], *inputs.teachers)
         ctx.mark_non_differentiable(metrics)
         ctx.numbers, ctx.settings, ctx.ops = heads[6:], settings, ops
@@ -157,7 +157,7 @@ class LinearGradInBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
-        _no_double_backward()
+        _forbid_double_backward()
         hidden, weight, bias, stats, *rest = _saved(ctx)
         heads = (hidden, weight, bias, *rest[:3], *ctx.numbers)
         grads = ctx.ops.linear_grad(*heads, stats, grad_loss, *_inputs(rest[3:]), *ctx.settings)
@@ -187,7 +187,7 @@ class TemperedSoftmax(torch.autograd.Function):
 
 
 def _save(ctx: Any, *tensors: Tensor | None) -> None:
-    """save_for_backward, which refuses what was made under inference_mode: that is kept beside it."""
+    """save_for_backward, but tensors made under inference_mode, which it refuses, go to ctx.unsaved."""
     ctx.unsaved = {}
     if not torch.compiler.is_compiling():
         ctx.unsaved = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
@@ -199,21 +199,21 @@ def _saved(ctx: Any) -> list[Any]:
 
 
 def _inputs(saved: list[Any]) -> Inputs:
-    """Saved with the teachers, of which there may be any number, last."""
-    split = len(Inputs._fields) - 1
-    return Inputs(saved[split:], *saved[:split])
+    """Inputs from the saved tensors, of which the teachers come last."""
+    count = len(Inputs._fields) - 1
+    return Inputs(saved[count:], *saved[:count])
 
 
-def _overwritten(student: Tensor) -> None:
-    """Tells autograd that the logits are gone, so that whoever saved them raises instead of using the gradient."""
-    if not torch.compiler.is_compiling():  # there the operator's schema says it
+def _mark_overwritten(student: Tensor) -> None:
+    """Makes a backward that saved the logits raise instead of reading the gradient in their place."""
+    if not torch.compiler.is_compiling():  # a compiled graph has it from the operator's schema
         increment_version(student)
 
 
-def _no_double_backward() -> None:
-    """With create_graph=True a constant gradient would look like one that does not depend on the logits."""
+def _forbid_double_backward() -> None:
+    """create_graph=True would treat the gradient as a constant, and so give a wrong second derivative."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "kd_loss is differentiable once: its gradient comes finished from a fused kernel, so it cannot be "
-            "backpropagated through with create_graph=True"
+            "kd_loss is differentiable once: a fused kernel computes its gradient, which has no derivative of its "
+            "own, so create_graph=True is not supported"
         )

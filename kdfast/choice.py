@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from kdfast import gpu_choice
-from kdfast.torch_private import constant_in_graphs
+from kdfast.torch_private import mark_constant_in_graphs
 
-_LEAST_TRITON = (3, 6)  # what torch 2.10, the least torch, comes with
+_LEAST_TRITON = (3, 6)  # the version that comes with torch 2.10, the least torch
 
 
-def _library(name: str) -> str | None:
-    """Loads the operators of a compiled library; where that fails, returns why."""
+def _load_library(name: str) -> str | None:
+    """Loads the operators of a compiled library; returns why where that fails."""
     try:
         torch.ops.load_library(str(Path(__file__).with_name(name)))
     except OSError as error:
@@ -26,15 +26,15 @@ def _library(name: str) -> str | None:
 _cpu_failure: str | None = "its operators are not loaded yet"
 
 
-def _of_library(name: str) -> str:
-    """What a function of libkdfast.so returns that takes nothing and returns text."""
+def _call_library(name: str) -> str:
+    """Calls a function of libkdfast.so that takes nothing and returns text."""
     function = getattr(ctypes.CDLL(str(Path(__file__).with_name("libkdfast.so"))), f"kdfast_{name}")
     function.restype = ctypes.c_char_p
     return function().decode()
 
 
 def _isas(kind: str) -> tuple[str, ...]:
-    return tuple(_of_library(f"{kind}_isas").split())
+    return tuple(_call_library(f"{kind}_isas").split())
 
 
 def usable_isas() -> tuple[str, ...]:
@@ -44,22 +44,21 @@ def usable_isas() -> tuple[str, ...]:
 
 def isa() -> str:
     """The instruction set that the CPU kernels use in this process."""
-    found = _of_library("isa")
+    found = _call_library("isa")
     if found not in usable_isas():  # the library's message: KDFAST_CPU_ISA names no usable set
         raise ValueError(found)
     return found
 
 
 def load() -> None:
-    """Loads the CPU's operators, or finds out why not."""
+    """Loads the CPU's operators, or records why that failed."""
     global _cpu_failure
     if Path(__file__).with_name("libkdfast.so").exists():
-        _cpu_failure = _library("libkdfast.so")
+        _cpu_failure = _load_library("libkdfast.so")
         return
     _cpu_failure = (
-        "the compiled extension is missing from this install. Where there is a C++17 compiler and torch is installed, "
-        "`make build` makes it in a checkout, and so does `pip install --force-reinstall --no-deps --no-cache-dir` of "
-        "the package"
+        "the compiled extension is missing from this install. With torch and a C++17 compiler installed, build it by "
+        "`make build` in a checkout, or by `pip install --force-reinstall --no-deps --no-cache-dir` of the package"
     )
 
 
@@ -70,18 +69,19 @@ def cuda_is_compiled() -> bool:
 @lru_cache
 def _load_cuda() -> str | None:
     if not cuda_is_compiled():
-        return "the CUDA kernels are not in this install: it was built where nvcc was not found, or with KDFAST_CUDA=0"
+        return "the CUDA kernels are not in this install: it was built without nvcc, or with KDFAST_CUDA=0"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    if (failure := _library("libkdfast_cuda.so")) is not None:
+    if (failure := _load_library("libkdfast_cuda.so")) is not None:
         return failure
     library = ctypes.CDLL(str(Path(__file__).with_name("libkdfast_cuda.so")))
     built, driver = library.kdfast_cuda_version() // 1000, library.kdfast_driver_version() // 1000
     if driver < built:
-        return f"it was built with CUDA {built}, and the driver knows no later one than CUDA {driver}"
-    most = max(map(gpu_choice.capability, range(torch.cuda.device_count())))  # an older one excludes itself alone
+        return f"it was built with CUDA {built}, but the driver supports CUDA {driver} at most"
+    # a device that is too old beside a newer one is refused in namespace()
+    most = max(map(gpu_choice.capability, range(torch.cuda.device_count())))
     return _too_old(most) and f"the best device here is {_too_old(most)}"
 
 
@@ -91,14 +91,14 @@ def _too_old(capability: int) -> str | None:
 
 
 def cuda_failure(device: str) -> str | None:
-    """Why the CUDA kernels cannot serve tensors of this type of device; None where they can."""
+    """Why the CUDA kernels cannot take tensors of this type of device; None where they can."""
     if (failure := _load_cuda()) is not None:
         return failure
     return None if device == "cuda" else f"it takes CUDA tensors, not {device} ones"
 
 
 def triton_failure(device: str) -> str | None:
-    """Why Triton cannot serve tensors of this type of device; None where it can."""
+    """Why Triton cannot take tensors of this type of device; None where it can."""
     try:
         import triton
     except ImportError as error:
@@ -109,17 +109,17 @@ def triton_failure(device: str) -> str | None:
         return None
     try:
         works_on = triton.runtime.driver.active.get_active_torch_device().type
-    except Exception as error:  # each of Triton's drivers has its own
+    except Exception as error:  # Triton's drivers raise different types
         return f"Triton {triton.__version__} finds no GPU that it can launch on ({error})"
     return None if works_on == device else f"Triton launches on {works_on} tensors here, not on {device} ones"
 
 
 for _function in (triton_failure, cuda_failure):
-    constant_in_graphs(_function)
+    mark_constant_in_graphs(_function)
 
 
 def usable_on(device: str) -> list[str]:
-    """Of "cuda" and "triton", those that can serve tensors of this type of device."""
+    """Those of "cuda" and "triton" that can take tensors of this type of device."""
     return [name for name, failure in (("cuda", cuda_failure), ("triton", triton_failure)) if failure(device) is None]
 
 
@@ -129,11 +129,11 @@ def why_not(device: str) -> str:
         return _cpu_failure
     if device == "cuda" and (failure := triton_failure(device)) is not None:
         return failure
-    return f"this version of kdfast has none for device type {device!r}"
+    return f"this version of kdfast has no kernels for device type {device!r}"
 
 
 def namespace(backend: str | None, student: Tensor) -> Any:
-    """The operators that serve `backend` (None: the best one for the student's device)."""
+    """The operators of `backend` (None: the best one for the student's device)."""
     if backend is None:
         return torch.ops.kdfast
     if backend == "reference":
@@ -158,17 +158,22 @@ def backends() -> dict[str, Any]:
 
     Returns:
         A dict with one entry per backend, ``{"compiled": bool, "usable": bool, "why_not": str | None, ...}``, and
-        ``"by_device"``, which names the backend that ``backend=None`` takes for each type of device. The entry of
-        the cpu backend also has ``"isa"``, the instruction set chosen for this machine (the environment variable
-        ``KDFAST_CPU_ISA`` overrides the choice), and ``"build"``, facts of the build; that of the triton backend has
-        ``"device"``, the type of the tensors that Triton can launch on here; that of the cuda backend has ``"choice"``,
-        a list of (backend, reason) of which the first that holds decides between cuda and triton where both are usable.
-        Triton compiles when it is first called, so that it counts as compiled.
+        ``"by_device"``, which names the backend of ``backend=None`` for each type of device. The cpu backend also has
+        ``"isa"``, the instruction set of its kernels on this machine (the environment variable ``KDFAST_CPU_ISA``
+        overrides it), and ``"build"``, facts of the build. The triton backend has ``"device"``, the type of tensors
+        that Triton can launch on here; it compiles at its first call, so it always counts as compiled. The cuda backend
+        has ``"choice"``, a list of (backend, reason): where cuda and triton are both usable, the first reason that
+        holds decides.
+
+    Example::
+
+        >>> backends()["reference"]
+        {'compiled': True, 'usable': True, 'why_not': None}
     """
     usable = _cpu_failure is None
     cpu: dict[str, Any] = {"compiled": usable, "usable": usable, "why_not": _cpu_failure, "isa": None, "build": None}
     if usable:
-        cpu |= {"isa": isa(), "build": {"compiler": _of_library("compiler"), "isas": _isas("compiled")}}
+        cpu |= {"isa": isa(), "build": {"compiler": _call_library("compiler"), "isas": _isas("compiled")}}
     failures = {device: triton_failure(device) for device in ("cuda", "cpu")}
     device = next((name for name, failure in failures.items() if failure is None), None)
     triton = {
@@ -184,11 +189,11 @@ def backends() -> dict[str, Any]:
         "why_not": failure,
         "choice": gpu_choice.table(),
     }
-    of_cuda = "cuda" if failure is None else "triton" if failures["cuda"] is None else "reference"
+    for_cuda = "cuda" if failure is None else "triton" if failures["cuda"] is None else "reference"
     return {
         "reference": {"compiled": True, "usable": True, "why_not": None},
         "cpu": cpu,
         "triton": triton,
         "cuda": cuda,
-        "by_device": {"cpu": "cpu" if usable else "reference", "cuda": of_cuda, "other": "reference"},
+        "by_device": {"cpu": "cpu" if usable else "reference", "cuda": for_cuda, "other": "reference"},
     }

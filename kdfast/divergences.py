@@ -1,8 +1,8 @@
-"""The divergences: phi and psi of each in plain PyTorch, and what a user may set of them.
+"""The divergences: phi and psi of each in plain PyTorch, and their parameters.
 
     D(p, q) = sum_i phi(p_i, q_i)       psi = q * dphi/dq       dD/ds_i = (psi_i - q_i * sum_j psi_j) / T
 
-csrc/divergences.h and triton/divergences.py have the same two functions for the kernels.
+csrc/divergences.h and triton/divergences.py have the same functions for the kernels.
 """
 
 from collections.abc import Callable
@@ -13,25 +13,25 @@ from torch import Tensor
 
 
 class Divergence(NamedTuple):
-    """Two functions of (p, q, log p, log q, beta), element by element; zero probabilities add 0.
+    """Two elementwise functions of (p, q, log p, log q, beta); zero probabilities add 0.
 
-    psi may lack a multiple of q, which cancels in the gradient.
+    psi may leave out a multiple of q, which cancels in the gradient.
     """
 
     phi: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
     psi: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
-    beta: float | None = None  # the default; None: there is none to set
-    at_0: str | None = None  # which divergence beta = 0 makes of it, infinities included
+    beta: float | None = None  # the default; None: it has no parameter
+    at_0: str | None = None  # the divergence that it is at beta = 0, infinities included
     at_1: str | None = None
 
 
 def times(p: Tensor, x: Tensor) -> Tensor:
-    """p * x, but 0 where p is 0, whatever x is there, in value and in gradient."""
+    """p * x, but 0 where p is 0, whatever x is there; so is its gradient."""
     return p * torch.where(p == 0, 0, x)
 
 
 def _log(x: Tensor) -> Tensor:
-    """log x; 0 where x is 0, whose terms `times` leaves out."""
+    """log x; 0 where x is 0: `times` leaves these terms out."""
     return torch.where(x == 0, 1, x).log()
 
 
@@ -40,18 +40,18 @@ def _mixture(p: Tensor, q: Tensor, beta: float) -> Tensor:
 
 
 def _share(p: Tensor, m: Tensor) -> Tensor:
-    """p / m; 0 where both are 0, or so small that the derivative of p / m is no number."""
+    """p / m; 0 where both are 0, or so small that the derivative of p / m overflows."""
     return p / torch.where(m < torch.finfo(m.dtype).tiny, 1, m)
 
 
 def _sign(x: Tensor) -> Tensor:
-    """1, 0, -1, and unlike torch.sign NaN for NaN."""
+    """torch.sign, but NaN for NaN."""
     x = x.detach()
     return torch.where(x == 0, x, x / x.abs())
 
 
 DIVERGENCES = {
-    # -sum p log q: the paper's
+    # -sum p log q, the paper's
     "cross_entropy": Divergence(
         phi=lambda p, q, log_p, log_q, beta: -times(p, log_q),
         psi=lambda p, q, log_p, log_q, beta: -p,
@@ -101,27 +101,27 @@ DIVERGENCES = {
         beta=0.1,
         at_0="reverse_kl",
     ),
-    # half the distance of p and q
+    # half the L1 distance of p and q
     "tvd": Divergence(
         phi=lambda p, q, log_p, log_q, beta: 0.5 * (q - p) * _sign(q - p),
         psi=lambda p, q, log_p, log_q, beta: 0.5 * q * _sign(q - p),
     ),
-    # 1 - sum sqrt(p q), where sum q stands for the 1
+    # 1 - sum sqrt(p q), with sum q in place of 1
     "hellinger": Divergence(
         phi=lambda p, q, log_p, log_q, beta: q.detach() - ((log_p + log_q) / 2).exp(),
         psi=lambda p, q, log_p, log_q, beta: -0.5 * ((log_p + log_q) / 2).exp(),
     ),
 }
-OTHERS = ("logit_mse", "dkd")  # no sums of phi over probabilities
+OTHERS = ("logit_mse", "dkd")  # not sums of phi over the classes; see classifiers.py
 
 
 def names() -> tuple[str, ...]:
-    """All of them, with those that a program has added to the table."""
+    """All names, with those that a program has added to the table."""
     return (*DIVERGENCES, *OTHERS)
 
 
 def resolve_beta(name: str, beta: float | None) -> tuple[str, float]:
-    """The divergence that `beta` makes of `name`, and its beta; 0 where it has none."""
+    """The divergence that `name` is at `beta`, and its beta; 0 where it has none."""
     entry = DIVERGENCES.get(name)
     if entry is None or entry.beta is None:
         return name, 0.0

@@ -1,4 +1,4 @@
-"""linear_kd_loss and LinearKDLoss: kd_loss from hidden states and heads, whose logits never exist all at once."""
+"""linear_kd_loss and LinearKDLoss: kd_loss from hidden states and heads, without materializing the logits."""
 
 from typing import Any, ClassVar, Literal, overload
 
@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from kdfast import checks, choice, chunks
+from kdfast import choice
 from kdfast.arguments import Heads, KDMetrics, Settings
 from kdfast.autograd import linear_loss
-from kdfast.losses import KDLoss, LossModule, Teacher, kd_loss
+from kdfast.linear_checks import check_accumulate_dtype, check_chunk_rows, check_head, product_like
+from kdfast.losses import KDLoss, Teacher, kd_loss
+from kdfast.modules import LossModule
 from kdfast.options import CallOptions, Options, check_inputs, check_names, check_settings
 
 _DEFAULTS = dict(kd_loss.__kwdefaults__ or {})
@@ -61,40 +63,50 @@ def linear_kd_loss(
 ) -> Tensor | tuple[Tensor, KDMetrics]:
     r""":func:`kd_loss` of ``student_hidden @ student_weight.T`` without tensors of (rows, V).
 
-    Logits are made for a few rows at a time and become their gradient in place, so that memory grows with rows * H and
-    with chunk_rows * V. Each product is done once: two forward and two backward, one less without a teacher's head, and
-    one less each for frozen hidden states or a frozen weight.
+    The logits of a few rows at a time are computed and overwritten with their gradient, so memory grows with rows * H
+    and with chunk_rows * V. Each matrix product runs once: two for logits and two for gradients, one less without a
+    teacher's head, and one less each for frozen hidden states and for a frozen weight.
 
     Args:
-        student_hidden: (..., H), float32, bfloat16, float16 or float64: what the head would be applied to.
-        student_weight: (V, H) of the same dtype, as nn.Linear holds it. What does not require grad gets no gradient,
-            nor memory for one. A weight that is tied to an embedding gets the sum of both gradients.
+        student_hidden: (..., H), float32, bfloat16, float16 or float64: the head's input.
+        student_weight: (V, H) of the same dtype, as in nn.Linear. A tensor that does not require grad gets no gradient
+            and no memory for one. A weight that is tied to an embedding accumulates both gradients.
         teacher_hidden: (..., H'), the teacher's, which never gets a gradient; with ``teacher_weight=None`` a teacher as
             :func:`kd_loss` takes it: (..., V) logits, probabilities or log-probabilities, or an ensemble of them. May
             be None where ``alpha`` is 0.
         teacher_weight: (V', H') of the dtype of teacher_hidden. V' may differ from V where ``vocab_size`` is given;
-            classes beyond that are not multiplied.
-        labels: (...) int64 class indices, already shifted. Ignored rows, and rows of weight 0, take part in no product;
-            on a GPU, where nobody waits to see how many they are, as zeros.
+            classes beyond it are skipped.
+        labels: (...) int64 class indices, already shifted. Ignored rows and rows of weight 0 are skipped in the matrix
+            products; on a GPU they are zeroed instead, to avoid a sync.
         student_bias, teacher_bias: (V,), (V',), of their weights' dtypes.
-        chunk_rows: how many rows at a time. None: on a CPU 512, or as many as make 201 MB of logits if that is less,
-            but 256 at least; on a GPU 1024 to 4096. The logits of a chunk take 4 * chunk_rows * V bytes, the teacher's
-            head's as much again.
-        accumulate_dtype: what the weight's gradient is added up in, chunk by chunk, where that is wider than the
-            weight; it is rounded to the weight's dtype once, at the end. bfloat16 saves a bfloat16 weight the wider
-            tensor. float16's gradients are never narrower than float32 until backward has a loss scaler's factor.
+        chunk_rows: the most rows of a chunk. None: on a CPU 512, or fewer where their logits would take more than
+            201 MB, but at least 256; on a GPU 1024 to 4096. The logits of a chunk take 4 * chunk_rows * V bytes, those
+            of the teacher's head as much again.
+        accumulate_dtype: the dtype in which the weight's gradient is summed over chunks, where it is wider than the
+            weight's. The sum is rounded to the weight's dtype once, at the end. bfloat16 avoids the wider tensor for a
+            bfloat16 weight. float16 gradients stay float32 until backward applies a loss scaler's factor.
         **options: every other keyword of :func:`kd_loss`, with the same meaning, but ``inplace``.
 
-    Logits are float32 (float64 of float64 heads) and are rounded nowhere before the softmax, whatever the device. Under
-    autocast hidden states, weights and biases are cast as F.linear casts them. In messages ``student_logits`` and
-    ``teacher`` are the heads' products.
+    Logits are float32 (float64 for float64 heads) and are not rounded before the softmax, on any device. Autocast casts
+    hidden states, weights and biases as it does for F.linear. Errors call the heads' products ``student_logits`` and
+    ``teacher``.
 
     Returns:
-        As kd_loss. A scalar loss computes its gradients in forward, and backward at most scales them; ``"none"``
-        computes the logits once more in backward. Not twice differentiable.
+        As kd_loss. A scalar loss computes its gradients in forward, and backward at most scales them. Reduction
+        ``"none"`` computes the logits again in backward. Not twice differentiable.
 
     Raises:
-        TypeError, ValueError, RuntimeError, IndexError: as kd_loss, before any product.
+        TypeError, ValueError, RuntimeError, IndexError: as kd_loss, before any matrix product.
+
+    Example::
+
+        >>> hidden, head = torch.randn(6, 16, requires_grad=True), torch.randn(100, 16, requires_grad=True)
+        >>> teacher_hidden, teacher_head = torch.randn(6, 32), torch.randn(100, 32)
+        >>> labels = torch.randint(100, (6,))
+        >>> loss = linear_kd_loss(hidden, head, teacher_hidden, teacher_head, labels, temperature=2.0, alpha=0.7)
+        >>> loss.backward()
+        >>> head.grad.shape
+        torch.Size([100, 16])
     """
     check_names("linear_kd_loss", options, _DEFAULTS)
     own = {"chunk_rows": chunk_rows, "accumulate_dtype": accumulate_dtype, "return_metrics": return_metrics}
@@ -113,7 +125,7 @@ def _checked_loss(
     settings: Settings,
 ) -> Any:
     """linear_kd_loss with the settings that check_settings made of the options."""
-    student = _check_head("student", *student_head)
+    student = check_head("student", *student_head)
     teacher_hidden, teacher_weight, teacher_bias = teacher_head
     like = teacher_hidden
     teacher: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
@@ -121,14 +133,14 @@ def _checked_loss(
     if has_head:
         if settings.target != "logits":
             raise ValueError(f"target: {settings.target!r} with a teacher_weight, whose product gives 'logits'")
-        hidden, weight, bias = _check_head("teacher", *teacher_head)
+        hidden, weight, bias = check_head("teacher", *teacher_head)
         teacher = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-        like = _product_like(hidden, weight)
+        like = product_like(hidden, weight)
     elif teacher_bias is not None and teacher_weight is None:
         raise ValueError("teacher_bias: given without teacher_weight")
-    logits = _product_like(*student[:2])
+    logits = product_like(*student[:2])
     if options["inplace"]:
-        raise ValueError("inplace: leave it out; a chunk's logits are always overwritten, and there are no others")
+        raise ValueError("inplace: must be False; linear_kd_loss always overwrites the logits of a chunk")
     inputs, settings = check_inputs(logits, like, labels, options, settings)
     if has_head:
         teacher = teacher if settings.reads_teacher else (None, None, None)
@@ -137,8 +149,8 @@ def _checked_loss(
     heads = Heads(
         *student,
         *teacher,
-        chunk_rows=_check_chunk_rows(options["chunk_rows"], vocab, logits.device.type),
-        accumulate_dtype=_check_accumulate_dtype(options["accumulate_dtype"]),
+        chunk_rows=check_chunk_rows(options["chunk_rows"], vocab, logits.device.type),
+        accumulate_dtype=check_accumulate_dtype(options["accumulate_dtype"]),
         grad_hidden=_wants_grad(student[0]),
         grad_weight=_wants_grad(student[1]),
         grad_bias=_wants_grad(student[2]),
@@ -148,10 +160,17 @@ def _checked_loss(
 
 
 class LinearKDLoss(LossModule):
-    """:func:`linear_kd_loss` as a module: its options are given and checked once, here; ``forward`` takes the tensors.
+    """:func:`linear_kd_loss` as a module. It takes and checks the options once; ``forward`` takes the tensors.
 
-    Takes every keyword of :func:`linear_kd_loss` but biases, ``row_weight`` and ``normalizer``, which belong to a call.
-    Has no parameters: the heads stay where they are, in student and teacher.
+    Takes every keyword of :func:`linear_kd_loss` except biases, ``row_weight`` and ``normalizer``, which ``forward``
+    takes. It has no parameters: the heads stay in student and teacher.
+
+    Example::
+
+        >>> hidden, head, teacher_hidden, teacher_head = torch.randn(4, 100, 16).unbind()
+        >>> loss = LinearKDLoss(temperature=2.0, chunk_rows=64)
+        >>> loss(hidden, head, teacher_hidden, teacher_head, torch.randint(100, (100,))).shape
+        torch.Size([])
     """
 
     defaults: ClassVar[dict[str, Any]] = KDLoss.defaults | {"chunk_rows": None, "accumulate_dtype": torch.float32}
@@ -187,73 +206,5 @@ class LinearKDLoss(LossModule):
         return _checked_loss(student, teacher, labels, options, settings)
 
 
-def _check_head(side: str, hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One side's tensors, which autocast may have cast."""
-    tensors = {f"{side}_hidden": hidden, f"{side}_weight": weight}
-    tensors |= {} if bias is None else {f"{side}_bias": bias}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: must be a tensor, not {checks.kind(tensor)}")
-        checks.check_floating(name, tensor)
-        if _is_distributed(tensor):
-            raise TypeError(
-                f"{name}: is a DTensor, a part of it on each process; call the loss inside of the forward of the "
-                "module that was given to fully_shard, where its parameters are whole, or pass full_tensor()"
-            )
-        if tensor.device != hidden.device:
-            raise RuntimeError(f"{name}: is on {tensor.device}, but {side}_hidden is on {hidden.device}")
-    if hidden.dim() == 0 or hidden.shape[-1] == 0:
-        raise ValueError(f"{side}_hidden: has shape {tuple(hidden.shape)}, but it must be (..., H) with H >= 1")
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"{side}_weight: has shape {tuple(weight.shape)}, but with {side}_hidden of shape {tuple(hidden.shape)} it "
-            f"must be (V, {hidden.shape[-1]}) with V >= 1"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"{side}_bias: has shape {tuple(bias.shape)}, but with {side}_weight of shape {tuple(weight.shape)} it "
-            f"must be ({weight.shape[0]},)"
-        )
-    device = hidden.device.type
-    if (
-        torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-        and torch.float64 not in (x.dtype for x in tensors.values())
-    ):
-        tensors = {name: x.to(torch.get_autocast_dtype(device)) for name, x in tensors.items()}
-    for name, tensor in tensors.items():
-        if tensor.dtype != tensors[f"{side}_hidden"].dtype:
-            raise RuntimeError(f"{name}: has dtype {tensor.dtype}, but {side}_hidden has {hidden.dtype}")
-    return tensors[f"{side}_hidden"], tensors[f"{side}_weight"], tensors.get(f"{side}_bias")
-
-
-def _is_distributed(tensor: Tensor) -> bool:
-    if type(tensor) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
-
-
-def _product_like(hidden: Tensor, weight: Tensor) -> Tensor:
-    """What has the shape, dtype and device of hidden @ weight.T, and one number."""
-    return hidden.new_empty(()).expand(*hidden.shape[:-1], weight.shape[0])
-
-
 def _wants_grad(x: Tensor | None) -> bool:
     return x is not None and x.requires_grad and torch.is_grad_enabled()
-
-
-def _check_chunk_rows(chunk_rows: Any, vocab: int, device: str) -> int:
-    if chunk_rows is None:
-        return chunks.default_rows(vocab, device)
-    number = checks.as_integer("chunk_rows", chunk_rows)
-    if number < 1:
-        raise ValueError(f"chunk_rows: {chunk_rows!r} must be at least 1")
-    return min(number, 2**62)  # what a schema's integers hold
-
-
-def _check_accumulate_dtype(dtype: Any) -> torch.dtype:
-    if dtype not in checks.FLOATS:
-        raise ValueError(f"accumulate_dtype: {dtype!r} is not one of {', '.join(map(str, checks.FLOATS))}")
-    return dtype

@@ -1,14 +1,12 @@
-"""The operators: their schemas, their fake tensors, and which implementation a device gets.
+"""The operators: their schemas, and which implementation a device gets.
 
-Every operator is defined here, once, in four namespaces: `torch.ops.kdfast.*`, where the dispatcher picks by device
-(the C++ kernels register themselves for the CPU when their library is loaded; of CUDA and ROCm tensors gpu_choice.py
-says whose kernels they get), and `torch.ops.kdfast_reference.*`, `torch.ops.kdfast_triton.*` and
-`torch.ops.kdfast_cuda.*`, which are that backend on every device that it knows. `kdfast_cuda_rows` has the CUDA kernels
-themselves, which know rows alone; cuda_ops.py calls them. A device without kernels of its own gets the reference, with
-one warning.
+Every operator is defined here, once, in four namespaces. In `torch.ops.kdfast.*` the dispatcher picks by device: the
+C++ kernels register themselves for the CPU when their library is loaded; gpu_choice.py chooses for CUDA and ROCm
+tensors; any other device gets the reference, with one warning. `torch.ops.kdfast_reference.*`,
+`torch.ops.kdfast_triton.*` and `torch.ops.kdfast_cuda.*` are that backend on every device that it supports.
+`kdfast_cuda_rows` has the CUDA kernels themselves, which compute row by row; cuda_ops.py calls them.
 """
 
-import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import choice, cuda_ops, gpu_choice, linear_ops, reference
-from kdfast.arguments import Heads, Inputs, KDMetrics, Settings
-from kdfast.row_math import Coefficients, Sums, table_columns
-from kdfast.rows import loss_dtype
+from kdfast import choice, cuda_ops, gpu_choice, linear_ops, reference, reference_sums
+from kdfast.arguments import Heads, Inputs, Settings, take_flat, take_flat_heads
+from kdfast.fakes import fake
 
 _TYPES = {
     list[Tensor]: "Tensor[]",
@@ -39,13 +36,12 @@ def _arguments(kinds: dict[str, Any]) -> str:
     return ", ".join(f"{_TYPES[kind]} {name}" for name, kind in kinds.items())
 
 
-_FIELDS = Inputs.__annotations__ | Settings.__annotations__
-_ARGS = _arguments(_FIELDS)
+_ARGS = _arguments(Inputs.__annotations__ | Settings.__annotations__)
 _HEADS = _arguments(Heads.__annotations__)
 _HEAD_GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
-# What each operator computes stands beside its reference, in reference.py, and for those of the linear losses in
-# linear_ops.py; a name with a trailing underscore writes the gradient into the student's storage.
+# The docstrings are in reference.py, reference_sums.py and, for the linear losses, linear_ops.py. An operator with
+# a trailing underscore writes the gradient into the student's storage.
 SCHEMAS = {
     "loss_grad": f"(Tensor student, {_ARGS}) -> (Tensor loss, Tensor grad, Tensor metrics)",
     "loss_grad_": f"(Tensor(a!) student, {_ARGS}) -> (Tensor loss, Tensor metrics)",
@@ -66,123 +62,16 @@ SCHEMAS = {
 }
 
 
-def _new_loss(student: Tensor, settings: Settings) -> Tensor:
-    shape = student.shape[:-1] if settings.reduction == "none" else ()
-    return student.new_empty(shape, dtype=loss_dtype(student))
-
-
-def _new_metrics(student: Tensor, settings: Settings) -> Tensor:
-    """For KDMetrics, (7,) or (7, ...); (0,) where they are not wanted."""
-    shape = (0,)
-    if settings.metrics:
-        shape = (len(KDMetrics._fields), *(student.shape[:-1] if settings.reduction == "none" else ()))
-    return student.new_empty(shape, dtype=loss_dtype(student))
-
-
-def _new_grad(student: Tensor) -> Tensor:
-    return student.new_empty(student.shape)
-
-
-def _new_table(student: Tensor, columns: int) -> Tensor:
-    rows = math.prod(student.shape[:-1])  # .numel() would fix a symbolic size
-    return student.new_empty((rows, columns), dtype=loss_dtype(student))
-
-
-def _new_head_gradients(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight = heads.student_hidden, heads.student_weight
-    wanted = (heads.grad_hidden, hidden.shape), (heads.grad_weight, weight.shape), (heads.grad_bias, weight.shape[:1])
-    of_hidden, of_weight, of_bias = (
-        hidden.new_empty(shape if want else (0,), dtype=linear_ops.grad_dtype(hidden.dtype)) for want, shape in wanted
-    )
-    return of_hidden, of_weight, of_bias
-
-
-def _bundled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of (student, ..., inputs, settings) as one of the operator's flat arguments."""
-
-    def call(*args: Any) -> Any:
-        split = len(args) - len(_FIELDS)
-        flat = args[split:]
-        return function(*args[:split], Inputs(*flat[: len(Inputs._fields)]), Settings(*flat[len(Inputs._fields) :]))
-
-    return call
-
-
-def _headed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of (heads, ..., inputs, settings) likewise."""
-    count = len(Heads._fields)
-    return _bundled(lambda *args: function(Heads(*args[:count]), *args[count:]))
-
-
-# Shapes and dtypes alone, for torch.compile.
-_FAKES: dict[str, Callable[..., Any]] = {
-    "loss_grad": _bundled(
-        lambda student, inputs, settings: (
-            _new_loss(student, settings),
-            _new_grad(student),
-            _new_metrics(student, settings),
-        )
-    ),
-    "loss_grad_": _bundled(
-        lambda student, inputs, settings: (_new_loss(student, settings), _new_metrics(student, settings))
-    ),
-    "sums": _bundled(lambda student, inputs, settings: _new_table(student, len(Sums._fields))),
-    "pointwise_sums": _bundled(lambda student, sums, inputs, settings: _new_table(student, len(Sums._fields))),
-    "losses_and_coefficients": _bundled(
-        lambda student, sums, inputs, settings: (
-            sums.new_empty(sums.shape[:1]),
-            _new_table(student, len(Coefficients._fields)),
-        )
-    ),
-    "grad": _bundled(lambda student, stats, grad_loss, inputs, settings: _new_grad(student)),
-    "grad_": _bundled(lambda student, stats, grad_loss, inputs, settings: None),
-    "linear_loss_grad": _headed(
-        lambda heads, inputs, settings: (
-            _new_loss(heads.student_hidden, settings),
-            *_new_head_gradients(heads),
-            _new_metrics(heads.student_hidden, settings),
-        )
-    ),
-    "linear_grad": _headed(lambda heads, stats, grad_loss, inputs, settings: _new_head_gradients(heads)),
-    "scale_": lambda grad, factor: None,
-    "tempered_softmax": lambda logits, temperatures, temperature, log, dtype: logits.new_empty(
-        logits.shape, dtype=dtype
-    ),
-    "tempered_softmax_backward": lambda grad, output, temperatures, temperature, log, dtype: output.new_empty(
-        output.shape, dtype=dtype
-    ),
-}
-
-
-def _fake(name: str, namespace: str) -> Callable[..., Any]:
-    if not name.endswith("stats"):
-        return _FAKES[name]
-
-    def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-        table = _new_table(student, table_columns(namespace, student.device.type, len(inputs.teachers)))
-        return _new_loss(student, settings), table, _new_metrics(student, settings)
-
-    if name == "stats":
-        return _bundled(stats)
-    return _headed(lambda heads, *others: stats(heads.student_hidden, *others))
-
-
 CUDA_KERNELS = ("loss_grad", "loss_grad_", "stats", "grad", "grad_", "scale_")
-_PLAIN = {"scale_", "tempered_softmax", "tempered_softmax_backward"}  # the operators that take no loss's arguments
+_TENSORS_ONLY = {"scale_", "tempered_softmax", "tempered_softmax_backward"}  # operators without Inputs and Settings
 
 _NAMESPACES = ("kdfast", "kdfast_reference", "kdfast_triton", "kdfast_cuda")
-_defined = {name: torch.library.Library(name, "DEF") for name in _NAMESPACES}
+_libraries = {name: torch.library.Library(name, "DEF") for name in _NAMESPACES}
 _warned: set[str] = set()
 
 
 def _reference(name: str) -> Callable[..., Any]:
-    function = getattr(reference, name)
-    return function if name in _PLAIN else _bundled(function)
-
-
-def _cuda(name: str) -> Callable[..., Any]:
-    function = getattr(cuda_ops, name)
-    return function if name in _PLAIN else _bundled(function)
+    return getattr(reference if hasattr(reference, name) else reference_sums, name)
 
 
 def _triton(name: str) -> Callable[..., Any]:
@@ -191,33 +80,31 @@ def _triton(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         from kdfast.triton import ops
 
-        function = getattr(ops, name)
-        return (function if name in _PLAIN else _bundled(function))(*args)
+        return getattr(ops, name)(*args)
 
     return call
 
 
+def _cuda(name: str) -> Callable[..., Any]:
+    """Sums of shards are Triton's: the CUDA kernels have no pass that ends with them."""
+    return getattr(cuda_ops, name) if name in CUDA_KERNELS else _triton(name)
+
+
 def _gpu(name: str) -> Callable[..., Any]:
-    """What CUDA and ROCm tensors get."""
-    kernels = {"triton": _triton(name), "reference": _with_warning(name)}
-    kernels |= {"cuda": _cuda(name)} if name in CUDA_KERNELS else {}
+    """The implementation for CUDA and ROCm tensors, chosen at each call."""
+    functions = {"triton": _triton(name), "reference": _reference_with_warning(name), "cuda": _cuda(name)}
 
-    def chosen(first: Tensor, teachers: list[Tensor], settings: Settings | None) -> Callable[..., Any]:
-        return kernels[gpu_choice.of_gpu(choice.usable_on(first.device.type), name, first, teachers, settings)]
+    def call(first: Tensor, *args: Any) -> Any:
+        inputs, settings = (None, None) if name in _TENSORS_ONLY else args[-2:]
+        teachers = [] if inputs is None else inputs.teachers
+        usable = choice.usable_on(first.device.type)
+        return functions[gpu_choice.of_gpu(usable, name, first, teachers, settings)](first, *args)
 
-    def plain(first: Tensor, *args: Any) -> Any:
-        return chosen(first, [], None)(first, *args)
-
-    def of_loss(*args: Any) -> Any:
-        first, *_, inputs, settings = arguments(*args)
-        return chosen(first, inputs.teachers, settings)(*args)
-
-    arguments = _bundled(lambda *args: args)
-    return plain if name in _PLAIN else of_loss
+    return call
 
 
-def _with_warning(name: str) -> Callable[..., Any]:
-    """The reference as a device's only implementation: it says so, once per device."""
+def _reference_with_warning(name: str) -> Callable[..., Any]:
+    """The reference on a device that has nothing else; it warns once per device."""
     implementation = _reference(name)
 
     def call(first: Tensor, *args: Any) -> Any:
@@ -239,12 +126,20 @@ def _linear(name: str, namespace: str) -> Callable[..., Any]:
     function = getattr(linear_ops, name.removeprefix("linear_"))
 
     def call(heads: Heads, *args: Any) -> Any:
-        device = heads.student_hidden.device.type  # what autocast casts has been cast
+        device = heads.student_hidden.device.type  # the heads' checks have applied autocast already
         off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
         with off:
             return function(getattr(torch.ops, namespace), heads, *args)
 
-    return _headed(call)
+    return call
+
+
+def _implement(namespace: str, name: str, function: Callable[..., Any], device: str = "") -> None:
+    if name.startswith("linear_"):
+        function = take_flat_heads(function)
+    elif name not in _TENSORS_ONLY:
+        function = take_flat(function)
+    _libraries[namespace].impl(name, function, device or "CompositeExplicitAutograd")
 
 
 _cuda_rows = torch.library.Library("kdfast_cuda_rows", "DEF")  # the CUDA kernels, which register themselves
@@ -252,25 +147,21 @@ for _name in CUDA_KERNELS:
     _cuda_rows.define(_name + SCHEMAS[_name])
 
 for _name, _schema in SCHEMAS.items():
-    for _namespace, _library in _defined.items():
+    for _namespace, _library in _libraries.items():
         _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{_namespace}::{_name}", _fake(_name, _namespace), lib=_library)
-    if _name.startswith("linear_"):
-        for _namespace, _library in _defined.items():
-            _library.impl(_name, _linear(_name, _namespace), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{_namespace}::{_name}", fake(_name, _namespace), lib=_library)
+        if _name.startswith("linear_"):
+            _implement(_namespace, _name, _linear(_name, _namespace))
+        elif _name == "losses_and_coefficients":  # of rows alone: PyTorch on every device but the CPU
+            _implement(_namespace, _name, _reference(_name))
+    if _name.startswith("linear_") or _name == "losses_and_coefficients":
         continue
-    if _name == "losses_and_coefficients":  # of rows alone, in PyTorch, but for the CPU's
-        for _library in _defined.values():
-            _library.impl(_name, _reference(_name), "CompositeExplicitAutograd")
-        continue
-    _defined["kdfast"].impl(_name, _with_warning(_name), "CompositeExplicitAutograd")
-    _defined["kdfast"].impl(_name, _gpu(_name), "CUDA")  # ROCm's tensors too
-    _defined["kdfast_reference"].impl(_name, _reference(_name), "CompositeExplicitAutograd")
-    _defined["kdfast_triton"].impl(_name, _triton(_name), "CompositeExplicitAutograd")
-    if _name in CUDA_KERNELS:
-        _defined["kdfast_cuda"].impl(_name, _cuda(_name), "CompositeExplicitAutograd")
-    elif _name in ("sums", "pointwise_sums"):  # of shards, for which the CUDA kernels have no pass of its own
-        _defined["kdfast_cuda"].impl(_name, _triton(_name), "CompositeExplicitAutograd")
+    _implement("kdfast", _name, _reference_with_warning(_name))
+    _implement("kdfast", _name, _gpu(_name), "CUDA")  # ROCm's tensors too
+    _implement("kdfast_reference", _name, _reference(_name))
+    _implement("kdfast_triton", _name, _triton(_name))
+    if not _name.startswith("tempered_softmax"):
+        _implement("kdfast_cuda", _name, _cuda(_name))
 
 
-choice.load()  # what is compiled registers for the operators defined here
+choice.load()  # a compiled library registers its kernels for the operators defined here

@@ -1,4 +1,4 @@
-"""The keywords that all losses share: their types, and what the operators get for them."""
+"""The keywords that all losses share: their types, their checks, and the operators' arguments made of them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kdfast import checks
-from kdfast.arguments import Inputs, Settings, relevant
-from kdfast.targets import check_teachers
+from kdfast.arguments import Inputs, Settings, drop_unused
+from kdfast.teachers import check_teachers
 
 DKD_WEIGHTS = (1.0, 8.0)  # as published for CIFAR-100
 
@@ -19,13 +19,13 @@ Backend = Literal["reference", "cpu", "triton", "cuda"]
 
 
 class Options(TypedDict, total=False):
-    """What a module keeps from call to call."""
+    """The options of a module."""
 
     temperature: float | Tensor
     teacher_temperature: float | Tensor | None
     alpha: float | None
     hard_weight: float | None
-    divergence: str  # one of the built-in ones, or one that a program has added
+    divergence: str  # a built-in one, or one that a program has added
     beta: float | None
     target: Target
     vocab_size: int | None
@@ -46,22 +46,22 @@ class Options(TypedDict, total=False):
 
 
 class CallOptions(Options, total=False):
-    """And what belongs to one call."""
+    """The options of a call: a module's forward takes the last two."""
 
     row_weight: Tensor | None
     normalizer: float | Tensor | None
 
 
 def check_names(function: str, options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """The TypeError of Python for a keyword that a function does not take."""
+    """Raises Python's TypeError for a keyword that a function does not take."""
     for name in options:
         if name not in known:
-            hint = "; the weights of rows are row_weight" if name == "weight" else ""
+            hint = "; weights of rows are called row_weight" if name == "weight" else ""
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
 
 
 def check_settings(options: Mapping[str, Any], has_labels: bool) -> Settings:
-    """Every option that can be checked without the tensors of a call."""
+    """Checks the options that need no tensor of a call, and makes Settings of them."""
     divergence, target = options["divergence"], options["target"]
     for name in ("divergence", "target", "reduction", "ensemble", "backend"):
         checks.check_choice(name, options[name])
@@ -71,7 +71,7 @@ def check_settings(options: Mapping[str, Any], has_labels: bool) -> Settings:
     temperature = teacher_temperature = checks.check_temperature("temperature", options["temperature"])
     if options["teacher_temperature"] is not None:
         if target != "logits":
-            raise ValueError(f"teacher_temperature: given with target={target!r}, which is tempered already")
+            raise ValueError(f"teacher_temperature: given with target={target!r}, which is at its temperature already")
         teacher_temperature = checks.check_temperature("teacher_temperature", options["teacher_temperature"])
     for name, unset in (("standardize", False), ("teacher_softcap", None), ("teacher_logit_scale", 1)):
         if options[name] != unset and target != "logits":
@@ -113,7 +113,7 @@ def check_settings(options: Mapping[str, Any], has_labels: bool) -> Settings:
 def check_inputs(
     student: Tensor, teacher: Any, labels: Tensor | None, options: Mapping[str, Any], settings: Settings
 ) -> tuple[Inputs, Settings]:
-    """The tensors of a call, checked, and its settings. Of the student's logits shape, dtype and device alone count."""
+    """Checks the tensors of a call, and completes its settings. Uses only shape, dtype and device of the student."""
     checks.check_logits("student_logits", student)
     shape, vocab_size = student.shape[:-1], options["vocab_size"]
     if settings.vocab_size > student.shape[-1]:
@@ -142,4 +142,4 @@ def check_inputs(
         temperatures = teacher_temperatures = None
     divisor, normalizer = checks.check_normalizer(options["normalizer"], settings.reduction, student)
     inputs = Inputs(teachers, labels, row_weight, normalizer, temperatures, teacher_temperatures)
-    return relevant(inputs, settings._replace(teacher_weights=weights, divisor=divisor))
+    return drop_unused(inputs, settings._replace(teacher_weights=weights, divisor=divisor))

@@ -1,22 +1,21 @@
-"""A head's products with a chunk of rows, by the library's matrix product; logits are rounded nowhere.
+"""A head's matrix products with a chunk of rows. Logits are not rounded.
 
     s = h W^T + b        the chunk's logits, (rows, V)
     d h = g W            from their gradient g, (rows, H)
     d W += g^T h         (V, H)
 
-What a 16-bit head's products are:
+The products of a 16-bit head:
 
-    on a GPU       16-bit factors, fp32 sums, fp32 results. g is rounded once, to the head's dtype, as a factor of its
-                   products
-    anywhere else  fp32: a slice of the head at a time is widened
+    on a GPU       16-bit factors, fp32 sums, fp32 results. g is rounded once, to the head's dtype, as a factor
+    anywhere else  fp32: the head is converted slice by slice
 
-PyTorch's CPU product of 16-bit factors rounds its result to their dtype: of bf16 logits of size 100 that costs up to
-0.25, of larger ones 0.5. Where a CPU has instructions for bf16 matrices, fp32 products cost time: on two cores of a
-Sapphire Rapids 132 ms for 512 rows, V = 32000, H = 1024, where the bf16 product takes 24. With
-torch.backends.mkldnn.matmul.fp32_precision = "bf16" PyTorch takes 52 for fp32 logits of bf16 factors. That setting is
-not used here because it holds for all threads: while one thread had it set around its own products, 86 of another's 90
-fp32 products came out by it as well, and torch.get_float32_matmul_precision() raised there. Whoever sets it for the
-whole process has it here too: bf16 heads' logits lose nothing by it; their g is then rounded as on a GPU.
+PyTorch's CPU product of 16-bit factors rounds its result to their dtype, which moves bf16 logits of size 100 by up to
+0.25, and larger ones by 0.5. On a CPU with instructions for bf16 matrices fp32 products are slower: 132 ms for 512
+rows, V = 32000, H = 1024 on two cores of a Sapphire Rapids, where the bf16 product takes 24 ms. With
+torch.backends.mkldnn.matmul.fp32_precision = "bf16" PyTorch takes 52 ms for fp32 logits of bf16 factors. kdfast does
+not set it, because it holds for all threads: while one thread had it set around its own products, 86 of another
+thread's 90 fp32 products used it as well, and torch.get_float32_matmul_precision() raised there. A program may set it
+for the whole process: the logits of bf16 heads lose nothing by it, and g is then rounded as on a GPU.
 """
 
 from collections.abc import Iterator
@@ -24,29 +23,29 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-SLICE = 4096  # classes that are widened, or multiplied, at a time: a few MB beside chunks of hundreds
+SLICE = 4096  # classes converted, or multiplied, at a time: a few MB, where a chunk takes hundreds
 
 
 class Head:
-    """The products in the head's own dtype, which is no 16-bit one."""
+    """The products in the head's own dtype, fp32 or fp64."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias  # (V, H), (V,)
         self.logits_dtype = self.operand_dtype = weight.dtype
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
-        """out = hidden W^T + b, (rows, V) of logits_dtype; hidden is an operand."""
+        """out = hidden W^T + b, (rows, V) of logits_dtype; hidden is of operand_dtype."""
         if self.bias is None:
             torch.mm(hidden, self.weight.t(), out=out)
         else:
             torch.addmm(self.bias, hidden, self.weight.t(), out=out)
 
     def to_hidden(self, grad: Tensor) -> Tensor:
-        """g W, (rows, H); grad is an operand."""
+        """g W, (rows, H); grad is of operand_dtype."""
         return torch.mm(grad, self.weight)
 
     def add_to_weight(self, grad: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
-        """total += g^T h, (V, H); the first time total is not read. Both factors are operands."""
+        """total += g^T h, (V, H); the first call does not read total. Both factors are of operand_dtype."""
         for part in self._parts(total, grad):
             g = grad[:, part].t()
             if total.dtype != grad.dtype:
@@ -58,13 +57,13 @@ class Head:
                 total[part].addmm_(g, hidden)
 
     def _parts(self, total: Tensor, grad: Tensor) -> Iterator[slice]:
-        """One, but where a product takes memory of its own."""
+        """One part, but slices where a product needs memory of its own."""
         step = len(total) if total.dtype == grad.dtype else SLICE
         return (slice(start, start + step) for start in range(0, len(total), step))
 
 
 class WidenedHead(Head):
-    """fp32 products with a 16-bit head, of which a slice at a time is widened."""
+    """fp32 products with a 16-bit head, converted slice by slice."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight, None if bias is None else bias.float())
@@ -114,8 +113,8 @@ class TensorCoreHead(Head):
             torch.ops.aten.addmm.dtype_out(total, grad.t(), hidden, torch.float32, out=total)
 
 
-def head(weight: Tensor, bias: Tensor | None) -> Head:
-    """The products that suit the weight's dtype and device."""
+def head_for(weight: Tensor, bias: Tensor | None) -> Head:
+    """The products for the weight's dtype and device."""
     if weight.dtype.itemsize > 2:
         return Head(weight, bias)
     return TensorCoreHead(weight, bias) if weight.device.type == "cuda" else WidenedHead(weight, bias)

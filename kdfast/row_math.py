@@ -1,4 +1,4 @@
-"""A row's numbers between the passes over its classes: sums go up, coefficients come down.
+"""Row mathematics: a row's loss and its gradient's coefficients from its sums, and the merging of sums.
 
 In base 2, with Q_i = 2^(s_i log2(e) / T - student_offset), P_i = 2^(t_i log2(e) / T' - teacher_offset) and
 E_i = 2^(s_i log2(e) - hard_offset), or P_i a probability as it is given. An offset is any number near the largest
@@ -20,7 +20,7 @@ LN2 = math.log(2)
 
 
 class Sums(NamedTuple):
-    """Of some classes of a row, each (rows,): the columns of what `sums` returns. Sums of shards can be merged."""
+    """Sums over some classes of a row, each (rows,): the columns of the table that `sums` returns."""
 
     student_offset: Any
     student_total: Any  # sum Q
@@ -30,15 +30,15 @@ class Sums(NamedTuple):
     hard_total: Any  # sum E
     over_teacher: Any  # sum of the divergence's over_teacher(P, log2 Q, log2(Q / P)), where it is linear
     over_student: Any  # sum of its over_student(Q, log2(Q / P))
-    label: Any  # log2 E of the label; -inf where it is not among these classes
+    label: Any  # log2 E of the label; -inf where the label is not among these classes
     exponents: Any  # sum of log2 E, for label smoothing
-    classes: Any  # how many
-    phi: Any  # sum of phi(p, q) but for first_order, where D is not linear: known once the others are merged
+    classes: Any  # their number
+    phi: Any  # sum of phi(p, q) less first_order, where D is not linear; needs the other sums of all classes
     psi: Any
 
 
 class Coefficients(NamedTuple):
-    """What the gradient is a function of beside the logits, each (rows,): the columns of what `stats` returns.
+    """The gradient is a function of the logits and of these, each (rows,): the columns of the table of `stats`.
 
     q = Q / student_total        p = P / teacher_total        q1 = E / hard_total
 
@@ -46,13 +46,13 @@ class Coefficients(NamedTuple):
         soft (psi(p, q) - q center)                  of the others, center being the sum of psi
         soft (s - t - teacher_offset - center)       of logit_mse, center being the mean
 
-    and to each of them is added hard q1 - uniform - [i = y] label.
+    each plus hard q1 - uniform - [i = y] label.
     """
 
     student_offset: Any
     student_total: Any
     teacher_offset: Any
-    teacher_total: Any  # what P is divided by: 1 for probabilities as they are given
+    teacher_total: Any  # the divisor of P: 1 for given probabilities
     hard_offset: Any
     hard_total: Any
     level: Any
@@ -63,54 +63,55 @@ class Coefficients(NamedTuple):
     hard: Any
     label: Any
     uniform: Any
-    # standardized logits: s * student_unit and t * teacher_unit are what T divides; tilt * (s - mean) is added
+    # standardized logits: T divides s * student_unit and t * teacher_unit; tilt * (s - mean) is added
     mean: Any
     tilt: Any
     student_unit: Any
     teacher_unit: Any
     teacher_mean: Any
-    # dkd, whose totals leave the label out: the whole gradient at the label
+    # dkd, whose totals leave out the label: the whole gradient at the label
     at_label: Any
 
 
-FURTHER_COLUMNS = 4  # Triton's, of each teacher but the first: triton/spec.py's Further
+FURTHER_COLUMNS = 4  # Triton's, for each teacher after the first: triton/spec.py's Further
 
 
 def table_columns(namespace: str, device: str, teachers: int) -> int:
-    """Of the table that `stats` returns and `grad` takes, of a namespace's operators."""
+    """The number of columns of the table that a namespace's `stats` returns and `grad` takes."""
     further = max(0, teachers - 1) if namespace.endswith("triton") or device == "cuda" else 0
     return len(Coefficients._fields) + further * FURTHER_COLUMNS
 
 
 def shares(settings: Settings) -> tuple[float, float] | None:
-    """What D has of the linear divergences' sums over the teacher and over the student; None where it is not linear."""
+    """The factors of over_teacher and over_student in D; None where D is not linear."""
     beta = settings.beta
     linear = {"cross_entropy": (1.0, 0.0), "forward_kl": (1.0, 0.0), "reverse_kl": (0.0, 1.0)}
     return (beta, 1 - beta) if settings.divergence == "symmetric_kl" else linear.get(settings.divergence)
 
 
 def first_order(settings: Settings) -> float:
-    """The factor of p - q in phi, which the sum of phi leaves out, lest it drown the rest where p is near q."""
+    """The factor of p - q in phi. The sum of phi leaves this term out: near p = q it would round the rest away."""
     beta = settings.beta
     factors = {"skew_forward_kl": 1 - beta, "skew_reverse_kl": beta - 1, "hellinger": -0.5}
     return factors.get(settings.divergence, 0.0)
 
 
 def over_teacher(p: Tensor, log_q: Tensor, above: Tensor, settings: Settings) -> Tensor:
+    """The terms of the sum of this name; above is log2(Q / P)."""
     return -times(p, log_q if settings.divergence == "cross_entropy" else above)
 
 
 def is_softmaxed(inputs: Inputs, settings: Settings) -> bool:
-    """Whether P becomes p by its own sum, and not as it is given."""
+    """Whether p is P / sum P, and not a given probability."""
     if len(inputs.teachers) > 1:
         return settings.ensemble == "geometric"
     return settings.target == "logits"
 
 
-def _scaled(total: Tensor, d: Tensor) -> Tensor:
-    """total * 2^d; 0 where 2^d is 2^-inf, and infinite where total is and 2^d only underflows."""
-    moved = torch.where(total.isinf(), total, total * torch.exp2(d))
-    return torch.where(d == -math.inf, torch.where(total.isnan(), total, 0), moved)
+def _rescale(total: Tensor, d: Tensor) -> Tensor:
+    """total * 2^d; 0 where d is -inf, but infinite where total is and 2^d only underflows."""
+    rescaled = torch.where(total.isinf(), total, total * torch.exp2(d))
+    return torch.where(d == -math.inf, torch.where(total.isnan(), total, 0), rescaled)
 
 
 def _finite(offset: Tensor) -> Tensor:
@@ -118,38 +119,40 @@ def _finite(offset: Tensor) -> Tensor:
 
 
 def merge(shards: Sequence[Tensor], settings: Settings) -> Tensor:
-    """The sums of rows of whose classes each shard has some, each (rows, len(Sums._fields)), in the shards' order.
+    """The sums of whole rows from those of their shards, each (rows, len(Sums._fields)).
 
-    To bring sums to a common offset, d = old - new: total' = total * 2^d, part' = (part + D's part(total, ...)) * 2^d.
+    With d = old - new offset, total' = total * 2^d and over' = (over + over_teacher(total, ...)) * 2^d.
     """
     tables = [Sums(*shard.unbind(-1)) for shard in shards]
     offsets = {}
     for name in ("student_offset", "teacher_offset", "hard_offset"):
         offsets[name] = torch.stack([getattr(x, name) for x in tables]).amax(0)  # NaN stays
-    moved = []
+    rescaled = []
     for x in tables:
         ds, dt, dh = (torch.where(old == new, 0, old - new) for old, new in (
             (x.student_offset, offsets["student_offset"]), (x.teacher_offset, offsets["teacher_offset"]),
             (x.hard_offset, offsets["hard_offset"]),
         ))  # fmt: skip
         exponents = _finite(x.hard_offset) - _finite(offsets["hard_offset"])
-        moved.append(x._replace(
-            student_total=_scaled(x.student_total, ds), teacher_total=_scaled(x.teacher_total, dt),
-            hard_total=_scaled(x.hard_total, dh),
-            over_teacher=_scaled(x.over_teacher + over_teacher(x.teacher_total, ds, ds - dt, settings), dt),
-            over_student=_scaled(x.over_student + times(x.student_total, ds - dt), ds),
+        rescaled.append(x._replace(
+            student_total=_rescale(x.student_total, ds), teacher_total=_rescale(x.teacher_total, dt),
+            hard_total=_rescale(x.hard_total, dh),
+            over_teacher=_rescale(x.over_teacher + over_teacher(x.teacher_total, ds, ds - dt, settings), dt),
+            over_student=_rescale(x.over_student + times(x.student_total, ds - dt), ds),
             label=x.label + exponents, exponents=x.exponents + x.classes * exponents,
         ))  # fmt: skip
     columns = {}
     for name in Sums._fields:
-        stacked = torch.stack([getattr(x, name) for x in moved])
+        stacked = torch.stack([getattr(x, name) for x in rescaled])
         columns[name] = offsets.get(name, stacked.amax(0) if name == "label" else stacked.sum(0))
     return torch.stack(Sums(**columns), -1)
 
 
 def losses_and_coefficients(sums: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Row losses, weights included, (rows,), and the coefficients, (rows, len(Coefficients._fields)): 0 where the
-    weight is. A scalar reduction's divisor is not in them."""
+    """Row losses, weights included, (rows,), and the coefficients, (rows, len(Coefficients._fields)).
+
+    Both are 0 where the weight is 0. The divisor of a scalar reduction is not in them.
+    """
     x = Sums(*sums.unbind(-1))
     nothing = torch.zeros_like(x.classes)
     temperature = nothing + settings.temperature if inputs.temperatures is None else inputs.temperatures.flatten()

@@ -1,4 +1,4 @@
-"""What a row weighs in a loss: which rows are kept, what their sum is divided by, and the checks of per-row values."""
+"""The rows of a loss: which are kept, their weights, the divisor of their sum, and the checks of per-row values."""
 
 from typing import NamedTuple
 
@@ -9,12 +9,12 @@ from kdfast.arguments import ELSEWHERE, Inputs, Settings
 
 
 def loss_dtype(student: Tensor) -> torch.dtype:
-    """Losses and sums are fp32, for fp64 logits fp64."""
+    """The dtype of losses and sums: fp32, for fp64 logits fp64."""
     return torch.float64 if student.dtype == torch.float64 else torch.float32
 
 
 def kept_rows(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    """Which rows, (...), have a term in the loss: not ignored, and not of weight 0."""
+    """Which rows, (...), are kept: not ignored, and not of weight 0."""
     keep = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
     if inputs.labels is not None:
         keep &= inputs.labels != settings.ignore_index
@@ -24,9 +24,9 @@ def kept_rows(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
 
 
 def row_weights(inputs: Inputs, settings: Settings) -> Tensor | None:
-    """Each row's weight, (...), 0 where it is ignored, whatever it is there; None where all weigh 1.
+    """Each row's weight, (...), 0 in ignored rows, whatever row_weight holds there; None where all are 1.
 
-    On a GPU each conversion and each Python number in torch.where would be a launch.
+    Written for few launches: on a GPU each conversion, and each Python number in torch.where, is one.
     """
     labels, weight = inputs.labels, inputs.row_weight
     if labels is None:
@@ -41,14 +41,14 @@ def row_weights(inputs: Inputs, settings: Settings) -> Tensor | None:
 
 
 class Divisor(NamedTuple):
-    """What the sum of the rows' losses is divided by."""
+    """The divisor of the sum of the rows' losses."""
 
     number: float  # 1 where there is a tensor
     tensor: Tensor | None  # 0-dim; where it is 0, no row is kept, and the loss is 0
 
 
 def divisor(student: Tensor, weights: Tensor | None, inputs: Inputs, settings: Settings) -> Divisor:
-    """`weights`: those of row_weights."""
+    """The divisor under `reduction`; weights: the result of row_weights."""
     rows = student.shape[:-1].numel()
     if settings.reduction == "batchmean":
         return Divisor(max(1.0, float(student.shape[0]) if student.dim() > 1 else 1.0), None)
@@ -71,13 +71,13 @@ def denominator(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
 
 
 def mean_metrics(metrics: Tensor, weights: Tensor | None, settings: Settings) -> Tensor:
-    """KDMetrics of all rows, (7, ...), as the loss's reduction has them: (7,), NaN where no row is kept."""
+    """KDMetrics under `reduction` from those of all rows, (7, ...): (7,), NaN where no row is kept; or unchanged."""
     if settings.reduction == "none":
         return metrics
     if weights is None:
         return metrics.flatten(1).mean(1) if metrics.dim() > 1 else metrics
     weights = weights.to(metrics.dtype)
-    total = torch.where(weights != 0, metrics * weights, 0)  # those of a row that is not kept are NaN
+    total = torch.where(weights != 0, metrics * weights, 0)  # a dropped row's metrics may be NaN
     return (total.flatten(1).sum(1) if total.dim() > 1 else total) / weights.sum()
 
 
@@ -86,7 +86,7 @@ def no_metrics(student: Tensor) -> Tensor:
 
 
 def check_values(student: Tensor, inputs: Inputs, settings: Settings) -> None:
-    """The errors that depend on a tensor's values. Not on a GPU, where reading them would synchronize."""
+    """Raises the errors that depend on a tensor's values. On a GPU it does nothing: reading them would synchronize."""
     if student.device.type != "cpu":
         return
     vocab = settings.vocab_size if settings.vocab_size >= 0 else student.shape[-1]

@@ -1,4 +1,4 @@
-"""tempered_softmax: the paper's softened probabilities by themselves."""
+"""tempered_softmax: the paper's softened probabilities."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def tempered_softmax(
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64. The sums are float32, for float64 logits float64.
         temperature: T > 0, a number or a tensor (...) of one per row, which gets no gradient.
-        log: the logarithm of it instead.
+        log: True returns its logarithm instead.
         out_dtype: the result's dtype, one of the above; None: the logits' own.
 
     Returns:
@@ -23,6 +23,11 @@ def tempered_softmax(
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`kdfast.kd_loss` for its arguments of these names.
+
+    Example::
+
+        >>> tempered_softmax(torch.tensor([[0.0, 4.0]]), temperature=2.0)
+        tensor([[0.1192, 0.8808]])
     """
     check_logits("logits", logits)
     number = check_temperature("temperature", temperature)

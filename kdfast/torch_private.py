@@ -21,8 +21,8 @@ def graph_is_kept() -> bool:
         return True
 
 
-def autograd_included() -> AbstractContextManager[Any]:
-    """Turns autograd on inside of an operator that a compiled graph calls, which runs below autograd."""
+def enable_autograd() -> AbstractContextManager[Any]:
+    """Enables autograd inside an operator: a compiled graph calls it below autograd."""
     try:
         return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
     except AttributeError:
@@ -30,9 +30,9 @@ def autograd_included() -> AbstractContextManager[Any]:
         return nullcontext()
 
 
-def constant_in_graphs(function: Callable[..., Any]) -> None:
-    """Has Dynamo call a function once and keep its result, as torch.compiler.assume_constant_result does.
+def mark_constant_in_graphs(function: Callable[..., Any]) -> None:
+    """Makes Dynamo call a function once and keep its result, as torch.compiler.assume_constant_result does.
 
-    That one would import all of Dynamo with kdfast. A torch that does not know the mark traces the function.
+    assume_constant_result would import all of Dynamo with kdfast. A torch without this mark traces the function.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -56,7 +56,7 @@ def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for overload, function in (("mm.dtype", mm), ("mm.dtype_out", mm_out), ("addmm.dtype_out", addmm_out)):
             library.impl(overload, function, "CPU")
         monkeypatch.setattr(products, "WidenedHead", products.TensorCoreHead)
-        monkeypatch.setattr(chunks, "_may_look", lambda x: False)
+        monkeypatch.setattr(chunks, "_can_read_values", lambda x: False)
         yield
 
 

@@ -51,7 +51,7 @@ MUTANTS = [
            "A bias in training above a frozen weight gets no gradient.", (*PRODUCTS, *LINEAR)),
     # ---- speed and memory alone: numbers stay right ----
     Mutant("linear-chunks-and-a-rest", CHUNKS,
-           "size = math.ceil(count / max(1, math.ceil(count / self.at_once)))", "size = self.at_once",
+           "size = math.ceil(count / max(1, math.ceil(count / self.chunk_rows)))", "size = self.chunk_rows",
            "The last chunk is whatever is left, however few rows.", PRODUCTS),
     Mutant("linear-dropped-rows-multiplied", CHUNKS,
            "elif not kept.all():", "elif not kept.any():",
@@ -61,6 +61,6 @@ MUTANTS = [
            "return teacher.reshape(-1, teacher.shape[-1])[index]",
            "A teacher that is a view is copied whole, for each chunk.", LINEAR),
     Mutant("linear-logits-of-every-chunk-are-new", CHUNKS,
-           "logits = room[: len(hidden)]", "logits = torch.empty_like(room[: len(hidden)])",
+           "logits = out[: len(hidden)]", "logits = torch.empty_like(out[: len(hidden)])",
            "There are three and four chunks' logits where two would do.", ("test_memory.py",)),
 ]  # fmt: skip

@@ -6,8 +6,9 @@ CALLS, LIMITS, ARGUMENTS = ("test_calls.py",), ("test_limits.py",), ("test_argum
 AUTOGRAD, INPLACE, BACKENDS = ("test_autograd.py",), ("test_inplace.py",), ("test_backends.py",)
 REFERENCE, METRICS, COMPILE = ("test_reference.py",), ("test_metrics.py",), ("test_compile.py",)
 BUILD = ("test_build.py",)
-CHECKS, TARGETS, FUNCTIONS = "kdfast/checks.py", "kdfast/targets.py", "kdfast/autograd.py"
-OPERATORS, CHOICE, TRUTH = "kdfast/ops.py", "kdfast/choice.py", "kdfast/reference.py"
+CHECKS, TEACHERS, FUNCTIONS = "kdfast/checks.py", "kdfast/teachers.py", "kdfast/autograd.py"
+OPERATORS, FAKES, CHOICE = "kdfast/ops.py", "kdfast/fakes.py", "kdfast/choice.py"
+TRUTH, CLASSIFIERS = "kdfast/reference.py", "kdfast/classifiers.py"
 GPU_CHOICE = "kdfast/gpu_choice.py"
 OPTIONS, ROWS = "kdfast/options.py", "kdfast/rows.py"
 
@@ -34,17 +35,17 @@ OF_ARGUMENTS = [
            "return self.alpha != 0 or self.metrics", "return self.alpha != 0",
            "With alpha=0 the metrics know of no teacher.", METRICS),
     Mutant("metrics-spoil-a-loss", "kdfast/arguments.py",
-           "(settings.alpha == 0 and of_soft) or (settings.hard_weight == 0", "(settings.hard_weight == 0",
+           "(settings.alpha == 0 and is_soft) or (settings.hard_weight == 0", "(settings.hard_weight == 0",
            "What is infinite in a metric without a weight spoils the loss.", METRICS),
-    Mutant("teacher-weights-as-given", TARGETS,
+    Mutant("teacher-weights-as-given", TEACHERS,
            "return [w / total for w in weights]", "return weights",
            "Weights of teachers that do not sum to 1 scale the teacher.", CALLS),
     # the second teacher alone
-    Mutant("second-teacher-of-weight-0", TARGETS,
+    Mutant("second-teacher-of-weight-0", TEACHERS,
            "0.0 in weights", "0.0 == weights[0]",
            "A teacher of weight 0 is read if it is not the first.", ("test_dropped_terms.py",)),
     # a teacher of just as many classes as there are
-    Mutant("teacher-of-vocab-size", TARGETS,
+    Mutant("teacher-of-vocab-size", TEACHERS,
            "teacher.shape[-1] < vocab_size", "teacher.shape[-1] <= vocab_size",
            "A teacher without padding beside a padded student is an error.", ("test_layouts.py",)),
     Mutant("ends-of-jsd", "kdfast/divergences.py",
@@ -64,12 +65,12 @@ OF_ARGUMENTS = [
 
 OF_AUTOGRAD = [
     Mutant("no-version-bump", FUNCTIONS,
-           "loss, metrics = ops.loss_grad_(student, *inputs, *settings)\n            _overwritten(student)",
+           "loss, metrics = ops.loss_grad_(student, *inputs, *settings)\n            _mark_overwritten(student)",
            "loss, metrics = ops.loss_grad_(student, *inputs, *settings)",
            "Who saved the logits before inplace=True uses a gradient in their place.", INPLACE),
     # fp16, and reduction "none", alone
     Mutant("no-version-bump-in-backward", FUNCTIONS,
-           "_overwritten(student)  # a second backward", "pass  # a second backward",
+           "_mark_overwritten(student)  # so that a second", "pass  # so that a second",
            "A second backward of an in-place loss takes its gradient for logits.", INPLACE),
     Mutant("kept-graph-scales-in-place", FUNCTIONS,
            "elif graph_is_kept():", "elif not ctx.needs_input_grad[0]:",
@@ -91,8 +92,8 @@ OF_AUTOGRAD = [
            'A teacher made under inference_mode is an error with reduction="none".', AUTOGRAD),
     # ---- memory alone: numbers stay right ----
     Mutant("teacher-is-kept", FUNCTIONS,
-           "ctx.ops, ctx.inplace, ctx.spent = ops, inplace, False",
-           "ctx.ops, ctx.inplace, ctx.spent, ctx.inputs = ops, inplace, False, inputs",
+           "ctx.ops, ctx.inplace, ctx.has_run = ops, inplace, False",
+           "ctx.ops, ctx.inplace, ctx.has_run, ctx.inputs = ops, inplace, False, inputs",
            "A loss whose gradient is made holds on to its teacher.", AUTOGRAD),
     Mutant("gradient-scaled-elsewhere", FUNCTIONS,
            "        ctx.ops.scale_(grad, grad_loss)\n        return grad, None",
@@ -101,15 +102,15 @@ OF_AUTOGRAD = [
 ]  # fmt: skip
 
 OF_OPERATORS = [
-    Mutant("fake-metrics-by-row", OPERATORS,
+    Mutant("fake-metrics-by-row", FAKES,
            '*(student.shape[:-1] if settings.reduction == "none" else ())', "",
            "A compiled graph takes the metrics of rows for means.", COMPILE),
-    Mutant("fake-softmaxs-dtype", OPERATORS,
+    Mutant("fake-softmaxs-dtype", FAKES,
            "logits.new_empty(\n        logits.shape, dtype=dtype\n    )",
            "logits.new_empty(\n        logits.shape\n    )",
            "A compiled graph takes tempered_softmax for one of the logits' dtype.", COMPILE),
-    Mutant("fake-gradients-strides", OPERATORS,
-           "return student.new_empty(student.shape)", "return torch.empty_like(student)",
+    Mutant("fake-gradients-strides", FAKES,
+           "return student.new_empty(student.shape)", "return student.clone()",
            "A compiled graph takes a slice's gradient for one with gaps.", COMPILE),
     Mutant("warning-at-every-call", OPERATORS,
            "_warned.add(device)", "pass",
@@ -129,7 +130,7 @@ OF_OPERATORS = [
 ]  # fmt: skip
 
 OF_THE_REFERENCE = [
-    Mutant("reference-population-deviation", TRUTH,
+    Mutant("reference-population-deviation", CLASSIFIERS,
            "/ max(1, z.shape[-1] - 1)", "/ z.shape[-1]",
            "The truth standardises by the population's deviation.", REFERENCE),
     Mutant("reference-label-behind-the-last", ROWS,
@@ -144,7 +145,7 @@ OF_THE_REFERENCE = [
     Mutant("ignored-rows-count", ROWS,
            "return torch.ops.aten.threshold_backward(weight, keep, 0.5)", "return weight",
            "A row with a weight is never ignored.", CALLS),
-    Mutant("module-checks-once", "kdfast/losses.py",
+    Mutant("module-checks-once", "kdfast/modules.py",
            'self.__dict__.pop("_checked", None)', "pass",
            "An option that is changed between calls changes nothing.", ("test_module.py",)),
     Mutant("metrics-by-rows", ROWS,
@@ -155,9 +156,9 @@ OF_THE_REFERENCE = [
            "return cap * torch.tanh(z / cap)",
            "The truth gives a masked class the logit -cap under a softcap.", LIMITS),
     Mutant("reference-geometric-of-one", TRUTH,
-           'as_given = len(teachers) == 1 and settings.target != "logits"', 'as_given = settings.target != "logits"',
+           'is_given = len(teachers) == 1 and settings.target != "logits"', 'is_given = settings.target != "logits"',
            "The truth's geometric ensemble of probabilities is not normalised.", CALLS),
-    Mutant("reference-dkds-weights-swapped", TRUTH,
+    Mutant("reference-dkds-weights-swapped", CLASSIFIERS,
            "divergence = divergence + weights[1] * times(", "divergence = divergence + weights[0] * times(",
            "The truth weighs both parts of dkd with the target's weight.", REFERENCE),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a teacher may be: one tensor or an ensemble of them, as logits, probabilities or log-probabilities."""
+"""Checks of the teacher: one tensor or an ensemble of them; logits, probabilities or log-probabilities."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from kdfast.checks import check_floating, kind
 def check_teachers(
     teacher: Any, teacher_weights: Any, student: Tensor, vocab_size: int | None
 ) -> tuple[list[Tensor], list[float]]:
-    """The teachers that count, each (..., V), and their weights, which sum to 1."""
+    """The teachers whose weight is not 0, each (..., V), and their weights, which sum to 1."""
     if isinstance(teacher, Tensor):
         if teacher_weights is not None:
             raise ValueError("teacher_weights: given with one tensor as the teacher; it is for a sequence of teachers")
@@ -35,7 +35,7 @@ def check_teachers(
         if each.shape != student.shape:
             _check_shape(name, each, student, vocab_size)
     teachers = [t.detach() if t.requires_grad else t for t in teachers]
-    if several and 0.0 in weights:  # a teacher of weight 0 is not read
+    if several and 0.0 in weights:
         teachers = [t for t, w in zip(teachers, weights, strict=True) if w]
         weights = [w for w in weights if w]
     return teachers, weights
@@ -69,7 +69,7 @@ def _check_shape(name: str, teacher: Tensor, student: Tensor, vocab_size: int | 
     if vocab_size is None:
         raise ValueError(
             f"{name}: has {teacher.shape[-1]} classes, but student_logits has {student.shape[-1]}; where the last ones "
-            "are padding, vocab_size says how many are real"
+            "are padding, set vocab_size to the number of real classes"
         )
     if teacher.shape[-1] < vocab_size:
         raise ValueError(f"vocab_size: {vocab_size} is more than the {teacher.shape[-1]} classes of {name}")

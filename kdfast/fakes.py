@@ -1,0 +1,97 @@
+"""Fake tensors: the shapes and dtypes of each operator's results, which torch.compile traces with."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from kdfast import linear_ops
+from kdfast.arguments import Heads, Inputs, KDMetrics, Settings, take_flat, take_flat_heads
+from kdfast.row_math import Coefficients, Sums, table_columns
+from kdfast.rows import loss_dtype
+
+
+def _new_loss(student: Tensor, settings: Settings) -> Tensor:
+    shape = student.shape[:-1] if settings.reduction == "none" else ()
+    return student.new_empty(shape, dtype=loss_dtype(student))
+
+
+def _new_metrics(student: Tensor, settings: Settings) -> Tensor:
+    """KDMetrics as one tensor: (7,) or (7, ...); (0,) where none are wanted."""
+    shape = (0,)
+    if settings.metrics:
+        shape = (len(KDMetrics._fields), *(student.shape[:-1] if settings.reduction == "none" else ()))
+    return student.new_empty(shape, dtype=loss_dtype(student))
+
+
+def _new_grad(student: Tensor) -> Tensor:
+    return student.new_empty(student.shape)
+
+
+def _new_table(student: Tensor, columns: int) -> Tensor:
+    rows = math.prod(student.shape[:-1])  # .numel() would fix a symbolic size
+    return student.new_empty((rows, columns), dtype=loss_dtype(student))
+
+
+def _new_head_gradients(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = heads.student_hidden, heads.student_weight
+    wanted = (heads.grad_hidden, hidden.shape), (heads.grad_weight, weight.shape), (heads.grad_bias, weight.shape[:1])
+    dtype = linear_ops.grad_dtype(hidden.dtype)
+    grad_hidden, grad_weight, grad_bias = (
+        hidden.new_empty(shape if want else (0,), dtype=dtype) for want, shape in wanted
+    )
+    return grad_hidden, grad_weight, grad_bias
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "loss_grad": take_flat(
+        lambda student, inputs, settings: (
+            _new_loss(student, settings),
+            _new_grad(student),
+            _new_metrics(student, settings),
+        )
+    ),
+    "loss_grad_": take_flat(
+        lambda student, inputs, settings: (_new_loss(student, settings), _new_metrics(student, settings))
+    ),
+    "sums": take_flat(lambda student, inputs, settings: _new_table(student, len(Sums._fields))),
+    "pointwise_sums": take_flat(lambda student, sums, inputs, settings: _new_table(student, len(Sums._fields))),
+    "losses_and_coefficients": take_flat(
+        lambda student, sums, inputs, settings: (
+            sums.new_empty(sums.shape[:1]),
+            _new_table(student, len(Coefficients._fields)),
+        )
+    ),
+    "grad": take_flat(lambda student, stats, grad_loss, inputs, settings: _new_grad(student)),
+    "grad_": take_flat(lambda student, stats, grad_loss, inputs, settings: None),
+    "linear_loss_grad": take_flat_heads(
+        lambda heads, inputs, settings: (
+            _new_loss(heads.student_hidden, settings),
+            *_new_head_gradients(heads),
+            _new_metrics(heads.student_hidden, settings),
+        )
+    ),
+    "linear_grad": take_flat_heads(lambda heads, stats, grad_loss, inputs, settings: _new_head_gradients(heads)),
+    "scale_": lambda grad, factor: None,
+    "tempered_softmax": lambda logits, temperatures, temperature, log, dtype: logits.new_empty(
+        logits.shape, dtype=dtype
+    ),
+    "tempered_softmax_backward": lambda grad, output, temperatures, temperature, log, dtype: output.new_empty(
+        output.shape, dtype=dtype
+    ),
+}
+
+
+def fake(name: str, namespace: str) -> Callable[..., Any]:
+    """The fake implementation of an operator of a namespace."""
+    if not name.endswith("stats"):
+        return _FAKES[name]
+
+    def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+        table = _new_table(student, table_columns(namespace, student.device.type, len(inputs.teachers)))
+        return _new_loss(student, settings), table, _new_metrics(student, settings)
+
+    if name == "stats":
+        return take_flat(stats)
+    return take_flat_heads(lambda heads, *others: stats(heads.student_hidden, *others))

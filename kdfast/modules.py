@@ -1,0 +1,46 @@
+"""A loss as a module: its options are attributes, checked when the module is built and after each change."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from kdfast.arguments import Settings
+from kdfast.options import check_names, check_settings
+
+
+class LossModule(nn.Module):
+    """The base of KDLoss and LinearKDLoss. The options are plain attributes."""
+
+    defaults: ClassVar[dict[str, Any]]  # the options' defaults, by name
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        check_names(type(self).__name__, options, self.defaults)
+        self.__dict__.update(self.defaults | options)
+        self.checked_settings(True)  # whether there are labels is known in forward
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self.defaults:  # changed between calls: the next call checks it
+            self.__dict__.pop("_checked", None)
+
+    def options(self) -> dict[str, Any]:
+        """The options by name."""
+        return {name: getattr(self, name) for name in self.defaults}
+
+    def checked_settings(self, has_labels: bool) -> Settings:
+        """The settings of a call; checks them only after an option has changed."""
+        if torch.compiler.is_compiling():
+            return check_settings(self.options(), has_labels)
+        checked = self.__dict__.setdefault("_checked", {})
+        if has_labels not in checked:
+            checked[has_labels] = check_settings(self.options(), has_labels)
+        return checked[has_labels]
+
+    def extra_repr(self) -> str:
+        # identity first: comparing a tensor of temperatures gives a tensor
+        default = self.defaults
+        changed = {k: v for k, v in self.options().items() if v is not default[k] and (v == default[k]) is not True}
+        shown = {name: getattr(self, name) for name in ("temperature", "alpha", "divergence")} | changed
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
