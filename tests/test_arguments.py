@@ -54,7 +54,7 @@ def test_unexpected_words_and_positions_are_errors_of_python() -> None:
     with pytest.raises(TypeError, match="positional"):
         kd_loss(S, T, Y, 2.0)
     for function in (lambda **options: kd_loss(S, T, Y, **options), KDLoss):
-        with pytest.raises(TypeError, match="unexpected keyword argument 'weight'; the weights of rows are row_weight"):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'weight'; weights of rows are called row_weight"):
             function(weight=torch.ones(3))
     with pytest.raises(TypeError, match="unexpected keyword argument 'row_weight'"):
         KDLoss(row_weight=torch.ones(3))

@@ -238,7 +238,7 @@ def test_a_device_before_sm_80_excludes_itself_alone(monkeypatch):
     library = SimpleNamespace(kdfast_cuda_version=lambda: 13000, kdfast_driver_version=lambda: 13000)
     for owner, name, value in (
         (choice, "cuda_is_compiled", lambda: True),
-        (choice, "_library", lambda name: None),
+        (choice, "_load_library", lambda name: None),
         (choice.ctypes, "CDLL", lambda path: library),
         (torch.version, "cuda", "13.0"),
         (torch.cuda, "is_available", lambda: True),

@@ -38,7 +38,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"chunk_rows": 2.0}, TypeError, "^chunk_rows: must be an int, not 2.0"),
     ({"accumulate_dtype": torch.int64}, ValueError, "^accumulate_dtype: torch.int64 is not one of torch.float32"),
     ({"accumulate_dtype": None}, ValueError, "^accumulate_dtype: None is not one of"),
-    ({"inplace": True}, ValueError, "^inplace: leave it out"),
+    ({"inplace": True}, ValueError, "^inplace: must be False"),
     ({"temperature": 0}, ValueError, "^temperature: 0 must be finite and > 0"),
     ({"T": 2.0}, TypeError, r"linear_kd_loss\(\) got an unexpected keyword argument 'T'"),
     ({"backend": "gpu"}, ValueError, "^backend: 'gpu' is not one of"),

@@ -145,8 +145,8 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("return_metrics", 1, {}, TypeError, "must be a bool, not 1"),
     ("return_metrics", "kl", {}, TypeError, "must be a bool, not 'kl'"),
     # --- arguments that exclude each other
-    ("teacher_temperature", 2.0, {"target": "probs"}, ValueError, "target='probs', which is tempered already"),
-    ("teacher_temperature", 2.0, {"target": "log_probs"}, ValueError, "target='log_probs', which is tempered already"),
+    ("teacher_temperature", 2.0, {"target": "probs"}, ValueError, "target='probs', which is at its temperature already"),
+    ("teacher_temperature", 2.0, {"target": "log_probs"}, ValueError, "target='log_probs', which is at its temperature already"),
     ("teacher_weights", [1.0], {}, ValueError, "given with one tensor as the teacher; it is for a sequence"),
     ("divergence", "logit_mse", {"target": "probs"}, ValueError, "'logit_mse' needs target='logits', not 'probs'"),
     ("divergence", "logit_mse", {"teacher": [T, T]}, ValueError, "'logit_mse' with several .* ensemble='geometric'"),
