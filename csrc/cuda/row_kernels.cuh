@@ -248,10 +248,10 @@ __device__ inline void rows_of_team(const RowsArgs& a, uint4* kept, Shared& shar
     float s_end[1] = {-kInf}, t_end[1] = {-kInf};
     if (packs.end >= 0) packs.load_end(s_end, t_end);
 
-    Factors factors;
+    Gradient<D> gradient;
     int sweep = 0;
     if (a.table) {
-      factors = factors_of<D>(read_row(a, r, team, shared.columns), numbers.grad_loss);
+      gradient = {read_row(a, r, team, shared.columns), numbers.grad_loss};
       if constexpr (kKeep) packs.template each<true>(team, sweep++, [](int, const auto&, const auto&) {});
     } else {
       Statistics<D> statistics = Statistics<D>::nothing();
@@ -272,7 +272,7 @@ __device__ inline void rows_of_team(const RowsArgs& a, uint4* kept, Shared& shar
       const Sums<float> of_row = sums_of(statistics, sums, numbers.label_s, (float)a.vocab, r.scale);
       Coefficients<float> coefficients;
       const RowLoss<float> row = loss_and_coefficients<D>(of_row, terms_of(a, r, of_row), coefficients);
-      factors = factors_of<D>(coefficients, 1);
+      gradient = {coefficients, 1};
       if (team.leading_warp()) write_row(a, r, row, coefficients);
       if (a.metrics) {
         Measures<D> measures = Measures<D>::nothing();
@@ -290,16 +290,16 @@ __device__ inline void rows_of_team(const RowsArgs& a, uint4* kept, Shared& shar
       packs.template each<false>(team, sweep, [&](int at, const auto& s, const auto& t) {
         Wide<S> g;
 #pragma unroll
-        for (int i = 0; i < kVec<S>; ++i) g.x[i] = gradient<D>(s[i], t[i], factors, r.scale);
+        for (int i = 0; i < kVec<S>; ++i) g.x[i] = gradient(s[i], t[i], r.scale);
         if ((unsigned)(r.scale.label - at) < (unsigned)kVec<S>) {  // one pack of the row has the label
 #pragma unroll
-          for (int i = 0; i < kVec<S>; ++i) g.x[i] -= at + i == r.scale.label ? factors.label : 0;
+          for (int i = 0; i < kVec<S>; ++i) g.x[i] -= at + i == r.scale.label ? gradient.label : 0;
         }
         packs.store(at, g);
       });
       if (packs.end >= 0) {
-        const float g = gradient<D>(s_end[0], t_end[0], factors, r.scale);
-        packs.store_end(packs.end == r.scale.label ? g - factors.label : g);
+        const float g = gradient(s_end[0], t_end[0], r.scale);
+        packs.store_end(packs.end == r.scale.label ? g - gradient.label : g);
       }
       zero_from(packs.grad, r.n, a.width, team);
     }

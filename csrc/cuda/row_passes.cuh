@@ -8,13 +8,10 @@ namespace {
 
 template <class D>
 __device__ inline Scales<float> scales_of(const Statistics<D>& x) {
-  Scales<float> scales{finite(x[kStudentOffset]), 0, 0, 1 / x[kStudentSum], 1, 1, -log2f(x[kStudentSum]), 0};
-  if (Statistics<D>::kSoft) {
-    scales.teacher_offset = finite(x[kTeacherOffset]);
-    scales.to_p = 1 / x[kTeacherSum];
-    scales.log_to_p = -log2f(x[kTeacherSum]);
-  }
-  return scales;
+  const bool soft = Statistics<D>::kSoft;
+  return scales_of(Coefficients<float>{finite(x[kStudentOffset]), x[kStudentSum],
+                                       soft ? finite(x[kTeacherOffset]) : 0, soft ? x[kTeacherSum] : 1, 0,
+                                       1});
 }
 
 struct Pair {  // of one class
@@ -53,7 +50,8 @@ struct PointwiseSums {
   }
 };
 
-// What loss_and_coefficients takes, of all classes: in the kernels exps at temperature 1 are relative to T times the offset.
+// What loss_and_coefficients takes, of all classes: in the kernels exps at temperature 1 are relative to T
+// times the offset.
 template <class D>
 __device__ inline Sums<float> sums_of(const Statistics<D>& x, const PointwiseSums& pointwise, float label_s,
                                       float classes, const RowScale& row) {
@@ -81,60 +79,44 @@ __device__ inline float hard_shift(const Coefficients<float>& c, float t) {
   return __fmaf_rn(finite(c.student_offset), t, -finite(c.hard_offset));
 }
 
-// What the gradient's terms are multiplied by, of exps as they are: the normalisers are in it, and grad_loss.
-struct Factors {
-  float student_offset, teacher_offset, to_q, to_p;
-  float level, slope, teacher;  // linear divergences
-  float soft, center;           // the others', and logit_mse's
-  float hard, label, uniform;
-};
+// dl/ds of one class, but for what the label has of its own; the coefficients are multiplied by grad_loss.
+// See PerExp, and for logit_mse:  soft (s - t - center) + E hard - uniform
 template <class D>
-__device__ inline Factors factors_of(const Coefficients<float>& c, float grad_loss) {
-  Factors f{finite(c.student_offset), finite(c.teacher_offset), 1 / c.student_total, 1 / c.teacher_total};
-  if constexpr (D::kDifference) {
-    f.soft = grad_loss * c.soft;
-    f.center = c.teacher_offset + c.center;
-  } else if constexpr (kHasSoftmax<D> && D::kPointwise) {
-    f.soft = grad_loss * c.soft;
-    f.center = c.center;
-  } else if constexpr (kHasSoftmax<D>) {
-    const float above = log2f(c.teacher_total) - log2f(c.student_total), slope = c.slope * kLn2;
-    f.level = grad_loss * (c.slope == 0 ? c.level : c.level + slope * above) * f.to_q;
-    f.slope = grad_loss * slope * f.to_q;
-    f.teacher = grad_loss * c.teacher * f.to_p;
-  }
-  f.hard = c.hard == 0 ? 0 : grad_loss * c.hard / c.hard_total;
-  f.label = grad_loss * c.label;
-  f.uniform = grad_loss * c.uniform;
-  return f;
-}
+struct Gradient {
+  float student_offset, teacher_offset, label;
+  PerExp<float> per;
 
-// dl/ds of one class, but for what the label has of its own.
-//
-//   linear        Q * (level + slope * log2(Q / P)) - P * teacher
-//   pointwise     soft * (psi - q * center)
-//   logit_mse     soft * (s - t - center)                               and + E * hard - uniform
-template <class D>
-__device__ inline float gradient(float s, float t, const Factors& f, const RowScale& row) {
-  const float y = __fmaf_rn(s, row.slope, -f.student_offset);
-  float g = -f.uniform;
-  if constexpr (D::kDifference) {
-    g = __fmaf_rn(f.soft, s - t - f.center, g);
-  } else if constexpr (kHasSoftmax<D>) {
-    const float exp = fast_exp2(y);
-    const Exp p = teacher_exp(t, f.teacher_offset, row);
-    if constexpr (D::kPointwise) {
-      const float q = exp * f.to_q;
-      g = __fmaf_rn(f.soft, D::psi(p.exp * f.to_p, q, row.beta) - q * f.center, g);
-    } else {
-      float per_exp = f.level;
-      if constexpr (D::kStudent) per_exp += f.slope * (exp == 0 ? 0 : fminf(y - p.log, 3e38f));
-      g = __fmaf_rn(exp, per_exp, g);
-      if constexpr (D::kTeacher) g -= p.exp * f.teacher;
-    }
+  Gradient() = default;
+  __device__ Gradient(Coefficients<float> c, float grad_loss)
+      : student_offset(finite(c.student_offset)), teacher_offset(finite(c.teacher_offset)) {
+    for (float* x : {&c.level, &c.slope, &c.teacher, &c.soft, &c.hard, &c.label, &c.uniform}) *x *= grad_loss;
+    if constexpr (D::kDifference) c.center += c.teacher_offset;
+    label = c.label;
+    // only the slope's term has the logarithms of the totals
+    per = per_exp<float>(c, D::kStudent ? scales_of(c) : scales_with(c, 0.f, 0.f));
   }
-  return g + hard_exp(y, row) * f.hard;
-}
+
+  __device__ float operator()(float s, float t, const RowScale& row) const {
+    const float y = __fmaf_rn(s, row.slope, -student_offset);
+    float g = -per.uniform;
+    if constexpr (D::kDifference) {
+      g = __fmaf_rn(per.soft, s - t - per.center, g);
+    } else if constexpr (kHasSoftmax<D>) {
+      const float exp = fast_exp2(y);
+      const Exp p = teacher_exp(t, teacher_offset, row);
+      if constexpr (D::kPointwise) {
+        const float q = exp * per.to_q;
+        g = __fmaf_rn(per.soft, D::psi(p.exp * per.to_p, q, row.beta) - q * per.center, g);
+      } else {
+        float per_exp = per.level;
+        if constexpr (D::kStudent) per_exp += per.slope * (exp == 0 ? 0 : fminf(y - p.log, 3e38f));
+        g = __fmaf_rn(exp, per_exp, g);
+        if constexpr (D::kTeacher) g -= p.exp * per.teacher;
+      }
+    }
+    return g + hard_exp(y, row) * per.hard;
+  }
+};
 
 }  // namespace
 }  // namespace kdfast

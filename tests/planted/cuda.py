@@ -92,7 +92,7 @@ MUTANTS = [
            "A smoothed row's mean logit is that of one thread.", OPTIONS),
     # the loss is right
     Mutant("cuda-smoothing-of-no-class", PASSES,
-           "float g = -f.uniform;", "float g = 0;",
+           "float g = -per.uniform;", "float g = 0;",
            "Smoothing takes from the label and gives to no class.", OPTIONS),
     Mutant("cuda-last-of-equal-maxima", _in("measures.cuh"),
            "__float_as_int(at_bits) < __float_as_int(value[i + 1])",
