@@ -1,7 +1,7 @@
 // A call as the row kernels take it, by value. No torch here, and no CUDA.
 #pragma once
 
-#include "../rows.h"
+#include "../row_math.h"
 
 namespace kdfast {
 
@@ -9,8 +9,8 @@ constexpr int kMostThreads = 256;  // of a block
 constexpr int kWarpThreads = 128;  // of one in which each warp has a row
 constexpr int kMostBlocks = 16;    // of a cluster
 
-// A block's packs of a row: whole warps' of them, so that each reads whole sectors.
-KDFAST_ALWAYS_INLINE int part_of(int packs, int blocks) {
+// Of a row: whole warps' of them, so that each reads whole sectors.
+KDFAST_ALWAYS_INLINE int packs_per_block(int packs, int blocks) {
   return blocks == 1 ? packs : ((packs + blocks - 1) / blocks + 31) / 32 * 32;
 }
 
@@ -21,7 +21,7 @@ struct RowsArgs {
   int rows, vocab;
   int width;              // of the student with its padding: the gradient beyond vocab is 0
   Matrix student, grad;   // grad.data null: none is wanted
-  Matrix teacher;         // lies as the student's does; data null: none is read
+  Matrix teacher;         // aligned as the student; data null: none is read
   Divergence divergence;  // kNone: there is no teacher
 
   const int64_t* labels;   // (rows) or null, as are all that follow
@@ -36,11 +36,9 @@ struct RowsArgs {
   // grad_loss[r * grad_loss_step].
   const float *table, *grad_loss;
   int grad_loss_step;
-  float temperature, teacher_temperature;  // where there is none per row
-  float alpha, hard_weight, z_loss, beta;
+  RowTerms<float, float> terms;  // what is the same in all rows; the temperature where there is none per row
+  float teacher_temperature;     // as well
   float scale;
-  float label_smoothing;
-  bool t_squared;
 };
 
 struct ScaleArgs {

@@ -1,23 +1,23 @@
 // What follows pass A: a divergence's own sums (B), and the gradient (C); between them is row_math.h.
 #pragma once
 
-#include "statistics.cuh"
+#include "row_sums.cuh"
 
 namespace kdfast {
 namespace {
 
 template <class D>
-__device__ inline Scales<float> scales_of(const Statistics<D>& x) {
-  const bool soft = Statistics<D>::kSoft;
-  return scales_of(Coefficients<float>{finite(x[kStudentOffset]), x[kStudentSum],
-                                       soft ? finite(x[kTeacherOffset]) : 0, soft ? x[kTeacherSum] : 1, 0,
+__device__ inline Scales<float> scales_of(const RowSums<D>& x) {
+  const bool soft = RowSums<D>::kSoft;
+  return scales_of(Coefficients<float>{finite(x.student_offset), x.student_total,
+                                       soft ? finite(x.teacher_offset) : 0, soft ? x.teacher_total : 1, 0,
                                        1});
 }
 
-struct Pair {  // of one class
+struct Probabilities {  // of one class
   float q, p, log_q, log_p;
-  __device__ Pair(float s, float t, const Scales<float>& x, const RowScale& row) {
-    const float y = __fmaf_rn(s, row.slope, -x.student_offset);
+  __device__ Probabilities(float s, float t, const Scales<float>& x, const RowScale& row) {
+    const float y = __fmaf_rn(s, row.exp2_scale, -x.student_offset);
     const Exp teacher = teacher_exp(t, x.teacher_offset, row);
     q = fast_exp2(y) * x.to_q;
     p = teacher.exp * x.to_p;
@@ -26,57 +26,51 @@ struct Pair {  // of one class
   }
 };
 
-// Pass B: sums of phi and psi by threads, joined by adding.
+// Pass B: sums of phi and psi by threads.
 struct PointwiseSums {
-  static constexpr int kCount = 2;
-  float value[kCount];
-  __device__ static PointwiseSums nothing() { return {}; }
+  float phi, psi;
+  __device__ static PointwiseSums identity() { return {}; }
   template <class R>
-  __device__ PointwiseSums joined(const R&) const {
-    return {warp_sum(value[0]), warp_sum(value[1])};
+  __device__ PointwiseSums warp_reduce(const R&) const {
+    return {warp_sum(phi), warp_sum(psi)};
   }
 
   template <class D, int N>
-  __device__ void add(const float (&s)[N], const float (&t)[N], const Scales<float>& x, const RowScale& row) {
-    float phi = 0, psi = 0;
+  __device__ void add(const float (&s)[N], const float (&t)[N], const Scales<float>& scales,
+                      const RowScale& row) {
+    float of_phi = 0, of_psi = 0;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const Pair pair(s[i], t[i], x, row);
-      phi += D::phi(pair.p, pair.q, row.beta);
-      psi += D::psi(pair.p, pair.q, row.beta);
+      const Probabilities x(s[i], t[i], scales, row);
+      of_phi += D::phi(x.p, x.q, row.beta);
+      of_psi += D::psi(x.p, x.q, row.beta);
     }
-    value[0] += phi;
-    value[1] += psi;
+    phi += of_phi;
+    psi += of_psi;
   }
 };
 
-// What loss_and_coefficients takes, of all classes: in the kernels exps at temperature 1 are relative to T
-// times the offset.
+// What loss_and_coefficients takes, of all classes.
 template <class D>
-__device__ inline Sums<float> sums_of(const Statistics<D>& x, const PointwiseSums& pointwise, float label_s,
+__device__ inline Sums<float> to_sums(const RowSums<D>& x, const PointwiseSums& pointwise, float label_logit,
                                       float classes, const RowScale& row) {
-  const float offset = finite(x[kStudentOffset]), t = row.temperature;
-  const auto exponent = [&](float s) { return __fmaf_rn(s, row.slope, -offset) * t; };
+  const float offset = finite(x.student_offset), t = row.temperature;
+  const auto exponent = [&](float s) { return __fmaf_rn(s, row.exp2_scale, -offset) * t; };
   Sums<float> sums{};
-  sums.student_offset = x[kStudentOffset];
-  sums.student_total = x[kStudentSum];
-  sums.teacher_offset = D::kDifference ? row.shift : x[kTeacherOffset];
-  sums.teacher_total = x[kTeacherSum];
-  sums.hard_offset = x[kStudentOffset] == -kInf ? -kInf : offset * t;
-  sums.hard_total = x[kHardSum];
-  sums.over_teacher = x[kOverTeacher];
-  sums.over_student = x[kOverStudent];
-  sums.label = exponent(label_s);
-  sums.exponents = classes * exponent(row.first) + x[kLogits] * kLog2E;
+  sums.student_offset = x.student_offset;
+  sums.student_total = x.student_total;
+  sums.teacher_offset = D::kDifference ? row.shift : x.teacher_offset;
+  sums.teacher_total = x.teacher_total;
+  sums.hard_offset = x.student_offset == -kInf ? -kInf : offset * t;
+  sums.hard_total = x.hard_total;
+  sums.over_teacher = x.over_teacher;
+  sums.over_student = x.over_student;
+  sums.label = exponent(label_logit);
+  sums.exponents = classes * exponent(row.first_logit) + x.logits * kLog2E;
   sums.classes = classes;
-  sums.phi = pointwise.value[0];
-  sums.psi = pointwise.value[1];
+  sums.phi = pointwise.phi;
+  sums.psi = pointwise.psi;
   return sums;
-}
-
-// T times the student's offset less the hard one, which is that product rounded, or another backend's.
-__device__ inline float hard_shift(const Coefficients<float>& c, float t) {
-  return __fmaf_rn(finite(c.student_offset), t, -finite(c.hard_offset));
 }
 
 // dl/ds of one class, but for what the label has of its own; the coefficients are multiplied by grad_loss.
@@ -97,7 +91,7 @@ struct Gradient {
   }
 
   __device__ float operator()(float s, float t, const RowScale& row) const {
-    const float y = __fmaf_rn(s, row.slope, -student_offset);
+    const float y = __fmaf_rn(s, row.exp2_scale, -student_offset);
     float g = -per.uniform;
     if constexpr (D::kDifference) {
       g = __fmaf_rn(per.soft, s - t - per.center, g);

@@ -2,8 +2,9 @@
 //
 // Each divergence as a row by a warp, by blocks that keep it, by a block in sweeps. forward_kl and reverse_kl
 // are symmetric_kl's kernels with beta at its ends; dkd has none.
+#include "row_kernels.cuh"  // before launch.h: see row_sums.cuh
+//
 #include "launch.h"
-#include "row_kernels.cuh"
 
 #define KDFAST_TEXT_(x) #x
 #define KDFAST_TEXT(x) KDFAST_TEXT_(x)
@@ -18,7 +19,7 @@ constexpr bool kHasKernel =
     !std::is_same_v<D, ForwardKL> && !std::is_same_v<D, ReverseKL> && !std::is_same_v<D, DKD>;
 
 template <class S, class D>
-const void* function_of(Shape shape) {
+const void* row_function(Shape shape) {
   if constexpr (!kHasKernel<D>) {
     return nullptr;
   } else {
@@ -32,7 +33,7 @@ const void* function_of(Shape shape) {
 
 Kernel KDFAST_JOIN(row_kernel_, KDFAST_STORAGE_NAME)(Divergence divergence, Shape shape) {
 #define KERNEL(Type)                                                                               \
-  return {function_of<KDFAST_STORAGE, Type>(shape),                                                \
+  return {row_function<KDFAST_STORAGE, Type>(shape),                                               \
           shape == Shape::kWarp   ? "warp_rows<" KDFAST_TEXT(KDFAST_STORAGE) ", " #Type ">"        \
           : shape == Shape::kKept ? "block_rows<" KDFAST_TEXT(KDFAST_STORAGE) ", " #Type ", true>" \
                                   : "block_rows<" KDFAST_TEXT(KDFAST_STORAGE) ", " #Type ", false>"}
