@@ -203,7 +203,7 @@ def _gpu(name: str) -> Callable[..., Any]:
     kernels |= {"cuda": _cuda(name)} if name in CUDA_KERNELS else {}
 
     def chosen(first: Tensor, teachers: list[Tensor], settings: Settings | None) -> Callable[..., Any]:
-        return kernels[gpu_choice.of_gpu(choice.usable_on(first.device.type), name, first, teachers, settings)]
+        return kernels[gpu_choice.gpu_backend(choice.usable_on(first.device.type), name, first, teachers, settings)]
 
     def plain(first: Tensor, *args: Any) -> Any:
         return chosen(first, [], None)(first, *args)
