@@ -97,8 +97,9 @@ __device__ inline void compute_rows(const RowsArgs& a, uint4* kept, Shared<D>& s
   }
 }
 
+// 5 blocks of a multiprocessor, which most divergences get without asking
 template <class S, class D>
-__global__ void __launch_bounds__(kWarpThreads, 4) warp_rows(const __grid_constant__ RowsArgs a) {
+__global__ void __launch_bounds__(kWarpThreads, 5) warp_rows(const __grid_constant__ RowsArgs a) {
   extern __shared__ uint4 kept[];
   __shared__ Shared<D> unused;
   compute_rows<WarpTeam, S, D, true>(a, kept + (threadIdx.x >> 5) * 2 * (a.vocab / kVec<S>), unused);
