@@ -1,7 +1,10 @@
 // A call as the row kernels take it, by value. No torch here, and no CUDA.
 #pragma once
 
-#include "../row_math.h"
+#include <type_traits>
+
+#include "../rows.h"
+#include "../settings.h"
 
 namespace kdfast {
 
@@ -28,17 +31,18 @@ struct RowsArgs {
   const void* row_weight;  // 0: the row is not kept
   Number row_weight_type;
   const float *temperatures, *teacher_temperatures;
-  const float* divisor;  // 0-dim or null: of the sum of losses, beside `scale`; 0 where no row is kept
-  float* losses;         // shares of the loss: row_weight * scale / divisor * l
-  float* metrics;        // (kMetrics, rows)
-  float* new_table;      // (rows, kCoefficients)
+  const float* normalizer;  // 0-dim: a further divisor of the sum of losses; 0 where no row is kept
+  float* losses;            // shares of the loss: row_weight / (divisor * normalizer) * l
+  float* row_metrics;       // (kMetrics, rows)
+  float* new_table;         // (rows, kCoefficients)
   // Backward, from that table and the logits alone: row r's gradient is multiplied by
   // grad_loss[r * grad_loss_step].
   const float *table, *grad_loss;
   int grad_loss_step;
-  RowTerms<float, float> terms;  // what is the same in all rows; the temperature where there is none per row
-  float teacher_temperature;     // as well
-  float scale;
+  // The numbers among the settings, in fp32; temperatures: where there is none per row.
+#define KDFAST_FIELD(type, name) std::conditional_t<std::is_same_v<type, double>, float, type> name;
+  KDFAST_NUMBERS(KDFAST_FIELD)
+#undef KDFAST_FIELD
 };
 
 struct ScaleArgs {

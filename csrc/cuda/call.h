@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "../operators.h"
-#include "../row_math.h"
 #include "../tensors.h"
 #include "launch.h"
 
@@ -55,6 +54,9 @@ class Call {
       : student_(readable(student)), is_copy_(student_.get() != student.get()) {
     stream_ = current_stream(student);
     RowsArgs& a = args_;
+#define KDFAST_COPY(type, name) a.name = (decltype(a.name))s.name;
+    KDFAST_NUMBERS(KDFAST_COPY)
+#undef KDFAST_COPY
     if (rows_of(student_) > INT32_MAX || classes_of(student_) > INT32_MAX) {
       fail<std::invalid_argument>("student_logits: more than 2^31 - 1 rows or classes");
     }
@@ -79,20 +81,11 @@ class Call {
     if (inputs.row_weight) set_weights(*inputs.row_weight);
     a.temperatures = float_values(inputs.temperatures);
     a.teacher_temperatures = float_values(inputs.teacher_temperatures);
-    a.teacher_temperature = (float)s.teacher_temperature;
-    a.terms.temperature = (float)s.temperature;
-    a.terms.alpha = (float)s.alpha;
-    a.terms.hard_weight = (float)s.hard_weight;
-    a.terms.z_loss = (float)s.z_loss;
-    a.terms.beta = (float)s.beta;
-    a.terms.label_smoothing = (float)s.label_smoothing;
-    a.terms.t_squared = s.t_squared;
-    a.scale = (float)(1 / s.divisor);
-    a.divisor = float_values(inputs.normalizer);
+    a.normalizer = float_values(inputs.normalizer);
     if (s.metrics) {
       tensors_.push_back(new_floats({kMetrics, a.rows}));
       metrics_ = tensors_.back();
-      a.metrics = float_data(*metrics_);
+      a.row_metrics = float_data(*metrics_);
     }
   }
 

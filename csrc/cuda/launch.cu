@@ -191,7 +191,7 @@ void launch_rows(RowsArgs a, const Stream& stream) {
   const DeviceGuard scope(stream.device);
   const Device device = device_properties(stream.device);
   if (a.divergence == Divergence::kForwardKL || a.divergence == Divergence::kReverseKL) {
-    a.terms.beta = a.divergence == Divergence::kForwardKL ? 1 : 0;
+    a.beta = a.divergence == Divergence::kForwardKL ? 1 : 0;
     a.divergence = Divergence::kSymmetricKL;
   }
   const int packs = a.vocab / (16 / (int)bytes_of(a.student.dtype));

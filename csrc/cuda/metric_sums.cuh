@@ -68,7 +68,7 @@ struct MetricSums {
                                      a.labels ? (float)(argmax == label) : nan};
 #pragma unroll
     for (int k = 0; k < (D::kDifference ? 1 : kMetrics); ++k)
-      a.metrics[(int64_t)a.rows * k + index] = kept ? metrics[k] : nan;
+      a.row_metrics[(int64_t)a.rows * k + index] = kept ? metrics[k] : nan;
   }
 };
 

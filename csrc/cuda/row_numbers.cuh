@@ -32,17 +32,17 @@ __device__ inline RowInputs load_inputs(const RowsArgs& a, int64_t index) {
   RowInputs x{};
   if (a.labels) x.label = a.labels[index];
   x.weight = load_weight(a, index);
-  x.temperature = a.temperatures ? a.temperatures[index] : a.terms.temperature;
+  x.temperature = a.temperatures ? a.temperatures[index] : a.temperature;
   x.teacher_temperature = a.teacher_temperatures ? a.teacher_temperatures[index] : a.teacher_temperature;
   if (a.table) {
     x.grad_loss = a.grad_loss[index * a.grad_loss_step];
     return x;
   }
-  x.share = x.weight * a.scale;
-  if (a.divisor) x.share *= *a.divisor == 0 ? 0 : 1 / *a.divisor;
+  x.share = x.weight / a.divisor;
+  if (a.normalizer) x.share *= *a.normalizer == 0 ? 0 : 1 / *a.normalizer;
   const S* student = row_data<const S>(a.student, index);
   if (a.labels && x.label >= 0 && x.label < a.vocab && x.weight != 0) x.label_logit = widen(student[x.label]);
-  if (D::kDifference || a.terms.label_smoothing != 0) x.first_logit = widen(student[0]);
+  if (D::kDifference || a.label_smoothing != 0) x.first_logit = widen(student[0]);
   if (D::kDifference) x.first_teacher_logit = widen(row_data<const S>(a.teacher, index)[0]);
   return x;
 }
@@ -60,19 +60,25 @@ struct Row {
     const bool in_range = x.label >= 0 && x.label < a.vocab;
     is_bad = is_kept && a.labels && !in_range;
     classes = is_kept ? a.vocab : 0;
-    scale = {kLog2E / x.temperature, kLog2E / x.teacher_temperature, x.temperature, a.terms.beta};
+    scale = {kLog2E / x.temperature, kLog2E / x.teacher_temperature, x.temperature, a.beta};
     scale.shift = x.first_logit - x.first_teacher_logit;
-    scale.smoothed = a.terms.label_smoothing != 0;
+    scale.smoothed = a.label_smoothing != 0;
     scale.first_logit = x.first_logit == -kInf ? 0 : x.first_logit;
     scale.label = a.labels && is_kept && in_range ? (int)x.label : -1;
   }
 
   __device__ RowTerms<float, float> terms(const RowsArgs& a, const Sums<float>& sums) const {
-    RowTerms<float, float> terms = a.terms;
+    RowTerms<float, float> terms{};
     terms.temperature = scale.temperature;
     terms.factor = is_bad ? nanf("") : share;
     terms.unit = 1;
     terms.excess = __fmaf_rn(1 / sums.student_total, sums.student_total, -1.f);
+    terms.alpha = a.alpha;
+    terms.hard_weight = a.hard_weight;
+    terms.label_smoothing = a.label_smoothing;
+    terms.z_loss = a.z_loss;
+    terms.beta = a.beta;
+    terms.t_squared = a.t_squared;
     terms.softmaxed = true;
     terms.labelled = a.labels;
     return terms;

@@ -2,9 +2,8 @@
 //
 // Each divergence as a row by a warp, by blocks that keep it, by a block in sweeps. forward_kl and reverse_kl
 // are symmetric_kl's kernels with beta at its ends; dkd has none.
-#include "row_kernels.cuh"  // before launch.h: see row_sums.cuh
-//
 #include "launch.h"
+#include "row_kernels.cuh"
 
 #define KDFAST_TEXT_(x) #x
 #define KDFAST_TEXT(x) KDFAST_TEXT_(x)
