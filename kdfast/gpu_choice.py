@@ -1,4 +1,4 @@
-"""Whether tensors of a GPU get the CUDA or the Triton kernels: one table, of which the first row that holds decides."""
+"""Whether tensors of a GPU get the CUDA or the Triton kernels: one table, whose first rule that applies decides."""
 
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
@@ -18,10 +18,9 @@ class Case(NamedTuple):
 
     operator: str
     settings: Settings | None  # None: of an operator that takes none
-    taught: bool  # whether a teacher is read
-    teachers: int
+    teachers: int  # how many are read
     dtypes: frozenset[torch.dtype]  # of the student, or what is scaled, and of the teachers
-    alike: bool  # whether student and teacher have their 16-byte vectors at the same classes
+    same_alignment: bool  # whether student and teacher have their 16-byte vectors at the same classes
     rows: int
     vocab: int
     capability: int  # 90: sm_90
@@ -29,35 +28,36 @@ class Case(NamedTuple):
 
 class Rule(NamedTuple):
     backend: str
-    holds: Callable[[Case], bool]
+    applies: Callable[[Case], bool]
     reason: str
-    must: bool = False  # the other backend cannot: it has no kernel for `reason`
+    must: bool = False  # the CUDA kernels cannot do it
 
 
-def _asks(holds: Callable[[Settings], bool], of_teacher: bool = False) -> Callable[[Case], bool]:
-    return lambda c: c.settings is not None and (c.taught or not of_teacher) and holds(c.settings)
+def _setting(check: Callable[[Settings], bool], needs_teacher: bool = False) -> Callable[[Case], bool]:
+    return lambda c: c.settings is not None and (c.teachers > 0 or not needs_teacher) and check(c.settings)
 
 
-_IN_CUDA = frozenset(names()) - {"dkd"}  # those that kdfast comes with, and no other
+_IN_CUDA = frozenset(names()) - {"dkd"}  # kdfast's own divergences, and no program's
 _NOT_IN_CUDA = ("tempered_softmax", "tempered_softmax_backward")
 
-# The preferences go by bytes, counted as the kernels run on an emulator: none is measured on a device yet.
+# The preferences go by bytes that the emulator counts: none is measured on a device yet.
 RULES = (
     Rule("triton", lambda c: c.capability < LEAST_CAPABILITY, f"a device before sm_{LEAST_CAPABILITY}", must=True),
     Rule("triton", lambda c: c.operator in _NOT_IN_CUDA, "tempered_softmax", must=True),
     Rule("triton", lambda c: torch.float64 in c.dtypes, "float64", must=True),
     Rule("triton", lambda c: len(c.dtypes) > 1, "a teacher of another dtype than student_logits", must=True),
     Rule("triton", lambda c: c.teachers > 1, "several teachers", must=True),
-    Rule("triton", _asks(lambda s: s.target != "logits", True), "target='probs' and 'log_probs'", must=True),
-    Rule("triton", _asks(lambda s: s.softcap != 0), "softcap", must=True),
-    Rule("triton", _asks(lambda s: s.teacher_softcap != 0), "teacher_softcap", must=True),
-    Rule("triton", _asks(lambda s: s.standardize), "standardize", must=True),
-    Rule("triton", _asks(lambda s: s.divergence == "dkd", True), "divergence='dkd'", must=True),
-    Rule("triton", _asks(lambda s: s.divergence not in _IN_CUDA, True), "a program's own divergence", must=True),
+    Rule("triton", _setting(lambda s: s.target != "logits", True), "target='probs' and 'log_probs'", must=True),
+    Rule("triton", _setting(lambda s: s.softcap != 0), "softcap", must=True),
+    Rule("triton", _setting(lambda s: s.teacher_softcap != 0), "teacher_softcap", must=True),
+    Rule("triton", _setting(lambda s: s.standardize), "standardize", must=True),
+    Rule("triton", _setting(lambda s: s.divergence == "dkd", True), "divergence='dkd'", must=True),
+    Rule("triton", _setting(lambda s: s.divergence not in _IN_CUDA, True), "a program's own divergence", must=True),
     Rule(
         "triton",
-        lambda c: not c.alike,
-        "student and teacher lie differently in memory: Triton's kernels read them as they lie, CUDA's need copies",
+        lambda c: not c.same_alignment,
+        "student and teacher are aligned differently in memory: Triton's kernels read them as they are, CUDA's need "
+        "copies",
     ),
     Rule(
         "triton",
@@ -79,44 +79,43 @@ def table() -> list[tuple[str, str]]:
     return [(r.backend, f"there is no CUDA kernel for {r.reason}" if r.must else r.reason) for r in RULES]
 
 
-def of_gpu(
+def gpu_backend(
     usable: Collection[str], operator: str, first: Tensor, teachers: Sequence[Tensor], settings: Settings | None
 ) -> str:
-    """The backend that an operator gets, `first` the tensor it is about; usable: of "cuda" and "triton"."""
+    """The backend of an operator whose first tensor is `first`; usable: of "cuda" and "triton"."""
     if "cuda" not in usable:
         return "triton" if "triton" in usable else "reference"
-    rule = _rule(operator, first, teachers, settings)
+    rule = _find_rule(operator, first, teachers, settings)
     if rule.backend == "triton" and "triton" not in usable:
         return "reference" if rule.must else "cuda"
     return rule.backend
 
 
 def check_cuda(first: Tensor, teachers: Sequence[Tensor], settings: Settings) -> None:
-    """An error where the CUDA kernels cannot do what they are asked for by name."""
-    rule = _rule("loss_grad", first, teachers, settings)
+    """An error where backend="cuda" is given for what the CUDA kernels cannot do."""
+    rule = _find_rule("loss_grad", first, teachers, settings)
     if rule.must:
         raise ValueError(
             f"backend: 'cuda' has no kernel for {rule.reason}; use backend=\"triton\", or None, which chooses by call"
         )
 
 
-def _rule(operator: str, first: Tensor, teachers: Sequence[Tensor], settings: Settings | None) -> Rule:
+def _find_rule(operator: str, first: Tensor, teachers: Sequence[Tensor], settings: Settings | None) -> Rule:
     case = Case(
         operator,
         settings,
-        bool(teachers),
         len(teachers),
         frozenset(t.dtype for t in (first, *teachers)),
-        all(_places(t) == _places(first) for t in teachers),
+        all(_alignment(t) == _alignment(first) for t in teachers),
         first.shape[:-1].numel(),
         first.shape[-1],
         capability(first.device) if first.is_cuda else 90,  # without a device: tests/emulated.py
     )
-    return next(rule for rule in RULES if rule.holds(case))
+    return next(rule for rule in RULES if rule.applies(case))
 
 
-def _places(x: Tensor) -> tuple[int, ...]:
-    """Where rows begin, modulo 16 bytes; -1: classes are not contiguous."""
+def _alignment(x: Tensor) -> tuple[int, ...]:
+    """Of the rows' beginnings, modulo 16 bytes; -1: classes are not contiguous."""
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         return (-1,)
     size = x.element_size()

@@ -98,7 +98,7 @@ def _gpu(name: str) -> Callable[..., Any]:
         inputs, settings = (None, None) if name in _TENSORS_ONLY else args[-2:]
         teachers = [] if inputs is None else inputs.teachers
         usable = choice.usable_on(first.device.type)
-        return functions[gpu_choice.of_gpu(usable, name, first, teachers, settings)](first, *args)
+        return functions[gpu_choice.gpu_backend(usable, name, first, teachers, settings)](first, *args)
 
     return call
 

@@ -70,6 +70,11 @@ def denominator(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     return torch.full((), number, dtype=dtype, device=student.device) if tensor is None else tensor.to(dtype)
 
 
+def reduce_losses(losses: Tensor, settings: Settings) -> Tensor:
+    """The rows' shares of the loss, (...), or with a reduction their sum."""
+    return losses if settings.reduction == "none" else losses.sum()
+
+
 def mean_metrics(metrics: Tensor, weights: Tensor | None, settings: Settings) -> Tensor:
     """KDMetrics under `reduction` from those of all rows, (7, ...): (7,), NaN where no row is kept; or unchanged."""
     if settings.reduction == "none":

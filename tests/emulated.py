@@ -64,22 +64,22 @@ def _digest(*files: Path) -> str:
     return state.hexdigest()
 
 
-def _changed(name: str, *files: Path) -> bool:
-    """Whether what `name` is made of is not what it was when it was last made; it is made then."""
+def _is_stale(name: str, *files: Path) -> bool:
+    """Whether the sources of `name` differ from those that it was last compiled from."""
     stamp, now = BUILD / f"{name}.stamp", _digest(*files)
-    changed = not stamp.exists() or stamp.read_text() != now
-    stamp.unlink(missing_ok=True)
-    return changed
+    stale = not stamp.exists() or stamp.read_text() != now
+    stamp.unlink(missing_ok=True)  # until it is compiled
+    return stale
 
 
-def _made(name: str, *files: Path) -> None:
+def _write_stamp(name: str, *files: Path) -> None:
     (BUILD / f"{name}.stamp").write_text(_digest(*files))
 
 
 def _compile_unit(name: str, file: str, *flags: str) -> None:
-    """The object of a unit, with PTX alone in it, and that PTX beside it."""
+    """The object of a unit, with nothing but PTX in it, and that PTX beside it."""
     source = SOURCES / "cuda" / file
-    if _changed(name, source):
+    if _is_stale(name, source):
         architectures = [f"-gencode=arch=compute_{each},code=compute_{each}" for each in gpu.CAPABILITIES]
         keep = BUILD / name
         keep.mkdir(exist_ok=True)
@@ -89,12 +89,12 @@ def _compile_unit(name: str, file: str, *flags: str) -> None:
             for ptx in keep.glob(f"*compute_{each}.ptx"):
                 ptx.rename(BUILD / f"{name}.{each}.ptx")
         shutil.rmtree(keep)
-    _made(name, source)
+    _write_stamp(name, source)
 
 
 def _compile_library() -> None:
     sources = [STUB, *(SOURCES / "cuda" / file for file in ("ops.cpp", *sorted({unit[0] for unit in UNITS.values()})))]
-    if _changed("library", *sources):
+    if _is_stale("library", *sources):
         package = Path(torch.__file__).parent
         options = ("-std=c++17", "-O1", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", package / "include")
         objects = [BUILD / f"{name}.o" for name in ("stub", *UNITS)]
@@ -103,12 +103,12 @@ def _compile_library() -> None:
         linking = ("-shared", "-fPIC", "-Wl,-Bsymbolic", *(f"-Wl,--wrap={name}" for name in WRAPPED))
         libraries = (package / "lib" / "libtorch_cpu.so", "-ldl")
         _run(["g++", *options, *linking, "-DKDFAST_CUDA_KEY=CPU", "-o", LIBRARY, sources[1], *objects, *libraries])
-    _made("library", *sources)
+    _write_stamp("library", *sources)
 
 
 @lru_cache
 def compiled() -> Path:
-    """The library; the PTX is beside it."""
+    """The library, with the PTX beside it."""
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / ".lock", "w") as lock:  # the tests' processes compile it once
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -122,7 +122,7 @@ _LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64,
     ctypes.POINTER(ctypes.c_void_p),
 )  # fmt: skip
-_SEEN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
+_MEMORY = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
 USUAL_SHARED = 48 << 10  # what a kernel may have of shared memory without being allowed more
 INVALID_VALUE, OUT_OF_RESOURCES, LAUNCH_FAILURE = 1, 701, 719  # of cudaError_t
 
@@ -152,8 +152,8 @@ class Emulator:
         self.spans: dict[int, int] = {}
         self.capability, self.most_blocks = 90, 16
         self.running = True
-        self.callbacks = (_LAUNCH(self._launch), _SEEN(self._saw))  # kept alive
-        for name, callback in zip(("stub_launch", "stub_seen"), self.callbacks, strict=True):
+        self.callbacks = (_LAUNCH(self._launch), _MEMORY(self._add_memory))  # kept alive
+        for name, callback in zip(("stub_launch", "stub_memory"), self.callbacks, strict=True):
             ctypes.c_void_p.in_dll(self.library, name).value = ctypes.cast(callback, ctypes.c_void_p).value
 
     def use(self, capability: int) -> None:
@@ -177,11 +177,11 @@ class Emulator:
         name = self.demangle(kernel, None, None, None).decode()
         return re.sub(r"\(anonymous namespace\)::|kdfast::|^void ", "", name).split("(")[0]
 
-    def _saw(self, data: int | None, size: int) -> None:
-        if data is None:  # a new call: what the one before it saw may be gone
+    def _add_memory(self, data: int | None, size: int) -> None:
+        if data is None:  # a new call: the memory of the one before it may be freed
             self.spans.clear()
             return
-        for start, length in list(self.spans.items()):  # what lies where this does is gone
+        for start, length in list(self.spans.items()):  # what overlaps this was freed
             if start < data + size and data < start + length:
                 del self.spans[start]
         self.spans[data] = size
@@ -200,7 +200,7 @@ class Emulator:
             return LAUNCH_FAILURE
 
     def run(self, name: str, launch: Launch, allowed: int, arguments: Any) -> int:
-        """Runs a kernel; what a device refuses for what the kernel is, it refuses too."""
+        """Runs a kernel, unless a device would refuse it."""
         from ptxemu import machine
 
         module = self.module(self.units(self.capability)[name], self.capability)
@@ -223,7 +223,7 @@ class Emulator:
         return 0
 
     def translated(self, params: Any, arguments: Any) -> tuple[Any, Any]:
-        """Memory and arguments as the emulator takes them: a pointer is in what was seen, or points nowhere."""
+        """Memory and arguments as the emulator takes them: a pointer is into known memory, or points nowhere."""
         from ptxemu.triton_driver import Memory, bytes_at
 
         memory = Memory()
@@ -248,7 +248,7 @@ def emulator() -> Emulator:
 def kernels(capability: int = 90, run: bool = True) -> Iterator[list[Any]]:
     """`backend="cuda"` takes CPU tensors meanwhile; the launches' reports, which must be without findings.
 
-    run=False: they are planned and not run, and have nothing but `launched`.
+    run=False: launches are planned and not run; a report has nothing but `launched`.
     """
     e = emulator()
     before, failure = e.capability, choice.cuda_failure
@@ -264,7 +264,7 @@ def kernels(capability: int = 90, run: bool = True) -> Iterator[list[Any]]:
             raise e.errors[0]
     found = [f"{report.launched}: {finding}" for report in e.reports for finding in report.findings]
     assert not found, "\n".join(found)
-    assert e.library.cudaGetLastError() == 0, "an error was left to be found by others"
+    assert e.library.cudaGetLastError() == 0, "an error is left for the next check to report"
     assert e.library.stub_device() == 0, "another device was left current"
 
 

@@ -224,7 +224,7 @@ def test_cuda_tensors_get_cuda_or_triton_by_one_table(usable, capability, rows, 
     settings = checked({k: v for k, v in about.items() if k in Settings._fields})
     plain = about["name"] in ("tempered_softmax", "scale_")
     given = ([], None) if plain else ([teacher] * about["teachers"], settings)
-    assert gpu_choice.of_gpu(usable, about["name"], logits, *given) == expected
+    assert gpu_choice.gpu_backend(usable, about["name"], logits, *given) == expected
 
 
 def checked(change: dict[str, Any]) -> Settings:

@@ -16,7 +16,7 @@ from torch import Tensor
 import kdfast
 from kdfast import divergences
 from kdfast.arguments import Settings
-from kdfast.gpu_choice import of_gpu
+from kdfast.gpu_choice import gpu_backend
 from kdfast.losses import KDLoss
 from kdfast.options import check_inputs, check_settings
 from kdfast.row_math import Coefficients, Sums
@@ -70,8 +70,8 @@ def test_what_they_have_not_is_an_error_that_names_it_and_goes_to_triton(axis: s
     arguments, settings = call(**{axis: value, "shape": "3x16", "output": "metrics"}).arguments()
     checked = check_settings(dict(KDLoss.defaults) | settings | {"row_weight": None, "normalizer": None}, True)
     teachers = arguments[1] if isinstance(arguments[1], list) else arguments[1:2]
-    assert of_gpu(("cuda", "triton"), "loss_grad", arguments[0], teachers, checked) == "triton"
-    assert of_gpu(("cuda",), "loss_grad", arguments[0], teachers, checked) == "reference"
+    assert gpu_backend(("cuda", "triton"), "loss_grad", arguments[0], teachers, checked) == "triton"
+    assert gpu_backend(("cuda",), "loss_grad", arguments[0], teachers, checked) == "reference"
     what = {
         "divergence": "divergence='dkd'",
         "dtypes": "float64|a teacher of another dtype than student_logits",

@@ -1,7 +1,10 @@
 // A call as the row kernels take it, by value. No torch here, and no CUDA.
 #pragma once
 
+#include <type_traits>
+
 #include "../rows.h"
+#include "../settings.h"
 
 namespace kdfast {
 
@@ -9,8 +12,8 @@ constexpr int kMostThreads = 256;  // of a block
 constexpr int kWarpThreads = 128;  // of one in which each warp has a row
 constexpr int kMostBlocks = 16;    // of a cluster
 
-// A block's packs of a row: whole warps' of them, so that each reads whole sectors.
-KDFAST_ALWAYS_INLINE int part_of(int packs, int blocks) {
+// Of a row: whole warps' of them, so that each reads whole sectors.
+KDFAST_ALWAYS_INLINE int packs_per_block(int packs, int blocks) {
   return blocks == 1 ? packs : ((packs + blocks - 1) / blocks + 31) / 32 * 32;
 }
 
@@ -21,26 +24,25 @@ struct RowsArgs {
   int rows, vocab;
   int width;              // of the student with its padding: the gradient beyond vocab is 0
   Matrix student, grad;   // grad.data null: none is wanted
-  Matrix teacher;         // lies as the student's does; data null: none is read
+  Matrix teacher;         // aligned as the student; data null: none is read
   Divergence divergence;  // kNone: there is no teacher
 
   const int64_t* labels;   // (rows) or null, as are all that follow
   const void* row_weight;  // 0: the row is not kept
   Number row_weight_type;
   const float *temperatures, *teacher_temperatures;
-  const float* divisor;  // 0-dim or null: of the sum of losses, beside `scale`; 0 where no row is kept
-  float* losses;         // shares of the loss: row_weight * scale / divisor * l
-  float* metrics;        // (kMetrics, rows)
-  float* new_table;      // (rows, kCoefficients)
+  const float* normalizer;  // 0-dim: a further divisor of the sum of losses; 0 where no row is kept
+  float* losses;            // shares of the loss: row_weight / (divisor * normalizer) * l
+  float* row_metrics;       // (kMetrics, rows)
+  float* new_table;         // (rows, kCoefficients)
   // Backward, from that table and the logits alone: row r's gradient is multiplied by
   // grad_loss[r * grad_loss_step].
   const float *table, *grad_loss;
   int grad_loss_step;
-  float temperature, teacher_temperature;  // where there is none per row
-  float alpha, hard_weight, z_loss, beta;
-  float scale;
-  float label_smoothing;
-  bool t_squared;
+  // The numbers among the settings, in fp32; temperatures: where there is none per row.
+#define KDFAST_FIELD(type, name) std::conditional_t<std::is_same_v<type, double>, float, type> name;
+  KDFAST_NUMBERS(KDFAST_FIELD)
+#undef KDFAST_FIELD
 };
 
 struct ScaleArgs {

@@ -8,14 +8,13 @@
 #include <vector>
 
 #include "../operators.h"
-#include "../row_math.h"
 #include "../tensors.h"
 #include "launch.h"
 
 namespace kdfast {
 namespace {
 
-inline float* floats(const Tensor& t) { return (float*)t.mutable_data_ptr(); }
+inline float* float_data(const Tensor& t) { return (float*)t.mutable_data_ptr(); }
 
 // The current stream, which torch's CUDA library knows; it is loaded wherever there are CUDA tensors.
 inline void* current_stream(int device) {
@@ -30,40 +29,38 @@ inline void* current_stream(int device) {
   STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
   return stream;
 }
-inline Place place_of(const Tensor& t) {
+inline Stream current_stream(const Tensor& t) {
   const int device = std::max(0, (int)t.get_device_index());
   return {device, current_stream(device)};
 }
 
-// Whether all rows of two matrices have their vectors at the same classes.
-inline bool lie_alike(const Matrix& a, const Matrix& b) {
+// Whether all rows of two matrices of one dtype have their 16-byte vectors at the same classes.
+inline bool have_same_alignment(const Matrix& a, const Matrix& b) {
   if (a.size[0] * a.size[1] * a.size[2] == 0) return true;
-  const int64_t bytes = bytes_of(a.dtype);  // of both
-  bool alike = ((uintptr_t)a.data - (uintptr_t)b.data) % 16 == 0;
-  const auto spread = [&](const Matrix& m, int64_t row) { return m.offset(row) * bytes % 16; };
-  // the rows' places modulo 16 are sums of their dimensions' strides
-  int64_t step = 1;
-  for (int d = 2; d >= 0; step *= a.size[d--]) {
-    if (a.size[d] > 1) alike = alike && spread(a, step) == spread(b, step);
+  const auto alignment = [](const Matrix& m, int64_t row) { return m.offset(row) * bytes_of(m.dtype) % 16; };
+  bool same = ((uintptr_t)a.data - (uintptr_t)b.data) % 16 == 0;
+  for (const Matrix& m : {a, b}) {  // a row's offset is a sum of its dimensions' strides
+    int64_t row = 1;
+    for (int d = 2; d >= 0; row *= m.size[d--])
+      if (m.size[d] > 1) same = same && alignment(a, row) == alignment(b, row);
   }
-  step = 1;
-  for (int d = 2; d >= 0; step *= b.size[d--]) {
-    if (b.size[d] > 1) alike = alike && spread(a, step) == spread(b, step);
-  }
-  return alike;
+  return same;
 }
 
-// One call: the kernels' arguments, and the tensors that hold what they point to.
+// One call: the kernels' arguments, and the tensors that they point to.
 class Call {
  public:
   Call(const Tensor& student, const Inputs& inputs, const Settings& s)
-      : student_(readable(student)), copied_(student_.get() != student.get()) {
-    place_ = place_of(student);
+      : student_(readable(student)), is_copy_(student_.get() != student.get()) {
+    stream_ = current_stream(student);
     RowsArgs& a = args_;
+#define KDFAST_COPY(type, name) a.name = (decltype(a.name))s.name;
+    KDFAST_NUMBERS(KDFAST_COPY)
+#undef KDFAST_COPY
     if (rows_of(student_) > INT32_MAX || classes_of(student_) > INT32_MAX) {
       fail<std::invalid_argument>("student_logits: more than 2^31 - 1 rows or classes");
     }
-    a.student = tensor(student_);
+    a.student = logits_matrix(student_);
     a.width = (int)classes_of(student_);
     a.vocab = s.vocab_size < 0 ? a.width : (int)s.vocab_size;
     a.rows = (int)rows_of(student_);
@@ -78,26 +75,17 @@ class Call {
           "kdfast: the CUDA kernels are those of plain calls; see kdfast/gpu_choice.py");
     }
     if (inputs.labels) {
-      held_.push_back(torch::stable::contiguous(*inputs.labels));
-      a.labels = (const int64_t*)held_.back().const_data_ptr();
+      tensors_.push_back(torch::stable::contiguous(*inputs.labels));
+      a.labels = (const int64_t*)tensors_.back().const_data_ptr();
     }
     if (inputs.row_weight) set_weights(*inputs.row_weight);
-    a.temperatures = by_row(inputs.temperatures);
-    a.teacher_temperatures = by_row(inputs.teacher_temperatures);
-    a.temperature = (float)s.temperature;
-    a.teacher_temperature = (float)s.teacher_temperature;
-    a.alpha = (float)s.alpha;
-    a.hard_weight = (float)s.hard_weight;
-    a.z_loss = (float)s.z_loss;
-    a.beta = (float)s.beta;
-    a.label_smoothing = (float)s.label_smoothing;
-    a.t_squared = s.t_squared;
-    a.scale = (float)(1 / s.divisor);
-    a.divisor = by_row(inputs.normalizer);
+    a.temperatures = float_values(inputs.temperatures);
+    a.teacher_temperatures = float_values(inputs.teacher_temperatures);
+    a.normalizer = float_values(inputs.normalizer);
     if (s.metrics) {
-      held_.push_back(new_floats({kMetrics, a.rows}));
-      measured_ = held_.back();
-      a.metrics = floats(*measured_);
+      tensors_.push_back(new_floats({kMetrics, a.rows}));
+      metrics_ = tensors_.back();
+      a.row_metrics = float_data(*metrics_);
     }
   }
 
@@ -105,51 +93,50 @@ class Call {
 
   Tensor new_grad() {
     Tensor grad = torch::stable::new_empty(student_, student_.sizes());
-    args_.grad = tensor(grad);
+    args_.grad = logits_matrix(grad);
     return grad;
   }
   void grad_in_place() { args_.grad = args_.student; }
   void copy_back(Tensor& to) {
-    if (copied_) torch::stable::copy_(to, student_);
+    if (is_copy_) torch::stable::copy_(to, student_);
   }
 
   // ---- the launches ----
 
-  // Shares of the loss and, where it has a place, the gradient; metrics; the table of coefficients.
+  // Shares of the loss, and the gradient, metrics and table that there is memory for.
   Tensor run(float* new_table = nullptr) {
     const Tensor losses = new_floats({args_.rows});
     if (args_.rows) {
-      measure_softmaxes();
-      args_.losses = floats(losses);
+      run_softmax_metrics();
+      args_.losses = float_data(losses);
       args_.new_table = new_table;
-      launch_rows(args_, place_);
+      launch_rows(args_, stream_);
     }
-    return by_rows(losses, {});
+    return reshape_to_rows(losses, {});
   }
 
   void backward(const Tensor& table, const Tensor& grad_loss) {
-    held_.push_back(torch::stable::contiguous(grad_loss));
-    args_.grad_loss = floats(held_.back());
+    tensors_.push_back(torch::stable::contiguous(grad_loss));
+    args_.grad_loss = float_data(tensors_.back());
     args_.grad_loss_step = grad_loss.numel() > 1;
-    held_.push_back(torch::stable::contiguous(table));
-    args_.table = floats(held_.back());
-    if (args_.rows) launch_rows(args_, place_);
+    tensors_.push_back(torch::stable::contiguous(table));
+    args_.table = float_data(tensors_.back());
+    if (args_.rows) launch_rows(args_, stream_);
   }
 
-  // What return_metrics reports, of every row.
-  Tensor metrics() const { return measured_ ? by_rows(*measured_, {kMetrics}) : new_floats({0}); }
+  Tensor metrics() const { return metrics_ ? reshape_to_rows(*metrics_, {kMetrics}) : new_floats({0}); }
 
   Tensor new_table() const { return new_floats({args_.rows, kCoefficients}); }
 
  private:
   Tensor student_;
-  bool copied_;
+  bool is_copy_;
   RowsArgs args_{};
-  Place place_;
-  std::vector<Tensor> held_;        // copies, conversions and what is made on the way
-  std::optional<Tensor> measured_;  // the metrics of every row
+  Stream stream_;
+  std::vector<Tensor> tensors_;  // copies, conversions and results that the arguments point to
+  std::optional<Tensor> metrics_;
 
-  static Matrix tensor(const Tensor& t) {
+  static Matrix logits_matrix(const Tensor& t) {
     if (dtype_of(t) == DType::kDouble) {
       fail<std::invalid_argument>(
           "kdfast: float64 logits, but the CUDA kernels take float32, bfloat16 and float16");
@@ -159,64 +146,64 @@ class Call {
   Tensor new_floats(const std::vector<int64_t>& shape) const {
     return torch::stable::new_empty(student_, shape, ScalarType::Float);
   }
-  const float* by_row(const std::optional<Tensor>& values) {
+  const float* float_values(const std::optional<Tensor>& values) {
     if (!values) return nullptr;
-    held_.push_back(torch::stable::contiguous(torch::stable::to(*values, ScalarType::Float)));
-    return floats(held_.back());
+    tensors_.push_back(torch::stable::contiguous(torch::stable::to(*values, ScalarType::Float)));
+    return float_data(tensors_.back());
   }
 
-  // The vectors of both must be at the same classes. Where they are not, both are copied, 4 bytes a logit
-  // more than Triton moves, to which the table sends such calls: this is for who asks for CUDA by name.
+  // The vectors of both must be at the same classes, or both are copied, which costs 4 bytes a logit. The
+  // table sends such calls to Triton, which needs no copies: these are for backend="cuda".
   void set_teacher(const Tensor& teacher) {
     RowsArgs& a = args_;
-    held_.push_back(readable(teacher));
-    a.teacher = tensor(held_.back());
+    tensors_.push_back(readable(teacher));
+    a.teacher = logits_matrix(tensors_.back());
     if (a.teacher.dtype != a.student.dtype) {
       fail<std::invalid_argument>("kdfast: a teacher of another dtype than the student's");
     }
-    if (lie_alike(a.student, a.teacher)) return;
-    const auto copied = [&](Tensor t) {  // as wide as the student's
+    if (have_same_alignment(a.student, a.teacher)) return;
+    const auto copy_of = [&](Tensor t) {  // as wide as the student's
       Tensor copy = torch::stable::new_empty(student_, student_.sizes());
       const int64_t last = copy.dim() - 1, classes = std::min(classes_of(t), classes_of(copy));
       Tensor real = torch::stable::narrow(copy, last, 0, classes);
       torch::stable::copy_(real, torch::stable::narrow(t, last, 0, classes));
       return copy;
     };
-    held_.push_back(copied(teacher));
-    a.teacher = tensor(held_.back());
-    if (lie_alike(a.student, a.teacher)) return;
-    student_ = copied(student_);
-    copied_ = true;
-    a.student = tensor(student_);
+    tensors_.push_back(copy_of(teacher));
+    a.teacher = logits_matrix(tensors_.back());
+    if (have_same_alignment(a.student, a.teacher)) return;
+    student_ = copy_of(student_);
+    is_copy_ = true;
+    a.student = logits_matrix(student_);
   }
 
   void set_weights(const Tensor& weights) {
     const ScalarType type = weights.scalar_type();
-    const bool as_is = type == ScalarType::Float || type == ScalarType::BFloat16 ||
-                       type == ScalarType::Half || type == ScalarType::Bool;
-    held_.push_back(
-        torch::stable::contiguous(as_is ? weights : torch::stable::to(weights, ScalarType::Float)));
-    args_.row_weight = held_.back().const_data_ptr();
+    const bool is_known = type == ScalarType::Float || type == ScalarType::BFloat16 ||
+                          type == ScalarType::Half || type == ScalarType::Bool;
+    tensors_.push_back(
+        torch::stable::contiguous(is_known ? weights : torch::stable::to(weights, ScalarType::Float)));
+    args_.row_weight = tensors_.back().const_data_ptr();
     args_.row_weight_type = type == ScalarType::BFloat16 ? Number::kBFloat16
                             : type == ScalarType::Half   ? Number::kHalf
                             : type == ScalarType::Bool   ? Number::kBool
                                                          : Number::kFloat;
   }
 
-  // A tensor of a number per row in the shape of the rows, after other dimensions.
-  Tensor by_rows(const Tensor& values, std::vector<int64_t> shape) const {
+  // A number per row in the shape of the student's rows, after other dimensions.
+  Tensor reshape_to_rows(const Tensor& values, std::vector<int64_t> shape) const {
     const auto sizes = student_.sizes();
     shape.insert(shape.end(), sizes.begin(), sizes.end() - 1);
     return torch::stable::reshape(values, shape);
   }
 
-  // logit_mse's metrics but for `soft` are of softmaxes, which it does not take.
-  void measure_softmaxes() const {
+  // logit_mse's metrics but for `soft` are of softmaxes, which its own kernel lacks.
+  void run_softmax_metrics() const {
     if (!args_.metrics || args_.divergence != Divergence::kLogitMSE) return;
     RowsArgs a = args_;
     a.divergence = Divergence::kCrossEntropy;
     a.grad.data = nullptr;
-    launch_rows(a, place_);
+    launch_rows(a, stream_);
   }
 };
 

@@ -1,12 +1,12 @@
 // Which kernel a call gets, and how many threads, blocks and bytes of shared memory.
 //
-// Warps. Rows of up to 1024 classes by a warp each: 4 KB of a bf16 pair, joined by shuffles alone.
+// Warps. Rows of up to 1024 classes by a warp each: 4 KB of a bf16 pair, summed by shuffles alone.
 //
 // Clusters. Longer rows are kept in shared memory, by enough blocks that none keeps more than 64 KB: then
-// three blocks (two with a pass of their own) fit into a multiprocessor, and one reads while another writes.
+// three blocks (two with a pass B) fit into a multiprocessor, and one reads while another writes.
 // For a bf16 pair that is a block to V = 16384, 2 to 32768, 4 to 65536, 8 to 131072, and 16, the most there
-// is, beyond: of V = 262144 each keeps 64 KB, of an fp32 pair 128 KB. Where rows are few they are divided
-// further, so that every multiprocessor has a part of one. Devices before sm_90 have no clusters: a block
+// is, beyond: of V = 262144 each keeps 64 KB, of an fp32 pair 128 KB. Few rows are divided further, so that
+// every multiprocessor has a part of one. Devices before sm_90 have no clusters: a block
 // keeps what its shared memory holds, 163 KB on an A100 (V to 41 thousand of a bf16 pair), 99 KB on sm_86.
 //
 // Sweeps. What is longer is read twice, three times by divergences with a pass of their own, and the second
@@ -28,11 +28,11 @@ namespace {
 
 constexpr int kWarpRows = kWarpThreads / 32;
 constexpr int kFewPacks = 512;           // a row is not divided further for the sake of idle multiprocessors
-constexpr int64_t kFewBytes = 48 << 10;  // kept by half of the threads, for joining costs each of them alike
+constexpr int64_t kFewBytes = 48 << 10;  // kept by half of the threads, for a reduction costs each the same
 constexpr int kWarpClasses = 1024;
 constexpr int kPortableBlocks = 8;  // of a cluster
 constexpr int64_t kBlockBytes = 64 << 10;
-constexpr int kStaticBytes = 2 << 10;  // what a kernel has of shared memory beside, at most
+constexpr int kStaticBytes = 2 << 10;  // the most that a kernel declares of shared memory
 
 struct Device {
   int capability, multiprocessors;
@@ -55,7 +55,7 @@ int attribute(cudaDeviceAttr which, int device) {
   check(cudaDeviceGetAttribute(&value, which, device), "reading a device's attributes");
   return value;
 }
-Device device_of(int device) {
+Device device_properties(int device) {
   return {10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
               attribute(cudaDevAttrComputeCapabilityMinor, device),
           attribute(cudaDevAttrMultiProcessorCount, device),
@@ -63,26 +63,26 @@ Device device_of(int device) {
           attribute(cudaDevAttrL2CacheSize, device)};
 }
 
-// Makes a device the current one of this thread, for a while.
-class DeviceScope {
+// Makes a device the current one of this thread, for as long as it lives.
+class DeviceGuard {
  public:
-  explicit DeviceScope(int device) {
+  explicit DeviceGuard(int device) {
     check(cudaGetDevice(&before_), "asking for the current device");
     if (before_ == device) before_ = -1;
     if (before_ >= 0) check(cudaSetDevice(device), "choosing a device");
   }
-  ~DeviceScope() {
+  ~DeviceGuard() {
     if (before_ >= 0) cudaSetDevice(before_);
   }
-  DeviceScope(const DeviceScope&) = delete;
+  DeviceGuard(const DeviceGuard&) = delete;
 
  private:
   int before_;
 };
 
-constexpr int kDefaultShared = 48 << 10;  // what it may have of both without being asked for
+constexpr int kDefaultShared = 48 << 10;  // of both kinds, without asking
 
-// What a kernel may have is set to the most there is, once and for all: another thread may be launching it.
+// Always the most that the device has: another thread may be launching the kernel.
 void allow(const Kernel& kernel, const Launch& l, const Device& device) {
   if (l.shared + kStaticBytes > kDefaultShared)
     check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -96,49 +96,50 @@ void allow(const Kernel& kernel, const Launch& l, const Device& device) {
 struct Config {
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute cluster{};
-  Config(const Launch& l, const Place& place) {
+  Config(const Launch& l, const Stream& stream) {
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = l.cluster;
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
     config.gridDim = dim3(l.grid);
     config.blockDim = dim3(l.block);
     config.dynamicSmemBytes = l.shared;
-    config.stream = (cudaStream_t)place.stream;
+    config.stream = (cudaStream_t)stream.handle;
     config.attrs = &cluster;
     config.numAttrs = l.cluster > 1;
   }
   Config(const Config&) = delete;
 };
 
-// Whether the device can have such clusters at all: one of 16 wants as many free multiprocessors that are
-// neighbours, which small parts, and slices of large ones, lack.
-bool fits(const Kernel& kernel, const Launch& l, const Device& device, const Place& place) {
+// Whether the device has room for one such cluster: of 16 blocks it needs as many neighbouring
+// multiprocessors, which small parts, and slices of large ones, lack.
+bool has_room(const Kernel& kernel, const Launch& l, const Device& device, const Stream& stream) {
   if (l.cluster <= 1) return true;
   static std::mutex mutex;
   static std::map<std::tuple<const void*, int, int, int, int64_t>, bool> known;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto [entry, is_new] =
-      known.try_emplace({kernel.function, place.device, l.block, l.cluster, l.shared}, false);
+      known.try_emplace({kernel.function, stream.device, l.block, l.cluster, l.shared}, false);
   if (!is_new) return entry->second;
   allow(kernel, l, device);
-  Config config(l, place);
+  Config config(l, stream);
   int clusters = 0;
   const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel.function, &config.config);
-  if (error != cudaSuccess) cudaGetLastError();  // it is answered, and must not be found by others
+  if (error != cudaSuccess) cudaGetLastError();  // or the next check of another library reports it
   return entry->second = error == cudaSuccess && clusters > 0;
 }
 
 template <class Args>
-void run(const Kernel& kernel, const Launch& l, const Args& args, const Device& device, const Place& place) {
+void run(const Kernel& kernel, const Launch& l, const Args& args, const Device& device,
+         const Stream& stream) {
   allow(kernel, l, device);
-  Config config(l, place);
+  Config config(l, stream);
   void* pointers[] = {(void*)&args};
   check(cudaLaunchKernelExC(&config.config, kernel.function, pointers), kernel.name);
 }
 
 // ---- which kernel ----
 
-Kernel kernel_of(const RowsArgs& a, Shape shape) {
+Kernel row_kernel(const RowsArgs& a, Shape shape) {
   switch (a.student.dtype) {
     case DType::kBFloat16:
       return row_kernel_bf16(a.divergence, shape);
@@ -149,29 +150,29 @@ Kernel kernel_of(const RowsArgs& a, Shape shape) {
   }
 }
 
-// ---- how many ----
+// ---- how many threads, blocks and bytes ----
 
 constexpr int kKeptBytes = 32;  // of a pair of packs
 
-Launch by_warps(const RowsArgs& a, int packs) {
+Launch warp_launch(const RowsArgs& a, int packs) {
   return {(int)(((int64_t)a.rows + kWarpRows - 1) / kWarpRows), kWarpThreads, 1,
           (int64_t)kWarpRows * packs * kKeptBytes};
 }
 
-Launch by_blocks(const RowsArgs& a, int packs, int most_blocks, const Device& device) {
+Launch cluster_launch(const RowsArgs& a, int packs, int most_blocks, const Device& device) {
   int blocks = 1;
-  const auto too_few = [&] {
+  const auto is_idle = [&] {
     return 2 * (int64_t)a.rows * blocks <= device.multiprocessors && packs >= 2 * kFewPacks * blocks;
   };
-  while (blocks < most_blocks && ((int64_t)packs * kKeptBytes > kBlockBytes * blocks || too_few()))
+  while (blocks < most_blocks && ((int64_t)packs * kKeptBytes > kBlockBytes * blocks || is_idle()))
     blocks *= 2;
-  const int64_t part = part_of(packs, blocks);
+  const int64_t part = packs_per_block(packs, blocks);
   const int64_t most = 0x7fffffff / kMostBlocks;
   return {(int)std::min<int64_t>(a.rows, most) * blocks,
           part * kKeptBytes <= kFewBytes ? kMostThreads / 2 : kMostThreads, blocks, part * kKeptBytes};
 }
 
-Launch by_sweeps(const RowsArgs& a, const Device& device) {
+Launch sweep_launch(const RowsArgs& a, const Device& device) {
   const int64_t row = (a.teacher.data ? 2 : 1) * bytes_of(a.student.dtype) * a.vocab;
   const int64_t fitting = device.cache * 3 / 4 / row, least = device.multiprocessors;
   const int64_t blocks = std::min<int64_t>(a.rows, std::max(least, std::min(2 * least, fitting)));
@@ -186,30 +187,31 @@ int driver_version() {
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
-void launch_rows(RowsArgs a, const Place& place) {
-  const DeviceScope scope(place.device);
-  const Device device = device_of(place.device);
+void launch_rows(RowsArgs a, const Stream& stream) {
+  const DeviceGuard scope(stream.device);
+  const Device device = device_properties(stream.device);
   if (a.divergence == Divergence::kForwardKL || a.divergence == Divergence::kReverseKL) {
     a.beta = a.divergence == Divergence::kForwardKL ? 1 : 0;
     a.divergence = Divergence::kSymmetricKL;
   }
   const int packs = a.vocab / (16 / (int)bytes_of(a.student.dtype));
-  if (a.vocab <= kWarpClasses) return run(kernel_of(a, Shape::kWarp), by_warps(a, packs), a, device, place);
-  const Kernel kept = kernel_of(a, Shape::kKept);
+  if (a.vocab <= kWarpClasses)
+    return run(row_kernel(a, Shape::kWarp), warp_launch(a, packs), a, device, stream);
+  const Kernel kept = row_kernel(a, Shape::kKept);
   for (int most = device.most_blocks(); most >= 1; most /= 2) {
-    const Launch launch = by_blocks(a, packs, most, device);
+    const Launch launch = cluster_launch(a, packs, most, device);
     if (launch.shared + kStaticBytes > device.shared) break;
-    if (!fits(kept, launch, device, place)) continue;
-    return run(kept, launch, a, device, place);
+    if (!has_room(kept, launch, device, stream)) continue;
+    return run(kept, launch, a, device, stream);
   }
-  run(kernel_of(a, Shape::kSwept), by_sweeps(a, device), a, device, place);
+  run(row_kernel(a, Shape::kSwept), sweep_launch(a, device), a, device, stream);
 }
 
-void launch_scale(const ScaleArgs& args, const Place& place) {
-  const DeviceScope scope(place.device);
-  const Device device = device_of(place.device);
+void launch_scale(const ScaleArgs& args, const Stream& stream) {
+  const DeviceGuard scope(stream.device);
+  const Device device = device_properties(stream.device);
   run(scale_kernel(args.grad.dtype), {std::min(args.rows, 8 * device.multiprocessors), kMostThreads, 1, 0},
-      args, device, place);
+      args, device, stream);
 }
 
 }  // namespace kdfast

@@ -1,5 +1,5 @@
-// The launchers: which kernel a call gets, and by how many threads; no torch here. They launch on the given
-// device and stream, and throw std::runtime_error where CUDA has an error.
+// The launchers: which kernel a call gets, and how many threads; no torch here. They throw std::runtime_error
+// where CUDA has an error.
 #pragma once
 
 #include "arguments.h"
@@ -10,7 +10,7 @@ struct Kernel {
   const void* function;  // null: there is none
   const char* name;
 };
-// A row by a warp; by blocks that keep it on chip; by one in sweeps.
+// A row by a warp; by blocks that keep it in shared memory; by one in sweeps.
 enum class Shape { kWarp, kKept, kSwept };
 
 // Of rows.cu, compiled for each type of logits.
@@ -26,11 +26,11 @@ Kernel scale_kernel(DType);  // ScaleArgs: the gradient times the factor; nothin
 int cuda_version();
 int driver_version();
 
-struct Place {
+struct Stream {
   int device;
-  void* stream;
+  void* handle;
 };
-void launch_rows(RowsArgs, const Place&);
-void launch_scale(const ScaleArgs&, const Place&);
+void launch_rows(RowsArgs, const Stream&);
+void launch_scale(const ScaleArgs&, const Stream&);
 
 }  // namespace kdfast

@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> loss_grad_(Tensor student, KDFAST_ARGUMENTS) {
 std::tuple<Tensor, Tensor, Tensor> stats(Tensor student, KDFAST_ARGUMENTS) {
   Call call(student, KDFAST_CALL);
   Tensor table = call.new_table();
-  Tensor loss = call.run(floats(table));
+  Tensor loss = call.run(float_data(table));
   return {loss, table, call.metrics()};
 }
 
@@ -61,9 +61,9 @@ void grad_(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_ARGUMENTS) {
 void scale_(Tensor grad, Tensor factor) {
   const Tensor view = readable(grad);
   if (view.numel() == 0) return;
-  const Place place = place_of(grad);
+  const Stream stream = current_stream(grad);
   const Tensor by = torch::stable::to(factor, ScalarType::Float);
-  launch_scale({matrix(view), (int)rows_of(view), (int)classes_of(view), floats(by)}, place);
+  launch_scale({matrix(view), (int)rows_of(view), (int)classes_of(view), float_data(by)}, stream);
   if (view.get() != grad.get()) torch::stable::copy_(grad, view);
 }
 

@@ -16,62 +16,55 @@ namespace {
 template <class S>
 constexpr int kVec = 16 / (int)sizeof(S);
 
-template <class S>
-struct Wide {  // a pack's numbers
-  float x[kVec<S>];
-};
-
-__device__ inline float widened(float x) { return x; }
-__device__ inline float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float widened(__half x) { return __half2float(x); }
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(__half x) { return __half2float(x); }
 
 template <class S>
-__device__ inline S narrowed(float x);
+__device__ inline S narrow(float x);
 template <>
-__device__ inline float narrowed<float>(float x) {
+__device__ inline float narrow<float>(float x) {
   return x;
 }
 template <>
-__device__ inline __nv_bfloat16 narrowed<__nv_bfloat16>(float x) {
+__device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 template <>
-__device__ inline __half narrowed<__half>(float x) {
+__device__ inline __half narrow<__half>(float x) {
   return __float2half_rn(x);
 }
 
 template <class S>
-__device__ inline Wide<S> widened(uint4 pack) {
+__device__ inline void widen(uint4 pack, float (&x)[kVec<S>]) {
   const uint32_t word[4] = {pack.x, pack.y, pack.z, pack.w};
-  Wide<S> out;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(S) == 4) {
-      out.x[i] = __uint_as_float(word[i]);
+      x[i] = __uint_as_float(word[i]);
     } else if constexpr (std::is_same_v<S, __nv_bfloat16>) {  // the upper half of an fp32
-      out.x[2 * i] = __uint_as_float(word[i] << 16);
-      out.x[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
+      x[2 * i] = __uint_as_float(word[i] << 16);
+      x[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
     } else {
       const float2 two = __half22float2(*(const __half2*)&word[i]);
-      out.x[2 * i] = two.x;
-      out.x[2 * i + 1] = two.y;
+      x[2 * i] = two.x;
+      x[2 * i + 1] = two.y;
     }
   }
-  return out;
 }
 
 template <class S>
-__device__ inline uint4 narrowed_pack(const Wide<S>& in) {
+__device__ inline uint4 narrow(const float (&x)[kVec<S>]) {
   uint32_t word[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(S) == 4) {
-      word[i] = __float_as_uint(in.x[i]);
+      word[i] = __float_as_uint(x[i]);
     } else if constexpr (std::is_same_v<S, __nv_bfloat16>) {
-      const __nv_bfloat162 two = __floats2bfloat162_rn(in.x[2 * i], in.x[2 * i + 1]);
+      const __nv_bfloat162 two = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
       word[i] = *(const uint32_t*)&two;
     } else {
-      const __half2 two = __floats2half2_rn(in.x[2 * i], in.x[2 * i + 1]);
+      const __half2 two = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
       word[i] = *(const uint32_t*)&two;
     }
   }
@@ -86,20 +79,26 @@ __device__ inline void copy_async(uint4* to, const uint4* from) {
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLeft>
-__device__ inline void await_copies() {  // all groups of this thread but the last kLeft
+__device__ inline void wait_for_copies() {  // all groups of this thread but the last kLeft
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
 template <class S>
-__device__ inline S* row_at(const Matrix& m, int64_t index) {
+__device__ inline S* row_data(const Matrix& m, int64_t index) {
   return (S*)m.data + m.offset(index);
 }
 
-// Classes before the first that lies at a multiple of 32 bytes, which is what memory moves; fewer than kHead.
-constexpr int kHead = 16;
-__device__ inline int head_of(const void* row, int bytes, int n) {
-  const int head = (int)((32 - ((uintptr_t)row & 31)) & 31) / bytes;
-  return head < n ? head : n;
+// Classes of a row of n before the first at a multiple of 32 bytes, which is what memory moves.
+constexpr int kPrefix = 16;  // there are fewer
+__device__ inline int prefix_classes(const void* row, int bytes, int n) {
+  const int prefix = (int)((32 - ((uintptr_t)row & 31)) & 31) / bytes;
+  return prefix < n ? prefix : n;
+}
+// A thread's class of those before or after the packs; -1: none.
+__device__ inline int end_class(int thread, int prefix, int in_packs, int n) {
+  if (thread < kPrefix) return thread < prefix ? thread : -1;
+  const int end = prefix + in_packs + thread - kPrefix;
+  return end < n ? end : -1;
 }
 
 }  // namespace

@@ -1,9 +1,8 @@
-// How the threads that share a row join what each of them has: lanes of a warp, warps of a block, blocks of a
-// cluster, by the same rule at each level and in a fixed order.
+// How the threads that share a row add up their sums: lanes of a warp, warps of a block, blocks of a cluster,
+// by the same rule at each level and in a fixed order.
 //
-// A is a bundle of kCount floats, x.value[kCount], with joined(row), which makes of the lanes' bundles that
-// of the warp in every lane, and A::nothing(), the bundle of no class at all; row: what all threads know
-// alike.
+// A is a struct of floats alone with warp_reduce(row), which gives each lane the sums of all, and with
+// A::identity(), the sums of no class; row: what all threads know of it.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +13,12 @@ namespace kdfast {
 namespace {
 
 constexpr int kMostWarps = kMostThreads / 32;
+
+// A struct of floats as an array.
+template <class A>
+constexpr int kFloats = sizeof(A) / sizeof(float);
+template <class A>
+__device__ inline float (&floats(A& x)) [kFloats<A>] { return reinterpret_cast<float (&)[kFloats<A>]>(x); }
 
 __device__ inline float warp_sum(float x) {
 #pragma unroll
@@ -56,27 +61,26 @@ __device__ inline void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
-// Writes to the same place in the shared memory of another block.
-__device__ inline void store_in_block(float* place, int rank, float x) {
+// Writes to the shared memory of another block, at the same offset.
+__device__ inline void store_in_block(float* address, int rank, float x) {
 #if __CUDA_ARCH__ >= 900
-  const uint32_t mine = (uint32_t)__cvta_generic_to_shared(place);
+  const uint32_t mine = (uint32_t)__cvta_generic_to_shared(address);
   uint32_t theirs;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(mine), "r"(rank));
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(theirs), "f"(x) : "memory");
 #endif
 }
 
-// Shared memory for one joining at a time.
-template <int kCount>
-struct Lines {
-  float of_warp[kCount][kMostWarps];
-  float of_block[kMostBlocks][kCount | 1];  // written by a block at a time; odd, against bank conflicts
+// Shared memory for one all_reduce at a time.
+template <class A>
+struct ReduceBuffer {
+  float warps[kFloats<A>][kMostWarps];
+  float blocks[kMostBlocks][kFloats<A> | 1];  // written by a block at a time; odd, against bank conflicts
 };
 
-// ---- teams: what shares a row ----
+// ---- teams: the threads that share a row ----
 
 struct WarpTeam {
-  static constexpr bool kWarp = true;
   __device__ int thread() const { return threadIdx.x & 31; }
   __device__ int threads() const { return 32; }
   __device__ int rank() const { return 0; }
@@ -84,107 +88,107 @@ struct WarpTeam {
   __device__ int64_t first_row() const {
     return (int64_t)blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
   }
-  __device__ int64_t rows_at_once() const { return (int64_t)gridDim.x * (blockDim.x >> 5); }
-  __device__ bool leading_warp() const { return true; }
-  __device__ bool leads() const { return thread() == 0; }
-  __device__ void meet() const { __syncwarp(); }
+  __device__ int64_t row_stride() const { return (int64_t)gridDim.x * (blockDim.x >> 5); }
+  __device__ bool is_first_warp() const { return true; }
+  __device__ bool is_first_thread() const { return thread() == 0; }
+  __device__ void sync() const { __syncwarp(); }
+
+  // What read() returns, in every thread; here each reads.
   template <class N, class F>
-  __device__ N numbers(N&, F read) const {
+  __device__ N broadcast(N&, F read) const {
     return read();
   }
-
-  // The same numbers of memory, in every thread.
-  template <int kCount>
-  __device__ void fetch(float (&to)[kCount], float (&)[kCount], const float* from) const {
+  // The same numbers of global memory, in every thread.
+  template <int N>
+  __device__ void load(float (&to)[N], float (&)[N], const float* from) const {
     const int lane = threadIdx.x & 31;
-    const float mine = lane < kCount ? from[lane] : 0;
+    const float mine = lane < N ? from[lane] : 0;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) to[i] = __shfl_sync(~0u, mine, i);
+    for (int i = 0; i < N; ++i) to[i] = __shfl_sync(~0u, mine, i);
   }
 
-  template <class A, int kCount, class R>
-  __device__ A join(const A& x, Lines<kCount>&, const R& row) {
+  template <class A, class R>
+  __device__ A all_reduce(const A& x, ReduceBuffer<A>&, const R& row) {
     __syncwarp();  // the gradient may go where the logits are, of which all lanes have read the label's
-    return x.joined(row);
+    return x.warp_reduce(row);
   }
 };
 
-// A block, or the blocks of a cluster. All of them must have been seen to run before one writes into another.
+// A block, or the blocks of a cluster. All of them must have started before one writes into another.
 struct BlockTeam {
-  static constexpr bool kWarp = false;
-  bool met;
+  bool has_started;
 
-  __device__ BlockTeam() : met(blocks() == 1) {
-    if (!met) cluster_arrive();
+  __device__ BlockTeam() : has_started(blocks() == 1) {
+    if (!has_started) cluster_arrive();
   }
-  __device__ ~BlockTeam() { see_all(); }
+  __device__ ~BlockTeam() { wait_for_start(); }
   __device__ int thread() const { return threadIdx.x; }
   __device__ int threads() const { return blockDim.x; }
   __device__ int rank() const { return cluster_rank(); }
   __device__ int blocks() const { return cluster_blocks(); }
   __device__ int64_t first_row() const { return blockIdx.x / blocks(); }
-  __device__ int64_t rows_at_once() const { return gridDim.x / blocks(); }
-  __device__ void see_all() {
-    if (!met) cluster_wait();
-    met = true;
+  __device__ int64_t row_stride() const { return gridDim.x / blocks(); }
+  __device__ void wait_for_start() {
+    if (!has_started) cluster_wait();
+    has_started = true;
   }
-  __device__ bool leads() const { return rank() == 0 && thread() == 0; }
-  __device__ bool leading_warp() const { return rank() == 0 && thread() < 32; }
-  // What one thread reads, in every thread.
-  template <class N, class F>
-  __device__ N numbers(N& shared, F read) const {
-    if (threadIdx.x == 0) shared = read();
-    __syncthreads();
-    return shared;
-  }
-  template <int kCount>
-  __device__ void fetch(float (&to)[kCount], float (&shared)[kCount], const float* from) const {
-    if (threadIdx.x < kCount) shared[threadIdx.x] = from[threadIdx.x];
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) to[i] = shared[i];
-  }
-  // After it the lines of earlier joinings may be written again.
-  __device__ void meet() const {
+  __device__ bool is_first_thread() const { return rank() == 0 && thread() == 0; }
+  __device__ bool is_first_warp() const { return rank() == 0 && thread() < 32; }
+  // After it the buffers of earlier reductions may be written again.
+  __device__ void sync() const {
     __syncthreads();
     if (blocks() == 1) return;
     cluster_arrive();
     cluster_wait();
   }
 
-  // From every thread's bundle that of the row, in every thread.
-  template <class A, int kCount, class R>
-  __device__ A join(A x, Lines<kCount>& lines, const R& row) {
-    static_assert(A::kCount <= kCount);
+  template <class N, class F>
+  __device__ N broadcast(N& shared, F read) const {
+    if (threadIdx.x == 0) shared = read();
+    __syncthreads();
+    return shared;
+  }
+  template <int N>
+  __device__ void load(float (&to)[N], float (&shared)[N], const float* from) const {
+    if (threadIdx.x < N) shared[threadIdx.x] = from[threadIdx.x];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = shared[i];
+  }
+
+  // From every thread's sums those of the row, in every thread.
+  template <class A, class R>
+  __device__ A all_reduce(A x, ReduceBuffer<A>& buffer, const R& row) {
+    constexpr int kCount = kFloats<A>;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-    x = x.joined(row);
+    x = x.warp_reduce(row);
     if (lane == 0) {
 #pragma unroll
-      for (int i = 0; i < A::kCount; ++i) lines.of_warp[i][warp] = x.value[i];
+      for (int i = 0; i < kCount; ++i) buffer.warps[i][warp] = floats(x)[i];
     }
     __syncthreads();
-    A y = A::nothing();
+    A y = A::identity();
     if (lane < warps) {
 #pragma unroll
-      for (int i = 0; i < A::kCount; ++i) y.value[i] = lines.of_warp[i][lane];
+      for (int i = 0; i < kCount; ++i) floats(y)[i] = buffer.warps[i][lane];
     }
-    y = y.joined(row);
+    y = y.warp_reduce(row);
     if (blocks() == 1) return y;
-    see_all();
-    float mine = 0;  // the lane's of the values
+    wait_for_start();
+    float mine = 0;  // the lane's of the floats
 #pragma unroll
-    for (int i = 0; i < A::kCount; ++i) mine = lane == i ? y.value[i] : mine;
+    for (int i = 0; i < kCount; ++i) mine = lane == i ? floats(y)[i] : mine;
     for (int to = warp; to < blocks(); to += warps) {
-      if (lane < A::kCount) store_in_block(&lines.of_block[rank()][lane], to, mine);
+      if (lane < kCount) store_in_block(&buffer.blocks[rank()][lane], to, mine);
     }
     cluster_arrive();
     cluster_wait();
-    y = A::nothing();
+    y = A::identity();
     if (lane < blocks()) {
 #pragma unroll
-      for (int i = 0; i < A::kCount; ++i) y.value[i] = lines.of_block[lane][i];
+      for (int i = 0; i < kCount; ++i) floats(y)[i] = buffer.blocks[lane][i];
     }
-    return y.joined(row);
+    return y.warp_reduce(row);
   }
 };
 

@@ -18,7 +18,7 @@ constexpr bool kHasKernel =
     !std::is_same_v<D, ForwardKL> && !std::is_same_v<D, ReverseKL> && !std::is_same_v<D, DKD>;
 
 template <class S, class D>
-const void* function_of(Shape shape) {
+const void* row_function(Shape shape) {
   if constexpr (!kHasKernel<D>) {
     return nullptr;
   } else {
@@ -32,7 +32,7 @@ const void* function_of(Shape shape) {
 
 Kernel KDFAST_JOIN(row_kernel_, KDFAST_STORAGE_NAME)(Divergence divergence, Shape shape) {
 #define KERNEL(Type)                                                                               \
-  return {function_of<KDFAST_STORAGE, Type>(shape),                                                \
+  return {row_function<KDFAST_STORAGE, Type>(shape),                                               \
           shape == Shape::kWarp   ? "warp_rows<" KDFAST_TEXT(KDFAST_STORAGE) ", " #Type ">"        \
           : shape == Shape::kKept ? "block_rows<" KDFAST_TEXT(KDFAST_STORAGE) ", " #Type ", true>" \
                                   : "block_rows<" KDFAST_TEXT(KDFAST_STORAGE) ", " #Type ", false>"}

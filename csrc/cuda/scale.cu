@@ -10,18 +10,18 @@ __global__ void __launch_bounds__(kMostThreads) scale(const __grid_constant__ Sc
   const float factor = *a.factor;
   if (factor == 1) return;
   for (int64_t index = blockIdx.x; index < a.rows; index += gridDim.x) {
-    S* row = row_at<S>(a.grad, index);
-    const int head = head_of(row, sizeof(S), a.width), packs = (a.width - head) / kVec<S>;
-    const int tail = head + kVec<S> * packs;
-    uint4* whole = (uint4*)(row + head);
+    S* row = row_data<S>(a.grad, index);
+    const int prefix = prefix_classes(row, sizeof(S), a.width), packs = (a.width - prefix) / kVec<S>;
+    uint4* vectors = (uint4*)(row + prefix);
     for (int i = threadIdx.x; i < packs; i += blockDim.x) {
-      Wide<S> x = widened<S>(__ldcg(whole + i));
+      float x[kVec<S>];
+      widen<S>(__ldcg(vectors + i), x);
 #pragma unroll
-      for (int j = 0; j < kVec<S>; ++j) x.x[j] *= factor;
-      __stcs(whole + i, narrowed_pack<S>(x));
+      for (int j = 0; j < kVec<S>; ++j) x[j] *= factor;
+      __stcs(vectors + i, narrow<S>(x));
     }
-    const int end = threadIdx.x < kHead ? (int)threadIdx.x : tail + (int)threadIdx.x - kHead;
-    if (threadIdx.x < kHead ? end < head : end < a.width) row[end] = narrowed<S>(factor * widened(row[end]));
+    const int end = end_class(threadIdx.x, prefix, packs * kVec<S>, a.width);
+    if (end >= 0) row[end] = narrow<S>(factor * widen(row[end]));
   }
 }
 

@@ -1,7 +1,7 @@
 // Stands in for the CUDA runtime and for torch's CUDA library, in the test library of tests/emulated.py. It
-// refuses what a device would refuse and hands the launches to Python. The linker (--wrap) sends it the
-// glue's calls of torch's C interface, too: tensors of the CPU pass for those of a device, and all memory
-// that a call may touch is told to Python.
+// refuses what a device would refuse and hands the launches to Python. The linker (--wrap) also sends it the
+// glue's calls of torch's C interface: CPU tensors pass for those of a device, and Python is told of all
+// memory that a call may touch.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -15,11 +15,11 @@
 
 // Set by tests/emulated.py.
 extern "C" {
-// A kernel's mangled name; -1 for `allowed`, its bytes of dynamic shared memory, where nobody asked for more
-// than usual. The result is a cudaError_t.
+// kernel: its mangled name; allowed: its bytes of dynamic shared memory, -1 where nobody asked for more than
+// usual. The result is a cudaError_t.
 int (*stub_launch)(const char* kernel, int grid, int block, int cluster, int64_t shared, int64_t allowed,
                    void** arguments) = nullptr;
-void (*stub_seen)(const void* data, int64_t bytes) = nullptr;  // null: a new call begins
+void (*stub_memory)(const void* data, int64_t bytes) = nullptr;  // null: a new call begins
 }
 
 namespace {
@@ -40,7 +40,7 @@ struct Function {
 
 // The first is every thread's at the beginning, and nothing may be launched there.
 std::vector<Device> devices{{0, 0}};
-int of_tensors = 0;
+int tensor_device = 0;
 thread_local int current = 0;
 thread_local cudaError_t last = cudaSuccess;
 
@@ -70,9 +70,9 @@ int blocks_of_cluster(const cudaLaunchConfig_t& config) {
   return blocks;
 }
 
-cudaError_t refusal(const Function* f, const cudaLaunchConfig_t& config) {
+cudaError_t check_launch(const Function* f, const cudaLaunchConfig_t& config) {
   if (!f) return cudaErrorInvalidDeviceFunction;
-  if (current != of_tensors) return cudaErrorInvalidDevice;
+  if (current != tensor_device) return cudaErrorInvalidDevice;
   if (config.stream != stream_of(current)) return cudaErrorInvalidResourceHandle;
   const unsigned grid = config.gridDim.x, block = config.blockDim.x;
   if (grid < 1 || grid > INT32_MAX || block < 1 || block > kMostThreads) return cudaErrorInvalidConfiguration;
@@ -88,19 +88,19 @@ cudaError_t refusal(const Function* f, const cudaLaunchConfig_t& config) {
   return (int64_t)config.dynamicSmemBytes > most_shared ? cudaErrorInvalidValue : cudaSuccess;
 }
 
-AOTITorchError seen(AtenTensorHandle tensor, const void* data, AOTITorchError error) {
+AOTITorchError report_memory(AtenTensorHandle tensor, const void* data, AOTITorchError error) {
   int64_t offset = 0, bytes = 0;
   int32_t type = 0;
   if (error || (error = aoti_torch_get_storage_offset(tensor, &offset)) ||
       (error = aoti_torch_get_storage_size(tensor, &bytes)) || (error = aoti_torch_get_dtype(tensor, &type)))
     return error;
-  if (bytes) stub_seen((const char*)data - offset * (int64_t)aoti_torch_dtype_element_size(type), bytes);
+  if (bytes) stub_memory((const char*)data - offset * (int64_t)aoti_torch_dtype_element_size(type), bytes);
   return 0;
 }
 
 AOTITorchError current_stream(int32_t device, void** stream) {
   *stream = stream_of(device);
-  stub_seen(nullptr, 0);
+  stub_memory(nullptr, 0);
   return 0;
 }
 char torch_cuda;  // the handle of torch's CUDA library
@@ -111,22 +111,22 @@ char torch_cuda;  // the handle of torch's CUDA library
 
 extern "C" {
 
-// Tensors are on a device like that from now on, where nothing was allowed to any kernel yet. Each has a
-// number of its own, for the launchers may remember what they learned of it.
+// From now on tensors are on such a device, where nothing was allowed to any kernel yet. Each has a number of
+// its own, because the launchers may remember what they learned of it.
 void stub_use(int capability, int most_blocks) {
-  for (of_tensors = 1; of_tensors < (int)devices.size(); ++of_tensors) {
-    const Device& d = devices[of_tensors];
+  for (tensor_device = 1; tensor_device < (int)devices.size(); ++tensor_device) {
+    const Device& d = devices[tensor_device];
     if (d.capability == capability && d.most_blocks == most_blocks) break;
   }
-  if (of_tensors == (int)devices.size()) devices.push_back({capability, most_blocks});
+  if (tensor_device == (int)devices.size()) devices.push_back({capability, most_blocks});
   for (auto& [_, function] : functions()) {
-    function.shared.erase(of_tensors);
-    function.non_portable.erase(of_tensors);
+    function.shared.erase(tensor_device);
+    function.non_portable.erase(tensor_device);
   }
 }
 
 int stub_device() { return current; }
-int stub_shared() { return (int)devices[of_tensors].shared(); }
+int stub_shared() { return (int)devices[tensor_device].shared(); }
 
 // ---- the CUDA runtime ----
 
@@ -182,10 +182,10 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute which, 
   }
 }
 
-// Where there is no room it is 0 clusters, or an error for those that not every device knows.
+// 0 clusters where there is no room, or an error for sizes that not every device has.
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* function,
                                            const cudaLaunchConfig_t* config) {
-  const cudaError_t error = refusal(find(function), *config);
+  const cudaError_t error = check_launch(find(function), *config);
   if (error != cudaSuccess) return result(error);
   const int blocks = blocks_of_cluster(*config);
   *clusters = blocks <= devices[current].most_blocks;
@@ -194,7 +194,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* function,
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
   const Function* f = find(function);
-  const cudaError_t error = refusal(f, *config);
+  const cudaError_t error = check_launch(f, *config);
   if (error != cudaSuccess) return result(error);
   const int cluster = blocks_of_cluster(*config);
   if (cluster > devices[current].most_blocks) return result(cudaErrorInvalidClusterSize);
@@ -230,18 +230,18 @@ void* __real_dlsym(void*, const char*);
 
 AOTITorchError __wrap_aoti_torch_get_data_ptr(AtenTensorHandle tensor, void** data) {
   const AOTITorchError error = __real_aoti_torch_get_data_ptr(tensor, data);
-  return seen(tensor, *data, error);
+  return report_memory(tensor, *data, error);
 }
 AOTITorchError __wrap_torch_get_mutable_data_ptr(AtenTensorHandle tensor, void** data) {
   const AOTITorchError error = __real_torch_get_mutable_data_ptr(tensor, data);
-  return seen(tensor, *data, error);
+  return report_memory(tensor, *data, error);
 }
 AOTITorchError __wrap_torch_get_const_data_ptr(AtenTensorHandle tensor, const void** data) {
   const AOTITorchError error = __real_torch_get_const_data_ptr(tensor, data);
-  return seen(tensor, *data, error);
+  return report_memory(tensor, *data, error);
 }
 AOTITorchError __wrap_aoti_torch_get_device_index(AtenTensorHandle, int32_t* device) {
-  *device = of_tensors;
+  *device = tensor_device;
   return 0;
 }
 void* __wrap_dlopen(const char* file, int flags) {

@@ -11,60 +11,63 @@ def _in(name: str) -> str:
     return f"csrc/cuda/{name}"
 
 
-REDUCE, STATISTICS, ROWS = (_in(f"{name}.cuh") for name in ("reduce", "statistics", "row_kernels"))
-MATH = "csrc/row_math.h"
-PASSES, PACKS, LAUNCH, CALL = _in("row_passes.cuh"), _in("packs.cuh"), _in("launch.cu"), _in("call.h")
+REDUCE, SUMS, NUMBERS, PASSES, METRIC_SUMS, PACKS, ROW_PACKS, KERNELS = (
+    _in(f"{name}.cuh")
+    for name in (
+        "reduce", "row_sums", "row_numbers", "row_passes", "metric_sums", "packs", "row_packs", "row_kernels",
+    )
+)  # fmt: skip
+MATH, LAUNCH, CALL = "csrc/row_math.h", _in("launch.cu"), _in("call.h")
 
 MUTANTS = [
-    # ---- how threads join what they have ----
+    # ---- how threads add up their sums ----
     Mutant("cuda-warps-read-unwritten-lines", REDUCE,
-           "    __syncthreads();\n    A y = A::nothing();", "    A y = A::nothing();",
+           "    __syncthreads();\n    A y = A::identity();", "    A y = A::identity();",
            "A warp reads what another one has not written yet.", CALLS),
     Mutant("cuda-blocks-read-unwritten-lines", REDUCE,
-           "    cluster_arrive();\n    cluster_wait();\n    y = A::nothing();",
-           "    __syncthreads();\n    y = A::nothing();",
+           "    cluster_arrive();\n    cluster_wait();\n    y = A::identity();",
+           "    __syncthreads();\n    y = A::identity();",
            "A block of a cluster reads what another one has not written yet.", (*TRAFFIC, *CALLS)),
     Mutant("cuda-lines-written-before-they-are-read", REDUCE,
-           "void meet() const {\n    __syncthreads();\n    if (blocks() == 1) return;",
-           "void meet() const {\n    if (blocks() == 1) return;",
+           "void sync() const {\n    __syncthreads();\n    if (blocks() == 1) return;",
+           "void sync() const {\n    if (blocks() == 1) return;",
            "The next sums are written over lines that a warp still reads.", CALLS),
     # clusters alone, and there what no other block knows
     Mutant("cuda-warps-of-a-cluster", REDUCE,
            "if (lane < blocks()) {", "if (lane < warps) {",
            "Of more blocks than warps some are left out.", (*TRAFFIC, *CALLS)),
-    Mutant("cuda-parts-offset-negated", STATISTICS,
-           "D::over_teacher(value[kTeacherSum], ds, ds - dt)", "D::over_teacher(value[kTeacherSum], ds, dt - ds)",
+    Mutant("cuda-parts-offset-negated", SUMS,
+           "D::over_teacher(teacher_total, ds, ds - dt)", "D::over_teacher(teacher_total, ds, dt - ds)",
            "At a new offset a KL's running sum moves the wrong way.", CALLS),
-    Mutant("cuda-teachers-new-maximum", STATISTICS,
-           "if (high > value[kStudentOffset] || teacher_high > value[kTeacherOffset])",
-           "if (high > value[kStudentOffset])",
+    Mutant("cuda-teachers-new-maximum", SUMS,
+           "if (s_max > student_offset || t_max > teacher_offset)", "if (s_max > student_offset)",
            "Where the teacher alone has a new maximum its sums stay where they are.", CALLS),
     # ---- memory ----
-    Mutant("cuda-copies-not-awaited", ROWS,
-           "await_copies<kAhead - 1>();", "await_copies<kAhead>();",
+    Mutant("cuda-copies-not-awaited", ROW_PACKS,
+           "wait_for_copies<kAhead - 1>();", "wait_for_copies<kAhead>();",
            "Logits are read from shared memory before their copy has arrived.", CALLS),
-    Mutant("cuda-last-class-lost", ROWS,
-           "team.thread() < kHead ? at < head : at < n", "team.thread() < kHead ? at < head : at < n - 1",
+    Mutant("cuda-last-class-lost", PACKS,
+           "return end < n ? end : -1;", "return end < n - 1 ? end : -1;",
            "The last class of a row that ends within a pack is left out.", CALLS),
     # rows shorter than what lies before the first vector
-    Mutant("cuda-head-longer-than-its-row", PACKS,
-           "return head < n ? head : n;", "return head;",
+    Mutant("cuda-prefix-longer-than-its-row", PACKS,
+           "return prefix < n ? prefix : n;", "return prefix;",
            "Short rows that begin off a vector are read and written beyond their end.", LAYOUTS),
     # bf16 alone, every other class
     Mutant("cuda-bf16-with-its-neighbours-bits", PACKS,
            "__uint_as_float(word[i] & 0xffff0000u)", "__uint_as_float(word[i])",
            "Every other bf16 logit has its neighbour's bits below its own.", CALLS),
-    Mutant("cuda-dropped-row-keeps-its-memory", ROWS,
-           "zero_from(packs.grad, r.n, a.width, team);",
-           "zero_from(packs.grad, a.vocab, a.width, team);",
+    Mutant("cuda-dropped-row-keeps-its-memory", KERNELS,
+           "write_zeros(packs.grad, row.classes, a.width, team);",
+           "write_zeros(packs.grad, a.vocab, a.width, team);",
            "A row that drops out has as its gradient what was in memory.", DROPPED),
     # one alignment: 8 bytes apart
     Mutant("cuda-teacher-half-a-pack-off", CALL,
            "((uintptr_t)a.data - (uintptr_t)b.data) % 16 == 0", "((uintptr_t)a.data - (uintptr_t)b.data) % 8 == 0",
            "Teachers that lie 8 bytes off the student's vectors are read as if they lay alike.", (*LAUNCHES, *CALLS)),
     # a slice of odd rows beside its gradient, which has none
-    Mutant("cuda-gradient-by-the-logits-vectors", ROWS,
-           "by_vectors(((uintptr_t)grad - (uintptr_t)student) % 16 == 0)", "by_vectors(true)",
+    Mutant("cuda-gradient-by-the-logits-vectors", ROW_PACKS,
+           "has_grad_vectors(((uintptr_t)grad - (uintptr_t)student) % 16 == 0)", "has_grad_vectors(true)",
            "A gradient that lies otherwise than the logits is written across 16-byte places.", CALLS),
     # fp16 alone, and reductions to one number
     Mutant("cuda-grad-output-by-row", CALL,
@@ -78,8 +81,8 @@ MUTANTS = [
     Mutant("cuda-share-of-0-times-infinity", MATH,
            "if (share != 0) {  // or there", "{  // or there",
            "Reverse KL is NaN where forward KL would be infinite.", LIMITS),
-    Mutant("cuda-table-without-its-row", ROWS,
-           "a.table + r.index * kCoefficients", "a.table",
+    Mutant("cuda-table-without-its-row", NUMBERS,
+           "a.table + row.index * kCoefficients", "a.table",
            "Every row's gradient in backward is of the first row's coefficients.", LAUNCHES),
     Mutant("cuda-z-loss-gradient-halved", MATH,
            "c.hard += lse * r.factor * (2 * r.z_loss);", "c.hard += lse * (2 * r.z_loss);",
@@ -87,16 +90,15 @@ MUTANTS = [
     Mutant("cuda-ends-of-symmetric-kl-swapped", LAUNCH,
            "Divergence::kForwardKL ? 1 : 0", "Divergence::kForwardKL ? 0 : 1",
            "Forward and reverse KL are each other.", CALLS),
-    Mutant("cuda-smoothing-joins-no-logits", STATISTICS,
-           "if (used(i) && (i != kLogits || row.smoothed))", "if (used(i) && i != kLogits)",
+    Mutant("cuda-smoothing-adds-up-no-logits", SUMS,
+           "if (row.smoothed) x.logits = warp_sum(x.logits);", "",
            "A smoothed row's mean logit is that of one thread.", OPTIONS),
     # the loss is right
     Mutant("cuda-smoothing-of-no-class", PASSES,
-           "float g = -f.uniform;", "float g = 0;",
+           "float g = -per.uniform;", "float g = 0;",
            "Smoothing takes from the label and gives to no class.", OPTIONS),
-    Mutant("cuda-last-of-equal-maxima", _in("measures.cuh"),
-           "__float_as_int(at_bits) < __float_as_int(value[i + 1])",
-           "__float_as_int(at_bits) > __float_as_int(value[i + 1])",
+    Mutant("cuda-last-of-equal-maxima", METRIC_SUMS,
+           "__float_as_int(x_class) < __float_as_int(argmax)", "__float_as_int(x_class) > __float_as_int(argmax)",
            "The last of equal maxima counts as the argmax.", METRICS),
     # ---- speed alone: numbers stay right ----
     Mutant("cuda-scaled-by-1", _in("scale.cu"),
@@ -107,6 +109,7 @@ MUTANTS = [
            "return 4 * (int64_t)a.rows * blocks <= device.multiprocessors",
            "Few and long rows have half of the blocks that they could have.", LAUNCHES),
     Mutant("cuda-no-smaller-cluster", LAUNCH,
-           "if (!fits(kept, launch, device, place)) continue;", "if (!fits(kept, launch, device, place)) break;",
+           "if (!has_room(kept, launch, device, stream)) continue;",
+           "if (!has_room(kept, launch, device, stream)) break;",
            "Where the largest cluster finds no room rows are read twice.", LAUNCHES),
 ]  # fmt: skip

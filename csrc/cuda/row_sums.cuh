@@ -1,0 +1,135 @@
+// Pass A: sums over a row's classes, by threads, and how the lanes of a warp add theirs up.
+//
+// In base 2, with exp2_scale = log2(e) / T and an offset near the largest exponent (-inf where every class is
+// masked, and counted as 0 then):
+//
+//   y_i = exp2_scale * s_i - offset       Q_i = 2^y_i       exps at temperature 1 are 2^(T * y_i)
+//
+// Each thread has an offset of its own, which grows as larger logits come by; row_math.h has the rule by
+// which sums are brought to another one.
+#pragma once
+
+#include "device_math.cuh"  // before divergences.h, which uses it
+//
+#include "../row_math.h"
+#include "packs.cuh"
+#include "reduce.cuh"
+
+namespace kdfast {
+namespace {
+
+// What a thread knows of its row before it reads it.
+struct RowScale {
+  float exp2_scale, teacher_exp2_scale;  // log2(e) / T
+  float temperature, beta;
+  float shift;        // logit_mse: a difference near the mean one
+  bool smoothed;      // whether the sum of the logits is wanted
+  float first_logit;  // the student's, or 0: near the mean one
+  int label;          // -1: none
+};
+
+// Of exps at temperature 1: exponents are those at T times T, offsets too.
+__device__ inline float hard_exp(float y, const RowScale& row) { return fast_exp2(y * row.temperature); }
+
+struct Exp {
+  float exp, log;  // to base 2
+};
+__device__ inline Exp teacher_exp(float t, float offset, const RowScale& row) {
+  const float y = __fmaf_rn(t, row.teacher_exp2_scale, -offset);
+  return {fast_exp2(y), y};
+}
+
+__device__ inline float finite(float offset) { return offset == -kInf ? 0 : offset; }
+__device__ inline float scaled(float sum, float d) {  // also where 2^d underflows and the sum is infinite
+  return fabsf(sum) == kInf ? sum : sum * fast_exp2(d);
+}
+
+// Sums of one thread's classes, or of all. Exps at temperature 1 are relative to T times the student's
+// offset. Without a teacher's softmax the teacher's are 0; for LogitMSE its total and over_teacher are sums
+// of d = s - t - shift and of d^2. logits: sum of s - first_logit, for label smoothing.
+template <class D>
+struct RowSums {
+  static constexpr bool kMSE = D::kDifference, kSoft = kHasSoftmax<D>;
+  float student_offset, teacher_offset, student_total, teacher_total, hard_total;
+  float over_teacher, over_student, logits;
+
+  __device__ static RowSums identity() {
+    RowSums x{};
+    x.student_offset = -kInf;
+    x.teacher_offset = kSoft ? -kInf : 0;
+    return x;
+  }
+
+  // To other offsets, of which neither is below the present ones.
+  __device__ void rescale(float new_student_offset, float new_teacher_offset, const RowScale& row) {
+    const float ds = student_offset == -kInf ? 0 : student_offset - finite(new_student_offset);
+    if constexpr (kSoft) {
+      const float dt = teacher_offset == -kInf ? 0 : teacher_offset - finite(new_teacher_offset);
+      if constexpr (D::kTeacher)
+        over_teacher = scaled(over_teacher + D::over_teacher(teacher_total, ds, ds - dt), dt);
+      if constexpr (D::kStudent)
+        over_student = scaled(over_student + D::over_student(student_total, ds - dt), ds);
+      teacher_total *= fast_exp2(dt);
+      teacher_offset = new_teacher_offset;
+    }
+    student_total *= fast_exp2(ds);
+    hard_total *= hard_exp(ds, row);
+    student_offset = new_student_offset;
+  }
+
+  template <int N>
+  __device__ void add(const float (&s)[N], const float (&t)[N], const RowScale& row) {
+    float s_max = s[0], t_max = t[0];
+#pragma unroll
+    for (int i = 1; i < N; ++i) {
+      s_max = fmaxf(s_max, s[i]);
+      t_max = fmaxf(t_max, t[i]);
+    }
+    s_max = fmaxf(student_offset, s_max * row.exp2_scale);
+    t_max = kSoft ? fmaxf(teacher_offset, t_max * row.teacher_exp2_scale) : 0;
+    if (s_max > student_offset || t_max > teacher_offset) rescale(s_max, t_max, row);
+    const float so = finite(s_max), to = finite(t_max);
+    float q_sum = 0, p_sum = 0, hard = 0, of_teacher = 0, of_student = 0, d1 = 0, d2 = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float ys = __fmaf_rn(s[i], row.exp2_scale, -so), q = fast_exp2(ys);
+      q_sum += q;
+      hard += hard_exp(ys, row);
+      if constexpr (kSoft) {
+        const Exp p = teacher_exp(t[i], to, row);
+        p_sum += p.exp;
+        if constexpr (D::kTeacher) of_teacher += D::over_teacher(p.exp, ys, ys - p.log);
+        if constexpr (D::kStudent) of_student += D::over_student(q, ys - p.log);
+      } else if constexpr (kMSE) {
+        const float d = s[i] - t[i] - row.shift;
+        d1 += d;
+        d2 += d * d;
+      }
+    }
+    student_total += q_sum;
+    hard_total += hard;
+    teacher_total += kMSE ? d1 : p_sum;
+    over_teacher += kMSE ? d2 : of_teacher;
+    over_student += of_student;
+    if (row.smoothed) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) logits += s[i] - row.first_logit;
+    }
+  }
+
+  // NaN offsets are left out by max, and the sums are NaN.
+  __device__ RowSums warp_reduce(const RowScale& row) const {
+    RowSums x = *this;
+    x.rescale(warp_max(student_offset), kSoft ? warp_max(teacher_offset) : 0, row);
+    x.student_total = warp_sum(x.student_total);
+    if constexpr (kSoft || kMSE) x.teacher_total = warp_sum(x.teacher_total);
+    x.hard_total = warp_sum(x.hard_total);
+    if constexpr (D::kTeacher || kMSE) x.over_teacher = warp_sum(x.over_teacher);
+    if constexpr (D::kStudent) x.over_student = warp_sum(x.over_student);
+    if (row.smoothed) x.logits = warp_sum(x.logits);
+    return x;
+  }
+};
+
+}  // namespace
+}  // namespace kdfast
