@@ -254,7 +254,8 @@ NEVER = (
     (("dkd",), ("no labels", "alpha 0", "0 + 2.5", "3x1")),  # which is of labels, and of the classes beside them
     (("no labels",), ("smoothing", "all smoothed", "all options", "some ignored", "ignored by 0")),
     (("no labels",), ("some of weight 0", "weighted in fp64")),  # which ignore labels as well
-    ((*STANDARDIZED, "caps", "scales", "a teacher's cap", *(k for k in AXES["temperature"] if " of " in k)), NOT_LOGITS),
+    ((*STANDARDIZED, "caps", "scales", "a teacher's cap"), NOT_LOGITS),
+    (tuple(k for k in AXES["temperature"] if " of " in k), NOT_LOGITS),
     (STANDARDIZED, ("3x1", "2x2")),  # z is 0, or +-sqrt(1/2), whatever the logits: see test_numbers.py
     (("one row expanded",), ("inplace", "metrics inplace")),  # memory that rows share cannot be written
     (FAR, SIXTEEN),  # of 16 bits they would be a few numbers only

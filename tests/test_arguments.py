@@ -25,7 +25,7 @@ def _bytes(x: Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize("case", WRONG, ids=_id)
-def test_a_wrong_argument_is_an_error_that_says_what_is_right(backend: str, case: tuple[Any, ...]) -> None:
+def test_a_wrong_argument_raises_an_error_that_says_what_is_right(backend: str, case: tuple[Any, ...]) -> None:
     argument, value, others, error, words = here(case)
     if ON_DEVICE and backend == "triton" and "in row" in words:
         pytest.skip("what tensors on a GPU hold is not looked at, which would mean to wait for them")
@@ -48,7 +48,7 @@ def test_a_wrong_argument_is_an_error_that_says_what_is_right(backend: str, case
     torch.testing.assert_close(kd_loss(s, t, y, backend=backend), kd_loss(s, t, y, backend="reference"))
 
 
-def test_unexpected_words_and_positions_are_errors_of_python() -> None:
+def test_unexpected_keywords_and_positions_raise_type_error() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'T'"):
         kd_loss(S, T, Y, T=2.0)
     with pytest.raises(TypeError, match="positional"):
@@ -79,7 +79,7 @@ SOFTMAX_WRONG: list[tuple[str, Any, type[Exception], str]] = [
 
 
 @pytest.mark.parametrize("case", SOFTMAX_WRONG, ids=lambda case: f"{case[0]}={str(case[1])[:24]}")
-def test_a_wrong_argument_of_tempered_softmax_is_an_error_too(case: tuple[Any, ...]) -> None:
+def test_a_wrong_argument_of_tempered_softmax_raises_a_named_error(case: tuple[Any, ...]) -> None:
     argument, value, error, words = case
     settings = {"logits": S.clone()} | {argument: value}
     with pytest.raises(error, match=rf"(?s)^{argument}: .*{words}"):
@@ -87,7 +87,7 @@ def test_a_wrong_argument_of_tempered_softmax_is_an_error_too(case: tuple[Any, .
     torch.testing.assert_close(tempered_softmax(S, 2), torch.softmax(S / 2, -1))
 
 
-def test_numbers_may_come_from_numpy_and_as_integers(backend: str) -> None:
+def test_numbers_may_be_numpy_scalars_or_integers(backend: str) -> None:
     s, t, y = here((S, T, Y))
     want = kd_loss(s, t, y, temperature=2.0, alpha=0.5, backend=backend)
     for two, half in ((2, 0.5), (np.float32(2), np.float64(0.5)), (np.int64(2), np.float16(0.5))):

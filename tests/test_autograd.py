@@ -71,9 +71,7 @@ def gradient(loss: Tensor, s: Tensor, grad_loss: Tensor | None = None) -> Tensor
 )
 @pytest.mark.parametrize("factor", [1, 3])  # by which a gradient that is there already is scaled where it lies
 @pytest.mark.parametrize("inplace", [False, True])
-def test_one_tensor_of_the_logits_size_is_made_or_none_in_place_and_it_becomes_the_leafs_grad(
-    inplace, factor, reduction, dtype, backend
-):
+def test_only_the_gradient_is_allocated_and_becomes_the_leafs_grad(inplace, factor, reduction, dtype, backend):
     s, t, y = data(dtype)
     settings = {"reduction": reduction, "backend": backend}
     expected = factor * gradient(kd_loss(s, t, y, **settings).sum(), s)
@@ -88,7 +86,7 @@ def test_one_tensor_of_the_logits_size_is_made_or_none_in_place_and_it_becomes_t
 
 @whatever_the_kernels_of_options
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_options_and_metrics_make_no_tensor_of_the_logits_size(reduction, backend):
+def test_options_and_metrics_allocate_nothing_but_the_gradient(reduction, backend):
     s, t, y = data()
     settings = ALL_OPTIONS | {"reduction": reduction, "backend": backend, "return_metrics": True}
     with Allocations() as allocations:
@@ -105,7 +103,7 @@ def test_options_and_metrics_make_no_tensor_of_the_logits_size(reduction, backen
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("why", ["no_grad", "inference_mode", "requires_grad=False"])
-def test_nothing_of_the_logits_size_is_made_where_no_gradient_is_wanted(why, reduction, backend):
+def test_without_a_gradient_nothing_of_the_logits_size_is_allocated(why, reduction, backend):
     s, t, y = data()
     expected = kd_loss(s, t, y, reduction=reduction, backend=backend).detach()
     mode = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(why, torch.enable_grad)
@@ -120,7 +118,7 @@ def test_nothing_of_the_logits_size_is_made_where_no_gradient_is_wanted(why, red
 
 
 @pytest.mark.parametrize("dtype", [F32, F16])
-def test_a_loss_whose_gradient_comes_in_backward_holds_nothing_of_the_logits_size_but_its_inputs(dtype, backend):
+def test_reduction_none_saves_its_inputs_and_nothing_of_their_size(dtype, backend):
     s, t, y = data(dtype)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
@@ -130,7 +128,7 @@ def test_a_loss_whose_gradient_comes_in_backward_holds_nothing_of_the_logits_siz
     assert [x.shape for x in saved if storage(x) not in inputs and x.numel() >= VOCAB] == []
 
 
-def test_a_loss_whose_gradient_came_in_forward_lets_go_of_logits_and_teacher(backend):
+def test_a_scalar_loss_keeps_neither_logits_nor_teacher_alive(backend):
     s, t, y = data()
     logits = s * 1
     loss = kd_loss(logits, t, y, backend=backend)
@@ -142,7 +140,7 @@ def test_a_loss_whose_gradient_came_in_forward_lets_go_of_logits_and_teacher(bac
 
 
 @pytest.mark.parametrize("reduction", [*SCALAR, "none"])
-def test_gradients_of_a_branch_of_the_whole_and_of_another_call_add_up(reduction, backend):
+def test_gradients_of_several_losses_accumulate(reduction, backend):
     s, t, y = data()
     first, second = (kd_loss(s, x, y, reduction=reduction, backend=backend).sum() for x in (t, t.flip(0)))
     one, other = (gradient(kd_loss(s, x, y, reduction=reduction, backend=backend).sum(), s) for x in (t, t.flip(0)))
@@ -153,7 +151,7 @@ def test_gradients_of_a_branch_of_the_whole_and_of_another_call_add_up(reduction
 
 @pytest.mark.parametrize("reduction", [*SCALAR, "none"])
 @pytest.mark.parametrize("factor", [1, 3])  # 1 hands the gradient on as it is: it must not be changed afterwards
-def test_backward_may_run_twice_with_retain_graph_and_gives_the_same_gradient_twice(factor, reduction, backend):
+def test_retain_graph_lets_backward_run_twice_with_equal_gradients(factor, reduction, backend):
     s, t, y = data()
     loss = kd_loss(s, t, y, reduction=reduction, backend=backend).sum() * factor
     loss.backward(retain_graph=True)
@@ -167,7 +165,7 @@ def test_backward_may_run_twice_with_retain_graph_and_gives_the_same_gradient_tw
 
 
 @pytest.mark.parametrize("dtype", [F32, F16])
-def test_an_expanded_gradient_of_losses_by_row_is_as_good_as_a_contiguous_one(dtype, backend):
+def test_backward_accepts_an_expanded_grad_output(dtype, backend):
     s, t, y = data(dtype)
     summed, loss = (kd_loss(s, t, y, reduction="none", backend=backend) for _ in range(2))
     assert torch.equal(gradient(summed.sum(), s), gradient(loss, s, torch.ones(ROWS)))
@@ -176,7 +174,7 @@ def test_an_expanded_gradient_of_losses_by_row_is_as_good_as_a_contiguous_one(dt
 @whatever_the_kernels
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_double_backward_is_a_clear_error(inplace, reduction, backend):
+def test_double_backward_raises_a_clear_error(inplace, reduction, backend):
     s, t, y = data()
     loss = kd_loss(s * 1, t, y, reduction=reduction, inplace=inplace, backend=backend)
     grad_loss = torch.ones_like(loss)
@@ -187,7 +185,7 @@ def test_double_backward_is_a_clear_error(inplace, reduction, backend):
 
 @whatever_the_kernels_of_options
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_teacher_made_under_inference_mode_is_as_good_as_any(reduction, backend):
+def test_a_teacher_from_inference_mode_is_accepted(reduction, backend):
     s, t, y = data()
     expected = gradient(kd_loss(s, [t, t + 1], y, reduction=reduction, backend=backend).sum(), s)
     with torch.inference_mode():
@@ -199,7 +197,7 @@ def test_a_teacher_made_under_inference_mode_is_as_good_as_any(reduction, backen
 
 @whatever_the_kernels
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_teacher_that_requires_grad_gets_none_and_is_not_an_obstacle(reduction, backend):
+def test_a_teacher_that_requires_grad_is_accepted_and_gets_no_grad(reduction, backend):
     s, t, y = data()
     teacher = t.clone().requires_grad_()
     temperature = torch.full((ROWS,), 2.0, requires_grad=True)
@@ -214,7 +212,7 @@ def test_a_teacher_that_requires_grad_gets_none_and_is_not_an_obstacle(reduction
 
 @whatever_the_kernels
 @pytest.mark.parametrize("what", ["student", "teacher", "labels", "row_weight"])
-def test_what_changed_between_forward_and_a_backward_that_reads_it_is_an_error(what, backend):
+def test_backward_raises_if_an_input_was_changed_after_forward(what, backend):
     s, t, y = data()
     tensors = {"student": s * 1, "teacher": t, "labels": y, "row_weight": torch.rand(ROWS)}
     loss = kd_loss(
@@ -228,7 +226,7 @@ def test_what_changed_between_forward_and_a_backward_that_reads_it_is_an_error(w
 
 @pytest.mark.parametrize("vocab", (10, 1000, 40001))  # rows side by side in vectors, by blocks, and split
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_backward_takes_a_rows_numbers_from_the_table_and_computes_none_again(divergence, vocab, cpu):
+def test_backward_reads_coefficients_from_the_table_of_forward(divergence, vocab, cpu):
     s, t, y = batch(3, vocab, F32)
     options = kd_loss.__kwdefaults__ | {"divergence": divergence, "temperature": 2.0, "reduction": "none"}
     for more in ({}, {"z_loss": 0.1}, {"label_smoothing": 0.1, "softcap": 30.0, "standardize": True}):

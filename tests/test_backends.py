@@ -48,7 +48,7 @@ def without_kernels(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_backends_says_of_each_whether_it_is_compiled_and_usable_and_why_not():
+def test_backends_reports_compiled_usable_and_why_not_of_each():
     facts = kdfast.backends()
     assert set(facts) == {"reference", "cpu", "triton", "cuda", "by_device"}
     for name in ("reference", "cpu", "triton", "cuda"):
@@ -66,14 +66,14 @@ def test_backends_says_of_each_whether_it_is_compiled_and_usable_and_why_not():
     assert facts["cpu"]["build"]
 
 
-def test_what_backends_returns_is_the_callers_own():
+def test_changing_the_result_of_backends_has_no_effect():
     kdfast.backends()["cpu"]["usable"] = "changed"
     kdfast.backends()["by_device"].clear()
     assert kdfast.backends()["cpu"]["usable"] != "changed"
     assert "cpu" in kdfast.backends()["by_device"]
 
 
-def test_the_cpu_backend_is_what_a_cpu_tensor_gets(cpu):
+def test_cpu_tensors_get_the_cpu_backend(cpu):
     s, t, y = batch(5, 1000)
     assert torch.equal(kdfast.kd_loss(s, t, y), kdfast.kd_loss(s, t, y, backend="cpu"))
     kinds = torch._C._dispatch_dump("kdfast::loss_grad")
@@ -87,7 +87,7 @@ def test_the_cpu_backend_is_what_a_cpu_tensor_gets(cpu):
         ("cuda", "cpu", "is not usable here: it takes CUDA tensors, not cpu ones"),
     ],
 )
-def test_a_usable_backend_refuses_tensors_of_another_device_and_names_it(backend, device, words, monkeypatch):
+def test_a_backend_refuses_tensors_of_another_device_and_names_it(backend, device, words, monkeypatch):
     monkeypatch.setattr(choice, "_load_cuda", lambda: None)
     s = torch.empty(2, 5, device=device)
     kdfast.KDLoss(backend="reference")(s, s)
@@ -113,7 +113,7 @@ USELESS_TRITONS = {
 
 
 @pytest.mark.parametrize("what", USELESS_TRITONS)
-def test_a_triton_that_is_of_no_use_is_an_error_that_says_why_and_no_obstacle_to_others(what: str, tmp_path: Path):
+def test_an_unusable_triton_raises_only_where_it_is_asked_for(what: str, tmp_path: Path):
     stub, words = USELESS_TRITONS[what]
     if stub:
         (tmp_path / "triton.py").write_text(stub)
@@ -140,7 +140,7 @@ def test_a_triton_that_is_of_no_use_is_an_error_that_says_why_and_no_obstacle_to
     assert re.match(rf"backend: 'triton' is not usable here: {words}.*\n{words}", out), out
 
 
-def test_the_triton_backend_refuses_tensors_of_a_device_that_it_does_not_launch_on(monkeypatch: pytest.MonkeyPatch):
+def test_triton_refuses_tensors_of_a_device_it_does_not_launch_on(monkeypatch: pytest.MonkeyPatch):
     triton = pytest.importorskip("triton")
     on_gpus = SimpleNamespace(get_active_torch_device=lambda: torch.device("cuda", 0))
     monkeypatch.setattr(triton.runtime.driver, "_active", on_gpus)
@@ -214,7 +214,9 @@ BOTH = ("cuda", "triton")
         ([], 90, 5, 100, {}, "reference"),
     ],
 )
-def test_cuda_tensors_get_cuda_or_triton_by_one_table(usable, capability, rows, vocab, change, expected, monkeypatch):
+def test_one_table_chooses_cuda_or_triton_for_cuda_tensors(
+    usable, capability, rows, vocab, change, expected, monkeypatch
+):
     monkeypatch.setattr(gpu_choice, "capability", lambda device: capability)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: x.device.type == "meta"))
     about = {"name": "loss_grad", "dtype": BF16, "divergence": "jsd", "teachers": 1} | change
@@ -232,7 +234,7 @@ def checked(change: dict[str, Any]) -> Settings:
     return KDLoss().checked_settings(True)._replace(**change)
 
 
-def test_a_device_before_sm_80_excludes_itself_alone(monkeypatch):
+def test_a_gpu_before_sm_80_does_not_exclude_newer_ones(monkeypatch):
     """There is no GPU here: two are made believe, an old one beside an H100."""
     capabilities = {torch.device("cuda", 0): (7, 5), torch.device("cuda", 1): (9, 0), 0: (7, 5), 1: (9, 0)}
     library = SimpleNamespace(kdfast_cuda_version=lambda: 13000, kdfast_driver_version=lambda: 13000)
@@ -264,7 +266,7 @@ def test_a_device_before_sm_80_excludes_itself_alone(monkeypatch):
             cache.cache_clear()
 
 
-def test_a_library_that_does_not_load_is_a_reason_and_not_a_crash(without_kernels):
+def test_a_library_that_fails_to_load_makes_the_backend_unusable(without_kernels):
     (without_kernels / "kdfast" / "libkdfast.so").write_bytes(b"not a library")
     out = run_well("import kdfast; print(kdfast.backends()['cpu'])", path=without_kernels)
     assert "'usable': False" in out
@@ -296,7 +298,7 @@ except RuntimeError as error: print(error)
 """
 
 
-def test_without_kernels_one_warning_says_so_where_they_are_not_asked_for_and_an_error_where_they_are(without_kernels):
+def test_without_kernels_default_calls_warn_once_and_named_ones_raise(without_kernels):
     by_name, by_default, warning, error = run_well(WITHOUT_KERNELS, path=without_kernels).splitlines()
     assert (by_name, by_default) == ("{'backend': 'reference'}", "{}"), "the reference asked for by name never warns"
     assert warning.startswith("UserWarning kdfast: no fast kernels for cpu tensors")
@@ -314,7 +316,7 @@ def test_the_cpu_backend_never_warns(cpu):
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
 @pytest.mark.parametrize("where", ["meta", "fake"])
-def test_tensors_without_data_give_the_right_shapes_dtypes_and_devices(where, dtype, recwarn):
+def test_meta_and_fake_tensors_give_right_shapes_dtypes_and_devices(where, dtype, recwarn):
     mode = FakeTensorMode() if where == "fake" else torch.device("meta")
     with mode:
         s = torch.empty(2, 3, 100, dtype=dtype, requires_grad=True)
@@ -332,7 +334,7 @@ def test_tensors_without_data_give_the_right_shapes_dtypes_and_devices(where, dt
     assert not [str(w.message) for w in recwarn if "kdfast" in str(w.message)]
 
 
-def test_importing_kdfast_warns_of_nothing_and_loads_no_package_that_torch_has_not_loaded():
+def test_importing_kdfast_warns_nothing_and_loads_no_further_package():
     """Triton and Dynamo, each of which takes longer than all of kdfast, wait for the first call that needs them."""
     code = "import sys, torch; before = set(sys.modules); import kdfast; print(*set(sys.modules) - before)"
     done = run(code, "-W", "error")

@@ -104,16 +104,16 @@ def graphs_after_each_shape(name: str, backend: str | None, marked: bool, dynami
 # Dynamo sees one opaque operator, and nothing of a backend but its namespace: so calls are compiled on what the device
 # gets.
 @pytest.mark.parametrize("name", CALLS)
-def test_a_call_of_marked_dynamic_sizes_is_one_graph_for_all_shapes_with_eager_loss_and_gradient(name):
+def test_a_call_with_dynamic_sizes_compiles_to_one_graph(name):
     assert graphs_after_each_shape(name, None, marked=True) == [1] * len(SHAPES)
 
 
 # of a backend by name its namespace is traced, and its own check of whether it is usable
-def test_it_is_so_on_every_backend(backend):
+def test_every_backend_compiles_to_one_graph_with_dynamic_sizes(backend):
     assert graphs_after_each_shape("default", backend, marked=True) == [1] * len(SHAPES)
 
 
-def test_dynamic_true_never_compiles_again_after_the_first_shape():
+def test_dynamic_true_never_recompiles_after_the_first_shape():
     counts = graphs_after_each_shape("batchmean", None, marked=False, dynamic=True)  # it divides by a size in Python
     assert counts == [counts[0]] * len(SHAPES)
 
@@ -130,7 +130,7 @@ def test_inductor_agrees_with_eager(name):
 
 # whose gradient would come in forward, in backward, there for its dtype, into the logits; and metrics
 @pytest.mark.parametrize("name", ["default", "none", "float16", "inplace", "metrics"])
-def test_compiled_under_no_grad_makes_no_gradient(name):
+def test_a_compiled_call_under_no_grad_computes_no_gradient(name):
     s, t, y, w = batch()
     s.requires_grad_()
     recorder = EagerAndRecordGraphs()
@@ -143,7 +143,7 @@ def test_compiled_under_no_grad_makes_no_gradient(name):
     assert [name.split(".")[1] for name in called] == ["stats"], called
 
 
-def test_a_compiled_training_step_calls_one_kernel_and_saves_its_gradient_alone():
+def test_a_compiled_step_calls_one_operator_and_saves_its_gradient():
     from torch._dynamo.backends.common import aot_autograd
 
     graphs = []
@@ -159,7 +159,7 @@ def test_a_compiled_training_step_calls_one_kernel_and_saves_its_gradient_alone(
     assert sorted(shapes) == [(), s.shape], "backward takes the finished gradient and grad_output, and no logits"
 
 
-def test_inplace_on_a_leaf_is_an_error_under_compile_too():
+def test_inplace_on_a_leaf_raises_under_compile_too():
     s, t, y, _ = batch()
     compiled = torch.compile(lambda s: kdfast.kd_loss(s, t, y, inplace=True), fullgraph=True, backend="aot_eager")
     before = s.clone()
@@ -168,7 +168,7 @@ def test_inplace_on_a_leaf_is_an_error_under_compile_too():
     assert torch.equal(s.detach(), before)
 
 
-def test_an_exported_loss_gives_the_loss():
+def test_an_exported_loss_gives_the_same_value():
     s, t, y, _ = batch()
     loss = kdfast.KDLoss(temperature=2.0)
     with torch.no_grad():
@@ -248,7 +248,7 @@ def check_operator(name: str, backend: str | None, kind: str, *checks: str) -> N
     indirect=["backend"],
 )
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_every_backends_operators_do_as_their_schemas_and_fakes_say(name, backend, kind):
+def test_every_operator_matches_its_schema_and_fake_on_every_backend(name, backend, kind):
     check_operator(name, backend, kind, "test_schema", "test_faketensor")
 
 
@@ -256,5 +256,5 @@ def test_every_backends_operators_do_as_their_schemas_and_fakes_say(name, backen
 # does not know what eager does; with one reduction and the other, in the full tier with the other kinds of arguments.
 @pytest.mark.parametrize("kind", [*KINDS[:2], *(pytest.param(kind, marks=pytest.mark.full) for kind in KINDS[2:])])
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_opcheck_finds_nothing_in_any_operator(name, kind):
+def test_every_operator_passes_opcheck_at_dynamic_sizes(name, kind):
     check_operator(name, None, kind, "test_autograd_registration", "test_aot_dispatch_dynamic")

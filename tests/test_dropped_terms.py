@@ -40,14 +40,14 @@ def drop(backend: str, divergence: str, vocab: int, dtype: torch.dtype, reductio
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_dropped_rows_may_hold_anything(backend: str, divergence: str, full: bool) -> None:
+def test_the_values_of_dropped_rows_have_no_effect(backend: str, divergence: str, full: bool) -> None:
     at = DIVERGENCES.index(divergence)
     for i, reduction in enumerate(REDUCTIONS):  # "none" makes its gradient in backward
         for vocab in (7, 5000) if full or backend == "cpu" else ((7, 5000)[(at + i) % 2],):
             drop(backend, divergence, vocab, F32, reduction, temperature=2)
 
 
-def test_so_they_may_in_every_dtype_and_with_every_other_setting(backend: str) -> None:
+def test_dropped_rows_have_no_effect_under_any_dtype_or_option(backend: str) -> None:
     options: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.01}
     if backend != "cuda":
         options |= {"softcap": 20.0, "teacher_softcap": 30.0, "standardize": True}
@@ -91,7 +91,7 @@ def test_a_loss_without_any_term_is_0(backend: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
-def test_a_mean_over_nothing_is_0_with_a_graph(backend: str, reduction: str) -> None:
+def test_a_loss_without_kept_rows_is_0_with_a_graph(backend: str, reduction: str) -> None:
     for dtype in (F32, F16):
         student, teacher, labels = batch(5, 100, dtype)
         student[0] = NAN
@@ -107,7 +107,7 @@ def test_a_mean_over_nothing_is_0_with_a_graph(backend: str, reduction: str) -> 
             assert nothing(run(student, teacher, y, row_weight=weight, reduction=reduction, backend=backend))
 
 
-def test_a_label_of_a_dropped_row_is_checked_only_by_its_index(backend: str) -> None:
+def test_ignore_index_may_be_a_class_or_out_of_range(backend: str) -> None:
     student, teacher, labels = batch(5, 100)
     judge(student, teacher, torch.where(torch.arange(5) == 2, 3, labels), ignore_index=3, backend=backend)
     large = labels.clone()

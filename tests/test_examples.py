@@ -51,21 +51,21 @@ def assert_png(file: Path) -> None:
         pytest.param(("distill_mnist.py",), ["67", "146", "74"], None, id="mnist"),
     ],
 )
-def test_an_example_ends_with_a_table_and_a_picture(tmp_path, arguments, words, picture):
+def test_an_example_prints_a_table_and_writes_a_picture(tmp_path, arguments, words, picture):
     printed = run(tmp_path, str(ROOT / "examples" / arguments[0]), *arguments[1:], "--quick").lower()
     assert [word for word in words if word not in printed] == []
     if picture:
         assert_png(tmp_path / picture)
 
 
-def test_distill_lm_has_two_curves_that_lie_on_each_other(tmp_path):
+def test_both_losses_of_distill_lm_train_alike(tmp_path):
     printed = run(tmp_path, str(ROOT / "examples" / "distill_lm.py"), "--quick")
     (apart,) = re.findall("at most (.*) of the loss apart", printed)
     assert float(apart) < 1e-5
     assert_png(tmp_path / "distill_lm.png")
 
 
-def test_the_linear_benchmark_says_time_memory_and_shares(tmp_path):
+def test_the_linear_benchmark_prints_time_memory_and_shares(tmp_path):
     size = "--rows", "16", "--vocab", "300", "--rounds", "1"
     for dtype in ("fp32", "bf16"):
         printed = run(tmp_path, "-m", "benchmarks.linear", *size, "--dtype", dtype)

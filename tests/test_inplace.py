@@ -22,7 +22,7 @@ def data(dtype: torch.dtype = F32) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @EITHER
-def test_an_operation_that_saved_the_logits_raises_in_its_backward(reduction, dtype, backend):
+def test_an_operator_that_saved_the_logits_raises_in_its_backward(reduction, dtype, backend):
     s, t, y = data(dtype)
     logits = s.clone()
     other = logits.square().sum()  # needs the logits themselves for its gradient
@@ -37,7 +37,7 @@ def test_an_operation_that_saved_the_logits_raises_in_its_backward(reduction, dt
 
 
 @EITHER
-def test_logits_changed_after_the_forward_raise_in_backward(reduction, dtype, backend):
+def test_backward_raises_if_the_logits_were_changed_after_forward(reduction, dtype, backend):
     s, t, y = data(dtype)
     logits = s.clone()
     loss = kd_loss(logits, t, y, reduction=reduction, inplace=True, backend=backend).sum()
@@ -48,7 +48,7 @@ def test_logits_changed_after_the_forward_raise_in_backward(reduction, dtype, ba
 
 
 @EITHER
-def test_a_second_backward_is_a_clear_error_and_the_first_gradient_stays(reduction, dtype, backend):
+def test_a_second_backward_raises_and_keeps_the_first_gradient(reduction, dtype, backend):
     s, t, y = data(dtype)
     loss = kd_loss(s.clone(), t, y, reduction=reduction, inplace=True, backend=backend).sum()
     loss.backward(retain_graph=True)
@@ -75,7 +75,7 @@ EXPANDED = r"expanded.*single memory location.*clone\(\) it first"
     ],
     ids=["the leaf", "a view", "a slice", "a detached leaf", "expanded", "a slice of expanded"],
 )
-def test_what_cannot_be_overwritten_is_an_error_before_anything_is_written(view, why, reduction, backend):
+def test_a_leaf_or_expanded_logits_raise_before_anything_is_written(view, why, reduction, backend):
     student = view(data()[0])
     before = student.detach().clone()
     with pytest.raises(RuntimeError, match=f"^inplace: student_logits is {why}"):
@@ -84,7 +84,7 @@ def test_what_cannot_be_overwritten_is_an_error_before_anything_is_written(view,
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_one_row_expanded_to_one_row_has_no_location_twice(reduction, backend):
+def test_one_row_expanded_to_one_row_can_be_overwritten(reduction, backend):
     row = data()[0][:1] * 1
     kd_loss(row.expand(1, VOCAB), torch.zeros(1, VOCAB), reduction=reduction, inplace=True, backend=backend)
 
@@ -111,9 +111,7 @@ VIEWS = [
 
 
 @pytest.mark.parametrize(("backend", "layout", "reduction", "dtype"), VIEWS, indirect=["backend"])
-def test_views_of_any_layout_become_their_gradient_and_their_neighbours_are_left_alone(
-    layout, reduction, dtype, backend
-):
+def test_a_view_of_any_layout_becomes_its_gradient_and_nothing_else(layout, reduction, dtype, backend):
     s, t, y = data(dtype)
     shape, view = LAYOUTS[layout]
     whole, teacher = (torch.full(shape, 7.0, dtype=dtype) for _ in range(2))
@@ -138,7 +136,7 @@ def test_views_of_any_layout_become_their_gradient_and_their_neighbours_are_left
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_teacher_that_is_the_students_own_memory_is_read_before_it_is_overwritten(reduction, backend):
+def test_a_teacher_that_shares_the_students_memory_is_read_first(reduction, backend):
     s = data()[0]
     options = {"teacher_temperature": 2.0, "reduction": reduction, "backend": backend}
     kd_loss(s, s.detach(), **options).sum().backward()

@@ -27,7 +27,7 @@ def _run(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("isa", _isas())
-def test_the_numbers_hold_on_every_instruction_set(cpu: str, isa: str) -> None:
+def test_every_instruction_set_gives_the_right_numbers(cpu: str, isa: str) -> None:
     chosen = _run(isa, "-c", "import kdfast; print(kdfast.backends()['cpu']['isa'])")
     assert chosen.stdout.strip() == isa, chosen.stderr
     done = _run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", "--only-backend", "cpu", *FILES)

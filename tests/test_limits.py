@@ -59,7 +59,7 @@ def both_ways(student: Tensor, teacher: Any, labels: Tensor, **settings: Any) ->
 
 
 @pytest.mark.parametrize("divergence", WITH_INFINITY)
-def test_a_masked_class_has_its_limit(backend: str, divergence: str, full: bool) -> None:
+def test_a_masked_class_gives_the_loss_its_limit(backend: str, divergence: str, full: bool) -> None:
     settings: dict[str, Any] = {"backend": backend, "divergence": divergence, "temperature": 2}
     for vocab, dtype in shapes(backend, full):
         student, teacher, labels = batch(ROWS, vocab, dtype)
@@ -100,7 +100,7 @@ def test_a_masked_class_has_its_limit(backend: str, divergence: str, full: bool)
     ("divergence", "target", "vocab"),
     [("reverse_kl", "probs", 7), ("reverse_kl", "log_probs", 5000), ("forward_kl", "probs", 7), ("jsd", "probs", 5000)],
 )
-def test_a_given_probability_of_0_is_a_masked_class(backend: str, divergence: str, target: str, vocab: int) -> None:
+def test_a_given_probability_of_0_masks_its_class(backend: str, divergence: str, target: str, vocab: int) -> None:
     student, teacher, labels = batch(ROWS, vocab)
     labels[:] = 0
     p = torch.softmax(teacher / 2, -1)
@@ -141,7 +141,7 @@ def batch_with_spoilers(vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor,
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_bad_row_spoils_itself_alone(backend: str, divergence: str, full: bool) -> None:
+def test_nan_or_infinity_affects_its_row_alone(backend: str, divergence: str, full: bool) -> None:
     settings: dict[str, Any] = {"backend": backend, "divergence": divergence, "temperature": 2}
     for vocab, dtype in shapes(backend, full):
         student, teacher, labels, s, t = batch_with_spoilers(vocab, dtype)
@@ -158,7 +158,7 @@ def test_a_bad_row_spoils_itself_alone(backend: str, divergence: str, full: bool
 ALL = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 10.0, "teacher_softcap": 10.0, "standardize": True}
 
 
-def test_a_bad_row_spoils_itself_alone_under_every_option(backend: str, full: bool) -> None:
+def test_nan_or_infinity_affects_its_row_alone_under_every_option(backend: str, full: bool) -> None:
     # each option compiles kernels of its own, and all together have the code of each
     options = ALL if backend != "cuda" else {k: ALL[k] for k in ("label_smoothing", "z_loss")}
     for name in ("", "label_smoothing", "z_loss", "softcap", "standardize") if full or backend not in ON_GPU else ("",):
@@ -186,7 +186,7 @@ def spoil_rows(backend: str, full: bool, options: dict[str, Any]) -> None:
 
 @each_vocab
 @pytest.mark.parametrize("value", (-INF, NAN, INF))
-def test_logit_mse_has_no_limit(backend: str, value: float, vocab: int) -> None:
+def test_logit_mse_is_nan_where_a_logit_is_not_finite(backend: str, value: float, vocab: int) -> None:
     student, teacher, labels = batch(7, vocab)
     labels[:] = 0
     student[1, 2] = teacher[3, 2] = student[5, 2] = teacher[5, 2] = value
@@ -197,7 +197,7 @@ def test_logit_mse_has_no_limit(backend: str, value: float, vocab: int) -> None:
 
 
 @each_vocab
-def test_a_label_that_the_student_masks(backend: str, vocab: int) -> None:
+def test_a_label_that_the_student_masks_has_an_infinite_loss(backend: str, vocab: int) -> None:
     student, teacher, labels = batch(ROWS, vocab)
     masked = spoiled(student, 1, labels[1]), spoiled(teacher, 1, labels[1]), labels
     settings = {"backend": backend, "temperature": 2}
@@ -213,7 +213,7 @@ def test_a_label_that_the_student_masks(backend: str, vocab: int) -> None:
 
 @pytest.mark.beyond_cuda
 @each_vocab
-def test_dkd_of_a_label_that_is_masked(backend: str, vocab: int) -> None:
+def test_dkd_has_its_limit_where_the_label_is_masked(backend: str, vocab: int) -> None:
     student, teacher, labels = batch(ROWS, vocab)
     label = labels[1]
     settings = {"backend": backend, "divergence": "dkd", "temperature": 2, "alpha": 1}
@@ -234,7 +234,7 @@ def test_dkd_of_a_label_that_is_masked(backend: str, vocab: int) -> None:
 
 @pytest.mark.beyond_cuda
 @each_vocab
-def test_dkd_where_no_class_is_left_beside_the_label(backend: str, vocab: int) -> None:
+def test_dkd_has_its_limit_where_only_the_label_is_left(backend: str, vocab: int) -> None:
     student, teacher, labels = batch(ROWS, vocab)
     settings = {"backend": backend, "divergence": "dkd", "temperature": 2, "alpha": 1}
     is_label = torch.nn.functional.one_hot(labels, vocab).bool()
@@ -255,7 +255,7 @@ def test_dkd_where_no_class_is_left_beside_the_label(backend: str, vocab: int) -
 
 @pytest.mark.beyond_cuda
 @each_vocab
-def test_dkds_others_do_not_underflow_with_their_label(backend: str, vocab: int) -> None:
+def test_dkd_keeps_its_other_classes_where_the_label_dominates(backend: str, vocab: int) -> None:
     """Where the label's logit is far above all others their share is 0 in fp32, and their distribution is none the less
     what it is."""
     student, teacher, labels = batch(ROWS, vocab)
@@ -268,7 +268,7 @@ def test_dkds_others_do_not_underflow_with_their_label(backend: str, vocab: int)
 
 @pytest.mark.beyond_cuda
 @pytest.mark.parametrize(("vocab", "divergence"), [(7, "jsd"), (5000, "dkd")])
-def test_a_softcap_keeps_a_mask(backend: str, vocab: int, divergence: str) -> None:
+def test_softcaps_keep_masked_classes_masked(backend: str, vocab: int, divergence: str) -> None:
     student, teacher, labels = batch(ROWS, vocab)
     labels = labels % 2  # not of the masked
     masked = [2, vocab - 1]
@@ -284,7 +284,7 @@ def test_a_softcap_keeps_a_mask(backend: str, vocab: int, divergence: str) -> No
 
 
 @each_vocab
-def test_smoothing_gives_a_masked_class_its_share(backend: str, vocab: int) -> None:
+def test_label_smoothing_with_a_masked_class_has_an_infinite_loss(backend: str, vocab: int) -> None:
     student, _, labels = batch(ROWS, vocab)
     labels[1] = 0
     truth = limits_of(spoiled(student, 1, 2), None, labels, backend=backend, alpha=0, label_smoothing=0.1)
@@ -294,7 +294,7 @@ def test_smoothing_gives_a_masked_class_its_share(backend: str, vocab: int) -> N
 
 
 @each_vocab
-def test_z_loss_of_nothing_is_nan_in_its_row(backend: str, vocab: int) -> None:
+def test_z_loss_is_nan_in_a_row_of_masked_classes(backend: str, vocab: int) -> None:
     student = spoiled(spoiled(batch(ROWS, vocab).student, 1, slice(None)), 2, 3)
     settings = {"backend": backend, "alpha": 0, "hard_weight": 0, "z_loss": 1.0}
     truth = limits_of(student, None, **settings)
@@ -304,7 +304,7 @@ def test_z_loss_of_nothing_is_nan_in_its_row(backend: str, vocab: int) -> None:
 
 @pytest.mark.beyond_cuda
 @each_vocab
-def test_standardised_rows_have_no_limit(backend: str, vocab: int) -> None:
+def test_standardize_is_nan_in_a_row_with_a_masked_class(backend: str, vocab: int) -> None:
     student, teacher, labels = batch(ROWS, vocab)
     labels[1] = 0
     for s, t in ((spoiled(student, 1, 2), teacher), (student, spoiled(teacher, 1, 2))):

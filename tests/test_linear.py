@@ -55,7 +55,7 @@ def of_heads(student: Tensor, teacher: Any, *labels: Tensor | None, **settings: 
 
 
 @pytest.mark.parametrize(("call", "backend"), list(grid()), indirect=["backend"])
-def test_every_call_is_kd_losses(call: Call, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_kd_loss_gives_the_numbers_of_kd_loss(call: Call, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, settings = call.arguments()
     settings.pop("inplace", None)  # which linear losses do not take
     truth = truth_of(*arguments, settings)
@@ -68,7 +68,7 @@ def test_every_call_is_kd_losses(call: Call, backend: str, monkeypatch: pytest.M
         judge_metrics(*arguments, backend=backend, **settings)
 
 
-def test_alpha_0_needs_no_teacher_whatever_else_is_given(cpu: str) -> None:
+def test_alpha_0_needs_no_teacher(cpu: str) -> None:
     case = Case()
     want = kdfast.kd_loss(F.linear(case.hidden, case.weight), None, case.labels, alpha=0)
     for weight in (None, case.teacher_weight):
@@ -78,7 +78,7 @@ def test_alpha_0_needs_no_teacher_whatever_else_is_given(cpu: str) -> None:
 
 @pytest.mark.parametrize("chunk_rows", CHUNKS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_no_number_depends_on_the_chunks(cpu: str, reduction: str, chunk_rows: int | None) -> None:
+def test_chunk_rows_changes_no_number(cpu: str, reduction: str, chunk_rows: int | None) -> None:
     weight = torch.linspace(0.5, 2, ROWS)
     for case in (Case(F32), Case(F64)):
         settings = {"reduction": reduction, "row_weight": weight, "return_metrics": True, "chunk_rows": chunk_rows}
@@ -87,7 +87,7 @@ def test_no_number_depends_on_the_chunks(cpu: str, reduction: str, chunk_rows: i
 
 
 @pytest.mark.parametrize(("rows", "shape"), [(0, ()), (slice(0), (0,))], ids=["one", "none"])
-def test_one_row_without_dimensions_and_no_rows(cpu: str, rows: int | slice, shape: tuple[int, ...]) -> None:
+def test_hidden_states_may_be_one_row_or_none(cpu: str, rows: int | slice, shape: tuple[int, ...]) -> None:
     case = Case(rows=1)
     case.hidden, case.teacher_hidden, labels = case.hidden[rows], case.teacher_hidden[rows], case.labels[rows] % 9
     for reduction in REDUCTIONS:
@@ -104,7 +104,7 @@ def test_a_batch_of_ignored_rows_has_loss_and_gradient_0(backend: str) -> None:
     assert all(m.isnan() for m in metrics)
 
 
-def test_ignored_rows_may_hold_anything(backend: str) -> None:
+def test_the_values_of_ignored_rows_have_no_effect(backend: str) -> None:
     case = Case()
     want = fused(case, case.labels, chunk_rows=4, return_metrics=True, backend=backend)
     case.hidden[case.labels < 0] = float("nan")
@@ -113,7 +113,7 @@ def test_ignored_rows_may_hold_anything(backend: str) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-def test_a_teacher_that_is_a_view_of_a_longer_sequence_is_not_copied_whole(cpu: str) -> None:
+def test_a_teacher_sliced_from_a_sequence_is_copied_chunk_by_chunk(cpu: str) -> None:
     case = Case(rows=12)
     case.hidden = case.hidden.view(3, 4, -1)
     sequence = torch.randn(3, 5, VOCAB)
@@ -125,7 +125,7 @@ def test_a_teacher_that_is_a_view_of_a_longer_sequence_is_not_copied_whole(cpu: 
     torch.testing.assert_close(got, plain(case, labels, F32, sequence[:, :-1]))
 
 
-def test_a_teachers_head_has_a_bias_a_dtype_and_widths_of_its_own(backend: str) -> None:
+def test_a_teachers_head_may_have_its_own_bias_dtype_and_widths(backend: str) -> None:
     case = Case(vocab=64)
     case.teacher_hidden, case.teacher_weight = case.teacher_hidden.to(BF16), case.teacher_weight[:VOCAB].to(BF16)
     case.teacher_bias = torch.randn(VOCAB).to(BF16)
@@ -136,7 +136,7 @@ def test_a_teachers_head_has_a_bias_a_dtype_and_widths_of_its_own(backend: str) 
         assert not grad[real:].any()
 
 
-def test_a_teacher_made_under_inference_mode_is_taken(cpu: str) -> None:
+def test_a_teacher_from_inference_mode_is_accepted(cpu: str) -> None:
     case = Case()
     with torch.inference_mode():
         case.teacher_hidden, case.teacher_weight = case.teacher_hidden * 1, case.teacher_weight * 1

@@ -46,7 +46,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize("case", WRONG, ids=lambda case: ", ".join(case[0]))
-def test_a_wrong_argument_is_a_named_error_before_any_product(
+def test_a_wrong_argument_raises_a_named_error_before_any_product(
     cpu: str, case: tuple[dict[str, Any], type[Exception], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given, error, words = case

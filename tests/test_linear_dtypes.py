@@ -12,7 +12,7 @@ from torch import Tensor
 from kdfast import chunks, products
 
 
-def test_a_16_bit_heads_gradient_is_added_up_in_fp32_unless_asked_otherwise(cpu: str) -> None:
+def test_a_16_bit_heads_gradient_is_accumulated_in_fp32_by_default(cpu: str) -> None:
     case = many(BF16)
     _, (_, truth), _ = plain(case, case.labels, F64)
     errors = {}
@@ -27,7 +27,7 @@ def test_a_16_bit_heads_gradient_is_added_up_in_fp32_unless_asked_otherwise(cpu:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])  # one pass over the chunks, and two
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=name)
-def test_logits_of_16_bit_heads_are_rounded_nowhere(
+def test_logits_of_16_bit_heads_are_never_rounded(
     cpu: str, dtype: torch.dtype, reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Judged against the fp64 products of the same factors, where rounding to bf16 would cost logits up to 0.5."""
@@ -63,7 +63,7 @@ def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.skipif(gpu.ON_DEVICE, reason="here all tests of this file run on a GPU's own products")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=name)
-def test_tensor_cores_round_no_logits_and_dropped_rows_are_zeros_there(
+def test_tensor_cores_round_no_logits_and_zero_dropped_rows(
     cpu: str, dtype: torch.dtype, reduction: str, tensor_cores: None
 ) -> None:
     case = many(dtype)
@@ -80,7 +80,7 @@ def test_tensor_cores_round_no_logits_and_dropped_rows_are_zeros_there(
         assert off(got, want) < torch.finfo(dtype).eps  # once the gradient of the logits, once the result
 
 
-def test_a_loss_scaler_in_float16_loses_no_gradient(backend: str) -> None:
+def test_float16_with_a_loss_scaler_loses_no_gradient(backend: str) -> None:
     case = Case(F16, bias=False)
     scaler = torch.amp.GradScaler(case.hidden.device.type)  # its first factor is 65536
     total = 2**20
@@ -94,7 +94,7 @@ def test_a_loss_scaler_in_float16_loses_no_gradient(backend: str) -> None:
 
 
 @pytest.mark.skipif(gpu.ON_DEVICE, reason="here all tests of this file run on a GPU's own products")
-def test_float16_loses_nothing_to_rows_weights_or_a_narrow_accumulator(cpu: str, tensor_cores: None) -> None:
+def test_float16_heads_neither_underflow_nor_overflow(cpu: str, tensor_cores: None) -> None:
     """There gradients of logits are float16 factors."""
     case = many(F16)
     for power in (-24, 17):  # which alone would underflow, overflow

@@ -30,7 +30,7 @@ def multiplied(function: Callable[[], Any], rows: int, vocab: int) -> float:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=name)
-def test_each_product_is_done_once_and_none_that_nobody_wants(cpu: str, dtype: torch.dtype, reduction: str) -> None:
+def test_each_needed_product_is_computed_exactly_once(cpu: str, dtype: torch.dtype, reduction: str) -> None:
     case = square(dtype)
     for teacher, *wanted in itertools.product((None, case.teacher_logits()), *[(True, False)] * 2):
         leaves = [leaf.requires_grad_(want) for leaf, want in zip(case.leaves(), wanted, strict=True)]
@@ -46,7 +46,7 @@ def test_each_product_is_done_once_and_none_that_nobody_wants(cpu: str, dtype: t
         assert [leaf.grad is not None for leaf in leaves] == wanted
 
 
-def test_a_bias_alone_in_training_costs_no_product(cpu: str) -> None:
+def test_training_the_bias_alone_needs_no_product_in_backward(cpu: str) -> None:
     case = square()
     bias = torch.zeros(VOCAB, requires_grad=True)
     leaves = [case.hidden, case.weight, bias]
@@ -65,14 +65,14 @@ def test_dropped_rows_and_padded_classes_are_not_multiplied(cpu: str) -> None:
     assert multiplied(lambda: case.loss(leaves, labels, vocab_size=40, row_weight=weight).backward(), 7, 40) == 4
 
 
-def test_under_no_grad_there_are_two_products_and_a_teacher_that_is_not_read_has_none(cpu: str) -> None:
+def test_no_grad_needs_two_products_or_one_without_a_teacher(cpu: str) -> None:
     case = square()
     with torch.no_grad():
         assert multiplied(lambda: case.loss(case.leaves(), case.labels), 12, VOCAB) == 2
         assert multiplied(lambda: case.loss(case.leaves(), case.labels, alpha=0), 12, VOCAB) == 1
 
 
-def test_backward_multiplies_nothing_and_scales_what_forward_made(backend: str) -> None:
+def test_backward_only_scales_the_gradients_that_forward_made(backend: str) -> None:
     for dtype in (F32, BF16) if backend not in ON_GPU else (F32,):
         case = square(dtype)
         _, want, _ = fused(case, case.labels, backend=backend)
@@ -81,7 +81,7 @@ def test_backward_multiplies_nothing_and_scales_what_forward_made(backend: str) 
         torch.testing.assert_close([x.grad for x in leaves], [3 * g for g in want])
 
 
-def test_losses_of_several_heads_are_combined_and_backpropagated_again(cpu: str) -> None:
+def test_losses_of_several_heads_add_up_and_backward_may_repeat(cpu: str) -> None:
     case = square()
     leaves = [*case.leaves(), Case(rows=12).leaves()[1]]
     hidden, first, second = leaves
@@ -109,7 +109,7 @@ def test_a_tied_weight_gets_the_sum_of_both_gradients(backend: str) -> None:
     torch.testing.assert_close(got, want)
 
 
-def test_chunks_are_of_one_size_and_as_large_as_the_rule_says(cpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_have_equal_sizes_by_the_rule_for_chunk_rows(cpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert chunks.default_rows(32_000, "cpu") == 512
     assert chunks.default_rows(128_000, "cpu") == 393
     assert chunks.default_rows(262_144, "cpu") == 256

@@ -81,7 +81,7 @@ def test_a_model_that_ends_in_the_loss_compiles_to_one_graph(settings: dict[str,
         torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(*batch(case)), want)
 
 
-def test_marked_dynamic_rows_compile_once(cpu: str) -> None:
+def test_a_dynamic_number_of_rows_compiles_once(cpu: str) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     model = Model()
@@ -132,13 +132,13 @@ def _rank(rank: int, folder: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_processes_get_the_gradients_of_one(tmp_path: Path, kind: str) -> None:
+def test_ddp_and_fsdp_ranks_get_the_gradients_of_one_process(tmp_path: Path, kind: str) -> None:
     torch.multiprocessing.spawn(_rank, (str(tmp_path), kind), nprocs=2)
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), unfused_gradients(Case()))
 
 
-def test_a_teacher_in_training_gets_no_graph(cpu: str) -> None:
+def test_a_teacher_that_requires_grad_gets_no_graph(cpu: str) -> None:
     case = Case()
     case.teacher_bias = torch.zeros(VOCAB, requires_grad=True)
     case.teacher_hidden.requires_grad_()
@@ -148,7 +148,7 @@ def test_a_teacher_in_training_gets_no_graph(cpu: str) -> None:
     assert not metrics.kl.requires_grad
 
 
-def test_double_backward_is_an_error(cpu: str) -> None:
+def test_double_backward_raises_an_error(cpu: str) -> None:
     case = Case()
     for reduction in ("mean", "none"):
         leaves = case.leaves()
@@ -157,7 +157,7 @@ def test_double_backward_is_an_error(cpu: str) -> None:
             torch.autograd.grad(loss, leaves, create_graph=True)
 
 
-def test_the_module_is_linear_kd_loss_with_its_settings_and_can_be_copied(cpu: str) -> None:
+def test_the_module_calls_linear_kd_loss_and_can_be_copied(cpu: str) -> None:
     case = Case()
     settings = {"temperature": 3.0, "divergence": "jsd", "beta": 0.3, "chunk_rows": 5, "accumulate_dtype": F64}
     loss = kdfast.LinearKDLoss(**settings)

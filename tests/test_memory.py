@@ -103,7 +103,7 @@ def most_bytes(function: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=name)
 @pytest.mark.parametrize("wanted", ["hidden and weight", "hidden", "nothing"])
-def test_a_linear_loss_needs_two_chunks_of_logits_and_its_gradients_however_many_rows(
+def test_a_linear_loss_needs_two_chunks_of_logits_and_its_gradients(
     cpu: str, wanted: str, dtype: torch.dtype, reduction: str
 ) -> None:
     """In tensors alone: what a product needs beside its factors and its result is the library's, and differs."""

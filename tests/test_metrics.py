@@ -23,7 +23,7 @@ def vocabs(backend: str) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_what_there_is_nothing_to_measure_of_is_nan(backend: str, reduction: str) -> None:
+def test_metrics_without_their_inputs_or_kept_rows_are_nan(backend: str, reduction: str) -> None:
     student, teacher, labels = batch(4, 100)
     for given, options, absent in (
         ((teacher, None), {}, {"hard", "accuracy"}),
@@ -37,7 +37,7 @@ def test_what_there_is_nothing_to_measure_of_is_nan(backend: str, reduction: str
             assert value.isnan().eq(field in absent).all(), field
 
 
-def test_no_rows_have_no_metrics(backend: str) -> None:
+def test_metrics_of_an_empty_batch_are_nan(backend: str) -> None:
     student, teacher, labels = torch.empty(0, 33), torch.empty(0, 33), torch.empty(0, dtype=torch.int64)
     for reduction in REDUCTIONS:
         got = measured(student.requires_grad_(), teacher, labels, reduction=reduction, backend=backend)
@@ -69,7 +69,7 @@ def test_a_masked_class_changes_no_metric(backend: str) -> None:
             torch.testing.assert_close(got[field], want[field], rtol=1e-5, atol=1e-6)
 
 
-def test_an_infinite_metric_is_no_reason_for_an_infinite_loss(backend: str) -> None:
+def test_an_infinite_metric_leaves_the_loss_finite(backend: str) -> None:
     """reverse_kl's at p = 0 < q, where alpha is 0, and a masked label's, where h is 0."""
     for vocab in vocabs(backend):
         student, teacher, labels = batch(4, vocab)
@@ -93,7 +93,7 @@ def loss_needs_no_metrics(student: Tensor, teacher: Tensor | None, labels: Tenso
 
 
 @pytest.mark.parametrize("reduction", ("mean", "none"))
-def test_without_a_soft_term_they_have_a_temperature_that_the_gradient_has_not(backend: str, reduction: str) -> None:
+def test_metrics_with_alpha_0_change_neither_loss_nor_gradient(backend: str, reduction: str) -> None:
     dtype = dtypes_for(backend)[-1]  # fp64: whose rows no Triton kernel keeps
     student, teacher, labels = batch(4, 100, dtype)
     for given in (teacher, None):
@@ -102,7 +102,7 @@ def test_without_a_soft_term_they_have_a_temperature_that_the_gradient_has_not(b
 
 
 @pytest.mark.beyond_cuda
-def test_a_masked_class_spoils_standardized_metrics_and_no_loss_without_a_soft_term(backend: str) -> None:
+def test_nan_in_standardized_metrics_does_not_reach_the_loss(backend: str) -> None:
     student, teacher, labels = batch(4, 100)
     student[1, 2] = -math.inf
     labels[1] = 7
@@ -114,7 +114,7 @@ def test_a_masked_class_spoils_standardized_metrics_and_no_loss_without_a_soft_t
             loss_needs_no_metrics(student, given, labels, **settings)
 
 
-def test_a_bad_row_spoils_its_own_metrics_alone(backend: str) -> None:
+def test_nan_or_infinity_affects_the_metrics_of_its_row_alone(backend: str) -> None:
     for vocab in vocabs(backend):
         student, teacher, labels = batch(4, vocab)
         clean = measured(student, teacher, labels, reduction="none", backend=backend)
@@ -138,7 +138,7 @@ def _same_kernel(backend: str, reduction: str, dtype: torch.dtype, vocab: int) -
 
 @pytest.mark.parametrize("dtype", (F32, F16), ids=name)  # gradients made in forward, and in backward
 @pytest.mark.parametrize("reduction", ("mean", "none"))
-def test_loss_and_gradient_are_those_without_metrics(backend: str, reduction: str, dtype: torch.dtype) -> None:
+def test_metrics_change_neither_loss_nor_gradient(backend: str, reduction: str, dtype: torch.dtype) -> None:
     one = backend in ON_GPU and (dtype, reduction) != (F32, "mean")
     for divergence in KINDS[:1] if one else KINDS if backend in ON_GPU else DIVERGENCES:
         for vocab in (*SMALL_VOCABS, 33_000) if backend == "cpu" else SMALL_VOCABS[:1]:
@@ -163,7 +163,7 @@ def test_loss_and_gradient_are_those_without_metrics(backend: str, reduction: st
 
 
 @pytest.mark.parametrize("reduction", ("mean", "none"))
-def test_metrics_have_no_graph_and_need_none(backend: str, reduction: str) -> None:
+def test_metrics_are_detached_and_need_no_gradient(backend: str, reduction: str) -> None:
     student, teacher, labels = batch(3, 100)
     alone = measured(student, teacher, labels, reduction=reduction, backend=backend)
     student.requires_grad_()

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_every_fault_can_be_planted_at_one_place() -> None:
+def test_every_fault_fits_exactly_one_place() -> None:
     assert not mutants.problems(MUTANTS)
 
 

@@ -14,7 +14,7 @@ LINEAR = ("forward_kl", "reverse_kl", "symmetric_kl", "dkd")
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES[1:-1])
-def test_near_equality_a_divergence_keeps_its_digits(backend: str, divergence: str) -> None:
+def test_a_divergence_keeps_its_digits_near_equality(backend: str, divergence: str) -> None:
     """p within 1e-3 of q, and equal to it: where the terms of a sum over probabilities cancel."""
     _, teacher, labels = batch(8, 4097)
     labels = labels_for(divergence, labels)
@@ -38,7 +38,7 @@ def test_near_equality_a_divergence_keeps_its_digits(backend: str, divergence: s
 
 
 @pytest.mark.beyond_cuda
-def test_a_row_of_one_class_or_of_equal_logits_has_a_deviation_of_0(backend: str) -> None:
+def test_standardize_handles_rows_without_a_deviation(backend: str) -> None:
     """z is 0 then, q is uniform, and the deviation has no gradient: (g - mean g) / 1e-7."""
     for vocab, dtype in ((1, F32), (2, BF16), (17, F64), (100, F16), (2500, F32)):
         if dtype not in dtypes_for(backend):
@@ -77,7 +77,7 @@ def test_grad_output_scales_the_gradient(backend: str) -> None:
 
 
 @pytest.mark.beyond_cuda
-def test_a_standardized_offset_keeps_its_digits(backend: str) -> None:
+def test_standardize_keeps_its_digits_far_from_0(backend: str) -> None:
     """Of each side another, far from 0: means and deviations must not lose the digits."""
     for vocab in (17, 2049) if backend not in ON_GPU else (100,):
         for dtype in (F32, F64) if backend not in ON_GPU else (F32,):
@@ -89,7 +89,7 @@ def test_a_standardized_offset_keeps_its_digits(backend: str) -> None:
 
 
 @pytest.mark.beyond_cuda
-def test_dkd_where_the_label_takes_everything(backend: str) -> None:
+def test_dkd_keeps_its_digits_where_the_label_dominates(backend: str) -> None:
     for scale in (2.0, 30.0):
         student, teacher, labels = batch(3, 100, scale=scale)
         labels[0] = teacher[0].argmax()  # the others are far below it

@@ -68,7 +68,7 @@ def gradient(p: Tensor, q: Tensor) -> Tensor:
 
 @on_reference_and_triton
 @pytest.mark.parametrize(("vocab", "dtype"), [(17, F32), (17, BF16), (17, F64), (2049, F32)], ids=name)
-def test_it_is_as_near_the_truth_as_the_others(backend: str, dtype: torch.dtype, vocab: int) -> None:
+def test_an_added_divergence_is_as_accurate_as_the_others(backend: str, dtype: torch.dtype, vocab: int) -> None:
     settings = {"backend": backend, "divergence": NAME}
     judge(*batch(3, vocab, dtype), temperature=2, **settings)
     for scale in (30.0, 0.01):  # not sharper: Triton's interpreter has no fused multiply-add, and is off by ulps of |z|
@@ -76,7 +76,7 @@ def test_it_is_as_near_the_truth_as_the_others(backend: str, dtype: torch.dtype,
 
 
 @on_reference_and_triton
-def test_it_is_its_closed_form(backend: str) -> None:
+def test_an_added_divergence_has_its_closed_form(backend: str) -> None:
     s, t, _ = batch(4, 17, F64)
     temperature = 3.0
     p, q = (torch.softmax(x / temperature, -1) for x in (t, s))
@@ -91,7 +91,7 @@ def test_it_is_its_closed_form(backend: str) -> None:
 
 
 @on_reference_and_triton
-def test_it_is_0_where_the_student_is_its_teacher_and_2_where_they_have_no_class_in_common(backend: str) -> None:
+def test_an_added_divergence_is_0_at_equality_and_2_when_disjoint(backend: str) -> None:
     s, t, _ = batch(2, 17, F32)
     s[0] = t[0]
     s[1, :8] = t[1, 8:] = -torch.inf  # p = 0 or q = 0, nowhere both
@@ -103,7 +103,7 @@ def test_it_is_0_where_the_student_is_its_teacher_and_2_where_they_have_no_class
 
 
 @pytest.mark.parametrize("target", ("logits", "probs"))
-def test_its_gradient_is_that_of_finite_differences(target: str) -> None:
+def test_an_added_divergence_passes_gradcheck(target: str) -> None:
     s, t, y = batch(4, 5, F64)
     teacher = t if target == "logits" else 0.97 * torch.softmax(t, -1)  # which need not sum to 1
     settings = {"divergence": NAME, "temperature": 3, "target": target, "backend": "reference"}
@@ -111,7 +111,7 @@ def test_its_gradient_is_that_of_finite_differences(target: str) -> None:
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler was found")
-def test_its_struct_has_the_same_two_functions(tmp_path: Path) -> None:
+def test_the_cpp_struct_of_an_added_divergence_has_the_same_values(tmp_path: Path) -> None:
     """On numbers; that vectors take it too, only a build can say."""
     source = f"""
         #include <cstdio>
@@ -139,7 +139,7 @@ def test_its_struct_has_the_same_two_functions(tmp_path: Path) -> None:
     torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-16)
 
 
-def test_the_compiled_backend_says_that_it_has_no_kernel_for_it(cpu: str) -> None:
+def test_the_cpu_backend_has_no_kernel_for_an_added_divergence(cpu: str) -> None:
     s, t, y = batch(2, 5)
     with pytest.raises(ValueError, match="no CPU kernel for 'triangular'"):
         kdfast.kd_loss(s, t, y, divergence=NAME, backend=cpu)

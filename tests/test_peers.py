@@ -204,14 +204,14 @@ readme = pytest.mark.skipif(not README.exists(), reason="there is no checkout ar
 
 
 @readme
-def test_the_tables_rows_and_the_peers_are_the_same() -> None:
+def test_every_row_of_the_readmes_table_has_its_formula_here() -> None:
     assert table().keys() == PEERS.keys()
 
 
 @readme
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")  # F.kl_div's own, about its "mean"
 @pytest.mark.parametrize("peer", PEERS)
-def test_a_peers_loss_is_ours(peer: str) -> None:
+def test_kd_loss_gives_the_loss_of_another_library(peer: str) -> None:
     here, note = table()[peer]
     theirs, ours = S.clone().requires_grad_(), S.clone().requires_grad_()
     a = PEERS[peer](theirs)

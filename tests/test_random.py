@@ -231,7 +231,7 @@ def many_calls(backend: str, number_of_calls: int) -> None:
     print(" ".join(f"{name}={count}" for name, count in sorted(counts.items())))
 
 
-def test_thousands_of_calls_do_not_crash(backend: str, full: bool) -> None:
+def test_thousands_of_random_calls_do_not_crash(backend: str, full: bool) -> None:
     number = CALLS[backend][full]
     command = [sys.executable, "-X", "faulthandler", __file__, backend, str(number)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)

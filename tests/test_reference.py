@@ -74,7 +74,7 @@ OF_P = [option for option in OPTIONS if "arithmetic" in option or "probs" in opt
 @pytest.mark.parametrize(
     ("divergence", "option"), [(d, o) for d in DIVERGENCES for o in OPTIONS if d != "logit_mse" or o not in OF_P]
 )
-def test_gradients_are_finite_differences(divergence: str, option: str) -> None:
+def test_gradients_match_finite_differences(divergence: str, option: str) -> None:
     settings = {"teacher": T, "labels": Y, "temperature": TEMPERATURE, "divergence": divergence} | OPTIONS[option]
     settings["labels"] = labels_for(divergence, Y) if settings["labels"] is None else settings["labels"]
     assert gradcheck(lambda s: loss_of(s, **settings), S.clone().requires_grad_())
@@ -83,7 +83,7 @@ def test_gradients_are_finite_differences(divergence: str, option: str) -> None:
 # --- closed forms ------------------------------------------------------------------------------------------------
 
 
-def test_the_limit_of_high_temperatures() -> None:
+def test_high_temperatures_approach_logit_mse() -> None:
     """T * (q_i - p_i) -> (s_i - t_i) / V on centred rows (the paper's equation 4), off by a term in 1 / T."""
     s, t = S - S.mean(-1, True), T - T.mean(-1, True)
     limit = (s - t) / s.shape[-1]
@@ -103,7 +103,7 @@ def test_the_limit_of_high_temperatures() -> None:
     close(loss_of(S, T, divergence="logit_mse", temperature=5, teacher_temperature=2, reduction="sum"), mse)
 
 
-def test_dkd_with_the_weights_of_kl_is_kl() -> None:
+def test_dkds_two_parts_add_up_to_forward_kl() -> None:
     """KL = KL of (y, not y) + (1 - p_y) * KL among the rest, which is how the paper comes to decouple them."""
     settings = {"temperature": TEMPERATURE, "alpha": 1, "reduction": "none"}
     target, among = (loss_of(S, T, Y, divergence="dkd", dkd_weights=w, **settings) for w in ((1, 0), (0, 1)))
@@ -111,20 +111,20 @@ def test_dkd_with_the_weights_of_kl_is_kl() -> None:
     close(target + (1 - p_y) * among, loss_of(S, T, divergence="forward_kl", **settings))
 
 
-def test_a_rows_weight_alone_weighs_its_z_loss() -> None:
+def test_z_loss_is_weighted_by_the_rows_weight_alone() -> None:
     weight = torch.tensor([1.0, 0.5, 2.0, 0.0], dtype=F64)
     settings = {"row_weight": weight, "temperature": TEMPERATURE, "alpha": 0.3, "reduction": "none"}
     z_loss = loss_of(S, T, Y, z_loss=0.3, **settings) - loss_of(S, T, Y, **settings)
     close(z_loss, 0.3 * weight * torch.logsumexp(S, -1).square())
 
 
-def test_softcaps_come_first() -> None:
+def test_softcaps_are_applied_before_everything_else() -> None:
     settings = {"temperature": TEMPERATURE, "z_loss": 0.1, "label_smoothing": 0.1}
     capped, teacher = 2 * torch.tanh(S / 2), 3 * torch.tanh(T / 3)
     close(loss_of(S, T, Y, softcap=2, teacher_softcap=3, **settings), loss_of(capped, teacher, Y, **settings))
 
 
-def test_logit_scales_come_before_softcaps() -> None:
+def test_logit_scales_are_applied_before_softcaps() -> None:
     settings = {"temperature": TEMPERATURE, "z_loss": 0.1, "label_smoothing": 0.1, "softcap": 2, "teacher_softcap": 3}
     scaled = loss_of(S, T, Y, logit_scale=0.5, teacher_logit_scale=1.5, **settings)
     close(scaled, loss_of(0.5 * S, 1.5 * T, Y, **settings))
@@ -135,14 +135,14 @@ def standardised(z: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_the_soft_term_alone_is_of_standardised_logits(divergence: str) -> None:
+def test_standardize_changes_the_soft_term_alone(divergence: str) -> None:
     settings = {"divergence": divergence, "temperature": TEMPERATURE}
     soft = loss_of(standardised(S), standardised(T), Y, alpha=1, **settings)
     others = loss_of(S, None, Y, alpha=0, hard_weight=0.6, z_loss=0.1)
     close(loss_of(S, T, Y, standardize=True, alpha=0.4, z_loss=0.1, **settings), 0.4 * soft + others)
 
 
-def test_metrics_in_closed_form() -> None:
+def test_metrics_have_their_closed_forms() -> None:
     p, q = torch.softmax(T / TEMPERATURE, -1), torch.softmax(S / TEMPERATURE, -1)
     settings = {"temperature": TEMPERATURE, "label_smoothing": 0.2, "return_metrics": True, "backend": "reference"}
     _, metrics = kd_loss(S, T, Y, reduction="none", alpha=0.3, **settings)
@@ -209,7 +209,7 @@ def test_phi_is_the_divergence_and_psi_its_gradient(divergence: str, mass: float
         ("skew_reverse_kl", 0, "reverse_kl"),
     ],
 )
-def test_at_its_ends_beta_makes_another_divergence_infinities_included(divergence: str, beta: int, same: str) -> None:
+def test_beta_0_or_1_makes_another_divergence_exactly(divergence: str, beta: int, same: str) -> None:
     s, t = S.clone(), T.clone()
     s[0, 0] = t[1, 1] = s[2, 2] = t[2, 2] = -torch.inf
     settings = {"temperature": TEMPERATURE, "reduction": "none"}
@@ -220,7 +220,7 @@ def test_at_its_ends_beta_makes_another_divergence_infinities_included(divergenc
 
 
 @pytest.mark.parametrize("divergence", ["skew_forward_kl", "skew_reverse_kl"])
-def test_a_skew_kl_is_0_where_its_mixture_is_its_own(divergence: str) -> None:
+def test_a_skew_kl_with_beta_1_is_0(divergence: str) -> None:
     close(loss_of(S, T, divergence=divergence, beta=1, reduction="none"), torch.zeros(4, dtype=F64))
     close(grad_of(S, T, divergence=divergence, beta=1), torch.zeros_like(S))
 
@@ -229,7 +229,7 @@ def test_a_skew_kl_is_0_where_its_mixture_is_its_own(divergence: str) -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_shift_of_a_row_changes_nothing(divergence: str) -> None:
+def test_shifting_a_rows_logits_changes_nothing(divergence: str) -> None:
     shift = torch.tensor([[1.0], [-2.0], [0.5], [8.0]], dtype=F64)  # exact in fp64
     settings = {"divergence": divergence, "temperature": TEMPERATURE}
     for s, t in ((S + shift, T), (S, T - shift), (S + shift, T - 2 * shift)):
@@ -238,7 +238,7 @@ def test_a_shift_of_a_row_changes_nothing(divergence: str) -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES[1:])
-def test_a_divergence_is_0_where_the_student_is_its_teacher_and_positive_elsewhere(divergence: str) -> None:
+def test_a_divergence_is_0_at_equality_and_positive_elsewhere(divergence: str) -> None:
     settings = {"labels": labels_for(divergence, Y), "alpha": 1, "divergence": divergence}
     close(loss_of(T, T, reduction="none", **settings), torch.zeros(4, dtype=F64))
     close(grad_of(T, T, **settings), torch.zeros_like(T))

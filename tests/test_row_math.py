@@ -47,7 +47,7 @@ def data(vocab: int, dtype: torch.dtype, masked: bool) -> tuple[Tensor, Tensor, 
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize(("vocab", "dtype"), [(50, F32), (1000, BF16)], ids=name)
-def test_shards_have_the_loss_and_gradient_of_the_whole(
+def test_shards_give_the_loss_and_gradient_of_the_whole_row(
     backend: str, divergence: str, vocab: int, dtype: torch.dtype, cuts: str
 ) -> None:
     masked = cuts == "two"  # smoothing would make its loss infinite
@@ -99,7 +99,9 @@ USUAL = {
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.25, "z_loss": 0.125}, {"hard_weight": 0.0}], ids=str)
-def test_losses_and_coefficients_are_the_same_in_every_language(cpu: str, divergence: str, options: dict[str, Any]) -> None:
+def test_losses_and_coefficients_are_the_same_in_every_language(
+    cpu: str, divergence: str, options: dict[str, Any]
+) -> None:
     rows = [USUAL | row for row in TABLE.values()]
     columns = {key: torch.tensor([row[key] for row in rows], dtype=torch.float64) for key in USUAL}
     weight = columns.pop("weight")

@@ -58,14 +58,14 @@ def _judge(logits: Tensor, temperature: float | Tensor, log: bool, out: Tensor, 
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("vocab", VOCABS)
-def test_every_length_and_dtype(vocab: int, dtype: torch.dtype, log: bool) -> None:
+def test_softmax_is_right_for_every_length_and_dtype(vocab: int, dtype: torch.dtype, log: bool) -> None:
     for out_dtype in (None, *DTYPES):
         _check(batch(2, vocab, dtype).student, 2, log, out_dtype)
 
 
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_every_temperature_and_size(dtype: torch.dtype, log: bool) -> None:
+def test_softmax_is_right_for_every_temperature_and_offset(dtype: torch.dtype, log: bool) -> None:
     for vocab in (17, 2049):  # a tail; a second block
         for temperature in (1, 3, 0.1, 100, torch.tensor([1.0, 3.7])):
             _check(batch(2, vocab, dtype).student, temperature, log, None)
@@ -75,7 +75,7 @@ def test_every_temperature_and_size(dtype: torch.dtype, log: bool) -> None:
 
 @pytest.mark.skipif(why_not("triton") is not None, reason=str(why_not("triton")))
 @pytest.mark.parametrize(("vocab", "dtype", "log"), [(100, F32, True), (2049, BF16, False), (40_001, F32, False)])
-def test_tritons_kernels_give_it_too(vocab: int, dtype: torch.dtype, log: bool) -> None:
+def test_tritons_kernels_give_the_right_softmax(vocab: int, dtype: torch.dtype, log: bool) -> None:
     ops = torch.ops.kdfast_triton
     with gpu.kernels():
         logits = batch(2, vocab, dtype).student
@@ -87,7 +87,7 @@ def test_tritons_kernels_give_it_too(vocab: int, dtype: torch.dtype, log: bool) 
             _judge(logits, temperature if rows is None else rows, log, out, factor, grad)
 
 
-def test_shapes_and_strides() -> None:
+def test_softmax_accepts_any_shape_and_strides() -> None:
     logits = batch(12, 33).student
     want = torch.softmax(logits / 2, -1)
     wide = torch.nn.functional.pad(logits, (0, 3), value=torch.nan)
@@ -102,7 +102,7 @@ def test_shapes_and_strides() -> None:
         torch.testing.assert_close(tempered_softmax(given, 2), expected, rtol=2e-6, atol=0)  # 8 eps on either side
 
 
-def test_an_infinite_logit_spoils_its_row_alone_and_a_masked_class_has_probability_0() -> None:
+def test_nan_or_infinity_affects_its_row_alone_and_a_mask_gives_0() -> None:
     logits = batch(5, 100).student
     clean = tempered_softmax(logits, 3)
     logits[0, 3] = -torch.inf
@@ -119,7 +119,7 @@ def test_an_infinite_logit_spoils_its_row_alone_and_a_masked_class_has_probabili
 
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 3.7, torch.tensor([0.5, 2.0])], ids=str)
-def test_it_is_twice_differentiable(temperature: float | Tensor, log: bool) -> None:
+def test_softmax_is_twice_differentiable(temperature: float | Tensor, log: bool) -> None:
     logits = batch(2, 5, F64).student.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: tempered_softmax(x, temperature, log=log), logits)
     assert torch.autograd.gradgradcheck(lambda x: tempered_softmax(x, temperature, log=log), logits)

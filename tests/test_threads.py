@@ -70,7 +70,7 @@ def test_any_number_of_threads_gives_the_same_bits(rows, vocab, dtype, options, 
 
 
 @pytest.mark.parametrize(("rows", "vocab", "dtype"), SHAPES)
-def test_tempered_softmax_gives_the_same_bits_with_any_number_of_threads(rows, vocab, dtype, cpu):
+def test_softmax_gives_the_same_bits_with_any_number_of_threads(rows, vocab, dtype, cpu):
     s, t, _ = batch(rows, vocab, dtype)
 
     def compute() -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ def test_tempered_softmax_gives_the_same_bits_with_any_number_of_threads(rows, v
     assert same_for_all_counts(compute)
 
 
-def test_calls_from_several_python_threads_at_once_are_all_right(backend):
+def test_concurrent_calls_from_python_threads_give_right_numbers(backend):
     cases = [batch(*shape) for shape in ((300, 100, F32), (5, 40000, F32), (64, 1000, BF16), (1, 60000, F32))] * 4
     expected = [loss_and_gradient(*case, backend=backend) for case in cases]
     together = threading.Barrier(len(cases))

@@ -62,7 +62,7 @@ def test_autocast_changes_the_heads_dtype_and_nothing_in_the_loss(dtype, reducti
     assert torch.equal(*grads)
 
 
-def test_a_loss_scaler_in_float16_loses_no_gradient_at_real_sizes(backend):
+def test_float16_with_a_loss_scaler_loses_no_gradient_at_real_sizes(backend):
     rows, vocab = 64, 32000  # a part of 4096 rows, each with the gradient that it has among all of them
     student = torch.randn(rows, vocab).mul_(2).half().requires_grad_()
     teacher, labels = student.detach().roll(1, 0), torch.randint(vocab, (rows,))
@@ -102,7 +102,7 @@ def trained(optimizer: Callable[..., torch.optim.Optimizer], steps: int, dtype: 
     return torch.stack(curve), [p.detach() for p in model.parameters()]
 
 
-def test_a_scaled_step_in_float16_moves_the_weights_as_plain_pytorch_does(backend):
+def test_a_scaled_float16_step_matches_plain_pytorch(backend):
     ours = KDLoss(temperature=2.0, divergence="forward_kl", backend=backend)
     step = partial(trained, partial(torch.optim.SGD, lr=0.1), 3, F16)
     _, got = step(ours)
@@ -111,7 +111,7 @@ def test_a_scaled_step_in_float16_moves_the_weights_as_plain_pytorch_does(backen
 
 
 @pytest.mark.parametrize("dtype", [F32, pytest.param(F64, marks=pytest.mark.full)])
-def test_a_net_trained_with_kdfast_follows_the_curve_of_plain_pytorch(dtype, backend):
+def test_training_follows_the_curve_of_plain_pytorch(dtype, backend):
     ours = KDLoss(temperature=3.0, alpha=0.7, divergence="forward_kl", backend=backend)
     train = partial(trained, partial(torch.optim.AdamW, lr=0.01), 25, dtype)
     got, _ = train(ours)
@@ -122,7 +122,7 @@ def test_a_net_trained_with_kdfast_follows_the_curve_of_plain_pytorch(dtype, bac
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"inplace": True}])
-def test_activation_checkpointing_around_head_and_loss_changes_no_gradient(options, use_reentrant, backend):
+def test_activation_checkpointing_changes_no_gradient(options, use_reentrant, backend):
     x, t, y = data()
     x.requires_grad_()
 
@@ -136,7 +136,7 @@ def test_activation_checkpointing_around_head_and_loss_changes_no_gradient(optio
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_accumulated_gradients_with_a_normalizer_are_the_big_batchs(as_tensor, backend):
+def test_accumulation_with_a_normalizer_gives_the_big_batchs_gradient(as_tensor, backend):
     x, t, y = data()
     whole, parts = net(), net()
     kd_loss(whole(x), t, y, temperature=2.0, backend=backend).backward()
@@ -167,7 +167,7 @@ def _rank(rank: int, folder: str, backend: str) -> None:
 @pytest.mark.parametrize(
     "backend", [pytest.param(name, marks=() if name == "cpu" else pytest.mark.full) for name in BACKENDS], indirect=True
 )
-def test_data_parallel_ranks_with_unequal_tokens_get_the_big_batchs_gradient(tmp_path: Path, backend):
+def test_ddp_ranks_with_unequal_tokens_get_the_big_batchs_gradient(tmp_path: Path, backend):
     x, t, y = data()
     whole = net()
     kd_loss(whole(x), t, y, temperature=2.0, backend=backend).backward()
