@@ -1,4 +1,4 @@
-"""What the build promises: its objects, its library, its wheels, its choice of an instruction set."""
+"""The build: its objects, its libraries, its wheels, and the choice of an instruction set."""
 
 import importlib.util
 import os
@@ -21,7 +21,7 @@ CUDA_LIBRARY = PACKAGE / "libkdfast_cuda.so"  # where nvcc was found
 SMOKE = Path(__file__).with_name("smoke.py")
 KINDS = {"cpu": "1", "reference": "0"}  # the backend that a CPU gets: KDFAST_BUILD_EXT
 
-# A test that needs what the build left may skip only where kdfast was not built here.
+# Tests of the build's files may be skipped only where kdfast was not built here.
 built_here = pytest.mark.skipif(
     not LIBRARY.exists() or not (PACKAGE.parent / "CMakeLists.txt").exists(),
     reason="kdfast is an installed or a pure-Python package here, not a compiled checkout",
@@ -47,7 +47,7 @@ def symbols(path: Path, *options: str) -> list[list[str]]:
 @built_here
 @pytest.mark.parametrize("isa", choice.backends()["cpu"]["build"]["isas"] if LIBRARY.exists() else [])
 def test_objects_of_an_isa_define_no_weak_symbols(isa):
-    # The linker keeps one of several weak definitions: perhaps the AVX-512 one, for a machine that has no AVX-512.
+    # The linker keeps one of several weak definitions: it may be the AVX-512 one, on a machine without AVX-512.
     build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}" / "CMakeFiles" / f"row_kernels_{isa}.dir"
     objects = list(build.rglob("*.o"))
     assert objects, f"no object files under {build}"
@@ -72,20 +72,20 @@ def test_a_library_needs_only_torchs_stable_abi(library):
 
 
 def isa_with(wanted: str) -> subprocess.CompletedProcess[str]:
-    """What backends() says when a loss has been computed: another choice comes too late then."""
+    """The isa of backends() after a loss has been computed, when a later choice has no effect."""
     code = "import os, torch, kdfast; x = torch.ones(2, 3); kdfast.kd_loss(x, x, backend='cpu');"
     code += "os.environ['KDFAST_CPU_ISA'] = 'baseline'; print(kdfast.backends()['cpu']['isa'])"
     return run(sys.executable, "-c", code, KDFAST_CPU_ISA=wanted, PYTHONPATH=str(PACKAGE.parent))
 
 
 @built_here
-def test_the_best_isa_is_chosen_by_default():  # test_isa.py asks for each of the others
+def test_the_best_isa_is_chosen_by_default():  # test_isa.py tests each of the others
     assert choice.usable_isas()[0] == "baseline"
     assert isa_with("").stdout.strip() == choice.usable_isas()[-1]
 
 
 @built_here
-@pytest.mark.parametrize("wanted", ["AVX2", "baseline,avx2"])
+@pytest.mark.parametrize("wanted", ["AVX2", "baseline,avx2", "mmx"])
 def test_an_unusable_isa_raises_an_error_that_lists_usable_ones(wanted):
     message = isa_with(wanted).stderr.splitlines()[-1]
     usable = ", ".join(choice.usable_isas())
@@ -97,7 +97,7 @@ def test_an_unusable_isa_raises_an_error_that_lists_usable_ones(wanted):
 
 @pytest.fixture(scope="module", params=KINDS)
 def wheel(request, tmp_path_factory):
-    """(kind, wheel), built from this checkout and its build directory, everything else in a directory of its own."""
+    """(kind, wheel), built from this checkout with its build directory; other files go to a temporary directory."""
     if request.param == "cpu" and not LIBRARY.exists():
         pytest.skip("kdfast is a pure-Python package here")
     tmp = tmp_path_factory.mktemp(request.param)
@@ -145,15 +145,15 @@ def test_without_a_compiler_install_is_pure_python_unless_forbidden(insist, stat
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("wanted", ("0", ""))
 def test_cuda_kernels_are_built_if_nvcc_is_found_and_not_disabled(wanted, tmp_path):
-    spy = tmp_path / "setup.py"  # prints what the real one has CMake do
+    spy = tmp_path / "setup.py"  # prints the CMake commands of the real one
     spy.write_text(
         "import subprocess\nsubprocess.run = lambda command, **_: print(*command)\n"
         f"exec(open('setup.py').read(), {{'__file__': {str(ROOT / 'setup.py')!r}, '__name__': '__main__'}})"
     )
     printed = run(sys.executable, spy, "build_ext", "--inplace", KDFAST_CUDA=wanted).stdout
     assert f"-DKDFAST_CUDA={'OFF' if wanted else 'ON'}" in printed
-    if not wanted and os.environ.get("KDFAST_CUDA") != "0":  # else this build is one that wants none
-        assert CUDA_LIBRARY.exists(), "nvcc is here, and no library that it made"
+    if not wanted and os.environ.get("KDFAST_CUDA") != "0":  # else this build was made without them
+        assert CUDA_LIBRARY.exists(), "nvcc is here, but its library is not"
 
 
 def test_a_failing_compiler_fails_the_install(tmp_path):

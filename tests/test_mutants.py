@@ -1,4 +1,4 @@
-"""The list of faults that mutants.py plants fits the sources; whether the tests find them is for `make mutants`."""
+"""The list of faults of mutants.py fits the sources; `make mutants` checks that the tests find them."""
 
 import mutants
 import pytest
