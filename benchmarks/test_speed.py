@@ -3,8 +3,8 @@
     pytest benchmarks/test_speed.py -k "1024x32000-bf16 and floor"
     KDFAST_CPU_ISA=avx2 pytest benchmarks/test_speed.py -k avx2
 
-Nothing is asserted about speed: a busy machine would fail it. Cases of an instruction set other than the one
-that this process was started with are skipped, for it cannot be changed later.
+Speed is not asserted, since a busy machine would fail. Cases of another instruction set than this process has are
+skipped, since it cannot change.
 """
 
 import functools
