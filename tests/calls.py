@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from cases import BF16, DIVERGENCES, F16, F32, F64, as_target, batch, name, to_default_device
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kdfast import divergences
 
@@ -323,8 +324,9 @@ class Call:
         if self["padding"] is not None:
             padding, teacher_padding = self["padding"]
             settings["vocab_size"] = vocab
-            student = torch.nn.functional.pad(student, (0, padding), value=1e4)
-            teachers = [torch.nn.functional.pad(t, (0, teacher_padding), value=torch.nan) for t in teachers]
+            student = pad(student, (0, padding), value=1e4)
+            # an ensemble's teachers differ
+            teachers = [pad(t, (0, teacher_padding * (1 + i % 2)), value=torch.nan) for i, t in enumerate(teachers)]
         student = self["layout"](student)
         teachers[0] = self["teacher's layout"](teachers[0])
         settings["target"] = kind.target

@@ -23,13 +23,6 @@ def test_labels_and_row_values_may_have_any_strides(backend: str, expanded: bool
     judge(student, teacher, labels, backend=backend, reduction="none" if expanded else "mean", **settings)
 
 
-@pytest.mark.beyond_cuda
-def test_vocab_size_cuts_each_teacher_of_an_ensemble(backend: str) -> None:
-    student, teacher, labels = batch(ROWS, VOCAB)
-    others = [torch.nn.functional.pad(teacher, (0, 24), value=torch.nan), batch(ROWS, VOCAB - 3).teacher]
-    judge(student, others, labels.clamp_max(VOCAB - 4), backend=backend, vocab_size=VOCAB - 3)
-
-
 @pytest.mark.parametrize("shape", [(), (2, 1, 3), (2, 3, 2)])  # of the rows: 1-dim and 4-dim logits
 def test_logits_may_have_any_number_of_dimensions(backend: str, shape: tuple[int, ...]) -> None:
     for dtype in (F32, F16):  # gradients computed in forward, and in backward
