@@ -169,7 +169,7 @@ AXES: dict[str, dict[str, Any]] = {
             *((dtype, dtype) for dtype in (F32, BF16, F16, F64)),
             (BF16, F32),  # autocast's student, a teacher kept in fp32
             (F32, BF16),  # a student in training, a teacher loaded small
-            (F16, BF16),  # the two 16-bit formats meet: neither may be read as the other
+            (F16, BF16),  # both 16-bit formats: neither may be read as the other
             (F32, F64),  # the wider teacher does not widen the sums
             (F64, F32),  # fp64 sums over fp32 reads
         )
@@ -261,8 +261,8 @@ NEVER = (
     (("dkd",), ("no labels", "alpha 0", "0 + 2.5", "3x1")),  # dkd needs labels, and other classes
     (("no labels",), ("smoothing", "all smoothed", "all options", "some ignored", "ignored by 0")),
     (("no labels",), ("some of weight 0", "weighted in fp64")),  # these ignore labels too
-    ((*STANDARDIZED, "caps", "scales", "a teacher's cap"), NOT_LOGITS),
-    (tuple(k for k in AXES["temperature"] if " of " in k), NOT_LOGITS),
+    (STANDARDIZED, NOT_LOGITS),
+    (("caps", "scales", "a teacher's cap", *(k for k in AXES["temperature"] if " of " in k)), NOT_LOGITS),
     (STANDARDIZED, ("3x1", "2x2")),  # z is 0, or +-sqrt(1/2), whatever the logits: see test_numbers.py
     (("one row expanded",), ("inplace", "metrics inplace")),  # shared memory cannot be written
     (FAR, SIXTEEN),  # 16 bits have few numbers there

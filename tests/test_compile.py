@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from calls import ALL_OPTIONS
-from cases import to_default_device
+from cases import batch as logits_batch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 
@@ -65,11 +65,10 @@ def fresh_compiler():
 
 
 def batch(rows: int = 6, vocab: int = 11) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    made = {"generator": torch.Generator("cpu").manual_seed(rows * 1000 + vocab), "device": "cpu"}
-    s, t = torch.randn(2, rows, vocab, **made) * 3
-    y = torch.randint(min(vocab, 8), (rows,), **made)  # few classes, for "vocab_size"
+    s, t, y = logits_batch(rows, vocab)
+    y = y % 8  # few classes, for "vocab_size"
     y[rows // 2] = -100
-    return to_default_device((s, t, y, torch.rand(rows, **made) + 0.5))
+    return s, t, y, torch.linspace(0.5, 1.5, rows)
 
 
 def value_and_gradient(call: Callable[..., Tensor], *tensors: Tensor, marked: bool = False) -> tuple[Tensor, Tensor]:

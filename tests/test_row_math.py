@@ -109,9 +109,7 @@ USUAL = {
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.25, "z_loss": 0.125}, {"hard_weight": 0.0}], ids=str)
-def test_losses_and_coefficients_are_the_same_in_every_language(
-    cpu: str, divergence: str, options: dict[str, Any]
-) -> None:
+def test_row_mathematics_is_the_same_in_every_language(cpu: str, divergence: str, options: dict[str, Any]) -> None:
     rows = [USUAL | row for row in TABLE.values()]
     columns = {key: torch.tensor([row[key] for row in rows], dtype=torch.float64) for key in USUAL}
     weight = columns.pop("weight")

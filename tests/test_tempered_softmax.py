@@ -109,12 +109,12 @@ def test_nan_or_infinity_affects_its_row_alone_and_a_mask_gives_0() -> None:
     logits[1, 3] = torch.inf
     logits[2, 3] = torch.nan
     logits[3] = -torch.inf
-    spoiled = tempered_softmax(logits, 3)
-    assert spoiled[0, 3] == 0
+    found = tempered_softmax(logits, 3)
+    assert found[0, 3] == 0
     assert tempered_softmax(logits, 3, log=True)[0, 3] == -torch.inf
-    assert spoiled[0].isfinite().all()
-    assert spoiled[1:4].isnan().all()
-    assert torch.equal(spoiled[4], clean[4])
+    assert found[0].isfinite().all()
+    assert found[1:4].isnan().all()
+    assert torch.equal(found[4], clean[4])
 
 
 @pytest.mark.parametrize("log", [False, True])
