@@ -1,1 +1,1 @@
-"""How fast kdfast is beside a memory floor, eager PyTorch, torch.compile and Liger-Kernel."""
+"""The speed of kdfast, compared with a memory floor, eager PyTorch, torch.compile and Liger-Kernel."""

@@ -5,7 +5,7 @@ Examples:
     python -m benchmarks --quick                             the main cases, under a minute
     python -m benchmarks --case bf16-inplace                 cases whose name contains that
     python -m benchmarks --case fp32-inplace --only floor    without peers: seconds, to tune a kernel
-    python -m benchmarks --case avx2 --minima                on a machine that has other work, too
+    python -m benchmarks --case avx2 --minima                on a busy machine
 """
 
 import argparse
@@ -33,8 +33,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="the main cases, under a minute")
     parser.add_argument("--case", action="append", metavar="TEXT", help="cases with TEXT in their name; repeatable")
-    parser.add_argument("--only", metavar="TEXT", help="beside kdfast, only candidates with TEXT in their name")
-    parser.add_argument("--isa", help="all with this instruction set, as KDFAST_CPU_ISA names it")
+    parser.add_argument("--only", metavar="TEXT", help="besides kdfast, only candidates with TEXT in their name")
+    parser.add_argument("--isa", help="the instruction set of all cases, a value of KDFAST_CPU_ISA")
     parser.add_argument("--threads", type=int, help="threads of every candidate (torch's default)")
     parser.add_argument("--rounds", type=int, help=f"default {ROUNDS}, with --quick {QUICK_ROUNDS}")
     parser.add_argument("--minima", action="store_true", help="compare shortest times, not medians; writes no files")
@@ -51,7 +51,7 @@ def _can_run(isa: str) -> bool:
 
 
 def _selected(options: argparse.Namespace) -> list[Case]:
-    """The cases that the options leave, each with the candidates that they leave."""
+    """The cases that the options select, with the candidates that they select."""
     cases = []
     for case in CASES:
         if options.case and not any(text in case.name for text in options.case):
@@ -61,7 +61,7 @@ def _selected(options: argparse.Namespace) -> list[Case]:
         if options.isa and case.workload.isa not in ("best", options.isa):
             continue
         if not _can_run(case.workload.isa):
-            print(f"benchmarks: without {case.name}: this CPU has no {case.workload.isa}", file=sys.stderr)
+            print(f"benchmarks: skipped {case.name}: this CPU has no {case.workload.isa}", file=sys.stderr)
             continue
         if options.quick:
             case = replace(case, also=())
@@ -74,7 +74,7 @@ def _selected(options: argparse.Namespace) -> list[Case]:
 
 
 def _tasks(cases: list[Case]) -> dict[str, dict[Workload, list[str]]]:
-    """For each instruction set, its workloads, for each of these the candidates of all cases on it."""
+    """The workloads of each instruction set, each with the candidates of all its cases."""
     tasks: dict[str, dict[Workload, list[str]]] = {}
     for case in cases:
         names = tasks.setdefault(case.workload.isa, {}).setdefault(case.workload, [])
@@ -108,7 +108,7 @@ def _run(cases: list[Case], rounds: int, threads: int | None, isa: str | None) -
             result = json.loads(line)
             results[Workload(**result["workload"])] = result
         if process.returncode != 0:
-            print(f"benchmarks: a worker failed with {process.returncode}, see above", file=sys.stderr)
+            print(f"benchmarks: a worker exited with status {process.returncode}, see above", file=sys.stderr)
     return results
 
 
@@ -126,12 +126,12 @@ def main() -> int:
         return 0
     cases = _selected(options)
     if not cases:
-        print("benchmarks: no case is left by these options; --list shows the names", file=sys.stderr)
+        print("benchmarks: these options select no case; --list shows the names", file=sys.stderr)
         return 2
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     results = _run(cases, rounds, options.threads, options.isa)
-    of = min if options.minima else statistics.median
-    outcomes = [report.Outcome(case, results[case.workload], of) for case in cases if case.workload in results]
+    summarize = min if options.minima else statistics.median
+    outcomes = [report.Outcome(case, results[case.workload], summarize) for case in cases if case.workload in results]
     if outcomes:
         report.show(outcomes)
     is_whole = not (options.case or options.only or options.isa or options.threads)

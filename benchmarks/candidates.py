@@ -1,26 +1,26 @@
-"""The candidates, all on the same logits: kdfast's ways of being called, the memory floors, and the peers.
+"""The candidates, all on the same logits: calls of kdfast, the memory floors, and the peers.
 
 kdfast
     kdfast          kd_loss and backward, the default call: a fresh gradient for a leaf
-    kdfast inplace  with inplace=True: the gradient where the logits were
-    1, 2 threads    the same with so many threads
+    kdfast inplace  with inplace=True: the gradient overwrites the logits
+    1, 2 threads    the same with this number of threads
     kdfast forward  kd_loss under no_grad
     kdfast softmax  tempered_softmax under no_grad
-    jsd inplace     with that divergence, as kdfast inplace; likewise the others
-    with metrics    as kdfast inplace, with that option; likewise the others of OPTIONS
+    jsd inplace     kdfast inplace with that divergence; the same for the others
+    with metrics    kdfast inplace with that option; the same for the others of OPTIONS
 floors
     floor kept      reads both logits and writes a third array, always the same one
-    floor fresh     writes one that is allocated anew in every call
+    floor fresh     writes one that each call allocates
     floor reads     reads both logits
 peers
-    eager           the recipe that most people have, in the logits' own dtype: the yardstick for bf16 too
-    eager jsd       the recipe with that divergence; likewise the others
+    eager           the usual recipe, in the logits' own dtype: the yardstick for bf16 too
+    eager jsd       the recipe with that divergence; the same for the others
     eager in fp32   the recipe on logits.float()
     eager forward   the recipe under no_grad
     eager softmax   torch.softmax(logits / T)
     torch.compile   the recipe compiled
-    liger           Liger-Kernel's chunked loss from the logits on, compiled as it ships it; its other losses are
-                    Triton and do not run on a CPU
+    liger           Liger-Kernel's chunked loss without the head, compiled as Liger compiles it; its other losses
+                    need Triton and do not run on a CPU
 """
 
 import functools
@@ -51,7 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Data:
-    """The tensors of a workload. No two gradients are alive at once; what is here is at most four arrays."""
+    """The tensors of a workload: at most four arrays of the logits' size."""
 
     def __init__(self, workload: Workload) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -64,23 +64,23 @@ class Data:
         self._spare: dict[str, Tensor] = {}
 
     def spare(self, use: str) -> Tensor:
-        """An array of the student's size with its pages in place, made when first asked for."""
+        """An array of the student's size whose pages are mapped; made at its first use."""
         if use not in self._spare:
             self._spare[use] = self.student.clone()
         return self._spare[use]
 
     def leaf(self) -> Tensor:
-        """The student as a leaf without a gradient yet."""
+        """The student as a leaf without a gradient."""
         return self.student.detach().requires_grad_()
 
-    def overwritable(self) -> Tensor:
-        """The student restored, as the output of a layer: inplace=True does not take a leaf."""
+    def non_leaf(self) -> Tensor:
+        """A copy of the student as the output of a layer: inplace=True does not accept a leaf."""
         logits = self.spare("inplace").copy_(self.student).detach()
         return _Layer.apply(torch.zeros((), requires_grad=True), logits)
 
 
 class _Layer(torch.autograd.Function):
-    """Makes logits a non-leaf without a copy of them."""
+    """Makes logits a non-leaf without copying them."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, logits: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def recipe(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float)
 
 
 def soft_terms(divergence: str, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """T^2 * D of each row, as one writes it down, at the default beta."""
+    """T^2 * D of each row by its formula, at the default beta."""
     if divergence == "logit_mse":
         difference = (student - student.mean(-1, keepdim=True)) - (teacher - teacher.mean(-1, keepdim=True))
         return difference.square().mean(-1) / 2
@@ -130,7 +130,7 @@ def soft_terms(divergence: str, student: Tensor, teacher: Tensor, labels: Tensor
 
 
 def _dkd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """Decoupled KD with its published weights, as its authors wrote it: the others' softmax with the label masked."""
+    """Decoupled KD with its published weights, as its authors wrote it: a softmax with the label masked."""
     label = F.one_hot(labels, student.shape[-1]).bool()
     parts = []
     for z in (student, teacher):
@@ -158,7 +158,7 @@ def recipe_in_fp32(student: Tensor, teacher: Tensor, labels: Tensor, temperature
 
 
 def _liger_chunk(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, rows: int) -> Tensor:
-    """LigerFusedLinearJSDLoss from the logits on (0.8.5), for beta = 0, which is forward KL."""
+    """LigerFusedLinearJSDLoss (0.8.5) without the head, for beta = 0, which is forward KL."""
     log_q1 = F.log_softmax(student.float(), dim=-1)
     hard = F.nll_loss(log_q1, labels, reduction="sum")
     log_q = F.log_softmax(student / temperature, dim=-1)
@@ -169,7 +169,7 @@ def _liger_chunk(student: Tensor, teacher: Tensor, labels: Tensor, temperature: 
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled when first asked for: the compiler alone takes seconds to import."""
+    """Compiled at the first use: the compiler alone takes seconds to import."""
     return torch.compile(function, dynamic=False)
 
 
@@ -179,7 +179,7 @@ def _liger_grad() -> Callable[..., Any]:
 
 
 def liger(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> list[Tensor]:
-    """The gradient, chunk by chunk, made in the forward pass as Liger makes it."""
+    """The gradient, chunk by chunk, computed in forward as in Liger."""
     chunks = zip(*(x.split(LIGER_CHUNK) for x in (student, teacher, labels)), strict=True)
     return [_liger_grad()(s, t, y, temperature, len(labels))[0] for s, t, y in chunks]
 
@@ -199,17 +199,17 @@ def _inplace(data: Data, threads: int | None = None, **options: Any) -> Candidat
         loss = kd_loss(*arguments, inplace=True, **options)
         (loss[0] if "return_metrics" in options else loss).backward()
 
-    return Candidate(data.overwritable, run, threads)
+    return Candidate(data.non_leaf, run, threads)
 
 
 def _forward(function: Callable[..., Any], *args: Any) -> Candidate:
-    """The value alone, where nothing needs a gradient."""
+    """The value alone, under no_grad."""
     without_grad = torch.no_grad()(function)
     return Candidate(lambda: None, lambda _: without_grad(*args))
 
 
 def candidate(name: str, data: Data) -> Candidate:
-    """The candidate of that name, see the top of this file."""
+    """The candidate of this name; the top of this file lists them."""
     student, teacher, labels, temperature = data.student, data.teacher, data.labels, data.temperature
     makers: dict[str, Callable[[], Candidate]] = {
         "kdfast": lambda: _trained(data, kd_loss),
@@ -242,10 +242,7 @@ def candidate(name: str, data: Data) -> Candidate:
 
 
 def gradient_error(data: Data, rows: int = 16) -> float:
-    """How far kdfast's gradient is from the recipe's in fp64, relative to its largest entry.
-
-    The time of a wrong gradient would mean nothing.
-    """
+    """The error of kdfast's gradient against the recipe in fp64, relative to the largest entry."""
     args = data.teacher[:rows], data.labels[:rows]
     student = data.student[:rows].clone().requires_grad_()
     kd_loss(student, *args, data.temperature).backward()

@@ -1,7 +1,7 @@
-"""What is measured: every case with its bar, its goal and its reason.
+"""All cases, each with its bar, its goal and its reason.
 
-A workload is what is measured in one interleaved run. A case is one line of the table: one way of calling
-kdfast on a workload, and what its time is held against. candidates.py explains the names of candidates.
+A workload is measured in one interleaved run. A case is one line of the table: a call of kdfast on a workload, and the
+candidates that it is compared with. candidates.py explains their names.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Workload:
     vocab: int
     dtype: str = "fp32"
     temperature: float = 2.0
-    isa: str = "best"  # the instruction set that kdfast is held to; "best": the one that it picks itself
+    isa: str = "best"  # kdfast's instruction set; "best": the one that it picks itself
 
     @property
     def name(self) -> str:
@@ -25,15 +25,13 @@ class Workload:
 
     @property
     def nbytes(self) -> int:
-        """Of the student's logits, which are as large as the teacher's and as the gradient."""
+        """The size of the student's logits, and so of the teacher's and of the gradient."""
         return self.rows * self.vocab * {"fp32": 4, "bf16": 2}[self.dtype]
 
     @property
     def cold(self) -> bool:
-        """Whether caches are flushed before each call: where the logits do not fit into them anyway.
-
-        Small ones stay warm, as in training, where the model's last layer has just written them.
-        """
+        """Whether caches are flushed before each call. Small logits stay warm, as in training, where the model's last
+        layer has just written them."""
         return self.nbytes > 32 << 20
 
     @property
@@ -44,11 +42,8 @@ class Workload:
 
 @dataclass(frozen=True)
 class Bound:
-    """How a time must compare with another candidate's.
-
-    Against a floor, or the default divergence: at most so many times it. Against anything else: so many times faster.
-    None: nothing asked.
-    """
+    """A limit on the ratio of a time to another candidate's: at most `bar` times a floor or the default divergence, at
+    least `bar` times faster than anything else. None: no limit."""
 
     against: str
     bar: float | None
@@ -76,12 +71,12 @@ class Case:
     measured: str  # the candidate whose time this case is about
     bounds: tuple[Bound, ...]
     reason: str
-    also: tuple[str, ...] = ()  # candidates shown beside it, without a bound
+    also: tuple[str, ...] = ()  # further candidates, without a bound
     quick: bool = False  # part of --quick
 
     @property
     def candidates(self) -> list[str]:
-        """All that have to be measured, each once."""
+        """All candidates to measure, each once."""
         return list(dict.fromkeys([self.measured, *(bound.against for bound in self.bounds), *self.also]))
 
 
@@ -99,14 +94,14 @@ def _inplace(
     temperature: float = 2.0,
     isa: str = "best",
 ) -> Case:
-    """inplace=True, held against the floor alone."""
+    """inplace=True, compared with the floor alone."""
     workload = Workload(*shape, dtype, temperature, isa)
     return Case(f"{workload.name}-inplace", workload, "kdfast inplace", (Bound(_KEPT, bar, goal),), reason)
 
 
 def _variants() -> list[Case]:
-    """The floor's bars for other shapes, temperatures and instruction sets: (fp32's bar, goal), (bf16's)."""
-    three_exps = "no exp(z/T)^T here: three exps an element"
+    """Other shapes, temperatures and instruction sets: bars and goals against the floor, of fp32 and of bf16."""
+    three_exps = "without exp(z/T)^T: three exps an element"
     avx2 = "most desktops and half of the cloud have no AVX-512"
     cases = []
     for dtype, bar, goal in (("fp32", 1.8, 1.25), ("bf16", 2.6, 1.8)):
@@ -122,11 +117,11 @@ def _variants() -> list[Case]:
 
 
 def _family() -> list[Case]:
-    """Every divergence beside the default one and its own recipe."""
-    running = (1.2, 1.05), (15, 30), "its sums run along with those of the exps"
+    """Every divergence, compared with the default one and with its own recipe."""
+    running = (1.2, 1.05), (15, 30), "its sums are taken together with those of the exps"
     own_pass = (2.0, 1.4), (15, 30), "a pass of its own over p and q, with up to two logarithms a class"
     as_forward = (1.2, 1.0), (15, 30), "forward_kl's sums without the label, and a copy of its block"
-    no_exps = (1.2, 1.0), (12, 30), "no exps but the hard term's"
+    no_exps = (1.2, 1.0), (12, 30), "only the hard term has exps"
     kinds = {"forward_kl": running, "reverse_kl": running, "symmetric_kl": running, "jsd": own_pass}
     kinds |= {name: own_pass for name in ("skew_forward_kl", "skew_reverse_kl", "tvd", "hellinger")}
     cases = []
@@ -139,14 +134,14 @@ def _family() -> list[Case]:
 
 
 def _options() -> list[Case]:
-    """Each option beside the call without it."""
+    """Each option, compared with the call without it."""
     bars = {
         "metrics": (1.1, "three more sums, and two maxima"),
         "smoothing": (1.05, "the sum of the logits"),
         "z_loss": (1.05, "a number per row"),
         "weights": (1.05, "a number per row"),
         "softcap": (1.8, "a tanh a class"),
-        "both softcaps": (1.8, "two of them"),
+        "both softcaps": (1.8, "two tanh a class"),
         "standardize": (1.3, "mean and deviation first, no exp(z/T)^T, a dot product for the gradient"),
     }
     cases = []
@@ -184,7 +179,7 @@ CASES = [
         Workload(*LLM),
         "kdfast inplace",
         (Bound(_KEPT, 1.6, 1.25), Bound("eager", 30), Bound("torch.compile", 7)),
-        "the main case: a language model's logits, the gradient where they were",
+        "the main case: a language model's logits, overwritten by their gradient",
         also=("liger",),
         quick=True,
     ),
@@ -193,7 +188,7 @@ CASES = [
         Workload(*LLM),
         "kdfast",
         (Bound(_FRESH, 0.8, 0.55), Bound("eager", 15)),
-        "what one gets without asking: a fresh gradient, whose pages the system maps and zeroes first",
+        "the default: a fresh gradient, whose pages the system maps and zeroes first",
         also=("torch.compile",),
         quick=True,
     ),
@@ -210,7 +205,7 @@ CASES = [
         Workload(*LLM, "bf16"),
         "kdfast inplace",
         (Bound(_KEPT, 2.4, 1.8), Bound("eager", 30)),
-        "half the bytes and as much arithmetic: further from the floor than fp32",
+        "half the bytes and the same arithmetic: further from the floor than fp32",
         also=("torch.compile", "eager in fp32", "liger"),
         quick=True,
     ),
@@ -239,7 +234,7 @@ CASES = [
         Workload(8, 10),
         "kdfast",
         (Bound("eager", 1.0, 2.0),),
-        "one small call and its backward: nothing but overhead",
+        "one small call and its backward: only overhead",
         also=("torch.compile",),
         quick=True,
     ),

@@ -19,24 +19,24 @@ FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
 
 
 def _compilers() -> list[list[str]]:
-    """CXX, else those found; GCC comes first, for torch has its OpenMP, whose threads are then shared."""
+    """CXX, or those found; GCC comes first, since torch uses its OpenMP and shares the threads."""
     if os.environ.get("CXX"):
         return [shlex.split(os.environ["CXX"])]
     return [[name] for name in ("g++", "c++", "clang++") if shutil.which(name)]
 
 
 def _compile(library: Path) -> None:
-    """Builds the library with the first compiler that can, under a name of its own: two runs may do so at once."""
+    """Builds the library with the first compiler that can; a temporary name allows two runs at a time."""
     unfinished = library.with_suffix(f".{os.getpid()}")
-    said = []
+    errors = []
     for compiler in _compilers():
         command = [*compiler, *FLAGS, str(SOURCE), "-o", str(unfinished)]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if done.returncode == 0:
             unfinished.replace(library)
             return
-        said.append(f"{shlex.join(command)}\n{done.stderr}")
-    raise RuntimeError("the floor needs a C++ compiler with OpenMP, such as g++ (CXX names one); " + "\n".join(said))
+        errors.append(f"{shlex.join(command)}\n{done.stderr}")
+    raise RuntimeError("the floor needs a C++ compiler with OpenMP, such as g++ (CXX names one); " + "\n".join(errors))
 
 
 @functools.cache
@@ -47,7 +47,7 @@ def _library() -> ctypes.CDLL:
     if not library.exists():
         library.parent.mkdir(mode=0o700, exist_ok=True)
         _compile(library)
-    loaded = ctypes.CDLL(str(library))  # after torch, whose OpenMP runtime and threads it thereby shares
+    loaded = ctypes.CDLL(str(library))  # after torch, to share its OpenMP runtime and threads
     loaded.floor_read_only.restype = ctypes.c_uint64
     return loaded
 
@@ -59,8 +59,8 @@ def _arguments(*tensors: Tensor) -> list[object]:
 
 
 def read_write(student: Tensor, teacher: Tensor, out: Tensor) -> Tensor:
-    """Reads two arrays and fills a third of the same size, with torch's number of threads."""
-    assert out.data_ptr() % 64 == 0  # what streaming stores need; torch aligns its CPU tensors so
+    """Reads two arrays and writes a third of the same size, with torch's number of threads."""
+    assert out.data_ptr() % 64 == 0  # streaming stores need it; torch aligns CPU tensors to it
     _library().floor_read_write(*_arguments(student, teacher, out))
     return out
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`: kdfast's CUDA and Triton kernels beside their peers on a GPU, in one report.
+"""`python -m benchmarks.gpu`: kdfast's CUDA and Triton kernels and their peers on a GPU, in one report.
 
 The report is a table in markdown, a CSV and a plot, named after the device, in benchmarks/results. `make gpu-check`
 runs the tests first and puts their summary into it.
@@ -32,24 +32,24 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--case", action="append", metavar="TEXT", help="cases with TEXT in their name; repeatable")
     parser.add_argument("--repeats", type=int, help=f"default {REPEATS}, at least {LEAST_REPEATS} (dry: {DRY_REPEATS})")
     parser.add_argument("--tests", type=Path, metavar="FILE", help="pytest's output, whose summary the report quotes")
-    parser.add_argument("--sanitizer", type=Path, metavar="FILE", help="compute-sanitizer's output, likewise")
+    parser.add_argument("--sanitizer", type=Path, metavar="FILE", help="compute-sanitizer's output, also quoted")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for the report (whole runs: benchmarks/results)")
-    parser.add_argument("--dry-run", action="store_true", help="tiny logits on the CPU: that it runs, not how fast")
+    parser.add_argument("--dry-run", action="store_true", help="tiny logits on the CPU: times mean nothing")
     options = parser.parse_args()
     if options.repeats is not None and options.repeats < (1 if options.dry_run else LEAST_REPEATS):
-        parser.error(f"--repeats: {options.repeats} are too few for a median and percentiles")
+        parser.error(f"--repeats: {options.repeats} are too few for percentiles")
     if options.dry_run and options.out and options.out.resolve() == RESULTS.resolve():
-        parser.error("--out: a dry run is no result, give it a folder of its own")
+        parser.error("--out: a dry run is no result; use another folder")
     return options
 
 
 def _replace_gpu() -> str:
-    """Has Triton's kernels run on CPU tensors, from before Triton is first imported; returns what runs them."""
+    """Before Triton is imported, makes its kernels run on CPU tensors; returns what runs them."""
     if not ((TOOLS / "ptxemu").is_dir() and importlib.util.find_spec("numpy")):
         os.environ["TRITON_INTERPRET"] = "1"
         return "Triton's interpreter"
     os.environ.pop("TRITON_INTERPRET", None)
-    if importlib.util.find_spec("triton"):  # without it, kdfast says itself what is missing
+    if importlib.util.find_spec("triton"):  # else kdfast says what is missing
         os.environ.setdefault("PTXEMU_CACHE", str(TOOLS.with_name("build") / "ptxemu"))
         sys.path.insert(0, str(TOOLS))
         from ptxemu import triton_driver  # an emulator of GPU kernels
@@ -59,29 +59,29 @@ def _replace_gpu() -> str:
 
 
 def _summary(output: Path) -> str:
-    """The lines that end pytest's output, such as 12 passed, 3 skipped in 4.56s, or compute-sanitizer's."""
+    """The last line of pytest's output, such as 12 passed, 3 skipped in 4.56s, or compute-sanitizer's summary."""
     lines = output.read_text(errors="replace").splitlines()
     ends = [line.strip("= ") for line in lines if re.search(r"\b(passed|failed|skipped|errors?)\b.* in [\d.]+s", line)]
     found = [line.strip("= ") for line in lines if re.search(r"SUMMARY: |not installed", line)]
-    return (ends[-1] if ends else "; ".join(found)) or "no summary, they did not run to their end"
+    return (ends[-1] if ends else "; ".join(found)) or "no summary: the run did not finish"
 
 
 def main() -> int:
     options = _arguments()
     replacement = _replace_gpu() if options.dry_run else None
 
-    import torch  # not before: it may import Triton
+    import torch  # not earlier: it may import Triton
 
     from benchmarks import gpu_measure, gpu_report
     from benchmarks.report import cpu_name
 
     if not options.dry_run and not torch.cuda.is_available():
-        print("benchmarks.gpu: torch sees no GPU here; --dry-run does without one", file=sys.stderr)
+        print("benchmarks.gpu: torch sees no GPU here; --dry-run needs none", file=sys.stderr)
         return 2
     cases = DRY_CASES if options.dry_run else CASES
     cases = [case for case in cases if not options.case or any(text in case.name for text in options.case)]
     if not cases:
-        print("benchmarks.gpu: no case has that in its name", file=sys.stderr)
+        print("benchmarks.gpu: no case has this text in its name", file=sys.stderr)
         return 2
     device = gpu_measure.Host() if options.dry_run else gpu_measure.Gpu()
     repeats = options.repeats or (DRY_REPEATS if options.dry_run else REPEATS)

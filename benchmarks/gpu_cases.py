@@ -1,4 +1,4 @@
-"""The shapes that benchmarks.gpu measures, and why each."""
+"""The shapes that benchmarks.gpu measures, with reasons."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class Case:
 
     @property
     def nbytes(self) -> int:
-        """The least that must cross the memory bus: both logits are read, the gradient is written."""
+        """The minimum memory traffic: both logits are read, the gradient is written."""
         return (3 if self.with_grad else 2) * self.workload.nbytes
 
 
@@ -27,14 +27,14 @@ CASES = [
     Case(Workload(4096, 32000, "bf16"), "a language model's micro-batch, Llama 2's vocabulary"),
     Case(Workload(2048, 128256, "bf16"), "Llama 3's: rows of 250 kB, which no longer fit into registers"),
     Case(Workload(1024, 151936, "bf16"), "Qwen's, the widest of the common ones"),
-    Case(Workload(4096, 50257, "bf16"), "GPT-2's: odd, so that rows begin off every alignment"),
+    Case(Workload(4096, 50257, "bf16"), "GPT-2's: odd, so that rows are unaligned"),
     Case(Workload(8, 128256, "bf16"), "fewer rows than multiprocessors, as in a decoding step: mostly overhead"),
     Case(Workload(65536, 1000, "bf16"), "ImageNet, or a dense prediction: many short rows"),
     Case(Workload(4096, 32000, "fp32"), "twice the bytes for the same arithmetic"),
     Case(Workload(4096, 32000, "bf16"), "evaluation under no_grad: nothing of the logits' size is written", False),
 ]
 DRY_CASES = [
-    Case(Workload(4, 300, "bf16"), "a short row that is no whole number of blocks"),
+    Case(Workload(4, 300, "bf16"), "a short row that is no multiple of a block"),
     Case(Workload(2, 4096, "bf16"), "a longer one"),
     Case(Workload(4, 300, "fp32"), "the other dtype"),
     Case(Workload(2, 4096, "bf16"), "without a gradient", False),

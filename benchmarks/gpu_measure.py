@@ -1,8 +1,8 @@
-"""What benchmarks.gpu measures, and how: the candidates of a case, each checked, then timed in turns.
+"""How benchmarks.gpu measures: the candidates of a case are checked, then timed in turns.
 
-roofline        a copy on the device that moves as many bytes as the case must: it reads half and writes half
+roofline        a copy on the device of as many bytes as the case must move: it reads half and writes half
 kdfast cuda     kd_loss and backward on the CUDA kernels, a fresh gradient; forward_kl, whose value is the recipe's
-  ... inplace   the gradient where the logits were
+  ... inplace   the gradient overwrites the logits
 kdfast triton   the same on the Triton kernels
 eager           the recipe of candidates.py, in the logits' own dtype
 torch.compile   the recipe compiled
@@ -34,7 +34,7 @@ from benchmarks.gpu_report import Row
 from benchmarks.timing import Candidate, flush_caches
 from benchmarks.worker import TOLERANCE
 
-KDFAST = {  # backends by name: what another one takes must not pass for it
+KDFAST = {  # the backend by name, so that no other one takes the call
     "kdfast cuda": "cuda",
     "kdfast cuda inplace": "cuda",
     "kdfast triton": "triton",
@@ -42,13 +42,13 @@ KDFAST = {  # backends by name: what another one takes must not pass for it
 }
 NAMES = ("roofline", *KDFAST, "eager", "torch.compile", "liger")
 WARM_UP = 3
-CHECKED_ROWS = 16  # whose gradients are compared; of the loss, all rows
-_CHUNK = 1 << 22  # logits that are in fp64 at a time
-_FLUSH_BYTES = 512 << 20  # twice the largest last-level cache there is on a GPU, or four times the L2 of a later one
+CHECKED_ROWS = 16  # gradients of these are compared; the loss of all rows
+_CHUNK = 1 << 22  # logits in fp64 at a time
+_FLUSH_BYTES = 512 << 20  # twice the largest last-level cache of today's GPUs; at least four times the L2
 
 
 class Gpu:
-    """Times by the device's own clock."""
+    """Measures with the device's clock."""
 
     name = "cuda"
 
@@ -61,9 +61,9 @@ class Gpu:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         self._flush.zero_()
-        self._flush.sum()  # read after it was written, so that no candidate's time has its lines written back
+        self._flush.sum()  # a read, so that no candidate waits for its write-back
         start.record()
-        result = candidate.run(argument)  # queued while the flush runs: the host's share shows where it is longer
+        result = candidate.run(argument)  # queued while the flush runs: hides the host's time up to its length
         end.record()
         end.synchronize()
         del result, argument
@@ -81,7 +81,7 @@ class Gpu:
 
 
 class Host:
-    """Takes a GPU's place in a dry run, with what a CPU has."""
+    """The CPU, which replaces the GPU in a dry run."""
 
     name = "cpu"
 
@@ -100,7 +100,7 @@ class Host:
 
 
 class Data(candidates.Data):
-    """The tensors of a workload, made where they are used."""
+    """The tensors of a workload, made on the device."""
 
     def __init__(self, workload: Workload, device: str) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -123,7 +123,7 @@ def liger(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) 
 
 
 def _copy(nbytes: int, device: str) -> Candidate:
-    """Reads and writes so many bytes in all. Its arrays are given back each time, so that peers find room."""
+    """Reads and writes `nbytes` in all. Its arrays are freed after each call, to leave memory for the peers."""
 
     def prepare() -> list[Tensor]:
         return [torch.empty(nbytes // 2, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -151,11 +151,11 @@ def _candidate(name: str, case: Case, data: Data) -> Candidate:
 
     if not case.with_grad:
         return Candidate(lambda: data.student, torch.no_grad()(lambda student: loss(student, **args)))
-    return Candidate(data.overwritable if inplace else data.leaf, train)
+    return Candidate(data.non_leaf if inplace else data.leaf, train)
 
 
 def _why_not(name: str, is_dry: bool) -> str:
-    """Why a candidate cannot take part here; empty where it can."""
+    """Why a candidate cannot run here; empty where it can."""
     if backend := KDFAST.get(name):
         if backend == "cuda" and (is_dry or torch.version.cuda is None):
             return "left out: needs an NVIDIA GPU"
@@ -167,7 +167,7 @@ def _why_not(name: str, is_dry: bool) -> str:
 
 
 class _Truth:
-    """The recipe in fp64: its value over all rows, its gradient for some."""
+    """The recipe in fp64: its value over all rows, its gradient for some of them."""
 
     def __init__(self, data: Data) -> None:
         count, vocab = data.student.shape
@@ -180,31 +180,31 @@ class _Truth:
         s, t, y = (x[self.rows] for x in (data.student, data.teacher, data.labels))
         s = s.double().requires_grad_()
         (grad,) = torch.autograd.grad(candidates.recipe(s, t.double(), y, data.temperature), s)
-        self.grad = grad * (len(self.rows) / count)  # (rows, vocab), as a part of the mean over all rows
+        self.grad = grad * (len(self.rows) / count)  # (rows, vocab), of the mean over all rows
 
     def check(self, row: Row, candidate: Candidate) -> None:
-        """Fills in the errors: the loss's, and the gradient's relative to each row's largest entry."""
+        """Sets the errors of the loss, and of the gradient relative to each row's largest entry."""
         student = candidate.prepare()
         loss = abs(float(candidate.run(student)) - self.loss) / abs(self.loss)
         gradient = 0.0
         if row.case.with_grad:
-            found = student.grad if student.is_leaf else student.detach()  # in place: where the logits were
+            found = student.grad if student.is_leaf else student.detach()  # in-place: the logits are overwritten
             off = (found[self.rows].double() - self.grad).abs().amax(-1) / self.grad.abs().amax(-1)
             gradient = float(off.max())
         row.errors = loss, gradient
         tolerance = TOLERANCE[row.case.workload.dtype]
-        if not (loss < tolerance and gradient < tolerance):  # nor where one is NaN
+        if not (loss < tolerance and gradient < tolerance):  # also if one is NaN
             row.note = f"WRONG: loss off by {loss:.1e}, gradient by {gradient:.1e}"
 
 
-def _give_back() -> None:
+def _free_memory() -> None:
     gc.collect()
     torch.cuda.empty_cache()  # does nothing where there is no GPU
 
 
 @contextlib.contextmanager
-def _noting(*rows: Row) -> Iterator[None]:
-    """What goes wrong becomes the rows' note; the others go on."""
+def _note_failures(*rows: Row) -> Iterator[None]:
+    """An exception becomes the rows' note; other candidates continue."""
     note = ""
     try:
         yield
@@ -216,18 +216,18 @@ def _noting(*rows: Row) -> Iterator[None]:
     if note:
         for row in rows:
             row.note, row.samples, row.peak = note, [], None
-        _give_back()  # here, where the exception no longer holds its frames and their tensors
+        _free_memory()  # here the exception no longer keeps its frames' tensors alive
 
 
 def measure(case: Case, device: Gpu | Host, repeats: int, title: str) -> list[Row]:
-    """The rows of a case. The order of candidates is shuffled in every repeat, so that no clock favours one."""
+    """The rows of a case. Every repeat shuffles the candidates, so that a changing clock favours none."""
     say = partial(print, f"{title}:", file=sys.stderr, flush=True)
     names = [name for name in NAMES if case.with_grad or not name.endswith("inplace")]
     rows = {name: Row(case, name, note=_why_not(name, device.name == "cpu")) for name in names}
     ready = {}
-    torch.compiler.reset()  # it stops compiling after a number of shapes
-    _give_back()
-    with _noting(*(row for row in rows.values() if not row.note)):
+    torch.compiler.reset()  # it stops compiling after some shapes
+    _free_memory()
+    with _note_failures(*(row for row in rows.values() if not row.note)):
         say("logits and the truth")
         data = Data(case.workload, device.name)
         truth = _Truth(data)
@@ -235,7 +235,7 @@ def measure(case: Case, device: Gpu | Host, repeats: int, title: str) -> list[Ro
             if row.note:
                 continue
             say(name)
-            with _noting(row):
+            with _note_failures(row):
                 candidate = _candidate(name, case, data)
                 if name != "roofline":
                     truth.check(row, candidate)
@@ -247,7 +247,7 @@ def measure(case: Case, device: Gpu | Host, repeats: int, title: str) -> list[Ro
         order = random.Random(0)
         for _ in range(repeats):
             for name in order.sample(list(ready), len(ready)):
-                with _noting(rows[name]):
+                with _note_failures(rows[name]):
                     rows[name].samples.append(device.milliseconds(ready[name]))
                 if not rows[name].samples:
                     del ready[name]

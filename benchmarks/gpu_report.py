@@ -1,4 +1,4 @@
-"""What a run of benchmarks.gpu says: a page in markdown, a CSV and a plot of the ratios to the roofline."""
+"""The report of benchmarks.gpu: a page in markdown, a CSV and a plot of the ratios to the roofline."""
 
 from __future__ import annotations
 
@@ -33,19 +33,18 @@ COLOURS = {  # all others are grey
 WRONG, OTHER, ROOFLINE = "#c04a53", "#a3a8b0", "#3465d9"
 
 LEGEND = """\
-T = 2, alpha = 0.9 with labels, reduction "mean"; forward and backward, without a gradient where the case says so. The
-L2 is flushed before every call, the candidates take turns in an order that is shuffled in every round, and the times
-are the device's own. The host queues a call while the flush runs, so what it takes itself shows only where it takes
-longer than that: in the smallest case.
+T = 2, alpha = 0.9 with labels, reduction "mean"; forward and backward, or forward alone where the case says so. The L2
+is flushed before every call, every round shuffles the candidates, and times are measured on the device. The host queues
+a call while the flush runs: its own time only shows where it is longer, in the smallest case.
 
-- roofline: a copy on the device that moves the least bytes with which the case can be done (two arrays read, one
-  written; without a gradient two read).
-- GB/s: these bytes over the median. x roofline: times the roofline's time, 1 is as fast as a copy. x eager: times
+- roofline: a copy on the device of the minimum number of bytes (two arrays read, one written; without a gradient two
+  read).
+- GB/s: these bytes divided by the median. x roofline: times the roofline's time; 1 is as fast as a copy. x eager: times
   faster than eager.
 - peak MB: memory beyond the inputs, the gradient included.
-- kdfast is called with `divergence="forward_kl"`, whose value is the recipe's; eager is the recipe in plain functions
-  and the logits' dtype; liger is the recipe with Liger-Kernel's divergence in it.
-- Each candidate's loss and gradient were compared with the recipe in float64; one that is off says so in its note."""
+- kdfast is called with `divergence="forward_kl"`, which has the recipe's value; eager is the recipe in plain functions
+  and the logits' dtype; liger is the recipe with Liger-Kernel's divergence.
+- Each candidate's loss and gradient were compared with the recipe in float64; a note shows a failure."""
 
 
 @dataclass
@@ -57,7 +56,7 @@ class Row:
     samples: list[float] = field(default_factory=list)  # milliseconds
     peak: int | None = None  # bytes beyond the inputs
     errors: tuple[float, float] | None = None  # of the loss and the gradient, relative
-    note: str = ""  # why there are no samples, or why not to believe them
+    note: str = ""  # why there are no samples, or why they mean nothing
 
     @property
     def median(self) -> float:
@@ -73,7 +72,7 @@ class Row:
 
 
 def _first_line(*command: str) -> str:
-    """The first line that a command prints; empty where there is no such command or it fails."""
+    """The first line that a command prints; empty where it is missing or fails."""
     if not shutil.which(command[0]):
         return ""
     done = subprocess.run(
@@ -113,12 +112,12 @@ def facts(device: str, tests: str, sanitizer: str) -> dict[str, str]:
     }
 
 
-def _short(x: float) -> str:
+def _format(x: float) -> str:
     return f"{x:.3g}" if x < 100 else f"{x:.0f}"
 
 
 def _table(rows: list[list[str]]) -> str:
-    """In markdown, with columns that stand below each other in a terminal too; numbers to the right."""
+    """A table in markdown with aligned columns; numbers are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     right = [1 < place < len(TABLE) - 1 for place in range(len(widths))] if rows[0] == TABLE else [False] * len(widths)
     rows = [rows[0], ["-" * (width - r) + ":" * r for width, r in zip(widths, right, strict=True)], *rows[1:]]
@@ -146,7 +145,7 @@ class Report:
         return found[0].median if found else None
 
     def _numbers(self, row: Row) -> list[float | None]:
-        """As _NUMBERS has them."""
+        """The values of _NUMBERS."""
         if not row.samples:
             return [0] + [None] * (len(_NUMBERS) - 1)
         roofline, eager = self._median(row, "roofline"), self._median(row, "eager")
@@ -161,16 +160,16 @@ class Report:
         ]
 
     def _line(self, row: Row) -> list[str]:
-        """As TABLE has it."""
+        """The cells of TABLE."""
         _, median, low, high, rate, roofline, eager, peak = self._numbers(row)
-        texts = ["" if x is None else _short(x) for x in (rate, roofline, eager, peak)]
+        texts = ["" if x is None else _format(x) for x in (rate, roofline, eager, peak)]
         spread = [f"{median:.4g}", f"{low:.4g}..{high:.4g}"] if row.samples else ["", ""]
         return [row.case.name, row.candidate, *spread, *texts, row.note]
 
     def markdown(self) -> str:
         title = f"kdfast on {self.facts['device']}"
         if self.is_dry:
-            title = f"Dry run, its times mean nothing: {title}"
+            title = f"Dry run, times mean nothing: {title}"
         return "\n".join(
             [
                 f"# {title}\n",
@@ -178,9 +177,9 @@ class Report:
                 _table([TABLE, *map(self._line, self.rows)]) + "\n",
                 f"![Time over the roofline's]({self.stem}.png)\n",
                 LEGEND + "\n",
-                "## To reproduce it\n",
+                "## To reproduce\n",
                 "In a checkout, on a machine with a GPU and its driver: `make gpu-check`. It makes its own environment",
-                "in `.venv-gpu`, runs the tests, and then what wrote this page:\n",
+                "in `.venv-gpu`, runs the tests, and then the command that wrote this page:\n",
                 f"    {self.command}",
             ]
         )
@@ -199,7 +198,7 @@ class Report:
         self._draw(folder / f"{self.stem}.png")
 
     def _draw(self, path: Path) -> None:
-        """A panel for each case, a bar for each candidate: from the roofline's time to its own."""
+        """A panel for each case, a bar for each candidate: from the roofline's time to the candidate's."""
         cases = list(dict.fromkeys(row.case for row in self.rows))
         panels = [[row for row in self.rows if row.case == case and row.candidate != "roofline"] for case in cases]
         heights = [len(panel) + 1 for panel in panels]
@@ -217,7 +216,7 @@ class Report:
                 colour = WRONG if row.note else COLOURS.get(row.candidate, OTHER)
                 if ratio is not None:
                     axis.barh(place, ratio - 1, left=1, height=0.7, color=colour)
-                text = row.note.split(":")[0] if ratio is None or row.note else f"{_short(ratio)}x"
+                text = row.note.split(":")[0] if ratio is None or row.note else f"{_format(ratio)}x"
                 axis.text(1.01, place, text, transform=axis.get_yaxis_transform(), va="center", size=8)
             axis.axvline(1, color=ROOFLINE, linewidth=1.5)
             axis.set_xscale("log")

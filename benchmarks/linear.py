@@ -1,24 +1,24 @@
-"""`python -m benchmarks.linear`: the loss from hidden states and heads, in time and memory.
+"""`python -m benchmarks.linear`: time and memory of the loss from hidden states and heads.
 
 Rows 1024, H = 512 for the student and 1024 for the teacher, T = 2, alpha = 0.9 with labels; loss and all gradients.
 
 candidates
-    products      the four products that must be done, each whole, its result in fresh memory: two give logits, of one
-                  of which the other two make the gradients in hidden states and weight
-    fp32 products the same of fp32 factors: what a 16-bit head's are on a CPU, for their logits are rounded nowhere
+    products      the four products that are needed, each unsplit, into fresh memory: two give logits, two the gradients
+                  in hidden states and weight
+    fp32 products the same with fp32 factors, which a CPU uses for 16-bit heads too, so that no logits are rounded
     kdfast        linear_kd_loss and backward
     eager         two heads, the recipe of candidates.py, backward
     kdfast jsd    the generalised Jensen-Shannon divergence, beta = 0.5
-    chunked jsd   the same as Liger-Kernel's chunked loss does it, in plain PyTorch: for each chunk, of as many rows as
+    chunked jsd   the same in plain PyTorch as in Liger-Kernel's chunked loss: for each chunk, of as many rows as
                   kdfast's, heads, loss and gradients by autograd, which are added up
 memory
-    of one call in a process of its own, at its peak, after a small one; beyond what it is given, the gradients that it
-    returns, and the fp32 accumulator of a 16-bit head's gradient
+    the peak of one call in a process of its own, after a small call; without inputs, the gradients that it returns, and
+    the fp32 accumulator of a 16-bit head's gradient
 
 Examples:
     python -m benchmarks.linear                                       fp32, V = 32000 and 128000
     python -m benchmarks.linear --dtype bf16 --vocab 32000 --without products eager
-    python -m benchmarks.linear --chunk-rows 64 128 256 512 1024      what the rule for chunk_rows rests on
+    python -m benchmarks.linear --chunk-rows 64 128 256 512 1024      the measurements behind the rule for chunk_rows
 """
 
 import argparse
@@ -43,11 +43,11 @@ from kdfast import chunks
 STUDENT, TEACHER = 512, 1024  # hidden sizes
 TEMPERATURE = 2.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WARMUP = 8  # rows of the call before the one whose memory counts
+WARMUP = 8  # rows of the small call
 
 
 class Data:
-    """Hidden states (rows, H), heads (V, H) and labels (rows,), whose logits have a standard deviation of 2."""
+    """Hidden states (rows, H), heads (V, H) and labels (rows,); logits have a standard deviation of 2."""
 
     def __init__(self, rows: int, vocab: int, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -61,7 +61,7 @@ class Data:
         self._factors: dict[torch.dtype, list[Tensor]] = {}
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The four in a dtype, kept: a cast is none of the products."""
+        """The four factors in a dtype, cached, so that no cast is timed."""
         if dtype not in self._factors:
             self._factors[dtype] = [x.to(dtype) for x in (self.hidden, self.weight, *self.teacher)]
         return tuple(self._factors[dtype])
@@ -97,7 +97,7 @@ def eager(data: Data, leaves: Any) -> Any:
 
 def chunked_jsd(data: Data, leaves: Any) -> Any:
     rows, at_once = len(data.labels), chunks.default_rows(len(data.weight), "cpu")
-    at_once = -(-rows // -(-rows // at_once))  # as kdfast divides them
+    at_once = -(-rows // -(-rows // at_once))  # as in kdfast
     grad_weight, grads, total = torch.zeros_like(data.weight), [], torch.zeros(())
     for part in zip(*(x.split(at_once) for x in (data.hidden, data.teacher[0], data.labels)), strict=True):
         hidden, weight = part[0].detach().requires_grad_(), leaves[1]
@@ -105,9 +105,9 @@ def chunked_jsd(data: Data, leaves: Any) -> Any:
         soft = soft_terms("jsd", student, teacher, part[2], TEMPERATURE).sum()
         hard = F.cross_entropy(student, part[2], reduction="sum")
         loss = (ALPHA * soft + (1 - ALPHA) * hard) / rows
-        of_hidden, of_weight = torch.autograd.grad(loss, (hidden, weight))
-        grads.append(of_hidden)
-        grad_weight += of_weight
+        hidden_grad, head_grad = torch.autograd.grad(loss, (hidden, weight))
+        grads.append(hidden_grad)
+        grad_weight += head_grad
         total += loss.detach()
     return total, torch.cat(grads), grad_weight
 
@@ -123,14 +123,14 @@ RUNS: dict[str, Callable[..., Any]] = {
 
 
 def times(data: Data, runs: dict[str, Callable[..., Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, interleaved."""
+    """Median seconds of each run, interleaved."""
     candidates = {name: Candidate(data.leaves, lambda leaves, run=run: run(data, leaves)) for name, run in runs.items()}
     samples = interleave(candidates, rounds, True, 1, lambda what: print(what, file=sys.stderr))
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
 def shares(data: Data) -> dict[str, float]:
-    """Of one call's time, by the profiler: what is not products or row kernel is the rest."""
+    """Shares of one call's time, by the profiler."""
     fused(data, data.leaves())
     with torch.profiler.profile() as profile:
         start = time.perf_counter()
@@ -153,10 +153,10 @@ def peak(data: Data, name: str, dtype: torch.dtype) -> int:
             return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
 
     few, leaves = data.first(WARMUP), data.leaves()
-    kept = RUNS[name](few, few.leaves())  # threads and libraries make what they keep
+    kept = RUNS[name](few, few.leaves())  # threads and libraries allocate what they keep
     del kept
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # from here on the peak is counted anew
+        file.write("5")  # resets the peak
     before = resident("VmRSS")
     RUNS[name](data, leaves)
     returned = sum(x.nbytes for x in leaves)
@@ -164,8 +164,8 @@ def peak(data: Data, name: str, dtype: torch.dtype) -> int:
     return resident("VmHWM") - before - returned - accumulator
 
 
-def peak_elsewhere(name: str, rows: int, vocab: int, dtype: str) -> float:
-    """MB, of a fresh process."""
+def peak_megabytes(name: str, rows: int, vocab: int, dtype: str) -> float:
+    """The peak in a fresh process, in MB."""
     command = [sys.executable, "-m", "benchmarks.linear", "--peak", name, "--rows", str(rows)]
     command += ["--vocab", str(vocab), "--dtype", dtype]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout) / 1e6
@@ -181,7 +181,7 @@ def report(vocab: int, args: argparse.Namespace) -> None:
         table.add_column(column, justify="right")
     for name in names:
         measured = name in ("kdfast", "eager", "kdfast jsd", "chunked jsd") and not args.no_memory
-        memory = f"{peak_elsewhere(name, args.rows, vocab, args.dtype):.0f}" if measured else ""
+        memory = f"{peak_megabytes(name, args.rows, vocab, args.dtype):.0f}" if measured else ""
         ratios = (f"{seconds[name] / seconds[each]:.3f}" for each in columns)
         table.add_row(name, f"{seconds[name]:.3f}", *ratios, memory)
     console = Console()
@@ -191,7 +191,7 @@ def report(vocab: int, args: argparse.Namespace) -> None:
 
 
 def report_chunk_rows(vocab: int, args: argparse.Namespace) -> None:
-    """What chunks of so many rows cost in time; what they take in memory is reckoned."""
+    """The time of each size of chunks; the memory of their logits is computed."""
     data = Data(args.rows, vocab, DTYPES[args.dtype])
     runs = {str(rows): lambda data, leaves, rows=rows: fused(data, leaves, chunk_rows=rows) for rows in args.chunk_rows}
     seconds = times(data, {"products": four_products} | runs, args.rounds)
@@ -212,11 +212,11 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 128_000])
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--without", nargs="+", choices=RUNS, default=[], metavar="CANDIDATE", help="left out")
+    parser.add_argument("--without", nargs="+", choices=RUNS, default=[], metavar="CANDIDATE", help="leave out")
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--growth", type=int, nargs="+", metavar="ROWS", help="memory at so many rows, and no more")
+    parser.add_argument("--growth", type=int, nargs="+", metavar="ROWS", help="only memory at these numbers of rows")
     parser.add_argument(
-        "--chunk-rows", type=int, nargs="+", metavar="ROWS", help="time by rows of a chunk, and no more"
+        "--chunk-rows", type=int, nargs="+", metavar="ROWS", help="only time at these numbers of rows a chunk"
     )
     parser.add_argument("--peak", choices=RUNS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -227,7 +227,7 @@ def main() -> None:
     for vocab in args.vocab:
         if args.growth:
             for rows in args.growth:
-                print(f"({rows}, {vocab}) {args.dtype}: {peak_elsewhere('kdfast', rows, vocab, args.dtype):.0f} MB")
+                print(f"({rows}, {vocab}) {args.dtype}: {peak_megabytes('kdfast', rows, vocab, args.dtype):.0f} MB")
         elif args.chunk_rows:
             report_chunk_rows(vocab, args)
         else:

@@ -1,4 +1,4 @@
-"""The plot of a run: what each case costs against the memory floor, and how much faster it is than peers."""
+"""The plot of a run: each case's time relative to the memory floor, and its speedup over peers."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ Line = tuple[str, Bound, float, str]  # label, bound, value reached, verdict
 
 
 def _lines(outcomes: list[Outcome], cost: bool) -> list[Line]:
-    """One line for each bound of the kind, in the order of the cases."""
+    """One line for each bound, of costs or of speedups, in the order of the cases."""
     lines = []
     for outcome in outcomes:
         for bound in outcome.case.bounds:
@@ -30,7 +30,7 @@ def _lines(outcomes: list[Outcome], cost: bool) -> list[Line]:
 
 
 def _panel(axes: Axes, lines: list[Line], title: str) -> None:
-    """Bars with a mark for each limit, and the numbers in a column of their own, where no mark crosses them."""
+    """Bars with a mark for each limit; the numbers have a column of their own."""
     axes.barh(range(len(lines)), [line[2] for line in lines], height=0.6, color=[COLOURS[line[3]] for line in lines])
     for place, (_, bound, value, _) in enumerate(lines):
         for limit, colour in ((bound.bar, BAR), (bound.goal, GOAL)):

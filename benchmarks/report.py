@@ -1,4 +1,4 @@
-"""What a run says: the table in the terminal and the CSV."""
+"""The report of a run: a table in the terminal and a CSV."""
 
 import csv
 import platform
@@ -28,13 +28,13 @@ class Outcome:
 
     case: Case
     run: dict[str, Any]
-    of: Callable[[list[float]], float] = statistics.median  # what stands for the samples of a candidate
+    summarize: Callable[[list[float]], float] = statistics.median  # of a candidate's samples
 
     def milliseconds(self, candidate: str) -> float:
-        return 1e3 * self.of(self.run["samples"][candidate])
+        return 1e3 * self.summarize(self.run["samples"][candidate])
 
     def spread(self, candidate: str) -> float:
-        """Half the distance between the quartiles, relative to the median: how far to trust the machine."""
+        """Half the distance between the quartiles, relative to the median."""
         samples = self.run["samples"][candidate]
         if len(samples) < 2:
             return 0.0
@@ -42,13 +42,13 @@ class Outcome:
         return (high - low) / 2 / middle
 
     def value(self, against: str) -> float:
-        """The ratio to another candidate's time, the way round that a bound on it has."""
+        """The ratio to another candidate's time, as Bound.value defines it."""
         bound = Bound(against, None)
         return bound.value(self.milliseconds(self.case.measured), self.milliseconds(against))
 
     def verdict(self, *bounds: Bound) -> str:
-        """One of "goal", "bar" and "missed" over these bounds; empty where there is none, or none that holds here."""
-        has_avx512 = str(self.run["isa"]).startswith("avx512")  # what the bounds on the best ISA are made for
+        """ "goal", "bar" or "missed" for these bounds; empty where there are none, or they are for another CPU."""
+        has_avx512 = str(self.run["isa"]).startswith("avx512")  # which the bounds of the best ISA are for
         if not bounds or (self.case.workload.isa == "best" and not has_avx512):
             return ""
         values = [(bound, self.value(bound.against)) for bound in bounds]
@@ -58,19 +58,19 @@ class Outcome:
 
 
 def cpu_name() -> str:
-    """The CPU's kind, as the system names it."""
+    """The CPU's model name."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
 def slug(name: str) -> str:
-    """A file name of it."""
+    """The name as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm|c)\)", "", name.lower())).strip("-")
 
 
 def _ratio(outcome: Outcome, against: str) -> str:
-    """A ratio, coloured by the bound there is on it."""
+    """A ratio, coloured by its bound's verdict."""
     if against not in outcome.run["samples"] or against not in outcome.case.candidates:
         return ""
     verdict = outcome.verdict(*(bound for bound in outcome.case.bounds if bound.against == against))
@@ -109,7 +109,7 @@ def heading(outcomes: list[Outcome]) -> str:
 
 
 def show(outcomes: list[Outcome]) -> None:
-    """The table; a ratio is green where it meets the goal, yellow where the bar, red where neither."""
+    """Prints the table; a ratio that meets its goal is green, its bar yellow, neither red."""
     table = Table(title=heading(outcomes), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("case", no_wrap=True)
     for column in ("kdfast ms", "floor ms", "x floor", "x eager", "x compile"):

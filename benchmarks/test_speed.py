@@ -3,8 +3,8 @@
     pytest benchmarks/test_speed.py -k "1024x32000-bf16 and floor"
     KDFAST_CPU_ISA=avx2 pytest benchmarks/test_speed.py -k avx2
 
-Nothing is asserted about speed: a busy machine would fail it. Cases of an instruction set other than the one
-that this process was started with are skipped, for it cannot be changed later.
+Speed is not asserted, since a busy machine would fail. Cases of another instruction set than this process has are
+skipped, since it cannot change.
 """
 
 import functools
@@ -28,7 +28,7 @@ _data = functools.lru_cache(maxsize=1)(Data)  # one workload's arrays at a time
 @pytest.mark.parametrize(
     ("workload", "name"), [pytest.param(*pair, id=f"{pair[0].name}: {pair[1]}") for pair in BY_WORKLOAD]
 )
-def test_speed(benchmark: Any, workload: Workload, name: str) -> None:
+def test_a_candidate_runs_and_is_timed(benchmark: Any, workload: Workload, name: str) -> None:
     isa = os.environ.get("KDFAST_CPU_ISA", "best")
     if workload.isa not in ("best", isa):
         pytest.skip(f"needs KDFAST_CPU_ISA={workload.isa}")

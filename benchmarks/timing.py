@@ -1,4 +1,4 @@
-"""Taking times: round-robin over the candidates, so that what else the machine does falls on all of them."""
+"""Timing: the candidates take turns, so that other load of the machine affects all of them."""
 
 import gc
 import random
@@ -9,25 +9,22 @@ from typing import Any
 
 import torch
 
-SLOW = 0.25  # seconds; what takes longer than this takes part in every third round
+SLOW = 0.25  # seconds; slower candidates run in every third round
 _FLUSH_BYTES = 128 << 20  # several times any last-level cache's share of two cores
 _flush: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way of computing the thing. `prepare`, and freeing what `run` returns, are not timed."""
+    """A computation to time. `prepare`, and freeing what `run` returns, are not timed."""
 
     prepare: Callable[[], Any]
     run: Callable[[Any], Any]
-    threads: int | None = None  # None: as many as everything else
+    threads: int | None = None  # None: torch's default
 
 
 def flush_caches() -> None:
-    """Reads more than the caches hold.
-
-    Every candidate then finds the logits in memory, and no line of its preparation still to be written there.
-    """
+    """Reads more than the caches hold: logits are then in memory alone, and no write-back is pending."""
     global _flush
     if _flush is None:
         _flush = torch.ones(_FLUSH_BYTES // 4)
@@ -47,7 +44,7 @@ def sample(candidate: Candidate, cold: bool, repeats: int) -> float:
         for argument in prepared:
             result = candidate.run(argument)
         seconds = (time.perf_counter() - start) / repeats
-        del result, argument, prepared  # after the clock: giving memory back takes time
+        del result, argument, prepared  # not timed: freeing memory takes time
         return seconds
     finally:
         torch.set_num_threads(default)
@@ -56,22 +53,19 @@ def sample(candidate: Candidate, cold: bool, repeats: int) -> float:
 def interleave(
     candidates: dict[str, Candidate], rounds: int, cold: bool, repeats: int, progress: Callable[[str], None]
 ) -> dict[str, list[float]]:
-    """Samples of every candidate, after a warm-up each, from `rounds` rounds.
-
-    The order is shuffled every time, so that none always follows the same one. Those that take long are left out
-    of two rounds in three.
-    """
+    """Samples of every candidate from `rounds` rounds, after a warm-up. Each round shuffles the order; slow candidates
+    run in every third round."""
     slow = set()
     for name, candidate in candidates.items():
         progress(f"warming up {name}")
-        sample(candidate, cold, 1)  # compiles where there is something to compile
+        sample(candidate, cold, 1)  # compiles, if needed
         if sample(candidate, cold, 1) > SLOW:
             slow.add(name)
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     order = random.Random(0)
     for turn in range(rounds):
         progress(f"round {turn + 1} of {rounds}")
-        gc.collect()  # outside of the samples
+        gc.collect()  # not timed
         names = [name for name in candidates if turn % 3 == 0 or name not in slow]
         for name in order.sample(names, len(names)):
             samples[name].append(sample(candidates[name], cold, repeats))

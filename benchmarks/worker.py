@@ -1,7 +1,7 @@
-"""One process of a run: measures workloads under the instruction set that the environment names.
+"""One process of a run: measures workloads with the instruction set that the environment names.
 
-A job comes as JSON on standard input, a line for each finished workload goes to standard output, progress to
-standard error. The instruction set is fixed when kdfast is first loaded, so each needs a process of its own.
+It reads a job as JSON from standard input, writes a line for each finished workload to standard output, and progress to
+standard error. Each instruction set needs a process of its own: it is fixed when kdfast is loaded.
 """
 
 import json
@@ -17,24 +17,24 @@ import kdfast
 from benchmarks import candidates, timing
 from benchmarks.cases import Workload
 
-TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # of the largest entry; coarse: the tests hold the numbers, not this
+TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # relative to the largest entry; coarse: tests check the numbers
 
 
 class _Progress:
-    """Says what is going on: on a terminal one line that changes, elsewhere a line every few seconds."""
+    """Prints progress: on a terminal one line that changes, else a line every few seconds."""
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self.started = self.said = time.monotonic()
+        self.started = self.printed = time.monotonic()
 
     def __call__(self, what: str, last: bool = False) -> None:
         now = time.monotonic()
         line = f"{self.title}  {now - self.started:3.0f} s  {what}"
         if sys.stderr.isatty():
             print(f"\r\033[K{line}", end="\n" if last else "", file=sys.stderr, flush=True)
-        elif last or now - self.said > 3:
+        elif last or now - self.printed > 3:
             print(line, file=sys.stderr, flush=True)
-            self.said = now
+            self.printed = now
 
 
 def measure(workload: Workload, names: list[str], rounds: int, title: str) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def measure(workload: Workload, names: list[str], rounds: int, title: str) -> di
 
 def main() -> None:
     job = json.load(sys.stdin)
-    out = os.fdopen(os.dup(1), "w")  # results alone: whatever a library prints goes where progress goes
+    out = os.fdopen(os.dup(1), "w")  # results alone; what libraries print goes to standard error
     os.dup2(2, 1)
     if job["threads"] is not None:
         torch.set_num_threads(job["threads"])

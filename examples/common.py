@@ -1,4 +1,4 @@
-"""What the examples share: multi-layer perceptrons, one training loop, predictions, a step's peak of memory."""
+"""What the examples share: multi-layer perceptrons, a training loop, predictions, a step's peak memory."""
 
 from collections.abc import Callable
 
@@ -28,8 +28,8 @@ def fit(
     on_step: Callable[[], object] = lambda: None,
 ) -> nn.Sequential:
     """Trains net with AdamW and a one-cycle learning rate of peak lr. `loss` gets the logits of a batch,
-    (batch, classes), and the indices of its images, (batch,). max_norm bounds the length of the vector of weights
-    into each hidden unit."""
+    (batch, classes), and the indices of its images, (batch,). max_norm bounds the norm of each hidden unit's
+    weights."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     hidden = [layer.weight for layer in net[:-1] if isinstance(layer, nn.Linear)]
@@ -55,15 +55,15 @@ def predict(net: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([net(part) for part in images.split(4096)])
 
 
-def peak_of(step: Callable[[], object]) -> int:
-    """The bytes that a step adds to this process at its peak, as Linux counts them."""
+def peak_memory(step: Callable[[], object]) -> int:
+    """The bytes by which a step raises this process's peak memory (Linux)."""
 
     def resident(field: str) -> int:
         with open("/proc/self/status") as status:
             return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
 
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # from here on the peak is counted anew
+        file.write("5")  # resets the peak
     before = resident("VmRSS")
     step()
     return resident("VmHWM") - before

@@ -1,10 +1,10 @@
 """scikit-learn's handwritten digits, and the networks that are trained on them.
 
-Of the 1,797 real images of 8 x 8 pixels 600 are for testing, the same ones always. Of the other 1,197 each seed
-draws 300 to train on: few, so that there is something to gain. (A first setting, 897 of them and a student of 16
-units, gained nothing on the test images.) Sizes, temperature, alpha, learning rates, weight decay and numbers of steps
-were chosen without the 600, on what the training leaves of the 1,197 (--validation shows accuracies on these), one
-choice for all students. The spread is the standard deviation over seeds.
+Of the 1,797 real images of 8 x 8 pixels, 600 are always the test images. Each seed draws 300 of the other 1,197 to
+train on: few, so that distillation can help. (A first setting, 897 images and a student of 16 units, gained nothing on
+the test images.) Sizes, temperature, alpha, learning rates, weight decay and numbers of steps were chosen on the other
+897, the validation images (--validation shows their accuracies), once for all students. The spread is the standard
+deviation over seeds.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import kdfast
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # of a batch's logits and the indices of its images
+Loss = Callable[[Tensor, Tensor], Tensor]  # takes a batch's logits and the indices of its images
 
 
 def load(seed: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -35,7 +35,7 @@ def load(seed: int) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def shift(images: Tensor) -> Tensor:
-    """Each image moved by up to half a pixel in both directions, interpolated."""
+    """Moves each image by up to half a pixel in both directions, interpolated."""
     move = torch.eye(2, 3).repeat(len(images), 1, 1)
     move[:, :, 2] = torch.empty(len(images), 2).uniform_(-0.5, 0.5) * 2 / 8  # affine_grid's images are 2 wide
     grid = F.affine_grid(move, [len(images), 1, 8, 8], align_corners=False)
@@ -43,7 +43,7 @@ def shift(images: Tensor) -> Tensor:
 
 
 class Digits:
-    """One seed's images, and what is trained and judged on them."""
+    """One seed's images, and networks that are trained and tested on them."""
 
     def __init__(self, seed: int, args: argparse.Namespace, on_step: Callable[[], object]):
         data = load(seed)
@@ -67,7 +67,7 @@ class Digits:
         return fit(mlp(64, 64, 10), images, loss, lr=1e-2, weight_decay=0.1, **self.training)
 
     def accuracy(self, *nets: nn.Module) -> float:
-        """In per cent, of the mean of their probabilities."""
+        """In per cent, for the mean of the networks' probabilities."""
         probabilities = sum(predict(net, self.unseen).softmax(-1) for net in nets)
         return 100 * (probabilities.argmax(-1) == self.truth).double().mean().item()
 
@@ -77,15 +77,15 @@ def progress_bars() -> Progress:
     return Progress(*columns, TimeElapsedColumn())
 
 
-def over_seeds(
+def run_seeds(
     train: Callable[[int, argparse.Namespace, Callable[[], object]], dict[str, float]],
     networks: int,
     args: argparse.Namespace,
     progress: Progress,
 ) -> list[dict[str, float]]:
-    """What `train`, which fits so many networks, returns for each seed."""
+    """The results of `train`, which trains `networks` networks, for each seed."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these networks are too small to share out
+    torch.set_num_threads(1)  # these networks are too small for more
     runs = []
     for seed in range(args.seeds):
         task = progress.add_task(f"seed {seed}: {networks} networks", total=networks * args.steps)
@@ -99,11 +99,11 @@ def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def judged_on(runs: int, args: argparse.Namespace) -> str:
+def accuracy_note(runs: int, args: argparse.Namespace) -> str:
     images = "897 validation images" if args.validation else "600 test images"
     return f"accuracy on {images}, mean ± std of {runs} seed{'s' * (runs != 1)}"
 
 
-def measured_with(rows: int, vocab: int) -> str:
+def setup_note(rows: int, vocab: int) -> str:
     threads, isa = torch.get_num_threads(), kdfast.backends()["cpu"]["isa"]
     return f"({rows}, {vocab}) fp32, {threads} thread{'s' * (threads != 1)}, kdfast: {isa or 'not compiled'}"

@@ -1,17 +1,17 @@
-"""Distilling a small network from a large one on scikit-learn's handwritten digits, and what the loss costs.
+"""Distills a small network from a large one on scikit-learn's handwritten digits, and measures the loss's cost.
 
 Three parts, after Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network" (2015):
 
 1. Distillation (section 3, in small): a teacher with two hidden layers of 256 units, regularized by dropout and by
    shifting its input up to half a pixel in any direction, and an ensemble of three of them; a student with one
-   hidden layer of 64 units and neither dropout nor shifts, trained with hard labels alone, distilled from the one
-   teacher, and from the ensemble, the mean of whose probabilities is then its soft target.
-2. Soft targets as regularizers (section 6, table 5, in small): the same student given three images of each digit,
-   with their labels alone, or with the soft targets of the teacher, which has seen all training images; and given
-   labels for those thirty and soft targets for all.
-3. What a step of the loss costs at a vocabulary's size, beside plain PyTorch and torch.compile of it.
+   hidden layer of 64 units and neither dropout nor shifts, trained with hard labels alone, distilled from one
+   teacher, and distilled from the mean of the ensemble's probabilities.
+2. Soft targets as regularizers (section 6, table 5, in small): the same student trained on three images of each digit
+   with labels alone, or with soft targets of the teacher, which was trained on all images; and trained with labels
+   for these thirty and soft targets for all.
+3. The cost of a step of the loss at a vocabulary's size, compared with plain PyTorch and torch.compile.
 
-With --compare, instead, the student distilled from the one teacher by each of kdfast's divergences. digits.py says how
+With --compare it distills the student from one teacher by each of kdfast's divergences instead. digits.py describes how
 the images are split and how the settings were chosen.
 
     python examples/distill_digits.py --seeds 5 --out distill_digits.png
@@ -30,7 +30,7 @@ import loss_step
 import matplotlib.pyplot as plt
 import torch
 from common import predict
-from digits import Digits, Loss, judged_on, mean_and_spread, measured_with, over_seeds, progress_bars
+from digits import Digits, Loss, accuracy_note, mean_and_spread, progress_bars, run_seeds, setup_note
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -65,8 +65,8 @@ def train_all(seed: int, args: argparse.Namespace, on_step: Callable[[], object]
     few = torch.cat([shuffled[labels[shuffled] == digit][:3] for digit in range(10)])
     some = torch.full_like(labels, -100)  # ignore_index: no label
     some[few] = labels[few]
-    soft = kdfast.KDLoss(temperature=args.temperature)  # without labels alpha is 1: soft targets alone
-    # For a part of the images the hard term is a call of its own: one call leaves an ignored row out of both terms.
+    soft = kdfast.KDLoss(temperature=args.temperature)  # without labels alpha is 1
+    # The hard term of some images is a call of its own: in one call an ignored row has neither term.
     all_soft = kdfast.KDLoss(temperature=args.temperature, alpha=args.alpha, hard_weight=0.0)
     some_hard = kdfast.KDLoss(alpha=0.0, hard_weight=1 - args.alpha)  # reads no teacher
     student(FEW[0], lambda logits, rows: hard(logits, few[rows]), digits.images[few])
@@ -77,7 +77,7 @@ def train_all(seed: int, args: argparse.Namespace, on_step: Callable[[], object]
 
 def show(runs: list[dict[str, float]], costs: dict[str, loss_step.Cost], args: argparse.Namespace) -> None:
     console = Console()
-    table = Table("", "per cent", title=f"Digits: {judged_on(len(runs), args)}", min_width=60)
+    table = Table("", "per cent", title=f"Digits: {accuracy_note(len(runs), args)}", min_width=60)
     for names in (TEACHERS, STUDENTS, FEW):
         for name in names:
             mean, spread = mean_and_spread(run[name] for run in runs)
@@ -86,7 +86,7 @@ def show(runs: list[dict[str, float]], costs: dict[str, loss_step.Cost], args: a
     gains = [f"{run[STUDENTS[1]] - run[STUDENTS[0]]:+.1f}" for run in runs]
     console.print(f"gain of distillation from one, by seed: {', '.join(gains)}\n", highlight=False)
 
-    table = Table("", title=f"Loss and gradient, {measured_with(*args.loss_size)}")
+    table = Table("", title=f"Loss and gradient, {setup_note(*args.loss_size)}")
     for column in ("median ms", "times faster", "extra memory, MB"):
         table.add_column(column, justify="right")
     eager = costs["PyTorch"].seconds or 0.0
@@ -96,7 +96,7 @@ def show(runs: list[dict[str, float]], costs: dict[str, loss_step.Cost], args: a
         table.add_row(name, *time, "-" if cost.megabytes is None else f"{cost.megabytes:.0f}")
         notes += [f"{name}: {cost.note}"] if cost.note else []
     console.print(table)
-    for note in [*notes, "extra memory: what a step adds to a fresh process at its peak"]:
+    for note in [*notes, "extra memory: by how much a step raises the peak of a fresh process"]:
         console.print(note, markup=False)
 
 
@@ -129,19 +129,19 @@ def draw(runs: list[dict[str, float]], costs: dict[str, loss_step.Cost], args: a
         ax.invert_yaxis()
         ax.margins(x=0.12)
         ax.spines[["top", "right"]].set_visible(False)
-    about_loss = f"below: loss and gradient, {measured_with(*args.loss_size)}"
-    figure.suptitle(f"above: {judged_on(len(runs), args)}; {about_loss}", fontsize="medium")
+    about_loss = f"below: loss and gradient, {setup_note(*args.loss_size)}"
+    figure.suptitle(f"above: {accuracy_note(len(runs), args)}; {about_loss}", fontsize="medium")
     figure.savefig(args.out, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compare", action="store_true", help="the divergences, instead of the three parts")
-    parser.add_argument("--seeds", type=int, default=5, help="how many (5)")
+    parser.add_argument("--compare", action="store_true", help="compare the divergences instead of the three parts")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (5)")
     parser.add_argument("--out", help="the picture (distill_digits.png, with --compare distill_digits_compare.png)")
     parser.add_argument("--temperature", type=float, default=4.0, help="of the soft targets (4)")
     parser.add_argument("--alpha", type=float, default=0.9, help="their weight (0.9)")
-    parser.add_argument("--validation", action="store_true", help="judge on the validation images, not the test images")
+    parser.add_argument("--validation", action="store_true", help="test on the validation images")
     parser.add_argument("--quick", action="store_true", help="a run of seconds whose accuracies mean nothing")
     args = parser.parse_args()
     args.out = args.out or ("distill_digits_compare.png" if args.compare else "distill_digits.png")
@@ -151,7 +151,7 @@ def main() -> None:
     if args.compare:
         return compare.run(args)
     with progress_bars() as progress:
-        runs = over_seeds(train_all, 9, args, progress)
+        runs = run_seeds(train_all, 9, args, progress)
         task = progress.add_task("time and memory", total=args.repeats + 2 * len(loss_step.LOSSES))
         costs = loss_step.costs(*args.loss_size, args.repeats, without, lambda: progress.advance(task))
     show(runs, costs, args)

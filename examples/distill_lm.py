@@ -1,15 +1,15 @@
-"""Distilling a small language model from a larger one, whose logits never exist.
+"""Distills a small language model from a larger one without ever making all logits.
 
-The text is the source code of Python's own standard library, as it lies on the machine, cut into a vocabulary of 32768
-by a byte-pair encoding trained on the spot. Both models are causal transformers whose head is their embedding. The
-student learns from the teacher's distribution and from the next token (Hinton et al. 2015; T = 1, alpha = 0.9), twice,
-from the same weights on the same batches:
+The text is the source code of Python's standard library on this machine, with a byte-pair encoding of 32768 tokens that
+is trained first. Both models are causal transformers whose head is their embedding. The student learns from the
+teacher's distribution and from the next token (Hinton et al. 2015; T = 1, alpha = 0.9), twice, from the same weights on
+the same batches:
 
     fused      kdfast.LinearKDLoss, from the hidden states and both heads
-    unfused    both heads' logits, log_softmax, kl_div and cross_entropy, as it is usually written
+    unfused    both heads' logits, log_softmax, kl_div and cross_entropy, as usual
 
-and once from the next token alone. The two curves should lie on each other; time and memory of a step should not.
-Memory is what a step adds to a fresh process at its peak, its gradients included.
+and once from the next token alone. The two curves should be the same, with less time and memory for the fused loss.
+Memory is by how much a step raises the peak of a fresh process, gradients included.
 
     python examples/distill_lm.py --out distill_lm.png
 """
@@ -31,7 +31,7 @@ matplotlib.use("Agg")  # needs no display
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from common import peak_of
+from common import peak_memory
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -45,7 +45,7 @@ LABELS_ALONE, FUSED, UNFUSED = "labels alone", "distilled, fused", "distilled, u
 
 
 class Size(NamedTuple):
-    """How much of everything; the other one is for --quick."""
+    """The sizes of a run."""
 
     vocab: int = VOCAB
     characters: int = 6_000_000
@@ -86,8 +86,8 @@ class LanguageModel(nn.Module):
         return self.layers(x, mask=self.mask, is_causal=True)
 
 
-def text(characters: int) -> list[str]:
-    """The standard library's modules, in the order of their names, but for its tests."""
+def read_sources(characters: int) -> list[str]:
+    """The standard library's modules without its tests, sorted by name."""
     folder = Path(sysconfig.get_path("stdlib"))
     files = sorted(p for p in folder.rglob("*.py") if not {"test", "tests", "site-packages"} & set(p.parts))
     texts: list[str] = []
@@ -98,8 +98,8 @@ def text(characters: int) -> list[str]:
     return texts
 
 
-def tokenized(size: Size) -> Tensor:
-    texts = text(size.characters)
+def load_tokens(size: Size) -> Tensor:
+    texts = read_sources(size.characters)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -110,10 +110,10 @@ def tokenized(size: Size) -> Tensor:
 
 
 class Batches:
-    """Sequences of the training text in a random order, the same for everyone; every twentieth is for validation."""
+    """Sequences of the text in one random order for all models; every twentieth is for validation."""
 
     def __init__(self, size: Size) -> None:
-        tokens, step = tokenized(size), size.length + 1
+        tokens, step = load_tokens(size), size.length + 1
         self.size = size
         sequences = tokens[: len(tokens) // step * step].view(-1, step)
         held_out = torch.arange(len(sequences)) % 20 == 0
@@ -182,7 +182,7 @@ def train(size: Size, shape: tuple[int, int], batches: list, loss_of: Any, teach
 
 
 def megabytes(name: str, quick: bool) -> float:
-    """What a step adds to a fresh process at its peak."""
+    """By how much a step raises the peak of a fresh process."""
     command = [sys.executable, __file__, "--peak", name] + ["--quick"] * quick
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout) / 1e6
 
@@ -191,9 +191,9 @@ def print_peak(name: str, size: Size) -> None:
     student, teacher = LanguageModel(size, *size.student), LanguageModel(size, *size.teacher)
     tokens = torch.randint(size.vocab, (size.batch, size.length + 1))
     few = tokens[:1]
-    LOSSES[name](student, teacher, few[:, :-1], few[:, 1:]).backward()  # libraries and threads make what they keep
+    LOSSES[name](student, teacher, few[:, :-1], few[:, 1:]).backward()  # libraries and threads allocate what they keep
     student.zero_grad()
-    print(peak_of(lambda: LOSSES[name](student, teacher, tokens[:, :-1], tokens[:, 1:]).backward()))
+    print(peak_memory(lambda: LOSSES[name](student, teacher, tokens[:, :-1], tokens[:, 1:]).backward()))
 
 
 def show(runs: dict[str, Run], nats: dict[str, float], memory: dict[str, float], size: Size) -> None:

@@ -1,9 +1,8 @@
-"""What one step of a distillation loss costs at a vocabulary's size: its time, and the memory that it takes.
+"""Time and memory of one step of a distillation loss at a vocabulary's size.
 
-Loss and gradient, fp32, T = 2, alpha = 0.9 with labels: kdfast beside the usual recipe in plain PyTorch and beside
-torch.compile of it. Times are medians of interleaved steps. Memory is measured in a fresh process for each of them: how
-far one step, after another to warm up, raises the process's resident memory at its peak (Linux counts it), gradient
-included. The logits of student and teacher are there before and do not count.
+Loss and gradient, fp32, T = 2, alpha = 0.9 with labels: kdfast, the usual recipe in plain PyTorch, and torch.compile of
+it. Times are medians of interleaved steps. Memory is measured in a fresh process for each loss: by how much one step,
+after a warm-up, raises the peak of resident memory (Linux), gradient included, the logits of student and teacher not.
 """
 
 import statistics
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import peak_of
+from common import peak_memory
 from torch import Tensor
 
 import kdfast
@@ -24,7 +23,7 @@ TEMPERATURE, ALPHA = 2.0, 0.9
 
 
 def recipe(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """Distillation as it is usually written."""
+    """The usual recipe."""
     log_q = F.log_softmax(student / TEMPERATURE, dim=-1)
     p = F.softmax(teacher / TEMPERATURE, dim=-1)
     soft = F.kl_div(log_q, p, reduction="batchmean")
@@ -43,7 +42,7 @@ LOSSES: dict[str, Loss] = {
 
 
 class Network(torch.autograd.Function):
-    """Stands for the student: gives out its logits, which are not a leaf then, and takes their gradient."""
+    """Replaces the student: returns its logits as a non-leaf, and accepts their gradient."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, logits: Tensor) -> Tensor:
@@ -55,7 +54,7 @@ class Network(torch.autograd.Function):
 
 
 class Batch:
-    """Logits and labels on which steps run."""
+    """The logits and labels of a step."""
 
     def __init__(self, rows: int, vocab: int):
         torch.manual_seed(0)
@@ -64,7 +63,7 @@ class Batch:
         self.weight = torch.zeros((), requires_grad=True)
 
     def step(self, loss: Loss) -> float:
-        """Loss and gradient, as one step of training needs them; seconds."""
+        """Seconds of loss and gradient."""
         self.student.copy_(self.original)  # inplace=True has left its gradient there
         start = time.perf_counter()
         loss(Network.apply(self.weight, self.student), self.teacher, self.labels).backward()
@@ -73,7 +72,7 @@ class Batch:
     def medians(
         self, losses: dict[str, Loss], repeats: int, on_step: Callable[[], object] = lambda: None
     ) -> dict[str, float]:
-        """Seconds of a step of each loss, which has run before. on_step is called once per repeat."""
+        """Median seconds of a step of each loss, which has warmed up. on_step is called once per repeat."""
         seconds: dict[str, list[float]] = {name: [] for name in losses}
         for _ in range(repeats):
             for name, loss in losses.items():
@@ -91,7 +90,7 @@ class Cost(NamedTuple):
 def costs(
     rows: int, vocab: int, repeats: int, without: tuple[str, ...] = (), on_step: Callable[[], object] = lambda: None
 ) -> dict[str, Cost]:
-    """For each of LOSSES. on_step is called repeats + 2 * len(LOSSES) times."""
+    """The cost of each of LOSSES. on_step is called repeats + 2 * len(LOSSES) times."""
     batch, able, found = Batch(rows, vocab), {}, {}
     for name, loss in LOSSES.items():
         try:
@@ -99,8 +98,8 @@ def costs(
                 raise RuntimeError("left out")
             batch.step(loss)  # compiles, loads, warms up
             able[name] = loss
-        except Exception as error:  # torch.compile needs a C++ compiler, and has several ways to say that there is none
-            found[name] = Cost(None, None, _brief(str(error).strip().splitlines()[0]))
+        except Exception as error:  # torch.compile without a C++ compiler raises several kinds
+            found[name] = Cost(None, None, _shorten(str(error).strip().splitlines()[0]))
         on_step()
     seconds = batch.medians(able, repeats, on_step)
     for name in LOSSES:
@@ -108,22 +107,22 @@ def costs(
             command = [sys.executable, __file__, name, str(rows), str(vocab)]
             child = subprocess.run(command, capture_output=True, text=True)
             memory = int(child.stdout) / 1e6 if child.returncode == 0 else None
-            note = "" if child.returncode == 0 else _brief(child.stderr.strip().splitlines()[-1])
+            note = "" if child.returncode == 0 else _shorten(child.stderr.strip().splitlines()[-1])
             found[name] = Cost(seconds[name], memory, note)
         on_step()
     return {name: found[name] for name in LOSSES}
 
 
-def _brief(message: str) -> str:
+def _shorten(message: str) -> str:
     return message if len(message) <= 90 else message[:89] + "…"
 
 
 def _print_peak_memory(name: str, rows: int, vocab: int) -> None:
-    """The bytes that a step adds to this process at its peak."""
+    """Prints the bytes by which a step raises this process's peak."""
     batch = Batch(rows, vocab)
     batch.step(LOSSES[name])
     batch.student.copy_(batch.original)
-    print(peak_of(lambda: batch.step(LOSSES[name])))
+    print(peak_memory(lambda: batch.step(LOSSES[name])))
 
 
 if __name__ == "__main__":

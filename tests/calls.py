@@ -1,8 +1,8 @@
-"""The one list of calls that every backend is held to: `covering(AXES)`, and then SPECIAL.
+"""The one list of calls that every backend is tested with: `covering(AXES)`, and then SPECIAL.
 
-`covering` finds few calls in which every two values of different axes meet at least once. It is deterministic, and its
-first calls meet the most new pairs, so that a prefix of the list is its best subset. `python tests/calls.py` prints the
-list. A new promise about numbers is a new value of an axis, or a call in SPECIAL, with its reason.
+`covering` finds few calls that contain every pair of values of different axes. It is deterministic, and its first calls
+contain the most new pairs, so that a prefix of the list is its best subset. `python tests/calls.py` prints the list. A
+new promise about numbers is a new value of an axis, or a call in SPECIAL, with its reason.
 """
 
 import random
@@ -13,16 +13,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from cases import BF16, DIVERGENCES, F16, F32, F64, as_target, batch, here, name
+from cases import BF16, DIVERGENCES, F16, F32, F64, as_target, batch, name, to_default_device
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kdfast import divergences
 
-# --- how logits lie in memory ------------------------------------------------------------------------------------
+# --- the memory layout of logits ---------------------------------------------------------------------------------
 
 
 def _view(size: Callable[..., tuple[int, int]], take: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-    """x in a view of a larger tensor of NaN: a read beyond the view spoils the row."""
+    """x in a view of a larger tensor of NaN: a read outside of the view makes the row NaN."""
     return lambda x: take(torch.full(size(*x.shape), torch.nan, dtype=x.dtype), *x.shape).copy_(x)
 
 
@@ -30,23 +31,22 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
     "padded rows": _view(lambda r, v: (r, v + 24), lambda b, r, v: b[:, :v]),  # a padded head, sliced
     "odd padding": _view(lambda r, v: (r, v + 1), lambda b, r, v: b[:, :v]),  # each row aligned differently
-    # unaligned
-    "offset by one": _view(lambda r, v: (r + 1, v), lambda b, r, v: b.view(-1)[1 : 1 + r * v].view(r, v)),
+    "offset by one": _view(lambda r, v: (r + 1, v), lambda b, r, v: b.view(-1)[1 : 1 + r * v].view(r, v)),  # unaligned
     "every second row": _view(lambda r, v: (2 * r, v), lambda b, r, v: b[::2]),
     "every second class": _view(lambda r, v: (r, 2 * v), lambda b, r, v: b[:, ::2]),
-    "transposed": lambda x: x.t().contiguous().t(),  # classes lie far apart
+    "transposed": lambda x: x.t().contiguous().t(),  # classes are far apart
     "one row expanded": lambda x: x[:1].expand(x.shape),
 }
 
-# --- what logits are ---------------------------------------------------------------------------------------------
+# --- the values of logits ----------------------------------------------------------------------------------------
 
 
-def _both(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _change_both(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return lambda s, t: (change(s), change(t))
 
 
 def _masked(x: Tensor) -> Tensor:
-    """The first block of classes, or the first third of a short row, has a usual sentinel for a logit; it is finite."""
+    """Masks the first block of classes, or the first third of a short row, by a usual sentinel, which is finite."""
     x = x.clone()
     x[:, : first_unmasked(x.shape[1])] = torch.finfo(F16).min
     return x
@@ -60,16 +60,16 @@ def _ramp(start: float, end: float) -> Callable[[Tensor], Tensor]:
     return lambda x: x + torch.linspace(start, end, x.shape[-1], dtype=x.dtype)
 
 
-# Kernels go through a row in blocks and merge what they have at one maximum with what they find at another.
+# Kernels go through a row in blocks, and rescale their sums where a block has another maximum.
 LOGITS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "usual": lambda s, t: (s, t),
-    "tiny": lambda s, t: (0.005 * s, 0.005 * t),  # all classes alike: q - p is a difference of near equals
+    "tiny": lambda s, t: (0.005 * s, 0.005 * t),  # q - p is a difference of nearly equal numbers
     "large": lambda s, t: (15 * s, 15 * t),  # one class takes everything, exponentials underflow
     "both up": lambda s, t: (s + 1000, t + 1000),  # exp of it overflows in every dtype
-    "student down": lambda s, t: (s - 1e4, t),  # it underflows, and nothing may lean on maxima near each other
-    "rising": _both(_ramp(0, 200)),  # each block's sums are rescaled away by the next
-    "falling": lambda s, t: (_ramp(200, 0)(s), _ramp(0, 200)(t)),  # each next block adds nothing; the teacher's rises
-    "masked": _both(_masked),
+    "student down": lambda s, t: (s - 1e4, t),  # it underflows; the maxima of both sides are far apart
+    "rising": _change_both(_ramp(0, 200)),  # each block's sums are rescaled away by the next
+    "falling": lambda s, t: (_ramp(200, 0)(s), _ramp(0, 200)(t)),  # later blocks add nothing; the teacher's logits rise
+    "masked": _change_both(_masked),
     "the last above all": lambda s, t: tuple(torch.cat([x[:, :-1], x[:, -1:] + 90], -1) for x in (s, t)),
 }
 FAR = ("both up", "student down")  # from 0
@@ -99,12 +99,12 @@ TEACHERS = {
     "geometric log_probs": Teacher("log_probs", 2, None, "geometric"),
 }
 SEVERAL = tuple(k for k, v in TEACHERS.items() if v.count and v.count > 1)
-OTHER_DTYPES = (None, BF16, F16, F32)  # of an ensemble each teacher may have a dtype of its own; None: the call's
+OTHER_DTYPES = (None, BF16, F16, F32)  # of an ensemble's teachers; None: the call's
 
 # --- rows --------------------------------------------------------------------------------------------------------
 
 
-def _rows(rows: int) -> Tensor:
+def _row_numbers(rows: int) -> Tensor:
     return torch.arange(rows, dtype=F64)
 
 
@@ -112,13 +112,13 @@ def _rows(rows: int) -> Tensor:
 KEPT: dict[str, tuple[int | None, Callable[[int], Tensor | None]]] = {
     "all": (None, lambda rows: None),
     "some ignored": (-100, lambda rows: None),
-    "ignored by 0": (0, lambda rows: None),  # an ignore_index that is a class
-    "weighted": (None, lambda rows: 0.25 + (_rows(rows) % 4).to(F32)),
-    "some of weight 0": (-100, lambda rows: (2 - _rows(rows) % 3).to(F32)),
-    "weighted in bf16": (None, lambda rows: (0.3 + _rows(rows) % 3).to(BF16)),
-    "weighted in fp64": (-100, lambda rows: 0.3 + _rows(rows) % 5),
-    "whole weights": (None, lambda rows: (3 - _rows(rows) % 3).to(torch.int64)),
-    "a mask": (None, lambda rows: _rows(rows) % 3 != 1),
+    "ignored by 0": (0, lambda rows: None),  # an ignore_index that is a class; "weighted in fp64" has one far beyond
+    "weighted": (None, lambda rows: 0.25 + (_row_numbers(rows) % 4).to(F32)),
+    "some of weight 0": (-100, lambda rows: (2 - _row_numbers(rows) % 3).to(F32)),
+    "weighted in bf16": (None, lambda rows: (0.3 + _row_numbers(rows) % 3).to(BF16)),
+    "weighted in fp64": (10**6, lambda rows: 0.3 + _row_numbers(rows) % 5),
+    "whole weights": (None, lambda rows: (3 - _row_numbers(rows) % 3).to(torch.int64)),
+    "a mask": (None, lambda rows: _row_numbers(rows) % 3 != 1),
 }
 
 
@@ -130,6 +130,13 @@ ALL_OPTIONS = {
     "label_smoothing": 0.1, "z_loss": 0.01, "logit_scale": 1.5, "teacher_logit_scale": 0.7, "softcap": 20.0,
     "teacher_softcap": 30.0, "standardize": True,
 }  # fmt: skip
+
+
+def options_for(backend: str) -> dict[str, Any]:
+    """All options that the backend's kernels support."""
+    plain = ("label_smoothing", "z_loss", "logit_scale", "teacher_logit_scale")
+    return {k: v for k, v in ALL_OPTIONS.items() if backend != "cuda" or k in plain}
+
 
 AXES: dict[str, dict[str, Any]] = {
     "divergence": {d: {"divergence": d} for d in DIVERGENCES},
@@ -162,14 +169,14 @@ AXES: dict[str, dict[str, Any]] = {
             *((dtype, dtype) for dtype in (F32, BF16, F16, F64)),
             (BF16, F32),  # autocast's student, a teacher kept in fp32
             (F32, BF16),  # a student in training, a teacher loaded small
-            (F16, BF16),  # the two 16-bit formats meet: neither may be read as the other
+            (F16, BF16),  # both 16-bit formats: neither may be read as the other
             (F32, F64),  # the wider teacher does not widen the sums
             (F64, F32),  # fp64 sums over fp32 reads
         )
     },
     "teacher": TEACHERS,
     "temperature": {
-        "T 1": {"temperature": 1},  # no tempering; soft and hard term share their exponentials
+        "T 1": {"temperature": 1},  # soft and hard term share their exps
         "T 2": {"temperature": 2},  # whole: a kernel may take exp(z) as exp(z / T) ** T
         "T 3": {"temperature": 3, "t_squared": False},
         "T 4": {"temperature": 4},  # the usual one for images
@@ -180,7 +187,7 @@ AXES: dict[str, dict[str, Any]] = {
         "T 100": {"temperature": 100},  # q - p is all cancellation
         "T by row": {"temperature": _per_row(1.0, 2.0, 3.7, 0.5, 20.0)},
         "T 2 of 1.5": {"temperature": 2, "teacher_temperature": 1.5},  # the teacher's own
-        "T 2.5 of 1": {"temperature": 2.5, "teacher_temperature": 1},  # where only the student's is tempered
+        "T 2.5 of 1": {"temperature": 2.5, "teacher_temperature": 1},  # only the student is tempered
         "T 2.5 of rows": {"temperature": 2.5, "teacher_temperature": _per_row(2.0, 1.0, 3.0, dtype=F64)},
         "T by row of rows": {
             "temperature": _per_row(1.0, 2.0, 3.7, dtype=BF16),
@@ -223,17 +230,17 @@ AXES: dict[str, dict[str, Any]] = {
         "standardized": {"standardize": True},
         "all options": ALL_OPTIONS,
     },
-    # of the divergences that have one; dkd_weights of dkd
+    # for the divergences that have a beta; dkd_weights for dkd
     "beta": {
         "default beta": {},
         "another beta": {"beta": 0.3, "dkd_weights": (2.0, 1.0)},  # ImageNet's weights are all small
-        "beta 0": {"beta": 0, "dkd_weights": (1.0, 0.0)},  # the target class alone
-        "beta 1": {"beta": 1, "dkd_weights": (0.0, 8.0)},  # the others alone
+        "beta 0": {"beta": 0, "dkd_weights": (1.0, 0.0)},  # the label's class alone
+        "beta 1": {"beta": 1, "dkd_weights": (0.0, 8.0)},  # the other classes alone
     },
     "logits": LOGITS,
     "layout": LAYOUTS,
     "teacher's layout": {f"teacher {k}": v for k, v in LAYOUTS.items()},
-    # classes beyond vocab_size, the student's and the teacher's, of values that would take every softmax over
+    # classes beyond vocab_size, the student's and the teacher's, with values that would dominate every softmax
     "padding": {"no padding": None, "+0 +24": (0, 24), "+24 +0": (24, 0), "+24 +8": (24, 8), "+1 +0": (1, 0)},
     "dimensions": {"rows": lambda x: x, "(1, rows)": lambda x: x.unsqueeze(0), "(rows, 1)": lambda x: x.unsqueeze(1)},
     "output": {
@@ -248,22 +255,22 @@ STANDARDIZED = ("standardized", "all options")
 NOT_LOGITS = tuple(k for k, v in TEACHERS.items() if v.target != "logits")
 MIXED = tuple(k for k in SEVERAL if k.startswith("arithmetic"))
 CAPPED = ("cap", "caps", "a teacher's cap", "all options")
-# Two values that do not meet, and why.
+# Values that no call combines, and why.
 NEVER = (
-    (("logit_mse",), (*NOT_LOGITS, *MIXED)),  # which has no p
-    (("dkd",), ("no labels", "alpha 0", "0 + 2.5", "3x1")),  # which is of labels, and of the classes beside them
+    (("logit_mse",), (*NOT_LOGITS, *MIXED)),  # logit_mse has no p
+    (("dkd",), ("no labels", "alpha 0", "0 + 2.5", "3x1")),  # dkd needs labels, and other classes
     (("no labels",), ("smoothing", "all smoothed", "all options", "some ignored", "ignored by 0")),
-    (("no labels",), ("some of weight 0", "weighted in fp64")),  # which ignore labels as well
+    (("no labels",), ("some of weight 0", "weighted in fp64")),  # these ignore labels too
     (STANDARDIZED, NOT_LOGITS),
     (("caps", "scales", "a teacher's cap", *(k for k in AXES["temperature"] if " of " in k)), NOT_LOGITS),
     (STANDARDIZED, ("3x1", "2x2")),  # z is 0, or +-sqrt(1/2), whatever the logits: see test_numbers.py
-    (("one row expanded",), ("inplace", "metrics inplace")),  # memory that rows share cannot be written
-    (FAR, SIXTEEN),  # of 16 bits they would be a few numbers only
-    (("masked",), ("smoothing", "all smoothed")),  # the loss would be the sentinel itself: no number to judge
-    # Where logits are extreme, a second extreme costs digits that judge.py's rule does not count: z = x / T is rounded
-    # before the maximum is subtracted, the mean of several logits is too, and eager PyTorch's p underflows.
+    (("one row expanded",), ("inplace", "metrics inplace")),  # shared memory cannot be written
+    (FAR, SIXTEEN),  # 16 bits have few numbers there
+    (("masked",), ("smoothing", "all smoothed")),  # the loss would be the sentinel itself
+    # Two extremes cost digits that judge.py's rule does not count: z = x / T is rounded before the maximum is
+    # subtracted, the mean of several logits is too, and eager PyTorch's p underflows.
     (EXTREME, (*SEVERAL, *CAPPED, *STANDARDIZED, "all smoothed", "a large cap", "scales", "T 0.1", "T 0.5", "T 100")),
-    (EXTREME, ("dkd",)),  # whose others underflow beside a label: see test_limits.py
+    (EXTREME, ("dkd",)),  # its other classes underflow: see test_limits.py
     (MIXED, ("T 0.1",)),
 )  # fmt: skip
 
@@ -295,16 +302,17 @@ class Call:
         settings: dict[str, Any] = {**self["divergence"], **self["terms"], **self["reduction"], **self["output"]}
         settings |= {k: v(rows) if callable(v) else v for k, v in self["temperature"].items()}
         settings |= self["option"] | self._beta()
-        if self.named("divergence") == "logit_mse":  # which has none
+        if self.named("divergence") == "logit_mse":  # it has no temperature
             settings = {k: v for k, v in settings.items() if "temperature" not in k}
-        at = settings.get("teacher_temperature", settings.get("temperature", 1.0))
+        teacher_temperature = settings.get("teacher_temperature", settings.get("temperature", 1.0))
 
         student, teachers, labels = self._drawn(rows, vocab, kind.count or 1)
         student = student.to(dtype)
         teachers = [
-            as_target(t, kind.target, at).to(OTHER_DTYPES[i % 4] or teacher_dtype) for i, t in enumerate(teachers)
+            as_target(t, kind.target, teacher_temperature).to(OTHER_DTYPES[i % 4] or teacher_dtype)
+            for i, t in enumerate(teachers)
         ]
-        if kind.target == "probs":  # none is 0 in fp32, where a KL is infinite: see test_limits.py
+        if kind.target == "probs":  # none is 0 in fp32, where a KL is infinite
             teachers = [t.clamp_min(max(torch.finfo(x).tiny for x in (t.dtype, F32))) for t in teachers]
         ignored, weight = KEPT[self.named("kept")]
         if ignored is not None:
@@ -314,10 +322,11 @@ class Call:
             labels[1::4] = ignored
         settings["row_weight"] = weight(rows)
         if self["padding"] is not None:
-            more, teachers_more = self["padding"]
+            padding, teacher_padding = self["padding"]
             settings["vocab_size"] = vocab
-            student = torch.nn.functional.pad(student, (0, more), value=1e4)
-            teachers = [torch.nn.functional.pad(t, (0, teachers_more), value=torch.nan) for t in teachers]
+            student = pad(student, (0, padding), value=1e4)
+            # an ensemble's teachers differ
+            teachers = [pad(t, (0, teacher_padding * (1 + i % 2)), value=torch.nan) for i, t in enumerate(teachers)]
         student = self["layout"](student)
         teachers[0] = self["teacher's layout"](teachers[0])
         settings["target"] = kind.target
@@ -327,10 +336,10 @@ class Call:
         teacher: Any = [shaped(t) for t in teachers] if kind.count else shaped(teachers[0])
         settings = {k: shaped(v) if isinstance(v, Tensor) and v.dim() else v for k, v in settings.items()}
         given = None if self.named("terms") == "no labels" else shaped(labels)
-        if settings.get("alpha") == 0 and not settings.get("return_metrics") and rows % 2:  # which needs no teacher
+        if settings.get("alpha") == 0 and not settings.get("return_metrics") and rows % 2:  # needs no teacher
             teacher, settings["teacher_weights"] = None, None
         arguments = (shaped(student), teacher, given)
-        return here(arguments), here({k: v for k, v in settings.items() if v is not None})
+        return to_default_device(arguments), to_default_device({k: v for k, v in settings.items() if v is not None})
 
     def _beta(self) -> dict[str, Any]:
         """beta or dkd_weights, where the divergence has them."""
@@ -345,7 +354,7 @@ class Call:
         student, teacher = self["logits"](student, teacher)
         others = [batch(rows, vocab, F64, seed=i).teacher for i in range(1, count)]
         teachers = [teacher, *(self["logits"](t, t)[1] for t in others)]
-        if self.named("logits") == "masked":  # nor is the label one of the masked classes
+        if self.named("logits") == "masked":  # no label is a masked class
             labels = labels.clamp_min(first_unmasked(vocab))
         return student, teachers, labels
 
@@ -358,21 +367,21 @@ def call(**values: str) -> Call:
     return Call(tuple(chosen.get(axis, next(iter(AXES[axis]))) for axis in AXES))
 
 
-# What no pair of values shows.
+# Calls that need more than a pair of values.
 SPECIAL = (
-    # Triton splits no more than 64 rows, and of more than 32768 classes: here are more rows
+    # Triton splits at most 64 rows, of more than 32768 classes: here are more rows
     call(shape="65x33000", dtypes="bfloat16", temperature="T 2"),
     # the most classes of the CPU's short rows, and one more
     call(shape="17x64", temperature="T 2"),
     call(shape="17x65", temperature="T 2", padding="+1 +0"),
-    # rows of few classes, and rows that are split, whose padding is written
+    # the gradient's padding of short rows and of split rows
     call(shape="17x15", temperature="T 2", padding="+1 +0", output="inplace"),
     call(shape="2x40001", temperature="T 2", padding="+24 +8", reduction="none"),
     call(shape="2x40001", temperature="T 2", option="standardized", dtypes="float32-bfloat16"),
-    # few and long rows of a number that is no power of 2; and of an ensemble, whose table has more columns
+    # a number of long rows that is no power of 2; an ensemble, whose table has more columns
     call(shape="3x40001", temperature="T 2", dtypes="bfloat16", kept="weighted"),
     call(shape="2x40001", temperature="T 2", dtypes="bfloat16", teacher="arithmetic", reduction="none"),
-    # 16-bit pairs that lie otherwise than the student's
+    # 16-bit pairs that are aligned differently from the student's
     call(shape="5x2049", temperature="T 2", dtypes="bfloat16", teachers_layout="teacher odd padding"),
     # an arithmetic ensemble whose blocks differ in size, with divergences that need no logarithm of p
     call(shape="2x4097", teacher="arithmetic", logits="rising", temperature="T 2"),
@@ -381,10 +390,10 @@ SPECIAL = (
 
 
 def covering(axes: dict[str, dict[str, Any]], seed: int = 0) -> list[Call]:
-    """Few calls in which every pair of values of different axes, NEVER apart, meets at least once.
+    """Few calls that contain every pair of values of different axes but those of NEVER.
 
-    Greedy: each call begins with the value that most pairs are still open for, and takes axis after axis, in a random
-    order, the value that closes most pairs with those it has; of some such calls the best is kept.
+    Greedy: each call begins with the value that has the most open pairs, and takes axis after axis, in a random order,
+    the value that closes the most pairs with those chosen before. Of some such calls the best is kept.
     """
     rng = random.Random(seed)
     values = [(axis, value) for axis, names in enumerate(axes.values()) for value in names]
@@ -417,13 +426,13 @@ def covering(axes: dict[str, dict[str, Any]], seed: int = 0) -> list[Call]:
             if len(chosen) == len(axes) and closed > best[0]:
                 best = closed, chosen
         closed, chosen = best
-        assert chosen, f"no call meets {values[first]}"
+        assert chosen, f"no call contains {values[first]}"
         open_pairs[np.ix_(chosen, chosen)] = False
         calls.append(Call(tuple(values[i][1] for i in sorted(chosen))))
     return calls
 
 
-# What the CUDA kernels, those of plain calls, have not.
+# Values that the CUDA kernels do not support.
 NOT_IN_CUDA: dict[str, tuple[str, ...]] = {
     "divergence": ("dkd",),
     "dtypes": tuple(k for k, pair in AXES["dtypes"].items() if pair[0] != pair[1] or F64 in pair),
@@ -439,7 +448,7 @@ def all_calls() -> list[Call]:
 
 @lru_cache
 def plain_calls() -> list[Call]:
-    """The same without what the CUDA kernels have not: theirs cover each other's values alone."""
+    """The calls of the CUDA kernels: a list that covers the values which they support."""
     axes = {a: {k: v for k, v in values.items() if k not in NOT_IN_CUDA.get(a, ())} for a, values in AXES.items()}
     special = [c for c in SPECIAL if all(c.named(axis) in values for axis, values in axes.items())]
     return [*covering(axes), *special]

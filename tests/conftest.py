@@ -12,9 +12,9 @@ from cases import BACKENDS, ON_GPU, divergences_for
 
 import kdfast
 
-# Of the tests of all backends, those about kernels, which the cuda backend has too. The others are about what is
-# written once for all, and have float64 in their midst.
-OF_KERNELS = {"test_" + name for name in (
+# Files with tests about kernels, which the cuda backend gets too. The others test code that all backends share, and use
+# float64.
+KERNEL_TESTS = {"test_" + name for name in (
     "autograd", "calls", "dropped_terms", "gpu_rows", "inplace", "layouts", "limits", "metrics", "numbers", "random",
     "row_math",
 )}  # fmt: skip
@@ -22,13 +22,13 @@ OF_KERNELS = {"test_" + name for name in (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="every call on every backend, and the tests marked `full`")
-    parser.addoption("--only-backend", choices=BACKENDS, help="the tests of one backend, and those of none left out")
+    parser.addoption("--only-backend", choices=BACKENDS, help="only the tests of one backend")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("KDFAST_TEST_SEED", f"{datetime.date.today():%Y%m%d}")  # one for all processes
-    config.addinivalue_line("markers", "beyond_cuda: of what the CUDA kernels have not, and Triton's have")
-    config.addinivalue_line("markers", "full: of `make test-full` alone, for another test has the same promise")
+    config.addinivalue_line("markers", "beyond_cuda: of what only Triton's kernels support on a GPU")
+    config.addinivalue_line("markers", "full: only in `make test-full`; another test has the same promise")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -36,14 +36,15 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    dropped = {item for item in items if _is_left_out(item, config.getoption("full"), config.getoption("only_backend"))}
-    config.hook.pytest_deselected(items=list(dropped))
-    items[:] = [item for item in items if item not in dropped]
+    full, only = config.getoption("full"), config.getoption("only_backend")
+    deselected = {item for item in items if _is_deselected(item, full, only)}
+    config.hook.pytest_deselected(items=list(deselected))
+    items[:] = [item for item in items if item not in deselected]
 
 
-def _is_left_out(item: pytest.Item, full: bool, only: str | None) -> bool:
+def _is_deselected(item: pytest.Item, full: bool, only: str | None) -> bool:
     backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-    if backend == "cuda" and (item.module.__name__ not in OF_KERNELS or item.get_closest_marker("beyond_cuda")):
+    if backend == "cuda" and (item.module.__name__ not in KERNEL_TESTS or item.get_closest_marker("beyond_cuda")):
         return True
     if backend is not None and item.callspec.params.get("divergence") not in (None, *divergences_for(backend)):
         return True
@@ -59,7 +60,7 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 
 def why_not(backend: str) -> str | None:
-    """Why a backend is not usable here, by its own account."""
+    """The backend's reason for not being usable here; None where it is usable."""
     if backend == "cuda" and not gpu.ON_DEVICE:
         return emulated.why_not()
     facts = kdfast.backends()[backend]
@@ -68,7 +69,7 @@ def why_not(backend: str) -> str | None:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, seed_and_threads: None) -> Iterator[str]:
-    """The name of each backend in turn; skipped with the reason where it is not usable."""
+    """Each backend's name; skipped with its reason where it is not usable."""
     if reason := why_not(request.param):
         pytest.skip(reason)
     if request.param in ON_GPU:
@@ -82,7 +83,7 @@ def backend(request: pytest.FixtureRequest, seed_and_threads: None) -> Iterator[
 
 @pytest.fixture
 def cpu() -> str:
-    """The compiled backend alone, for promises that are about its kernels."""
+    """The cpu backend alone, for promises about its kernels."""
     if reason := why_not("cpu"):
         pytest.skip(reason)
     return "cpu"
@@ -90,9 +91,9 @@ def cpu() -> str:
 
 @pytest.fixture(autouse=True)
 def seed_and_threads() -> Iterator[None]:
-    """Every test draws the same numbers alone as in company, and leaves the number of threads as it found it."""
+    """A test draws the same numbers alone and among others, and leaves the number of threads as it was."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # PyTorch's own small operations are the slower for a second one, by far on a busy machine
+    torch.set_num_threads(1)  # a second thread slows PyTorch's small operators down
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)

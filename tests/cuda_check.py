@@ -1,4 +1,4 @@
-"""Whether the CUDA kernels' library loads into a torch that is built with CUDA, and registers; `make cuda-check`."""
+"""Checks that the CUDA kernels' library loads into a CUDA build of torch and registers; `make cuda-check`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The usual recipes in plain PyTorch, written from F.kl_div and its like, and how far off careful arithmetic may be."""
+"""The usual recipes in plain PyTorch, written with F.kl_div and so on, and how far off careful arithmetic may be."""
 
 import inspect
 from typing import Any, NamedTuple
@@ -17,13 +17,13 @@ def eager(
     s: Tensor, teachers: list[Tensor], labels: Tensor | None, options: dict[str, Any], kind: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses (...), unweighted; A (...) and A_i (..., V) of judge.py for arithmetic in `kind`, in its eps."""
-    o = _settled(options, kind)
-    s, teachers = scaled(s, teachers, o)
+    o = _resolve(options, kind)
+    s, teachers = apply_scales(s, teachers, o)
     alpha = (1.0 if labels is None else 0.9) if o["alpha"] is None else o["alpha"]
     hard = (1.0 - alpha) if o["hard_weight"] is None else o["hard_weight"]
-    # of ignored rows any label: their weight is 0
+    # ignored rows may have any label: their weight is 0
     index = None if labels is None else labels.clamp(0, s.shape[-1] - 1).unsqueeze(-1)
-    capped = softcapped(s, o["softcap"])
+    capped = apply_softcap(s, o["softcap"])
     nothing = 0 * s[..., 0].nan_to_num(0, 0, 0)  # with a graph
     parts = [[nothing, nothing, torch.zeros_like(s)]]
     if alpha:
@@ -33,7 +33,7 @@ def eager(
         else:
             loss, loss_off, grad_off = _soft(student, z, index, o)
         if o["standardize"]:
-            grad_off = _through_standardization(grad_off, capped)
+            grad_off = _off_after_standardize(grad_off, capped)
         parts.append([alpha * x for x in (loss, loss_off, grad_off)])
     if index is not None and hard:
         parts.append([hard * x for x in _hard(capped, index, o)])
@@ -41,11 +41,11 @@ def eager(
         parts.append([o["z_loss"] * x for x in _z_loss(capped, o)])
     loss, loss_off, grad_off = (sum(x) for x in zip(*parts, strict=True))
     if o["softcap"]:
-        grad_off = _through_softcap(grad_off, s, o["softcap"])
+        grad_off = _off_after_softcap(grad_off, s, o["softcap"])
     return loss, loss_off.detach(), o["logit_scale"] * grad_off.detach()
 
 
-def _settled(options: dict[str, Any], kind: torch.dtype) -> dict[str, Any]:
+def _resolve(options: dict[str, Any], kind: torch.dtype) -> dict[str, Any]:
     info = torch.finfo(kind)
     divergence, beta = resolve_beta(options["divergence"], options["beta"])
     return options | {"divergence": divergence, "beta": beta, "kind": kind, "smallest": info.tiny / info.eps}
@@ -54,33 +54,33 @@ def _settled(options: dict[str, Any], kind: torch.dtype) -> dict[str, Any]:
 def entropies(
     s: Tensor, teachers: list[Tensor], options: dict[str, Any], kind: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of q and of p, (...), each with what it may be off by: without a teacher q's alone, twice."""
-    o = _settled(options, kind)
-    s, teachers = scaled(s, teachers, o)
-    student, *logits = soft_logits(softcapped(s, o["softcap"]), teachers, o)
+    """The entropies of q and p, (...), each with its error; without a teacher q's twice."""
+    o = _resolve(options, kind)
+    s, teachers = apply_scales(s, teachers, o)
+    student, *logits = soft_logits(apply_softcap(s, o["softcap"]), teachers, o)
     x, _ = pair(student, logits or [student], o if teachers else o | {"target": "logits"})
     found = []
     for each in (x.swapped, x):
-        off = _sized(each.p_off, 1 + each.log_p.abs()) + _sized(each.p, each.p_more)
-        found += [-_sized(each.p, each.log_p).sum(-1), off.sum(-1)]
+        off = _times(each.p_off, 1 + each.log_p.abs()) + _times(each.p, each.p_more)
+        found += [-_times(each.p, each.log_p).sum(-1), off.sum(-1)]
     return tuple(found)  # type: ignore[return-value]
 
 
 class Logits(NamedTuple):
-    """Logits (..., V) and what they are off by, in eps, beyond a rounding of their own: 0 where they are as given."""
+    """Logits (..., V) and their error in eps, beyond their own rounding: 0 for logits as they are given."""
 
     z: Tensor
     off: Tensor | float
 
 
-def scaled(s: Tensor, teachers: list[Tensor], o: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+def apply_scales(s: Tensor, teachers: list[Tensor], o: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
     """The logits times their scales, which are part of 1 / T and of 1 / cap and add no rounding of their own."""
     k, teacher_k = o["logit_scale"], o["teacher_logit_scale"]
     return (s if k == 1 else k * s), (teachers if teacher_k == 1 else [teacher_k * t for t in teachers])
 
 
-def softcapped(z: Tensor, cap: float | None) -> Logits:
-    """cap * tanh(z / cap), of which tanh may be off by 3 eps, and by a half from each of the two roundings."""
+def apply_softcap(z: Tensor, cap: float | None) -> Logits:
+    """cap * tanh(z / cap); tanh may be off by 3 eps, and each of two roundings by half an eps."""
     if not cap:
         return Logits(z, 0.0)
     capped = cap * torch.tanh(z / cap)
@@ -88,19 +88,19 @@ def softcapped(z: Tensor, cap: float | None) -> Logits:
 
 
 def soft_logits(student: Logits, teachers: list[Tensor], o: dict[str, Any]) -> list[Logits]:
-    """The student's, capped, and the teachers', as the soft term has them."""
-    capped = [student, *(softcapped(t, o["teacher_softcap"]) for t in teachers)]
-    return [standardized(x) for x in capped] if o["standardize"] else capped
+    """The logits of the student, capped before, and of the teachers, as the soft term has them."""
+    capped = [student, *(apply_softcap(t, o["teacher_softcap"]) for t in teachers)]
+    return [standardize(x) for x in capped] if o["standardize"] else capped
 
 
-def _through_softcap(grad_off: Tensor, s: Tensor, cap: float) -> Tensor:
-    """A_i times 1 - tanh^2; and that factor is off by an eps and by 2 tanh times tanh's 4, times a term: A_i / 8."""
+def _off_after_softcap(grad_off: Tensor, s: Tensor, cap: float) -> Tensor:
+    """A_i times 1 - tanh^2; this factor is off by an eps and by 2 tanh times tanh's 4, times a term: A_i / 8."""
     squared = torch.tanh(s.detach() / cap).square()
     return grad_off * (1 - squared + (1 + 8 * squared) / 8)
 
 
 def _deviation(x: Logits) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z - mean and what it is off by; 1e-7 + deviation, and what that is off by relatively."""
+    """z - mean and its error; 1e-7 + deviation and its relative error."""
     z = x.z.detach()
     mean, size = z.mean(-1, True), z.abs()
     deviation = 1e-7 + z.std(-1, correction=min(1, z.shape[-1] - 1), keepdim=True)
@@ -109,17 +109,17 @@ def _deviation(x: Logits) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return z - mean, off, deviation, 4 + off.square().mean(-1, True).sqrt() / deviation
 
 
-def standardized(x: Logits) -> Logits:
+def standardize(x: Logits) -> Logits:
     std = x.z.std(-1, correction=min(1, x.z.shape[-1] - 1), keepdim=True)
     z = (x.z - x.z.mean(-1, keepdim=True)) / (1e-7 + std)
     _, off, deviation, deviation_off = _deviation(x)
     return Logits(z, off / deviation + z.detach().abs() * deviation_off)
 
 
-def _through_standardization(grad_off: Tensor, x: Logits) -> Tensor:
+def _off_after_standardize(grad_off: Tensor, x: Logits) -> Tensor:
     """A_i of g, for (g_i - mean g - z_i sum_j g_j z_j / (V - 1)) / deviation, whose terms are A_i / 8."""
     centred, _, deviation, deviation_off = _deviation(x)
-    z, off = (centred / deviation).abs(), standardized(x).off
+    z, off = (centred / deviation).abs(), standardize(x).off
     mean, degrees = grad_off.mean(-1, True), max(1, z.shape[-1] - 1)
     along = (grad_off * z).sum(-1, True) / degrees
     along_off = 2 * along + (grad_off * off).sum(-1, True) / degrees / 8
@@ -145,7 +145,7 @@ def _soft(
 
 
 def pair(student: Logits, teachers: list[Logits], o: dict[str, Any]) -> tuple["Pair", Tensor]:
-    """What a divergence is over, and T."""
+    """The pair that a divergence compares, and T."""
     T, at = temperatures(student.z, o)
     p, log_p, p_shift = mixture(teachers, at, o)
     log_q = F.log_softmax(student.z / T, -1)
@@ -153,42 +153,42 @@ def pair(student: Logits, teachers: list[Logits], o: dict[str, Any]) -> tuple["P
 
 
 class Pair:
-    """What a divergence is over, each (..., V), and what the logits of p and q are off by, in eps, by their making."""
+    """What a divergence compares, each (..., V), and the errors of the logits of p and q, in eps."""
 
     def __init__(
         self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, p_shift: Tensor, q_shift: Tensor, o: dict[str, Any]
     ) -> None:
         self.p, self.q, self.log_p, self.log_q, self.p_shift, self.q_shift = p, q, log_p, log_q, p_shift, q_shift
         self.options, self.beta = o, o["beta"]
-        # what log p and log q are off by for it, and what the two are off by
+        # the errors of log p and log q that follow, and those of p and q
         self.p_more, self.q_more = (shift + _mean(x, shift) for x, shift in ((p, p_shift), (q, q_shift)))
-        self.p_off, self.q_off = _off(p, log_p, o, self.p_more), _off(q, log_q, o, self.q_more)
+        self.p_off, self.q_off = _probability_off(p, log_p, o, self.p_more), _probability_off(q, log_q, o, self.q_more)
         self.logs = 1 + log_q.abs() + log_p.abs()  # the size of a term with both logarithms
-        self.logs_off = self.logs + self.p_more + self.q_more  # what their difference is off by
+        self.logs_off = self.logs + self.p_more + self.q_more  # the error of their difference
 
     @property
     def swapped(self) -> "Pair":
         return Pair(self.q, self.p, self.log_q, self.log_p, self.q_shift, self.p_shift, self.options)
 
 
-# phi, what it may be off by, the size of psi's terms, and what psi may be
+# phi, its error, the size of psi's terms, psi's error
 Terms = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _cross_entropy(x: Pair) -> Terms:
-    off = _sized(x.p_off, 1 + x.log_q.abs()) + _sized(x.p, x.q_more)
+    off = _times(x.p_off, 1 + x.log_q.abs()) + _times(x.p, x.q_more)
     return -(x.p * x.log_q), off, x.p, x.p_off
 
 
 def _kl(x: Pair) -> Terms:
-    off = _sized(x.p_off, 1 + (x.log_p - x.log_q).abs()) + _sized(x.p, x.logs_off)
+    off = _times(x.p_off, 1 + (x.log_p - x.log_q).abs()) + _times(x.p, x.logs_off)
     return F.kl_div(x.log_q, x.p, reduction="none"), off, x.p, x.p_off
 
 
 def _reverse_kl(x: Pair) -> Terms:
     loss = F.kl_div(x.log_p, x.log_q, reduction="none", log_target=True)
-    off = _sized(x.q_off, 1 + (x.log_q - x.log_p).abs()) + _sized(x.q, x.logs_off)
-    return loss, off, _sized(x.q, x.logs), _sized(x.q_off, x.logs) + _sized(x.q, x.p_more)
+    off = _times(x.q_off, 1 + (x.log_q - x.log_p).abs()) + _times(x.q, x.logs_off)
+    return loss, off, _times(x.q, x.logs), _times(x.q_off, x.logs) + _times(x.q, x.p_more)
 
 
 def _symmetric_kl(x: Pair) -> Terms:
@@ -201,8 +201,8 @@ def _to_mixture(x: Pair, share: float) -> Terms:
     log_m = torch.where(m == 0, 1, m).log()
     ratio, logs = torch.where(x.p == 0, 0, x.log_p - log_m), 1 + x.log_p.abs() + log_m.abs()
     more = x.p_more + torch.maximum(x.p_more, x.q_more)  # log p's, and log m's
-    off = _sized(x.p_off, 1 + ratio.abs()) + _sized(x.p, logs + more)
-    return x.p * ratio, off, _sized(x.p, logs), _sized(x.p_off, logs) + _sized(x.p, more)
+    off = _times(x.p_off, 1 + ratio.abs()) + _times(x.p, logs + more)
+    return x.p * ratio, off, _times(x.p, logs), _times(x.p_off, logs) + _times(x.p, more)
 
 
 def _jsd(x: Pair) -> Terms:
@@ -214,7 +214,7 @@ def _jsd(x: Pair) -> Terms:
 def _skew_forward_kl(x: Pair) -> Terms:
     m = x.beta * x.p + (1 - x.beta) * x.q
     m = torch.where(m == 0, 1, m)
-    psi_off = 2 * (1 - x.beta) * (x.p_off * (x.q / m) + x.q_off * (x.p / m))  # twice: m is off as well
+    psi_off = 2 * (1 - x.beta) * (x.p_off * (x.q / m) + x.q_off * (x.p / m))  # twice: m has an error too
     return *_to_mixture(x, x.beta)[:2], psi_off / 8, psi_off
 
 
@@ -233,8 +233,8 @@ def _tvd(x: Pair) -> Terms:
 def _hellinger(x: Pair) -> Terms:
     root = ((x.log_p + x.log_q) / 2).exp()
     info = torch.finfo(x.options["kind"])
-    off = _sized(root, 8 + x.log_p.abs() + x.log_q.abs() + x.p_more + x.q_more) / 2
-    off = off + info.tiny**0.5 / info.eps * (x.p.sqrt() + x.q.sqrt())  # where p or q is of the smallest
+    off = _times(root, 8 + x.log_p.abs() + x.log_q.abs() + x.p_more + x.q_more) / 2
+    off = off + info.tiny**0.5 / info.eps * (x.p.sqrt() + x.q.sqrt())  # where p or q is near the smallest number
     return x.q.detach() - root, off + x.q_off, off / 8, off
 
 
@@ -274,8 +274,8 @@ def _dkd(x: Pair, s: Tensor, t: Tensor, index: Tensor) -> tuple[Tensor, Tensor, 
     return loss, off, torch.where(is_label, w * gap_off[..., :1], others_off)
 
 
-def _untempered(s: Logits) -> tuple[Tensor, Tensor, Tensor]:
-    """log q1, q1, and what the mean logit by q1 is off by for the logits' making."""
+def _hard_softmax(s: Logits) -> tuple[Tensor, Tensor, Tensor]:
+    """log q1, q1, and the error of the mean logit under q1 that the logits' errors make."""
     log_q = F.log_softmax(s.z, -1)
     q = log_q.detach().exp()
     return log_q, q, _mean(q, s.off)
@@ -283,23 +283,23 @@ def _untempered(s: Logits) -> tuple[Tensor, Tensor, Tensor]:
 
 def _hard(s: Logits, index: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     e = o["label_smoothing"]
-    log_q, q, mean_off = _untempered(s)
+    log_q, q, mean_off = _hard_softmax(s)
     loss = -log_q.gather(-1, index)
     if e:
         loss = (1 - e) * loss - e * log_q.mean(-1, True)
     target = torch.zeros_like(q).scatter(-1, index, 1 - e) + e / q.shape[-1]
     more = s.off + mean_off
     loss_off = 8 + loss + (target * more).sum(-1, True)
-    return loss.squeeze(-1), loss_off.squeeze(-1), _off(q, log_q, o, more) + 8 * target
+    return loss.squeeze(-1), loss_off.squeeze(-1), _probability_off(q, log_q, o, more) + 8 * target
 
 
 def _z_loss(s: Logits, o: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """logsumexp(s)^2, whose gradient is 2 logsumexp(s) q1."""
-    log_q, q, mean_off = _untempered(s)
+    log_q, q, mean_off = _hard_softmax(s)
     z = torch.logsumexp(s.z, -1, True)
     z_off = 8 + z.abs() + s.z.amax(-1, True).abs() + mean_off  # log of a sum, and the maximum
     loss_off = z_off * 2 * z.abs() + z.square()
-    grad_off = 2 * (z_off * q + z.abs() * _off(q, log_q, o, s.off + mean_off))
+    grad_off = 2 * (z_off * q + z.abs() * _probability_off(q, log_q, o, s.off + mean_off))
     return z.square().squeeze(-1), loss_off.squeeze(-1), grad_off
 
 
@@ -311,19 +311,19 @@ def _logit_mse(s: Logits, t: Logits) -> tuple[Tensor, Tensor, Tensor]:
     return difference.square().mean(-1) / 2, (size * difference.abs()).mean(-1), size / s.z.shape[-1]
 
 
-def _off(p: Tensor, log_p: Tensor, o: dict[str, Any], more: Tensor | float) -> Tensor:
-    """What a probability may be off by; one below the smallest normal number may be 0."""
-    return _sized(p, 8 + log_p.abs() + more) + o["smallest"]
+def _probability_off(p: Tensor, log_p: Tensor, o: dict[str, Any], more: Tensor | float) -> Tensor:
+    """The error of a probability; one below the smallest normal number may be 0."""
+    return _times(p, 8 + log_p.abs() + more) + o["smallest"]
 
 
-def _sized(p: Tensor, log: Tensor | float) -> Tensor:
+def _times(p: Tensor, log: Tensor | float) -> Tensor:
     """p * log, and 0 where p is 0."""
     return (p * log).nan_to_num(0, 0)
 
 
 def _mean(p: Tensor, x: Tensor | float) -> Tensor:
-    """Of x by p, (..., 1)."""
-    return _sized(p, x).sum(-1, True)
+    """The mean of x under p, (..., 1)."""
+    return _times(p, x).sum(-1, True)
 
 
 def temperatures(s: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -340,21 +340,21 @@ def weighted_mean(tensors: list[Tensor], weights: list[float] | None) -> Tensor:
 
 
 def weighted_logits(teachers: list[Logits], weights: list[float] | None) -> Logits:
-    return Logits(weighted_mean([t.z for t in teachers], weights), _worst(teachers))
+    return Logits(weighted_mean([t.z for t in teachers], weights), _largest_off(teachers))
 
 
-def _worst(logits: list[Logits]) -> Tensor | float:
+def _largest_off(logits: list[Logits]) -> Tensor | float:
     offs = [x.off for x in logits]
     return torch.stack(offs).amax(0) if isinstance(offs[0], Tensor) else 0.0
 
 
 def mixture(teachers: list[Logits], at: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """p and log p, (..., V), of one teacher or several, and what the worst one's logits are off by."""
+    """p and log p, (..., V), of one teacher or several, and the largest error of their logits."""
     if o["target"] == "logits":
         logs = [F.log_softmax(t.z / at, -1) for t in teachers]
     else:
         logs = [t.z.log() if o["target"] == "probs" else t.z for t in teachers]
-    shift = _worst(teachers) / at
+    shift = _largest_off(teachers) / at
     if len(teachers) == 1:
         return (teachers[0].z if o["target"] == "probs" else logs[0].exp()), logs[0], shift
     if o["ensemble"] == "geometric":
@@ -367,8 +367,8 @@ def mixture(teachers: list[Logits], at: Tensor, o: dict[str, Any]) -> tuple[Tens
 def largest_z(s: Tensor, teachers: list[Tensor], o: dict[str, Any]) -> Tensor:
     """The largest |z| of each row, (..., 1), of student and teachers, where the probability is not 0; at least 1."""
     T, at = temperatures(s.double(), o)
-    s, teachers = scaled(s.double(), [t.double() for t in teachers], o)
-    capped = softcapped(s, o["softcap"])
+    s, teachers = apply_scales(s.double(), [t.double() for t in teachers], o)
+    capped = apply_softcap(s, o["softcap"])
     student, *logits = soft_logits(capped, teachers, o)
     zs = [capped.z]  # the hard term's and z-loss's
     if o["divergence"] == "logit_mse":

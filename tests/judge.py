@@ -1,12 +1,12 @@
-r"""How numbers are judged: against the reference in fp64, by the yardstick of eager PyTorch.
+r"""How numbers are judged: against the reference in fp64, with eager PyTorch as the yardstick.
 
 Every logit enters a loss through exp(z), z = s / T. Computed with care in a format whose numbers are eps apart, z is
-off by |z| eps and exp(z) by as much relatively; exp itself by up to 8 eps (1e-6 in fp32, the worst that this package
-allows its own), and so are sums over rows. Hence each probability may be off by q_i * (8 + |log q_i|) * eps (or by the
-smallest normal number, where exp underflows), and a gradient, which is a sum of such terms, by the sum A_i of what its
-terms may be off by. That is the "few ulp", counted at the size of the terms and not of their difference: where the
-student is good q - p cancels, and no arithmetic in that format brings the lost digits back. The same holds for the
-terms of a row's loss, with A. Then
+off by |z| eps and exp(z) by as much relatively; exp itself by up to 8 eps (1e-6 in fp32, the most that this package
+allows), and so are sums over rows. Hence each probability may be off by q_i * (8 + |log q_i|) * eps (or by the smallest
+normal number, where exp underflows), and a gradient, which is a sum of such terms, by A_i, the sum of its terms'
+errors. These are the "few ulp", at the size of the terms and not of their difference: where the student is good q - p
+cancels, and no arithmetic in that format restores the lost digits. The same holds for the terms of a row's loss, with
+A. Then
 
     |gradient_i - truth_i|  <=  (1 + R) * A_i + 1/2 ulp(truth_i)
     |loss - truth|          <=  A + |eager - truth|
@@ -16,8 +16,8 @@ numbers, upcast where they are of 16 bits, and the half ulp is that of a 16-bit 
 once. For fp64, where the truth has no more digits than what it judges, the truth's own rounding of z stands for eager's
 error: R is the largest |z| among the classes with a probability, and the loss gets as much.
 
-Where z comes from softcapped or standardised logits, eager.py adds to |log q_i| what these are off by, and to A_i what
-their derivatives are. The other terms of a loss, each of its own size, are in A like those of the divergence.
+For softcapped or standardized logits eager.py adds their error to |log q_i|, and their derivatives' error to A_i. The
+loss's other terms are in A like those of the divergence.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import BF16, F32, F64, moved
+from cases import BF16, F32, F64, to_device
 from eager import DEFAULTS, eager, largest_z
 from gpu import INTERPRETED
 from torch import Tensor
@@ -37,7 +37,7 @@ import kdfast
 def run(
     student: Tensor, teacher: Any, labels: Tensor | None = None, grad_loss: Tensor | None = None, **settings: Any
 ) -> tuple[Tensor, Tensor]:
-    """kd_loss and its gradient in the student's logits, which keep their strides; of row losses that of their sum."""
+    """kd_loss and its gradient in the student's logits, which keep their strides; for row losses the sum's gradient."""
     leaf = student.detach().requires_grad_()
     loss = kdfast.kd_loss(leaf.clone() if settings.get("inplace") else leaf, teacher, labels, **settings)
     loss = loss[0] if settings.get("return_metrics") else loss
@@ -57,9 +57,9 @@ def judge(
     limits: bool = False,
     **settings: Any,
 ) -> "Truth":
-    """Runs the three kernels by the rule: loss and gradient in one; if `by_row`, statistics alone, then a gradient.
+    """Judges a scalar loss with its gradient and, if `by_row`, the loss without a gradient and the losses by row.
 
-    With `limits` the truth may be infinite or NaN, and then so is what is judged.
+    With `limits` the truth may be infinite or NaN, and the result must be the same.
     """
     if truth is None:
         truth = truth_of(student, teacher, labels, settings)
@@ -77,25 +77,25 @@ def judge(
         truth.judge_sum("loss alone", loss, scale)
     # coefficients of both signs, exact in every dtype
     factor = (1.5 - torch.arange(truth.loss.numel(), device="cpu") % 4).reshape(truth.loss.shape).to(truth.kind)
-    loss, grad = run(student, teacher, labels, factor.to(student.device), backend=backend, **by_rows(settings))
+    loss, grad = run(student, teacher, labels, factor.to(student.device), backend=backend, **per_row_settings(settings))
     truth.judge_rows("losses by row", loss)
     truth.judge_gradient("gradient by row", grad, factor.double())
     return truth
 
 
 def truth_of(student: Tensor, teacher: Any, labels: Tensor | None, settings: dict[str, Any]) -> "Truth":
-    """What a call is judged by; the same for every backend and every reduction."""
+    """The truth of a call: the same for every backend and every reduction."""
     with one_thread():
-        return Truth(*moved((student, teacher, labels, by_rows(settings)), "cpu"))
+        return Truth(*to_device((student, teacher, labels, per_row_settings(settings)), "cpu"))
 
 
-def by_rows(settings: dict[str, Any]) -> dict[str, Any]:
+def per_row_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if k not in ("reduction", "normalizer")} | {"reduction": "none"}
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For PyTorch's own many small operations, which two threads on a busy machine make slower by far."""
+    """For PyTorch's small operators, which a second thread slows down."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -105,17 +105,17 @@ def one_thread() -> Iterator[None]:
 
 
 class Truth:
-    """What each row's loss and gradient are, and how far off they may be. Of tensors on the CPU."""
+    """Each row's loss and gradient, and how far off they may be. For tensors on the CPU."""
 
-    truncated = False  # whether the gradients' rounding to bf16 is none
-    limits = False  # whether what is no finite number here must be none there
+    truncated = False  # whether gradients are truncated to bf16 instead of rounded
+    limits = False  # whether results must be infinite or NaN where the truth is
 
     def __init__(self, student: Tensor, teacher: Any, labels: Tensor | None, settings: dict[str, Any]) -> None:
         wide = {k: in_fp64(v) for k, v in settings.items() if k != "inplace"} | {"backend": "reference"}
         with torch.no_grad():
             self.loss = kdfast.kd_loss(in_fp64(student), in_fp64(teacher), labels, **wide)
             self.loss = self.loss[0] if wide.get("return_metrics") else self.loss
-        wide["reduction"] = "sum"  # whose gradient is autograd's
+        wide["reduction"] = "sum"  # its gradient is autograd's
         self.grad = run(in_fp64(student), in_fp64(teacher), labels, **wide)[1]
         self.dtype, self.kind = student.dtype, F64 if student.dtype == F64 else F32
 
@@ -136,28 +136,28 @@ class Truth:
             loss, _, _ = eager(leaf, [t.float() for t in teachers], labels, options)
             (grad,) = torch.autograd.grad((loss * weight).sum(), leaf)
             missed = (grad - self.grad[..., : s.shape[-1]]).abs() / (grad_off + self.floor)
-            ratio = missed.amax(-1, True).nan_to_num(0, 0)  # where eager itself breaks it excuses nothing
+            ratio = missed.amax(-1, True).nan_to_num(0, 0)  # where eager itself fails it allows nothing more
             self.loss_off = loss_off + (loss.detach() * weight - self.loss).abs().nan_to_num(0, 0)
         self.grad_off = F.pad(grad_off * (1 + ratio), (0, student.shape[-1] - s.shape[-1]))
 
     def judge_rows(self, what: str, loss: Tensor) -> None:
-        assert loss.dtype == self.kind, f"{what}: of {loss.dtype}"
+        assert loss.dtype == self.kind, f"{what}: has dtype {loss.dtype}"
         _within(what, loss, self.loss, self.loss_off + self.floor, self.limits)
 
     def judge_sum(self, what: str, loss: Tensor, scale: float) -> None:
-        assert loss.dtype == self.kind, f"{what}: of {loss.dtype}"
+        assert loss.dtype == self.kind, f"{what}: has dtype {loss.dtype}"
         _within(what, loss, self.loss.sum() * scale, self.loss_off.sum() * scale + self.floor, self.limits)
 
     def judge_gradient(self, what: str, grad: Tensor, factor: Tensor) -> None:
-        assert grad.dtype == self.dtype, f"{what}: of {grad.dtype}"
+        assert grad.dtype == self.dtype, f"{what}: has dtype {grad.dtype}"
         factor = factor.unsqueeze(-1)
         want, allowed = self.grad * factor, self.grad_off * factor.abs() + self.floor
         if self.dtype.itemsize == 2:
-            # Triton's interpreter cuts fp32 off to bf16 where devices round it: a whole ulp
+            # Triton's interpreter truncates fp32 to bf16 where devices round it: a whole ulp
             ulps = 2 if self.truncated and self.dtype == BF16 else 1
             allowed = allowed + ulps * half_ulp(want, self.dtype)
-        allowed = torch.where(self.grad_off * factor == 0, 0, allowed)  # padding and rows that dropped out: exactly 0
-        if self.limits:  # where a loss is infinite its gradient is no number, of one kind or another
+        allowed = torch.where(self.grad_off * factor == 0, 0, allowed)  # padding and dropped rows: exactly 0
+        if self.limits:  # where a loss is infinite its gradient may be NaN or infinite
             none = self.loss.isinf().unsqueeze(-1) & ~want.isfinite()
             grad = torch.where(none & ~grad.to(want.device).isfinite(), want, grad.to(want))
         _within(what, grad, want, allowed, self.limits)
@@ -178,7 +178,7 @@ def real_classes(student: Tensor, teacher: Any, settings: dict[str, Any]) -> tup
 
 
 def row_weights(student: Tensor, labels: Tensor | None, settings: dict[str, Any]) -> Tensor:
-    """In fp64; 0 of rows that drop out."""
+    """In fp64; 0 for dropped rows."""
     weight = student.new_ones(student.shape[:-1], dtype=F64)
     if labels is not None:
         weight = weight * (labels != settings.get("ignore_index", -100))
@@ -195,7 +195,7 @@ def divisor(student: Tensor, labels: Tensor | None, settings: dict[str, Any]) ->
 
 
 def in_fp64(value: Any) -> Any:
-    """Floating tensors, and what holds them, in fp64."""
+    """Floating tensors, also in dicts, lists and tuples, in fp64."""
     if isinstance(value, dict):
         return {k: in_fp64(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -204,8 +204,8 @@ def in_fp64(value: Any) -> Any:
 
 
 def _within(what: str, got: Tensor, want: Tensor, allowed: Tensor, limits: bool = False) -> None:
-    """|got - want| <= allowed, element by element; the message shows the worst. With `limits` both may be no number."""
-    assert got.shape == want.shape, f"{what}: of shape {tuple(got.shape)} instead of {tuple(want.shape)}"
+    """|got - want| <= allowed; the message shows the worst element. With `limits` both may be infinite or NaN."""
+    assert got.shape == want.shape, f"{what}: has shape {tuple(got.shape)} instead of {tuple(want.shape)}"
     got, want, allowed = got.cpu(), want.cpu(), allowed.cpu()
     missed = (got.double() - want).abs()
     bad = ~(missed <= allowed)

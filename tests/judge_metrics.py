@@ -4,35 +4,45 @@ import math
 from typing import Any
 
 import torch
-from cases import F32, F64, moved
-from eager import DEFAULTS, eager, entropies, largest_z, mixture, scaled, softcapped, standardized, temperatures
-from judge import by_rows, in_fp64, one_thread, real_classes, row_weights
+from cases import F32, F64, to_device
+from eager import (
+    DEFAULTS,
+    apply_scales,
+    apply_softcap,
+    eager,
+    entropies,
+    largest_z,
+    mixture,
+    standardize,
+    temperatures,
+)
+from judge import in_fp64, one_thread, per_row_settings, real_classes, row_weights
 from torch import Tensor
 
 import kdfast
 
-ALONE = {"hard_weight": 0, "z_loss": 0.0}  # the soft term by itself
+ALONE = {"hard_weight": 0, "z_loss": 0.0}  # the soft term without the others
 FIELDS = ("soft", "hard", "kl", "student_entropy", "teacher_entropy", "agreement", "accuracy")
 NAN = math.nan
 
 
-def measured(student: Tensor, teacher: Any, labels: Tensor | None = None, **settings: Any) -> dict[str, Tensor]:
+def compute_metrics(student: Tensor, teacher: Any, labels: Tensor | None = None, **settings: Any) -> dict[str, Tensor]:
     _, metrics = kdfast.kd_loss(student, teacher, labels, return_metrics=True, **settings)
     assert isinstance(metrics, kdfast.KDMetrics)
     assert metrics._fields == FIELDS
     return metrics._asdict()
 
 
-def of_rows(
+def row_metrics(
     student: Tensor, teachers: list[Tensor], labels: Tensor | None, settings: dict[str, Any], kind: torch.dtype
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each row's metrics by the recipes of eager.py, and A of judge.py, in eps."""
+    """Each row's metrics by the recipes of eager.py, each with A of judge.py, in eps."""
     o = DEFAULTS | settings
     if o["divergence"] == "logit_mse":
         o |= {"temperature": 1.0, "teacher_temperature": None, "t_squared": False}
     nan = torch.full_like(student[..., 0], NAN)
     nothing = (nan, nan)
-    s, scaled_teachers = scaled(student, teachers, o)
+    s, scaled_teachers = apply_scales(student, teachers, o)
     best, unclear = _argmax([s], o["softcap"], o, kind)
     found = dict.fromkeys(FIELDS, nothing)
     of_q, of_q_off, of_p, of_p_off = entropies(student, teachers, o, kind)
@@ -51,11 +61,11 @@ def of_rows(
 
 
 def _argmax(logits: list[Tensor], cap: float | None, o: dict[str, Any], kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Of one side's logits, or of an ensemble's p; and whether the largest two are too near to tell apart: a cap that
-    saturates makes them equal."""
-    z = [softcapped(x, cap) for x in logits]
+    """The argmax of one side's logits, or of an ensemble's p; and whether the two largest are too close to tell apart:
+    a saturated cap makes them equal."""
+    z = [apply_softcap(x, cap) for x in logits]
     if len(z) > 1:
-        z = [standardized(x) for x in z] if o["standardize"] else z
+        z = [standardize(x) for x in z] if o["standardize"] else z
         shown = mixture(z, temperatures(logits[0], o)[1], o)[0]
     else:
         shown = z[0].z
@@ -67,18 +77,18 @@ def _argmax(logits: list[Tensor], cap: float | None, o: dict[str, Any], kind: to
 def judge_metrics(
     student: Tensor, teacher: Any, labels: Tensor | None = None, *, backend: str, **settings: Any
 ) -> dict[str, Tensor]:
-    """Every metric is no further from fp64 than A and eager PyTorch in fp32 allow; shares are exact."""
-    got = measured(student, teacher, labels, backend=backend, **settings)
+    """Judges every metric by the rule of judge.py; agreement and accuracy are exact."""
+    got = compute_metrics(student, teacher, labels, backend=backend, **settings)
     kind = F64 if student.dtype == F64 else F32
-    student, teacher, labels, settings = moved((student, teacher, labels, settings), "cpu")
+    student, teacher, labels, settings = to_device((student, teacher, labels, settings), "cpu")
     s, teachers = real_classes(student, teacher, settings)
     weight = row_weights(student, labels, settings)
     keep = weight != 0
     with one_thread():
-        truth = of_rows(s.double(), [t.double() for t in teachers], labels, settings, kind)
-        plain = of_rows(s.float(), [t.float() for t in teachers], labels, settings, kind)
+        truth = row_metrics(s.double(), [t.double() for t in teachers], labels, settings, kind)
+        plain = row_metrics(s.float(), [t.float() for t in teachers], labels, settings, kind)
         if teachers:  # eager's own is NaN where a probability underflows
-            rows = {k: v for k, v in by_rows(settings).items() if k not in ("return_metrics", "vocab_size")}
+            rows = {k: v for k, v in per_row_settings(settings).items() if k not in ("return_metrics", "vocab_size")}
             rows |= ALONE | {"alpha": 1, "label_smoothing": 0.0, "row_weight": None, "backend": "reference"}
             given = [t.double() for t in teachers] if len(teachers) > 1 else teachers[0].double()
             truth["soft"] = kdfast.kd_loss(s.double(), given, labels, **in_fp64(rows)), truth["soft"][1]
@@ -87,14 +97,14 @@ def judge_metrics(
         assert got[field].dtype == kind, field
         assert not got[field].requires_grad, field
         allowed = off * torch.finfo(kind).eps
-        # as judge.py has it: eager's error, or the truth's own; shares have none
+        # as in judge.py: eager's error, or the truth's own; agreement and accuracy have none
         allowed = allowed * (1 + rounded) if kind == F64 else allowed + (plain[field][0] - want).abs().nan_to_num(0)
         allowed = off if field in ("agreement", "accuracy") else allowed
         want = torch.where(keep, want, NAN)
         if settings.get("reduction") != "none":
             total = weight.sum()
             want, allowed = (torch.where(keep, x * weight, 0).sum() / total for x in (want, allowed))
-            # its sum, and its quotient
+            # rounding of the sum and of the quotient
             allowed = allowed + (4 + keep.numel() ** 0.5) * torch.finfo(kind).eps * want.abs().nan_to_num(0)
         assert got[field].shape == want.shape, field
         off_by = (got[field].cpu().double() - want).abs()

@@ -1,14 +1,14 @@
 """What the tests of the linear losses share, and how they judge.
 
-The truth is F.linear and the reference in fp64. Ours may be off by twice what the same in plain PyTorch in fp32 is off,
-plus a few ulp at the size of the largest number; 16-bit gradients by half an ulp more, for they are rounded once.
+The truth is F.linear and the reference in fp64. The error may be twice that of plain PyTorch in fp32 plus a few ulp of
+the largest number, and half an ulp more for 16-bit gradients, which are rounded once.
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import BF16, F16, F32, F64, here
+from cases import BF16, F16, F32, F64, to_default_device
 from judge import half_ulp, one_thread
 from torch import Tensor
 
@@ -18,7 +18,7 @@ ROWS, HIDDEN, TEACHER_HIDDEN, VOCAB = 13, 8, 12, 50
 
 
 class Case:
-    """Hidden states, heads and labels, of which one is ignored; the teacher's side of another width."""
+    """Hidden states, heads and labels, one of them ignored; the teacher has another width."""
 
     def __init__(self, dtype: torch.dtype = F32, rows: int = ROWS, vocab: int = VOCAB, bias: bool = True) -> None:
         made = {"generator": torch.Generator("cpu").manual_seed(rows * 1000 + vocab), "dtype": F64, "device": "cpu"}
@@ -28,10 +28,10 @@ class Case:
         self.teacher_hidden = torch.randn(rows, TEACHER_HIDDEN, **made)
         self.teacher_weight = 0.6 * torch.randn(vocab, TEACHER_HIDDEN, **made)
         for field, value in vars(self).items():
-            setattr(self, field, here(value if value is None else value.to(dtype)))
+            setattr(self, field, to_default_device(value if value is None else value.to(dtype)))
         labels = torch.randint(vocab, (rows,), generator=made["generator"], device="cpu")
         labels[rows // 3] = -100
-        self.labels, self.teacher_bias = here(labels), None
+        self.labels, self.teacher_bias = to_default_device(labels), None
 
     def leaves(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         student = (self.hidden, self.weight, self.bias)
@@ -42,7 +42,7 @@ class Case:
         return F.linear(*(x if x is None else x.to(dtype or x.dtype) for x in head))
 
     def loss(self, leaves: list[Tensor], labels: Tensor | None, teacher: Any = None, **settings: Any) -> Any:
-        """The fused loss of what `leaves` returns; without a teacher, of its hidden states and head."""
+        """The fused loss of what `leaves` returns; by default with the teacher's hidden states and head."""
         settings["student_bias"] = leaves[2] if len(leaves) > 2 else None
         if teacher is not None:
             return kdfast.linear_kd_loss(*leaves[:2], teacher, None, labels, **settings)
@@ -53,15 +53,15 @@ class Case:
 Results = tuple[Tensor, list[Tensor], Any]
 
 
-def fused(
+def fused_results(
     case: Case, labels: Tensor | None, teacher: Any = None, grad: Tensor | None = None, **settings: Any
 ) -> Results:
     """Loss, gradients in hidden states, weight and bias, and metrics."""
     leaves = case.leaves()
-    return finished(case.loss(leaves, labels, teacher, **settings), leaves, grad)
+    return results_of(case.loss(leaves, labels, teacher, **settings), leaves, grad)
 
 
-def plain(
+def plain_results(
     case: Case,
     labels: Tensor | None,
     dtype: torch.dtype,
@@ -75,24 +75,24 @@ def plain(
     settings["backend"] = "reference"
     teacher = case.teacher_logits(dtype) if teacher is None else teacher
     loss = kdfast.kd_loss(F.linear(*leaves), teacher, labels, **settings)
-    return finished(loss, leaves, grad)
+    return results_of(loss, leaves, grad)
 
 
-def finished(loss: Any, leaves: list[Tensor], grad: Tensor | None) -> Results:
+def results_of(loss: Any, leaves: list[Tensor], grad: Tensor | None) -> Results:
     loss, metrics = loss if isinstance(loss, tuple) else (loss, ())
-    if grad is None and loss.dim():  # of rows: factors of both signs
+    if grad is None and loss.dim():  # row losses: factors of both signs
         grad = torch.linspace(-1, 2, loss.numel()).view(loss.shape)
     loss.backward(grad if grad is None else grad.to(loss.dtype))
     return loss.detach(), [x.grad for x in leaves], metrics
 
 
 def check(case: Case, labels: Tensor | None, teacher: Any = None, **settings: Any) -> Results:
-    """Runs it and judges it."""
-    got = fused(case, labels, teacher, **settings)
+    """Computes the fused results and judges them."""
+    got = fused_results(case, labels, teacher, **settings)
     kind = F64 if case.hidden.dtype == F64 else F32
     with one_thread():
-        truth = plain(case, labels, F64, teacher, **settings)
-        eager = truth if kind == F64 else plain(case, labels, kind, teacher, **settings)
+        truth = plain_results(case, labels, F64, teacher, **settings)
+        eager = truth if kind == F64 else plain_results(case, labels, kind, teacher, **settings)
     assert got[0].dtype == kind
     judge("loss", got[0], truth[0], eager[0], kind)
     for i, what in enumerate(("hidden", "weight", "bias")[: len(got[1])]):
@@ -114,7 +114,7 @@ def judge(what: str, got: Tensor, truth: Tensor, eager: Tensor, kind: torch.dtyp
     assert ((missed <= allowed) | (got.isnan() & truth.isnan())).all(), f"{what}: off by {missed.max():.3g}"
 
 
-def square(dtype: torch.dtype = F32) -> Case:
+def square_case(dtype: torch.dtype = F32) -> Case:
     """A case whose teacher is as wide as its student, so that all products are of one size."""
     case = Case(dtype, rows=12, bias=False)
     case.teacher_hidden, case.teacher_weight = case.hidden.flip(0), case.weight.flip(0)
@@ -122,9 +122,9 @@ def square(dtype: torch.dtype = F32) -> Case:
     return case
 
 
-def many(dtype: torch.dtype) -> Case:
+def long_case(dtype: torch.dtype) -> Case:
     return Case(dtype, rows=600, bias=False)
 
 
-def off(got: Tensor, truth: Tensor) -> float:
+def relative_error(got: Tensor, truth: Tensor) -> float:
     return float((got.double() - truth).norm() / truth.norm())

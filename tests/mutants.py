@@ -1,13 +1,13 @@
-"""Plants one fault after the other into a copy of this checkout, and sees whether the tests find it.
+"""Plants faults, one at a time, into a copy of this checkout, and checks that the tests find them.
 
     python tests/mutants.py [--only NAME ...] [--shard I/N] [--tier fast|full] [--tests "-k words"] [--resume] ...
-    python tests/mutants.py --check     every text that is to be replaced occurs once in its file
+    python tests/mutants.py --check     every text to be replaced occurs once in its file
 
-The faults are listed in planted/. The copy is build/mutants/tree; it is kept, so that a build compiles what changed.
-A fault in C++ is compiled first, for the best instruction set that this machine has or, where it says so, for all; one
-in CUDA's kernels goes through emulated.py, and is left out where there is no nvcc. Then run the
-test files that are most likely to find it, for the backend that it is in, and after those the whole tier, each until a
-test fails. Results go to build/mutants/results.csv as they come.
+The faults are listed in planted/. The copy is build/mutants/tree; it is kept, so that a build compiles only changes. A
+fault in C++ is compiled first, for the best instruction set of this machine or, where it says so, for all; one in the
+CUDA kernels is compiled by emulated.py, and skipped without nvcc. Then the test files that are most likely to find it
+run for its backend, and after those the whole tier, each until a test fails. Results are added to
+build/mutants/results.csv.
 """
 
 import argparse
@@ -33,17 +33,17 @@ WORK = ROOT / "build" / "mutants"
 TREE = WORK / "tree"
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 LEFT_ALONE = re.compile(r"(build|.*\.egg-info|__pycache__|\..*cache|\.hypothesis|\.benchmarks)$|.*\.so$")
-# It is about this list, and finds every fault by its text.
+# It tests this list, and fails for every planted fault.
 NOT_RUN = {"test_mutants.py"}
-# It wants the least instruction set to be there, which a build for the best one leaves out.
-NEEDS_ALL_ISAS = "tests/test_build.py::test_environment_picks_any_usable_isa_and_none_gives_the_best"
+# It needs the baseline, which a build for the best instruction set leaves out.
+NEEDS_ALL_ISAS = "tests/test_build.py::test_the_best_isa_is_chosen_by_default"
 
 
 # ---- the list ----
 
 
 def problems(mutants: Iterable[Mutant], root: Path = ROOT) -> list[str]:
-    """What is wrong with the list, in words; nothing where each fault can be planted."""
+    """The list's problems, in words."""
     found, names = [], set()
     for m in mutants:
         if m.name in names or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", m.name):
@@ -68,7 +68,7 @@ def planted(m: Mutant, root: Path) -> str:
 
 
 def is_compiled(m: Mutant) -> bool:
-    """Whether the CPU's library is made of it."""
+    """Whether the CPU's library is compiled from the fault's file."""
     path = Path(m.file)
     return m.file in ("CMakeLists.txt", "setup.py") or (path.parts[0] == "csrc" and not is_cuda(m))
 
@@ -88,7 +88,7 @@ def backend_of(m: Mutant) -> str | None:
 
 
 def sync() -> None:
-    """The copy's files as they are here; the time of what did not change stays, and with it what was compiled."""
+    """Updates the copy; unchanged files keep their time, so that they are not compiled again."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
     )
@@ -111,7 +111,7 @@ class DoesNotBuild(Exception):
 
 
 def run(command: list[Any], environment: dict[str, str], limit: float | None = None) -> tuple[int, str]:
-    """Status and output of a command in the copy; it and what it started are gone afterwards, come what may."""
+    """Status and output of a command in the copy; its process group is killed afterwards."""
     process = subprocess.Popen(
         list(map(str, command)), cwd=TREE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
@@ -136,14 +136,14 @@ class Copy:
             "KDFAST_BUILD_EXT": "1",
             "KDFAST_STRICT": "0",
             "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
-            "TRITON_CACHE_DIR": str(WORK / "triton"),  # what faults make is nobody else's
+            "TRITON_CACHE_DIR": str(WORK / "triton"),  # kernels with faults stay apart
         }
         self.installed = ""  # which build's library, without a fault, the package has
         sync()
 
     @contextmanager
     def with_fault(self, m: Mutant) -> Iterator[None]:
-        """A new time goes with either change: what was compiled of the other text is no longer up to date."""
+        """Both changes set a new time, so that the file is compiled again."""
         path = TREE / m.file
         before = path.read_text()
         path.write_text(planted(m, TREE))
@@ -153,7 +153,7 @@ class Copy:
             path.write_text(before)
 
     def build(self, m: Mutant) -> None:
-        """What a planted fault has to be compiled into; DoesNotBuild where that is not possible."""
+        """Compiles a planted fault; DoesNotBuild where that fails."""
         if is_compiled(m):
             self.installed = ""
             self._compile(m.isas)
@@ -167,7 +167,7 @@ class Copy:
             self._do([sys.executable, "-c", "import kdfast"])
 
     def install_sound(self, isas: str) -> None:
-        """The library without a fault: kept from its first build, since to compile it again takes a minute."""
+        """The library without a fault, kept from its first build, which takes a minute."""
         kept = WORK / f"sound-{isas}"
         if self.installed == isas:
             return
@@ -207,7 +207,7 @@ class Copy:
                 "pybind11_DIR": pybind11.get_cmake_dir(),
                 "TORCH_DIR": Path(str(importlib.util.find_spec("torch").origin)).parent,  # type: ignore[union-attr]
                 "KDFAST_CUDA": "OFF",
-            } | {f"COMPILER_HAS_{isa}": "OFF" for isa in other_isas()}  # a preset answer is not asked for
+            } | {f"COMPILER_HAS_{isa}": "OFF" for isa in other_isas()}  # presets skip CMake's checks
             self._do([tool, "-G", "Ninja", "-S", TREE, "-B", build, *(f"-D{k}={v}" for k, v in settings.items())])
         self._do([tool, "--build", build])
         self._do([tool, "--install", build, "--prefix", TREE / "kdfast"])
@@ -219,7 +219,7 @@ class Copy:
 
 
 def other_isas() -> list[str]:
-    """The instruction sets that the best one here can do without; avx512_bf16 has the other dtypes from avx512."""
+    """The instruction sets that the best one does not need; avx512_bf16 uses avx512 for other dtypes."""
     code = "from kdfast import choice; print(*choice.usable_isas())"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
@@ -242,7 +242,7 @@ class Tests(NamedTuple):
     likely: bool  # these alone
 
     def first_that_fails(self, copy: Copy, m: Mutant | None, isas: str) -> str | None:
-        """Its name, or None; the likely ones first, and of those the likely backend's."""
+        """The first failing test's name, or None; likely files run first, for the likely backend."""
         first = [f"tests/{name}" for name in (m.first if m else ()) if (TREE / "tests" / name).exists()]
         named = [word for word in self.extra if (TREE / word.split("::")[0]).exists()]
         if m and first and not named and "-k" not in self.extra:
@@ -261,7 +261,7 @@ class Tests(NamedTuple):
         command += ["--dist", "worksteal", *(f"--deselect={each}" for each in deselected)]
         command += (["--full"] if self.tier == "full" else []) + arguments + self.extra
         status, output = run(command, copy.environment, self.limit)
-        if status in (0, 5):  # 5: there was nothing to run
+        if status in (0, 5):  # 5: no tests ran
             return None
         if status < 0:
             return output
@@ -275,16 +275,16 @@ class Tests(NamedTuple):
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", default=[], help="these faults alone")
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=[], help="only these faults")
     parser.add_argument("--shard", metavar="I/N", help="the I-th of N parts of the list, from 1 on")
     parser.add_argument("--tier", choices=("fast", "full"), default="fast", help="full: pytest --full")
     parser.add_argument("--jobs", type=int, default=2, help="processes of tests, and of the compiler")
-    parser.add_argument("--tests", default="", metavar="ARGS", help="further arguments of pytest; files: these alone")
-    parser.add_argument("--limit", type=float, default=3600, help="seconds in which a run of pytest must be done")
-    parser.add_argument("--likely", action="store_true", help="the likely files alone: quick, and too many survive")
-    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run was")
-    parser.add_argument("--no-baseline", action="store_true", help="take it that the tests pass without a fault")
-    parser.add_argument("--check", action="store_true", help="see whether the list fits the sources, and nothing else")
+    parser.add_argument("--tests", default="", metavar="ARGS", help="further arguments of pytest; files: only these")
+    parser.add_argument("--limit", type=float, default=3600, help="the timeout of a run of pytest, in seconds")
+    parser.add_argument("--likely", action="store_true", help="only the likely files: quick, but faults survive")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    parser.add_argument("--no-baseline", action="store_true", help="assume that the tests pass without a fault")
+    parser.add_argument("--check", action="store_true", help="only check that the list fits the sources")
     return parser.parse_args()
 
 
@@ -299,14 +299,16 @@ def chosen(options: argparse.Namespace) -> list[Mutant]:
             sys.exit(f"mutants: --shard {options.shard}: the first number must be in [1, {count}]")
         mutants = mutants[part - 1 :: count]
     if shutil.which("nvcc") is None and any(map(is_cuda, mutants)):
-        print(f"without nvcc nothing compiles CUDA's kernels: {sum(map(is_cuda, mutants))} faults are left out")
+        print(f"no nvcc, which compiles CUDA's kernels: {sum(map(is_cuda, mutants))} faults are skipped")
         mutants = [m for m in mutants if not is_cuda(m)]
     return mutants
 
 
 def run_all(options: argparse.Namespace, mutants: list[Mutant]) -> int:
     results = WORK / ("results.csv" if not options.shard else f"results-{options.shard.replace('/', '-of-')}.csv")
-    ran = f"{options.tier}{' likely' if options.likely else ''} {options.tests}".strip()  # fewer tests are no tier
+    ran = (
+        f"{options.tier}{' likely' if options.likely else ''} {options.tests}".strip()
+    )  # results of other tests do not count
     done: dict[str, list[str]] = {}
     if not (options.resume or options.only):
         results.unlink(missing_ok=True)
@@ -349,7 +351,7 @@ def summary(rows: list[list[str]]) -> int:
     caught, survivors, unbuilt = named("caught"), named("SURVIVES"), named("does not build")
     print(f"\ncaught {len(caught)} of {len(caught) + len(survivors)}")
     if unbuilt:
-        print(f"do not build, and count as neither: {', '.join(unbuilt)}")
+        print(f"do not build: {', '.join(unbuilt)}")
     for m in MUTANTS:
         if m.name in survivors:
             print(f"survives: {m.name}, {m.file}: {m.breaks}")
@@ -366,17 +368,17 @@ def main() -> int:
         return int(bool(found))
     import fcntl
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the copy is restored then too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the copy is restored
     WORK.mkdir(parents=True, exist_ok=True)
     with open(WORK / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sys.exit("mutants: another run has build/mutants")
+            sys.exit("mutants: another run uses build/mutants")
         try:
             return run_all(options, chosen(options))
         except KeyboardInterrupt:
-            print("interrupted; --resume goes on from here")
+            print("interrupted; --resume continues")
             return 130
 
 

@@ -1,4 +1,4 @@
-"""Uses an install as a stranger would: `python smoke.py cpu` for a compiled one, `reference` for a pure-Python one."""
+"""Uses an install as a user would: `python smoke.py cpu` for a compiled one, `reference` for a pure-Python one."""
 
 import sys
 import warnings

@@ -1,79 +1,58 @@
-"""backends(), and what happens where there are no fast kernels: one warning, and the same numbers."""
+"""backends(), and installs without fast kernels: one warning, and the same numbers."""
 
 import functools
 import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import gpu  # before anything that imports Triton
 import pytest
 import torch
-from cases import BF16, F16, F32, F64, batch
-from hanging import SECONDS
+from cases import BF16, F16, F32, F64, PACKAGE, batch, python_output, run_python
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kdfast
-from kdfast import choice, gpu_choice
-from kdfast.arguments import Settings
-from kdfast.losses import KDLoss
-
-PACKAGE = Path(kdfast.__file__).parent
-
-
-def run(code: str, *flags: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Python code in a process of its own, which imports kdfast from `path`."""
-    search = os.pathsep.join(filter(None, [str(path or PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, *flags, "-c", code]
-    environment = {**os.environ, "PYTHONPATH": search, **environment}
-    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment, cwd=path)
-
-
-def run_well(*arguments: str, **options) -> str:
-    done = run(*arguments, **options)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+from kdfast import choice
 
 
 @pytest.fixture
 def without_kernels(tmp_path: Path) -> Path:
-    """A pure-Python install: the package without what the compiler made."""
+    """A pure-Python install: the package without its compiled files."""
     shutil.copytree(PACKAGE, tmp_path / "kdfast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return tmp_path
 
 
-def test_backends_says_of_each_whether_it_is_compiled_and_usable_and_why_not():
+def test_backends_reports_compiled_usable_and_why_not_of_each():
     facts = kdfast.backends()
     assert set(facts) == {"reference", "cpu", "triton", "cuda", "by_device"}
     for name in ("reference", "cpu", "triton", "cuda"):
         entry = facts[name]
         assert {type(entry["compiled"]), type(entry["usable"])} == {bool}
-        assert (entry["why_not"] is None) == entry["usable"], "a reason exactly where it is not usable"
+        assert (entry["why_not"] is None) == entry["usable"], "there is a reason exactly where it is not usable"
     assert facts["reference"] == {"compiled": True, "usable": True, "why_not": None}
     assert facts["by_device"]["cpu"] == ("cpu" if facts["cpu"]["usable"] else "reference")
     of_triton = "triton" if facts["triton"]["device"] == "cuda" else "reference"
     assert facts["by_device"]["cuda"] == ("cuda" if facts["cuda"]["usable"] else of_triton)
     assert {backend for backend, reason in facts["cuda"]["choice"] if reason} == {"cuda", "triton"}
-    assert facts["triton"]["compiled"], "it is so when it is first called"
+    assert facts["triton"]["compiled"], "Triton compiles at the first call"
     assert (facts["triton"]["device"] is not None) == facts["triton"]["usable"]
     assert (facts["cpu"]["isa"] is not None) == facts["cpu"]["usable"]
     assert facts["cpu"]["build"]
 
 
-def test_what_backends_returns_is_the_callers_own():
+def test_changing_the_result_of_backends_has_no_effect():
     kdfast.backends()["cpu"]["usable"] = "changed"
     kdfast.backends()["by_device"].clear()
     assert kdfast.backends()["cpu"]["usable"] != "changed"
     assert "cpu" in kdfast.backends()["by_device"]
 
 
-def test_the_cpu_backend_is_what_a_cpu_tensor_gets(cpu):
+def test_cpu_tensors_get_the_cpu_backend(cpu):
     s, t, y = batch(5, 1000)
     assert torch.equal(kdfast.kd_loss(s, t, y), kdfast.kd_loss(s, t, y, backend="cpu"))
     kinds = torch._C._dispatch_dump("kdfast::loss_grad")
@@ -87,7 +66,7 @@ def test_the_cpu_backend_is_what_a_cpu_tensor_gets(cpu):
         ("cuda", "cpu", "is not usable here: it takes CUDA tensors, not cpu ones"),
     ],
 )
-def test_a_usable_backend_refuses_tensors_of_another_device_and_names_it(backend, device, words, monkeypatch):
+def test_a_backend_refuses_tensors_of_another_device_and_names_it(backend, device, words, monkeypatch):
     monkeypatch.setattr(choice, "_load_cuda", lambda: None)
     s = torch.empty(2, 5, device=device)
     kdfast.KDLoss(backend="reference")(s, s)
@@ -96,8 +75,8 @@ def test_a_usable_backend_refuses_tensors_of_another_device_and_names_it(backend
             loss(s, s)
 
 
-# how Triton may be of no use: what stands for it (None: itself), and what is said of that
-USELESS_TRITONS = {
+# why Triton may be unusable: the module that replaces it (None: the real one), and the error's words
+UNUSABLE_TRITONS = {
     "missing": ("raise ImportError('there is none')", r"Triton could not be imported \(there is none\)"),
     "too old": ("__version__ = '3.5.1'", r"Triton 3\.5\.1 is too old, 3\.6 is the least"),
     "without a driver": (
@@ -112,9 +91,9 @@ USELESS_TRITONS = {
 }
 
 
-@pytest.mark.parametrize("what", USELESS_TRITONS)
-def test_a_triton_that_is_of_no_use_is_an_error_that_says_why_and_no_obstacle_to_others(what: str, tmp_path: Path):
-    stub, words = USELESS_TRITONS[what]
+@pytest.mark.parametrize("what", UNUSABLE_TRITONS)
+def test_an_unusable_triton_raises_only_where_it_is_asked_for(what: str, tmp_path: Path):
+    stub, words = UNUSABLE_TRITONS[what]
     if stub:
         (tmp_path / "triton.py").write_text(stub)
     elif gpu.ON_DEVICE:
@@ -122,11 +101,12 @@ def test_a_triton_that_is_of_no_use_is_an_error_that_says_why_and_no_obstacle_to
     elif importlib.util.find_spec("triton") is None:
         pytest.skip("there is no Triton")
     search = os.pathsep.join(map(str, (tmp_path, PACKAGE.parent)))
-    out = run_well(
+    out = python_output(
+        "-c",
         "import sys, torch, kdfast\n"
         "ones = torch.ones(2, 3)\n"
         "kdfast.kd_loss(ones, ones), kdfast.kd_loss(ones, ones, backend='reference')\n"
-        "assert 'triton' not in sys.modules, 'imported by those who do not ask for it'\n"
+        "assert 'triton' not in sys.modules, 'imported though nothing asks for it'\n"
         "try: kdfast.kd_loss(ones, ones, backend='triton')\n"
         "except RuntimeError as error: print(error)\n"
         "facts = kdfast.backends()\n"
@@ -140,7 +120,7 @@ def test_a_triton_that_is_of_no_use_is_an_error_that_says_why_and_no_obstacle_to
     assert re.match(rf"backend: 'triton' is not usable here: {words}.*\n{words}", out), out
 
 
-def test_the_triton_backend_refuses_tensors_of_a_device_that_it_does_not_launch_on(monkeypatch: pytest.MonkeyPatch):
+def test_triton_refuses_tensors_of_a_device_it_does_not_launch_on(monkeypatch: pytest.MonkeyPatch):
     triton = pytest.importorskip("triton")
     on_gpus = SimpleNamespace(get_active_torch_device=lambda: torch.device("cuda", 0))
     monkeypatch.setattr(triton.runtime.driver, "_active", on_gpus)
@@ -173,105 +153,14 @@ def test_the_cuda_backend_says_why_it_is_not_usable():
         kdfast.kd_loss(s, t, backend="cuda")
 
 
-BOTH = ("cuda", "triton")
-
-
-@pytest.mark.parametrize(
-    ("usable", "capability", "rows", "vocab", "change", "expected"),
-    [
-        (BOTH, 90, 4096, 32000, {}, "cuda"),
-        (BOTH, 90, 8, 151936, {}, "cuda"),
-        (BOTH, 80, 4096, 151936, {}, "cuda"),
-        (BOTH, 80, 8, 151936, {}, "triton"),  # split over the device
-        (["cuda"], 80, 8, 151936, {}, "cuda"),  # a preference, and there is no other
-        (BOTH, 80, 8, 32000, {}, "cuda"),
-        (BOTH, 90, 4096, 32000, {"dtype": F64}, "triton"),
-        (BOTH, 90, 4096, 32000, {"divergence": "a program's own"}, "triton"),
-        (BOTH, 90, 4096, 32000, {"divergence": "a program's own", "teachers": 0}, "cuda"),
-        (BOTH, 90, 4096, 32000, {"teacher dtype": F32}, "triton"),
-        (BOTH, 90, 4096, 32000, {"teachers": 2}, "triton"),
-        (BOTH, 90, 4096, 32000, {"target": "probs"}, "triton"),
-        (BOTH, 90, 4096, 32000, {"target": "probs", "teachers": 0}, "cuda"),
-        (BOTH, 90, 4096, 32000, {"softcap": 30.0}, "triton"),
-        (BOTH, 90, 4096, 32000, {"teacher_softcap": 30.0}, "triton"),
-        (BOTH, 90, 4096, 32000, {"standardize": True}, "triton"),
-        (BOTH, 90, 4096, 32000, {"divergence": "dkd"}, "triton"),
-        (["cuda"], 90, 4096, 32000, {"softcap": 30.0}, "reference"),
-        (BOTH, 90, 4096, 32000, {"label_smoothing": 0.1, "z_loss": 0.1, "metrics": True}, "cuda"),
-        (BOTH, 90, 4096, 32000, {"teacher padding": 1}, "triton"),  # it lies differently
-        (["cuda"], 90, 4096, 32000, {"teacher padding": 1}, "cuda"),
-        (BOTH, 90, 4096, 32000, {"teacher padding": 8}, "cuda"),
-        (BOTH, 90, 4096, 32001, {}, "cuda"),
-        (BOTH, 75, 4096, 32000, {}, "triton"),
-        (["cuda"], 75, 4096, 32000, {}, "reference"),
-        (BOTH, 75, 4096, 32000, {"name": "scale_"}, "triton"),
-        (BOTH, 90, 4096, 32000, {"name": "scale_"}, "cuda"),
-        (BOTH, 90, 4096, 32000, {"name": "tempered_softmax"}, "triton"),  # which has no CUDA kernel
-        (["cuda"], 90, 5, 100, {"name": "tempered_softmax"}, "reference"),
-        (["cuda"], 90, 5, 100, {"dtype": F64}, "reference"),
-        (["triton"], 90, 5, 100, {}, "triton"),
-        (["cuda"], 90, 5, 100, {}, "cuda"),
-        ([], 90, 5, 100, {}, "reference"),
-    ],
-)
-def test_cuda_tensors_get_cuda_or_triton_by_one_table(usable, capability, rows, vocab, change, expected, monkeypatch):
-    monkeypatch.setattr(gpu_choice, "capability", lambda device: capability)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: x.device.type == "meta"))
-    about = {"name": "loss_grad", "dtype": BF16, "divergence": "jsd", "teachers": 1} | change
-    logits = torch.empty(rows, vocab, dtype=about["dtype"], device="meta")
-    width, dtype = vocab + about.get("teacher padding", 0), about.get("teacher dtype", about["dtype"])
-    teacher = torch.empty(rows, width, dtype=dtype, device="meta")[:, :vocab]
-    settings = checked({k: v for k, v in about.items() if k in Settings._fields})
-    plain = about["name"] in ("tempered_softmax", "scale_")
-    given = ([], None) if plain else ([teacher] * about["teachers"], settings)
-    assert gpu_choice.gpu_backend(usable, about["name"], logits, *given) == expected
-
-
-def checked(change: dict[str, Any]) -> Settings:
-    """The settings of a call without options, but for a change."""
-    return KDLoss().checked_settings(True)._replace(**change)
-
-
-def test_a_device_before_sm_80_excludes_itself_alone(monkeypatch):
-    """There is no GPU here: two are made believe, an old one beside an H100."""
-    capabilities = {torch.device("cuda", 0): (7, 5), torch.device("cuda", 1): (9, 0), 0: (7, 5), 1: (9, 0)}
-    library = SimpleNamespace(kdfast_cuda_version=lambda: 13000, kdfast_driver_version=lambda: 13000)
-    for owner, name, value in (
-        (choice, "cuda_is_compiled", lambda: True),
-        (choice, "_load_library", lambda name: None),
-        (choice.ctypes, "CDLL", lambda path: library),
-        (torch.version, "cuda", "13.0"),
-        (torch.cuda, "is_available", lambda: True),
-        (torch.cuda, "device_count", lambda: 2),
-        (torch.cuda, "get_device_capability", capabilities.__getitem__),
-    ):
-        monkeypatch.setattr(owner, name, value)
-    caches = choice._load_cuda, gpu_choice.capability
-    for cache in caches:
-        cache.cache_clear()
-    try:
-        assert choice.cuda_failure("cuda") is None
-        old, new = (SimpleNamespace(device=torch.device("cuda", i), is_cuda=True) for i in (0, 1))
-        assert choice.namespace("cuda", new) is torch.ops.kdfast_cuda
-        with pytest.raises(RuntimeError, match="'cuda' is not usable here: cuda:0 is sm_75, and sm_80 is the least"):
-            choice.namespace("cuda", old)
-        monkeypatch.setitem(capabilities, 1, (7, 0))  # both are old
-        for cache in caches:
-            cache.cache_clear()
-        assert choice.cuda_failure("cuda") == "the best device here is sm_75, and sm_80 is the least"
-    finally:
-        for cache in caches:
-            cache.cache_clear()
-
-
-def test_a_library_that_does_not_load_is_a_reason_and_not_a_crash(without_kernels):
+def test_a_library_that_fails_to_load_makes_the_backend_unusable(without_kernels):
     (without_kernels / "kdfast" / "libkdfast.so").write_bytes(b"not a library")
-    out = run_well("import kdfast; print(kdfast.backends()['cpu'])", path=without_kernels)
+    out = python_output("-c", "import kdfast; print(kdfast.backends()['cpu'])", cwd=without_kernels)
     assert "'usable': False" in out
     assert "could not be loaded" in out
 
 
-# prints the warnings of every kind of call, by the reference by name, then by default; then why there are no kernels
+# prints the warnings of calls with backend="reference" and by default, then the error of backend="cpu"
 WITHOUT_KERNELS = """
 import warnings, torch, kdfast
 assert not kdfast.backends()["cpu"]["usable"] and kdfast.backends()["by_device"]["cpu"] == "reference"
@@ -296,12 +185,13 @@ except RuntimeError as error: print(error)
 """
 
 
-def test_without_kernels_one_warning_says_so_where_they_are_not_asked_for_and_an_error_where_they_are(without_kernels):
-    by_name, by_default, warning, error = run_well(WITHOUT_KERNELS, path=without_kernels).splitlines()
-    assert (by_name, by_default) == ("{'backend': 'reference'}", "{}"), "the reference asked for by name never warns"
+def test_without_kernels_default_calls_warn_once_and_named_ones_raise(without_kernels):
+    printed = python_output("-c", WITHOUT_KERNELS, cwd=without_kernels)
+    by_name, by_default, warning, error = printed.splitlines()
+    assert (by_name, by_default) == ("{'backend': 'reference'}", "{}"), "by name the reference never warns"
     assert warning.startswith("UserWarning kdfast: no fast kernels for cpu tensors")
     assert error.startswith("backend: 'cpu' is not usable here: the compiled extension is missing")
-    assert "pip install" in warning and "pip install" in error, "they say how to get them"
+    assert "pip install" in warning and "pip install" in error, "they say how to get the kernels"
 
 
 def test_the_cpu_backend_never_warns(cpu):
@@ -314,7 +204,7 @@ def test_the_cpu_backend_never_warns(cpu):
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
 @pytest.mark.parametrize("where", ["meta", "fake"])
-def test_tensors_without_data_give_the_right_shapes_dtypes_and_devices(where, dtype, recwarn):
+def test_meta_and_fake_tensors_give_right_shapes_dtypes_and_devices(where, dtype, recwarn):
     mode = FakeTensorMode() if where == "fake" else torch.device("meta")
     with mode:
         s = torch.empty(2, 3, 100, dtype=dtype, requires_grad=True)
@@ -332,10 +222,10 @@ def test_tensors_without_data_give_the_right_shapes_dtypes_and_devices(where, dt
     assert not [str(w.message) for w in recwarn if "kdfast" in str(w.message)]
 
 
-def test_importing_kdfast_warns_of_nothing_and_loads_no_package_that_torch_has_not_loaded():
-    """Triton and Dynamo, each of which takes longer than all of kdfast, wait for the first call that needs them."""
+def test_importing_kdfast_warns_nothing_and_loads_no_further_package():
+    """Triton and Dynamo, which take longer to import than kdfast, are imported at the first call that needs them."""
     code = "import sys, torch; before = set(sys.modules); import kdfast; print(*set(sys.modules) - before)"
-    done = run(code, "-W", "error")
+    done = run_python("-W", "error", "-c", code)
     assert (done.returncode, done.stderr) == (0, "")
     loaded = done.stdout.split()
     assert "kdfast.ops" in loaded

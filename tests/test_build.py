@@ -1,4 +1,4 @@
-"""What the build promises: its objects, its library, its wheels, its choice of an instruction set."""
+"""The build: its objects, its libraries, its wheels, and the choice of an instruction set."""
 
 import importlib.util
 import os
@@ -21,7 +21,7 @@ CUDA_LIBRARY = PACKAGE / "libkdfast_cuda.so"  # where nvcc was found
 SMOKE = Path(__file__).with_name("smoke.py")
 KINDS = {"cpu": "1", "reference": "0"}  # the backend that a CPU gets: KDFAST_BUILD_EXT
 
-# A test that needs what the build left may skip only where kdfast was not built here.
+# Tests of the build's files may be skipped only where kdfast was not built here.
 built_here = pytest.mark.skipif(
     not LIBRARY.exists() or not (PACKAGE.parent / "CMakeLists.txt").exists(),
     reason="kdfast is an installed or a pure-Python package here, not a compiled checkout",
@@ -46,8 +46,8 @@ def symbols(path: Path, *options: str) -> list[list[str]]:
 
 @built_here
 @pytest.mark.parametrize("isa", choice.backends()["cpu"]["build"]["isas"] if LIBRARY.exists() else [])
-def test_isa_objects_define_no_weak_symbols(isa):
-    # The linker keeps one of several weak definitions: perhaps the AVX-512 one, for a machine that has no AVX-512.
+def test_objects_of_an_isa_define_no_weak_symbols(isa):
+    # The linker keeps one of several weak definitions: it may be the AVX-512 one, on a machine without AVX-512.
     build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}" / "CMakeFiles" / f"row_kernels_{isa}.dir"
     objects = list(build.rglob("*.o"))
     assert objects, f"no object files under {build}"
@@ -59,7 +59,7 @@ def test_isa_objects_define_no_weak_symbols(isa):
 
 @built_here
 @pytest.mark.parametrize("library", (LIBRARY, CUDA_LIBRARY), ids=lambda path: path.stem)
-def test_library_needs_only_torchs_stable_abi(library):
+def test_a_library_needs_only_torchs_stable_abi(library):
     if not library.exists():
         pytest.skip("there is no nvcc here, or KDFAST_CUDA is 0")
     # glibc's and libstdc++'s names carry a version (name@VERSION); lower-case kinds may stay undefined.
@@ -72,21 +72,21 @@ def test_library_needs_only_torchs_stable_abi(library):
 
 
 def isa_with(wanted: str) -> subprocess.CompletedProcess[str]:
-    """What backends() says when a loss has been computed: another choice comes too late then."""
+    """The isa of backends() after a loss has been computed, when a later choice has no effect."""
     code = "import os, torch, kdfast; x = torch.ones(2, 3); kdfast.kd_loss(x, x, backend='cpu');"
     code += "os.environ['KDFAST_CPU_ISA'] = 'baseline'; print(kdfast.backends()['cpu']['isa'])"
     return run(sys.executable, "-c", code, KDFAST_CPU_ISA=wanted, PYTHONPATH=str(PACKAGE.parent))
 
 
 @built_here
-def test_none_asked_for_gives_the_best_isa():  # test_isa.py asks for each of the others
+def test_the_best_isa_is_chosen_by_default():  # test_isa.py tests each of the others
     assert choice.usable_isas()[0] == "baseline"
     assert isa_with("").stdout.strip() == choice.usable_isas()[-1]
 
 
 @built_here
-@pytest.mark.parametrize("wanted", ["AVX2", "baseline,avx2"])
-def test_unusable_isa_is_an_error_that_says_what_it_may_be(wanted):
+@pytest.mark.parametrize("wanted", ["AVX2", "baseline,avx2", "mmx"])
+def test_an_unusable_isa_raises_an_error_that_lists_usable_ones(wanted):
     message = isa_with(wanted).stderr.splitlines()[-1]
     usable = ", ".join(choice.usable_isas())
     assert message == f"ValueError: KDFAST_CPU_ISA: '{wanted}' is not usable here; it may be one of {usable}"
@@ -97,7 +97,7 @@ def test_unusable_isa_is_an_error_that_says_what_it_may_be(wanted):
 
 @pytest.fixture(scope="module", params=KINDS)
 def wheel(request, tmp_path_factory):
-    """(kind, wheel), built from this checkout and its build directory, everything else in a directory of its own."""
+    """(kind, wheel), built from this checkout with its build directory; other files go to a temporary directory."""
     if request.param == "cpu" and not LIBRARY.exists():
         pytest.skip("kdfast is a pure-Python package here")
     tmp = tmp_path_factory.mktemp(request.param)
@@ -109,7 +109,7 @@ def wheel(request, tmp_path_factory):
     return request.param, path
 
 
-def test_wheel_holds_the_package_and_nothing_else(wheel):
+def test_a_wheel_holds_the_package_and_nothing_else(wheel):
     kind, path = wheel
     sources = [source for pattern in ("*.py", "py.typed") for source in PACKAGE.rglob(pattern)]
     expected = {str(source.relative_to(PACKAGE.parent)) for source in sources}
@@ -122,7 +122,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert path.name.endswith("-py3-none-any.whl") == (kind == "reference")
 
 
-def test_wheel_works_and_warns_once_where_it_is_pure_python(wheel, tmp_path):
+def test_a_wheel_works_and_warns_once_if_it_is_pure_python(wheel, tmp_path):
     kind, path = wheel
     with zipfile.ZipFile(path) as archive:
         archive.extractall(tmp_path)
@@ -132,7 +132,7 @@ def test_wheel_works_and_warns_once_where_it_is_pure_python(wheel, tmp_path):
 
 
 @pytest.mark.parametrize(("insist", "status"), [("", 0), ("1", 1)])
-def test_without_a_compiler_the_install_is_pure_python_unless_the_compiled_one_is_insisted_on(insist, status, tmp_path):
+def test_without_a_compiler_install_is_pure_python_unless_forbidden(insist, status, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "CXX"}
     environment |= {"PATH": str(tmp_path), "KDFAST_BUILD_EXT": insist}
     command = [sys.executable, "setup.py", "--version"]
@@ -144,19 +144,19 @@ def test_without_a_compiler_the_install_is_pure_python_unless_the_compiled_one_i
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("wanted", ("0", ""))
-def test_cuda_kernels_are_built_where_nvcc_is_found_unless_they_are_not_wanted(wanted, tmp_path):
-    spy = tmp_path / "setup.py"  # prints what the real one has CMake do
+def test_cuda_kernels_are_built_if_nvcc_is_found_and_not_disabled(wanted, tmp_path):
+    spy = tmp_path / "setup.py"  # prints the CMake commands of the real one
     spy.write_text(
         "import subprocess\nsubprocess.run = lambda command, **_: print(*command)\n"
         f"exec(open('setup.py').read(), {{'__file__': {str(ROOT / 'setup.py')!r}, '__name__': '__main__'}})"
     )
     printed = run(sys.executable, spy, "build_ext", "--inplace", KDFAST_CUDA=wanted).stdout
     assert f"-DKDFAST_CUDA={'OFF' if wanted else 'ON'}" in printed
-    if not wanted and os.environ.get("KDFAST_CUDA") != "0":  # else this build is one that wants none
-        assert CUDA_LIBRARY.exists(), "nvcc is here, and no library that it made"
+    if not wanted and os.environ.get("KDFAST_CUDA") != "0":  # else this build was made without them
+        assert CUDA_LIBRARY.exists(), "nvcc is here, but its library is not"
 
 
-def test_failing_compiler_fails_the_install(tmp_path):
+def test_a_failing_compiler_fails_the_install(tmp_path):
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("csrc", "kdfast"):
@@ -167,7 +167,7 @@ def test_failing_compiler_fails_the_install(tmp_path):
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_cpp_reads_the_operators_arguments_as_python_defines_them():
+def test_cpp_headers_match_the_arguments_that_python_defines():
     spec = importlib.util.spec_from_file_location("write_operators", ROOT / "tools" / "write_operators.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""torch.compile, torch.export and opcheck: a compiled call is one graph that gives what eager gives."""
+"""torch.compile, torch.export and opcheck: a compiled call is one graph with the values of eager mode."""
 
 import functools
 import itertools
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from calls import ALL_OPTIONS
-from cases import here
+from cases import batch as logits_batch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 
@@ -22,13 +22,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:kdfast")
 
 
 def loss_and_metrics(*args: object, **settings: object) -> Tensor:
-    """Their sum, so that each counts; the gradient is the loss's."""
+    """Their sum, so that each has an effect; the gradient is the loss's."""
     loss, metrics = kdfast.kd_loss(*args, return_metrics=True, **settings)
     return loss + torch.stack(metrics).nan_to_num(0).sum(0)  # NaN: those of dropped rows
 
 
-# Each way that a call takes through kdfast's own Python: loss, gradient in forward or in backward, each optional
-# tensor, each kind of teacher. It gets student and teacher (rows, vocab), labels and row values (rows,), the backend.
+# Each path of a call through kdfast's Python: loss, gradient in forward or in backward, each optional tensor, each kind
+# of teacher. Arguments: student and teacher (rows, vocab), labels and row values (rows,), the backend.
 CALLS: dict[str, Callable[..., Tensor]] = {
     "default": lambda s, t, y, w, b: kdfast.kd_loss(s, t, y, temperature=2.0, backend=b),
     "hard alone": lambda s, t, y, w, b: kdfast.kd_loss(s, None, y, alpha=0, backend=b),
@@ -65,15 +65,14 @@ def fresh_compiler():
 
 
 def batch(rows: int = 6, vocab: int = 11) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    made = {"generator": torch.Generator("cpu").manual_seed(rows * 1000 + vocab), "device": "cpu"}
-    s, t = torch.randn(2, rows, vocab, **made) * 3
-    y = torch.randint(min(vocab, 8), (rows,), **made)  # of few classes, for "vocab_size"
+    s, t, y = logits_batch(rows, vocab)
+    y = y % 8  # few classes, for "vocab_size"
     y[rows // 2] = -100
-    return here((s, t, y, torch.rand(rows, **made) + 0.5))
+    return s, t, y, torch.linspace(0.5, 1.5, rows)
 
 
 def value_and_gradient(call: Callable[..., Tensor], *tensors: Tensor, marked: bool = False) -> tuple[Tensor, Tensor]:
-    """Of tensors whose sizes are all marked as dynamic or none is."""
+    """With `marked` all sizes of the tensors are dynamic."""
     leaf = tensors[0].clone().requires_grad_()
     for tensor in (leaf, *tensors[1:]) if marked else ():
         for dimension in range(tensor.dim()):
@@ -84,12 +83,12 @@ def value_and_gradient(call: Callable[..., Tensor], *tensors: Tensor, marked: bo
     return loss.detach(), leaf.grad
 
 
-# rows, vocab: each new shape differs from all before it in both, and the last has fewer of both than the first
+# rows, vocab: each shape differs from the earlier ones in both; the last is smaller than the first
 SHAPES = [(6, 11), (7, 64), (33, 12), (5, 9)]
 
 
 def graphs_after_each_shape(name: str, backend: str | None, marked: bool, dynamic: bool | None = None) -> list[int]:
-    """How many graphs there are after each of SHAPES, whose losses and gradients are eager's."""
+    """How many graphs there are after each of SHAPES; losses and gradients must equal eager's."""
     counter = CompileCounterWithBackend("aot_eager")
     call = functools.partial(CALLS[name], b=backend)
     compiled = torch.compile(call, fullgraph=True, backend=counter, dynamic=dynamic)
@@ -101,36 +100,35 @@ def graphs_after_each_shape(name: str, backend: str | None, marked: bool, dynami
     return counts
 
 
-# Dynamo sees one opaque operator, and nothing of a backend but its namespace: so calls are compiled on what the device
-# gets.
+# Dynamo traces one operator, whatever the backend: so these calls use the device's default backend.
 @pytest.mark.parametrize("name", CALLS)
-def test_a_call_of_marked_dynamic_sizes_is_one_graph_for_all_shapes_with_eager_loss_and_gradient(name):
+def test_a_call_with_dynamic_sizes_compiles_to_one_graph(name):
     assert graphs_after_each_shape(name, None, marked=True) == [1] * len(SHAPES)
 
 
-# of a backend by name its namespace is traced, and its own check of whether it is usable
-def test_it_is_so_on_every_backend(backend):
+# with a backend's name Dynamo traces the check of whether it is usable
+def test_every_backend_compiles_to_one_graph_with_dynamic_sizes(backend):
     assert graphs_after_each_shape("default", backend, marked=True) == [1] * len(SHAPES)
 
 
-def test_dynamic_true_never_compiles_again_after_the_first_shape():
+def test_dynamic_true_never_recompiles_after_the_first_shape():
     counts = graphs_after_each_shape("batchmean", None, marked=False, dynamic=True)  # it divides by a size in Python
     assert counts == [counts[0]] * len(SHAPES)
 
 
-# one with the gradient in forward, one whose clone Inductor itself has to take out or keep, and one in backward
+# gradient in forward; a clone that Inductor must keep; gradient in backward
 @pytest.mark.parametrize("name", ["default", "inplace", pytest.param("temperature per row", marks=pytest.mark.full)])
 def test_inductor_agrees_with_eager(name):
     call = functools.partial(CALLS[name], b=None)
-    # its cache knows the graph but not kdfast's version: what an older one left there would be run
+    # Inductor's cache does not know kdfast's version, and would run an older one's code
     with torch._inductor.utils.fresh_cache():
         compiled = torch.compile(call, fullgraph=True)
         torch.testing.assert_close(value_and_gradient(compiled, *batch()), value_and_gradient(call, *batch()))
 
 
-# whose gradient would come in forward, in backward, there for its dtype, into the logits; and metrics
+# gradient in forward, in backward, in backward because of fp16, in-place; metrics
 @pytest.mark.parametrize("name", ["default", "none", "float16", "inplace", "metrics"])
-def test_compiled_under_no_grad_makes_no_gradient(name):
+def test_a_compiled_call_under_no_grad_computes_no_gradient(name):
     s, t, y, w = batch()
     s.requires_grad_()
     recorder = EagerAndRecordGraphs()
@@ -143,7 +141,7 @@ def test_compiled_under_no_grad_makes_no_gradient(name):
     assert [name.split(".")[1] for name in called] == ["stats"], called
 
 
-def test_a_compiled_training_step_calls_one_kernel_and_saves_its_gradient_alone():
+def test_a_compiled_step_calls_one_operator_and_saves_its_gradient():
     from torch._dynamo.backends.common import aot_autograd
 
     graphs = []
@@ -156,10 +154,10 @@ def test_a_compiled_training_step_calls_one_kernel_and_saves_its_gradient_alone(
     computed = [name for name in called if "getitem" not in name and "detach" not in name]
     assert computed == ["kdfast.loss_grad.default"], called
     shapes = [tuple(node.meta["val"].shape) for node in backward.graph.nodes if node.op == "placeholder"]
-    assert sorted(shapes) == [(), s.shape], "backward takes the finished gradient and grad_output, and no logits"
+    assert sorted(shapes) == [(), s.shape], "backward gets the finished gradient and grad_output, no logits"
 
 
-def test_inplace_on_a_leaf_is_an_error_under_compile_too():
+def test_inplace_on_a_leaf_raises_under_compile_too():
     s, t, y, _ = batch()
     compiled = torch.compile(lambda s: kdfast.kd_loss(s, t, y, inplace=True), fullgraph=True, backend="aot_eager")
     before = s.clone()
@@ -168,7 +166,7 @@ def test_inplace_on_a_leaf_is_an_error_under_compile_too():
     assert torch.equal(s.detach(), before)
 
 
-def test_an_exported_loss_gives_the_loss():
+def test_an_exported_loss_gives_the_same_value():
     s, t, y, _ = batch()
     loss = kdfast.KDLoss(temperature=2.0)
     with torch.no_grad():
@@ -177,22 +175,22 @@ def test_an_exported_loss_gives_the_loss():
 
 KINDS = (
     "mean",
-    "rows, with all there is",  # no reduction, and each tensor that may be None
+    "every tensor by row",  # reduction "none", and each tensor that may be None
     "every option and metrics",
     "padded bfloat16",
-    "transposed float64",  # whose gradient is laid out otherwise
+    "transposed float64",  # the gradient has another layout
     "no rows",
 )
 
 
 def op_arguments(kind: str) -> tuple[Tensor, Inputs, Settings]:
     s, t, y, w = batch()
-    # of which no row drops out: the metrics of one are NaN, which opcheck takes for a difference
+    # no row is dropped: its metrics would be NaN, which opcheck takes for a difference
     by_row = {"row_weight": w, "temperature": 1 + w, "teacher_temperature": 2 + w, "reduction": "none"}
     padded = {"divergence": "reverse_kl", "vocab_size": 9, "normalizer": torch.tensor(7)}
     student, teacher, labels, settings = {
         "mean": (s, t, y, {"temperature": 2.0}),
-        "rows, with all there is": (s, [t, t.half()], y.clamp_min(0), by_row | {"return_metrics": True}),
+        "every tensor by row": (s, [t, t.half()], y.clamp_min(0), by_row | {"return_metrics": True}),
         "every option and metrics": (s, t, y, ALL_OPTIONS | {"divergence": "dkd", "return_metrics": True}),
         "padded bfloat16": (s.bfloat16(), t[:, :9], y, padded),
         "transposed float64": (s.double()[:4].T.contiguous().T, None, y[:4], {"alpha": 0}),
@@ -203,7 +201,7 @@ def op_arguments(kind: str) -> tuple[Tensor, Inputs, Settings]:
 
 
 def heads_for(logits: Tensor, inputs: Inputs, of_teacher: bool) -> tuple[Heads, Inputs]:
-    """Heads whose products have the logits' shape and dtype."""
+    """Heads whose logits have this shape and dtype."""
     made = {"dtype": logits.dtype, "device": logits.device}
     hidden, weight = torch.ones(*logits.shape[:-1], 3, **made), torch.ones(logits.shape[-1], 3, **made)
     teacher = (hidden.clone(), weight.clone(), None) if of_teacher else (None, None, None)
@@ -236,8 +234,8 @@ def check_operator(name: str, backend: str | None, kind: str, *checks: str) -> N
     torch.library.opcheck(getattr(ops, name).default, arguments, test_utils=checks)
 
 
-# What a backend's own code decides on: what it writes to and returns, and the shapes, dtypes and strides of that. Two
-# kinds show it of Triton, which compiles some five kernels for each and makes all outputs in the same lines.
+# What a backend's code decides: what it writes and returns, with which shapes, dtypes and strides. For Triton, which
+# compiles some five kernels for each kind and makes all outputs in the same lines, two kinds are enough.
 @pytest.mark.parametrize(
     ("backend", "kind"),
     [
@@ -248,13 +246,12 @@ def check_operator(name: str, backend: str | None, kind: str, *checks: str) -> N
     indirect=["backend"],
 )
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_every_backends_operators_do_as_their_schemas_and_fakes_say(name, backend, kind):
+def test_every_operator_matches_its_schema_and_fake_on_every_backend(name, backend, kind):
     check_operator(name, backend, kind, "test_schema", "test_faketensor")
 
 
-# What is one code for all backends: no operator has a derivative of its own, and AOTAutograd makes of it at sizes it
-# does not know what eager does; with one reduction and the other, in the full tier with the other kinds of arguments.
+# Code that all backends share: no operator has a derivative of its own, and AOTAutograd with dynamic sizes is eager.
 @pytest.mark.parametrize("kind", [*KINDS[:2], *(pytest.param(kind, marks=pytest.mark.full) for kind in KINDS[2:])])
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_opcheck_finds_nothing_in_any_operator(name, kind):
+def test_every_operator_passes_opcheck_at_dynamic_sizes(name, kind):
     check_operator(name, None, kind, "test_autograd_registration", "test_aot_dispatch_dynamic")

@@ -1,16 +1,13 @@
-"""What the README gives a reader to run, runs, and leaves behind what it says."""
+"""The examples and benchmarks of the README run, print their tables and write their pictures."""
 
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from hanging import SECONDS
+from cases import PACKAGE, python_output
 
-import kdfast
 from kdfast.divergences import names
 
 ROOT = Path(__file__).parent.parent
@@ -20,24 +17,14 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING
 
 
 def run(folder: Path, *arguments: str) -> str:
-    """Runs Python with these arguments in an empty folder, and returns what it printed."""
-    path = os.pathsep.join([str(Path(kdfast.__file__).parent.parent), str(ROOT)])
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path, "MPLBACKEND": "Agg"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
+    """What Python prints with these arguments in an empty folder."""
+    path = os.pathsep.join([str(PACKAGE.parent), str(ROOT)])
+    return python_output(*arguments, cwd=folder, PYTHONPATH=path, MPLBACKEND="Agg")
 
 
 def assert_png(file: Path) -> None:
-    assert file.read_bytes().startswith(b"\x89PNG"), f"{file} is no PNG"
-    assert file.stat().st_size > 5000, f"{file} is next to empty"
+    assert file.read_bytes().startswith(b"\x89PNG"), f"{file} is not a PNG"
+    assert file.stat().st_size > 5000, f"{file} is nearly empty"
 
 
 @pytest.mark.parametrize(
@@ -51,21 +38,21 @@ def assert_png(file: Path) -> None:
         pytest.param(("distill_mnist.py",), ["67", "146", "74"], None, id="mnist"),
     ],
 )
-def test_an_example_ends_with_a_table_and_a_picture(tmp_path, arguments, words, picture):
+def test_an_example_prints_a_table_and_writes_a_picture(tmp_path, arguments, words, picture):
     printed = run(tmp_path, str(ROOT / "examples" / arguments[0]), *arguments[1:], "--quick").lower()
     assert [word for word in words if word not in printed] == []
     if picture:
         assert_png(tmp_path / picture)
 
 
-def test_distill_lm_has_two_curves_that_lie_on_each_other(tmp_path):
+def test_both_losses_of_distill_lm_train_alike(tmp_path):
     printed = run(tmp_path, str(ROOT / "examples" / "distill_lm.py"), "--quick")
     (apart,) = re.findall("at most (.*) of the loss apart", printed)
     assert float(apart) < 1e-5
     assert_png(tmp_path / "distill_lm.png")
 
 
-def test_the_linear_benchmark_says_time_memory_and_shares(tmp_path):
+def test_the_linear_benchmark_prints_time_memory_and_shares(tmp_path):
     size = "--rows", "16", "--vocab", "300", "--rounds", "1"
     for dtype in ("fp32", "bf16"):
         printed = run(tmp_path, "-m", "benchmarks.linear", *size, "--dtype", dtype)
@@ -74,14 +61,14 @@ def test_the_linear_benchmark_says_time_memory_and_shares(tmp_path):
     assert "(16, 300) fp32: " in run(tmp_path, "-m", "benchmarks.linear", "--vocab", "300", "--growth", "16", "32")
 
 
-# small cases and one round: that they run, not how fast
+# small cases and one round: they run; their speed means nothing
 @pytest.mark.parametrize(
     ("arguments", "kinds"),
     [
         (("benchmarks", "--case", "8x10-fp32", "--only", "eager", "--rounds", "1"), ("csv",)),
         (("benchmarks.gpu", "--case", "4x300-bf16", "--dry-run", "--repeats", "1"), ("csv", "md")),
     ],
-    ids=["of the CPU", "of a GPU, dry"],
+    ids=["cpu", "gpu dry run"],
 )
 def test_benchmarks_write_tables_and_a_plot(tmp_path, arguments, kinds):
     if "--dry-run" in arguments:
@@ -90,6 +77,6 @@ def test_benchmarks_write_tables_and_a_plot(tmp_path, arguments, kinds):
     assert arguments[2].split("-")[0] in run(tmp_path, "-m", *arguments, "--out", str(out))
     for kind in kinds:
         (table,) = out.glob(f"*.{kind}")
-        assert len(table.read_text().splitlines()) >= 2, "a head and a line"
+        assert len(table.read_text().splitlines()) >= 2, "a header and a line"
     (png,) = out.glob("*.png")
     assert_png(png)

@@ -1,10 +1,10 @@
-"""inplace=True: the gradient takes the logits' place, and whoever still needed them hears of it."""
+"""inplace=True: the gradient overwrites the logits, and an operator that still needs them raises an error."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
-from cases import BACKENDS, BF16, F16, F32, batch
+from cases import BACKENDS, BF16, F16, F32, leaf_batch
 from torch import Tensor
 
 from kdfast import kd_loss
@@ -16,20 +16,18 @@ EITHER = pytest.mark.parametrize(("reduction", "dtype"), [("mean", F32), ("sum",
 
 
 def data(dtype: torch.dtype = F32) -> tuple[Tensor, Tensor, Tensor]:
-    s, t, y = batch(ROWS, VOCAB, dtype)
-    y[1] = -100
-    return s.requires_grad_(), t, y
+    return leaf_batch(ROWS, VOCAB, dtype)
 
 
 @EITHER
-def test_an_operation_that_saved_the_logits_raises_in_its_backward(reduction, dtype, backend):
+def test_an_operator_that_saved_the_logits_raises_in_its_backward(reduction, dtype, backend):
     s, t, y = data(dtype)
     logits = s.clone()
     other = logits.square().sum()  # needs the logits themselves for its gradient
     version = logits._version
     loss = kd_loss(logits, t, y, reduction=reduction, inplace=True, backend=backend).sum()
     if reduction == "none" or dtype == F16:
-        assert logits._version == version, "the forward has only read"
+        assert logits._version == version, "forward only reads"
         loss.backward(retain_graph=True)
     assert logits._version > version
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -37,18 +35,18 @@ def test_an_operation_that_saved_the_logits_raises_in_its_backward(reduction, dt
 
 
 @EITHER
-def test_logits_changed_after_the_forward_raise_in_backward(reduction, dtype, backend):
+def test_backward_raises_if_the_logits_were_changed_after_forward(reduction, dtype, backend):
     s, t, y = data(dtype)
     logits = s.clone()
     loss = kd_loss(logits, t, y, reduction=reduction, inplace=True, backend=backend).sum()
     with torch.no_grad():
-        logits.zero_()  # they hold the gradient, or what it is made of
+        logits.zero_()  # the gradient, or what it is computed from
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
 @EITHER
-def test_a_second_backward_is_a_clear_error_and_the_first_gradient_stays(reduction, dtype, backend):
+def test_a_second_backward_raises_and_keeps_the_first_gradient(reduction, dtype, backend):
     s, t, y = data(dtype)
     loss = kd_loss(s.clone(), t, y, reduction=reduction, inplace=True, backend=backend).sum()
     loss.backward(retain_graph=True)
@@ -69,13 +67,13 @@ EXPANDED = r"expanded.*single memory location.*clone\(\) it first"
         (lambda x: x, A_LEAF),
         (lambda x: x.view(2, 3, VOCAB), A_LEAF),
         (lambda x: x[1:, 2:], A_LEAF),
-        (lambda x: x.detach().requires_grad_(), A_LEAF),  # shares the leaf's storage and is a leaf itself
+        (lambda x: x.detach().requires_grad_(), A_LEAF),  # a leaf that shares the leaf's storage
         (lambda x: (x * 1)[:1].expand(ROWS, VOCAB), EXPANDED),
         (lambda x: (x * 1)[:1].expand(ROWS, VOCAB)[1:], EXPANDED),
     ],
     ids=["the leaf", "a view", "a slice", "a detached leaf", "expanded", "a slice of expanded"],
 )
-def test_what_cannot_be_overwritten_is_an_error_before_anything_is_written(view, why, reduction, backend):
+def test_a_leaf_or_expanded_logits_raise_before_anything_is_written(view, why, reduction, backend):
     student = view(data()[0])
     before = student.detach().clone()
     with pytest.raises(RuntimeError, match=f"^inplace: student_logits is {why}"):
@@ -84,12 +82,12 @@ def test_what_cannot_be_overwritten_is_an_error_before_anything_is_written(view,
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_one_row_expanded_to_one_row_has_no_location_twice(reduction, backend):
+def test_one_row_expanded_to_one_row_can_be_overwritten(reduction, backend):
     row = data()[0][:1] * 1
     kd_loss(row.expand(1, VOCAB), torch.zeros(1, VOCAB), reduction=reduction, inplace=True, backend=backend)
 
 
-# name: how (ROWS, VOCAB) logits lie in a larger tensor: its shape, and the view of it
+# name: the shape of a larger tensor, and (ROWS, VOCAB) logits as a view of it
 LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "an offset": ((ROWS + 2, VOCAB), lambda x: x[2:]),
     "an offset that no vector is aligned to": ((ROWS * VOCAB + 1,), lambda x: x[1:].view(ROWS, VOCAB)),
@@ -101,8 +99,8 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
 }
 
 
-# Reductions and dtypes choose the kernels that meet a layout. Triton compiles for how a layout is aligned: in the fast
-# tier it meets each one in fp32 and in 16 bits. Layouts that are read alone are an axis of calls.py.
+# Reductions and dtypes choose the kernel. Triton compiles for each alignment: in the fast tier each layout is tested in
+# fp32 and in 16 bits. Layouts of logits that are not overwritten are an axis of calls.py.
 KERNELS = (("mean", F32), ("none", F32), ("mean", BF16), ("mean", F16))
 VIEWS = [
     pytest.param(*view, marks=pytest.mark.full if view[0] == "triton" and view[-1] == F16 else ())
@@ -111,9 +109,7 @@ VIEWS = [
 
 
 @pytest.mark.parametrize(("backend", "layout", "reduction", "dtype"), VIEWS, indirect=["backend"])
-def test_views_of_any_layout_become_their_gradient_and_their_neighbours_are_left_alone(
-    layout, reduction, dtype, backend
-):
+def test_a_view_of_any_layout_becomes_its_gradient_and_nothing_else(layout, reduction, dtype, backend):
     s, t, y = data(dtype)
     shape, view = LAYOUTS[layout]
     whole, teacher = (torch.full(shape, 7.0, dtype=dtype) for _ in range(2))
@@ -138,7 +134,7 @@ def test_views_of_any_layout_become_their_gradient_and_their_neighbours_are_left
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_teacher_that_is_the_students_own_memory_is_read_before_it_is_overwritten(reduction, backend):
+def test_a_teacher_that_shares_the_students_memory_is_read_first(reduction, backend):
     s = data()[0]
     options = {"teacher_temperature": 2.0, "reduction": reduction, "backend": backend}
     kd_loss(s, s.detach(), **options).sum().backward()

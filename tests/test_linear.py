@@ -1,6 +1,6 @@
-"""linear_kd_loss is kd_loss of the heads' products, with every product done once and no logits beyond a chunk's.
+"""linear_kd_loss gives the numbers of kd_loss of the heads' logits, a chunk of rows at a time.
 
-How they are judged: on the list of calls by judge.py, beside it as linear_cases.py says.
+The list of calls is judged by judge.py, the other tests by linear_cases.py.
 """
 
 import math
@@ -14,26 +14,26 @@ from calls import ALL_OPTIONS, Call, all_calls
 from cases import BF16, F16, F32, F64, REDUCTIONS
 from judge import judge, truth_of
 from judge_metrics import judge_metrics
-from linear_cases import HIDDEN, ROWS, VOCAB, Case, check, fused, plain
+from linear_cases import HIDDEN, ROWS, VOCAB, Case, check, fused_results, plain_results
 from torch import Tensor
 
 import kdfast
 
 CHUNKS = (
-    1,  # every row by itself
-    4,  # chunks of 4, but the last: of 3 and 4 where rows are dropped
-    ROWS,  # one
-    None,  # as the rule says
+    1,
+    4,  # the last chunk is smaller
+    ROWS,  # one chunk
+    None,  # the default
 )
 
 
-# How many calls of the list, from the first. Kernels are kd_loss's, what is around them is one for all backends.
+# How many calls of the list. The kernels are kd_loss's, and the code around them is the same for all backends.
 FAST = {"reference": 10, "cpu": 120, "triton": 9}
 
 
 def grid() -> Iterator[Any]:
     for number, call in enumerate(all_calls()):
-        # on a GPU a float16 gradient is rounded once more, as a factor of products; all options take long to compile
+        # on a GPU a float16 gradient is rounded once more, in the products; all options take long to compile
         by_triton = call["dtypes"][0] != F16 and call["option"] is not ALL_OPTIONS
         for backend, fast in FAST.items():
             if backend == "cpu" or (number < fast and (by_triton or backend != "triton")):
@@ -41,8 +41,8 @@ def grid() -> Iterator[Any]:
                 yield pytest.param(call, backend, marks=marks, id=f"{number}: {call.id}, {backend}")
 
 
-def of_heads(student: Tensor, teacher: Any, *labels: Tensor | None, **settings: Any) -> Any:
-    """kd_loss by linear_kd_loss: heads are the logits, transposed, and each hidden state chooses a row: no rounding."""
+def loss_of_heads(student: Tensor, teacher: Any, *labels: Tensor | None, **settings: Any) -> Any:
+    """kd_loss by linear_kd_loss: the head is the logits transposed; hidden states select rows, without rounding."""
     rows = student.shape[:-1].numel()
 
     def side(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,20 +55,20 @@ def of_heads(student: Tensor, teacher: Any, *labels: Tensor | None, **settings: 
 
 
 @pytest.mark.parametrize(("call", "backend"), list(grid()), indirect=["backend"])
-def test_every_call_is_kd_losses(call: Call, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_kd_loss_gives_the_numbers_of_kd_loss(call: Call, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, settings = call.arguments()
-    settings.pop("inplace", None)  # which linear losses do not take
+    settings.pop("inplace", None)  # linear losses do not have it
     truth = truth_of(*arguments, settings)
     with monkeypatch.context() as patch:
-        patch.setattr(kdfast, "kd_loss", of_heads)
+        patch.setattr(kdfast, "kd_loss", loss_of_heads)
         judge(*arguments, backend=backend, truth=truth, **settings)
     if settings.pop("return_metrics", False):
-        measured = lambda *args, **more: of_heads(*args, return_metrics=True, **more)[1]._asdict()  # noqa: E731
-        monkeypatch.setattr("judge_metrics.measured", measured)
+        measured = lambda *args, **more: loss_of_heads(*args, return_metrics=True, **more)[1]._asdict()  # noqa: E731
+        monkeypatch.setattr("judge_metrics.compute_metrics", measured)
         judge_metrics(*arguments, backend=backend, **settings)
 
 
-def test_alpha_0_needs_no_teacher_whatever_else_is_given(cpu: str) -> None:
+def test_alpha_0_needs_no_teacher(cpu: str) -> None:
     case = Case()
     want = kdfast.kd_loss(F.linear(case.hidden, case.weight), None, case.labels, alpha=0)
     for weight in (None, case.teacher_weight):
@@ -78,7 +78,7 @@ def test_alpha_0_needs_no_teacher_whatever_else_is_given(cpu: str) -> None:
 
 @pytest.mark.parametrize("chunk_rows", CHUNKS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_no_number_depends_on_the_chunks(cpu: str, reduction: str, chunk_rows: int | None) -> None:
+def test_chunk_rows_changes_no_number(cpu: str, reduction: str, chunk_rows: int | None) -> None:
     weight = torch.linspace(0.5, 2, ROWS)
     for case in (Case(F32), Case(F64)):
         settings = {"reduction": reduction, "row_weight": weight, "return_metrics": True, "chunk_rows": chunk_rows}
@@ -87,7 +87,7 @@ def test_no_number_depends_on_the_chunks(cpu: str, reduction: str, chunk_rows: i
 
 
 @pytest.mark.parametrize(("rows", "shape"), [(0, ()), (slice(0), (0,))], ids=["one", "none"])
-def test_one_row_without_dimensions_and_no_rows(cpu: str, rows: int | slice, shape: tuple[int, ...]) -> None:
+def test_hidden_states_may_be_one_row_or_none(cpu: str, rows: int | slice, shape: tuple[int, ...]) -> None:
     case = Case(rows=1)
     case.hidden, case.teacher_hidden, labels = case.hidden[rows], case.teacher_hidden[rows], case.labels[rows] % 9
     for reduction in REDUCTIONS:
@@ -98,45 +98,45 @@ def test_one_row_without_dimensions_and_no_rows(cpu: str, rows: int | slice, sha
 
 def test_a_batch_of_ignored_rows_has_loss_and_gradient_0(backend: str) -> None:
     case = Case()
-    loss, grads, metrics = fused(case, torch.full_like(case.labels, -100), return_metrics=True, backend=backend)
+    loss, grads, metrics = fused_results(case, torch.full_like(case.labels, -100), return_metrics=True, backend=backend)
     assert loss == 0
     assert not any(g.any() for g in grads)
     assert all(m.isnan() for m in metrics)
 
 
-def test_ignored_rows_may_hold_anything(backend: str) -> None:
+def test_the_values_of_ignored_rows_have_no_effect(backend: str) -> None:
     case = Case()
-    want = fused(case, case.labels, chunk_rows=4, return_metrics=True, backend=backend)
+    want = fused_results(case, case.labels, chunk_rows=4, return_metrics=True, backend=backend)
     case.hidden[case.labels < 0] = float("nan")
     case.teacher_hidden[case.labels < 0] = float("inf")
-    got = fused(case, case.labels, chunk_rows=4, return_metrics=True, backend=backend)
+    got = fused_results(case, case.labels, chunk_rows=4, return_metrics=True, backend=backend)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-def test_a_teacher_that_is_a_view_of_a_longer_sequence_is_not_copied_whole(cpu: str) -> None:
+def test_a_teacher_sliced_from_a_sequence_is_copied_chunk_by_chunk(cpu: str) -> None:
     case = Case(rows=12)
     case.hidden = case.hidden.view(3, 4, -1)
     sequence = torch.randn(3, 5, VOCAB)
     labels = case.labels.view(3, 4)
     with torch.profiler.profile(profile_memory=True) as profile:
-        got = fused(case, labels, sequence[:, :-1], chunk_rows=2)
+        got = fused_results(case, labels, sequence[:, :-1], chunk_rows=2)
     largest = max(event.cpu_memory_usage for event in profile.events() if event.name.startswith("aten::empty"))
     assert largest == VOCAB * HIDDEN * 4 < 12 * VOCAB * 4, "the weight's gradient"
-    torch.testing.assert_close(got, plain(case, labels, F32, sequence[:, :-1]))
+    torch.testing.assert_close(got, plain_results(case, labels, F32, sequence[:, :-1]))
 
 
-def test_a_teachers_head_has_a_bias_a_dtype_and_widths_of_its_own(backend: str) -> None:
+def test_a_teachers_head_may_have_its_own_bias_dtype_and_widths(backend: str) -> None:
     case = Case(vocab=64)
     case.teacher_hidden, case.teacher_weight = case.teacher_hidden.to(BF16), case.teacher_weight[:VOCAB].to(BF16)
     case.teacher_bias = torch.randn(VOCAB).to(BF16)
-    real = 47  # of classes: both heads are padded, and so are their biases
+    real = 47  # classes: both heads and their biases are padded
     _, grads, _ = check(case, case.labels.clamp_max(real - 1), vocab_size=real, chunk_rows=4, backend=backend)
     for grad in grads[1:]:
         assert grad[real - 1].any()
         assert not grad[real:].any()
 
 
-def test_a_teacher_made_under_inference_mode_is_taken(cpu: str) -> None:
+def test_a_teacher_from_inference_mode_is_accepted(cpu: str) -> None:
     case = Case()
     with torch.inference_mode():
         case.teacher_hidden, case.teacher_weight = case.teacher_hidden * 1, case.teacher_weight * 1

@@ -1,4 +1,4 @@
-"""16-bit heads: what is rounded where, by each kind of product; loss scaling and autocast."""
+"""16-bit heads: where numbers are rounded, for each kind of product; loss scaling and autocast."""
 
 from collections.abc import Iterator
 
@@ -6,20 +6,20 @@ import gpu  # before anything that imports Triton
 import pytest
 import torch
 from cases import BF16, F16, F32, F64, name
-from linear_cases import VOCAB, Case, check, fused, many, off, plain
+from linear_cases import VOCAB, Case, check, fused_results, long_case, plain_results, relative_error
 from torch import Tensor
 
 from kdfast import chunks, products
 
 
-def test_a_16_bit_heads_gradient_is_added_up_in_fp32_unless_asked_otherwise(cpu: str) -> None:
-    case = many(BF16)
-    _, (_, truth), _ = plain(case, case.labels, F64)
+def test_a_16_bit_heads_gradient_is_accumulated_in_fp32_by_default(cpu: str) -> None:
+    case = long_case(BF16)
+    _, (_, truth), _ = plain_results(case, case.labels, F64)
     errors = {}
     for accumulate in (F32, BF16, F64):
-        _, (_, grad), _ = fused(case, case.labels, chunk_rows=4, accumulate_dtype=accumulate)
+        _, (_, grad), _ = fused_results(case, case.labels, chunk_rows=4, accumulate_dtype=accumulate)
         assert grad.dtype == BF16
-        errors[accumulate] = off(grad, truth)
+        errors[accumulate] = relative_error(grad, truth)
     assert errors[F32] < 2.0**-9  # rounded once
     assert errors[F64] < 2.0**-9
     assert errors[BF16] > 4 * errors[F32]  # rounded 150 times
@@ -27,11 +27,11 @@ def test_a_16_bit_heads_gradient_is_added_up_in_fp32_unless_asked_otherwise(cpu:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])  # one pass over the chunks, and two
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=name)
-def test_logits_of_16_bit_heads_are_rounded_nowhere(
+def test_logits_of_16_bit_heads_are_never_rounded(
     cpu: str, dtype: torch.dtype, reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Judged against the fp64 products of the same factors, where rounding to bf16 would cost logits up to 0.5."""
-    monkeypatch.setattr(products, "SLICE", 16)  # of 50 classes: four slices are widened
+    """Judged against products in fp64: rounding to bf16 would change logits by up to 0.5."""
+    monkeypatch.setattr(products, "SLICE", 16)  # four slices of the 50 classes are widened
     case = Case(dtype)
     case.hidden, case.teacher_hidden = 32 * case.hidden, 32 * case.teacher_hidden
     assert case.teacher_logits(F64).abs().max() > 128
@@ -40,7 +40,7 @@ def test_logits_of_16_bit_heads_are_rounded_nowhere(
 
 @pytest.fixture
 def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a GPU: its products with fp32 results, which PyTorch has no CPU kernels for, and no look at values."""
+    """As on a GPU: products with fp32 results, for which PyTorch has no CPU kernels, and no reading of values."""
 
     def mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         assert a.dtype == b.dtype
@@ -60,63 +60,65 @@ def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.skipif(gpu.ON_DEVICE, reason="here all tests of this file run on a GPU's own products")
+@pytest.mark.skipif(gpu.ON_DEVICE, reason="here all tests of this file use the GPU's own products")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=name)
-def test_tensor_cores_round_no_logits_and_dropped_rows_are_zeros_there(
+def test_tensor_cores_round_no_logits_and_zero_dropped_rows(
     cpu: str, dtype: torch.dtype, reduction: str, tensor_cores: None
 ) -> None:
-    case = many(dtype)
+    case = long_case(dtype)
     case.bias = torch.linspace(-1, 1, VOCAB).to(dtype)
     case.labels[100:200] = -100
     settings = {"temperature": 2.0, "reduction": reduction, "return_metrics": True}
-    truth = plain(case, case.labels, F64, **settings)
-    case.hidden[150] = float("nan")  # of a row that is ignored
-    loss, grads, metrics = fused(case, case.labels, chunk_rows=7, **settings)
+    truth = plain_results(case, case.labels, F64, **settings)
+    case.hidden[150] = float("nan")  # an ignored row
+    loss, grads, metrics = fused_results(case, case.labels, chunk_rows=7, **settings)
     torch.testing.assert_close(loss.double(), truth[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close([m.double() for m in metrics], list(truth[2]), rtol=1e-5, atol=1e-6, equal_nan=True)
     for got, want in zip(grads, truth[1], strict=True):
         assert got.dtype == dtype
-        assert off(got, want) < torch.finfo(dtype).eps  # once the gradient of the logits, once the result
+        assert relative_error(got, want) < torch.finfo(dtype).eps  # logits' gradient and result are rounded
 
 
-def test_a_loss_scaler_in_float16_loses_no_gradient(backend: str) -> None:
+def test_float16_with_a_loss_scaler_loses_no_gradient(backend: str) -> None:
     case = Case(F16, bias=False)
     scaler = torch.amp.GradScaler(case.hidden.device.type)  # its first factor is 65536
     total = 2**20
     leaves = case.leaves()
     scaler.scale(case.loss(leaves, case.labels, normalizer=total, chunk_rows=4, backend=backend)).backward()
-    _, truth, _ = plain(case, case.labels, F64, normalizer=total)
+    _, truth, _ = plain_results(case, case.labels, F64, normalizer=total)
     for leaf, want in zip(leaves, truth, strict=True):
         torch.testing.assert_close(leaf.grad.double(), want * 65536, rtol=2.0**-10, atol=2.0**-24)
         rounded = want.half().double() * 65536
-        assert off(leaf.grad, want * 65536) < 0.1 * off(rounded, want * 65536), "rounded before it was scaled"
+        assert relative_error(leaf.grad, want * 65536) < 0.1 * relative_error(rounded, want * 65536), (
+            "rounded before it was scaled"
+        )
 
 
-@pytest.mark.skipif(gpu.ON_DEVICE, reason="here all tests of this file run on a GPU's own products")
-def test_float16_loses_nothing_to_rows_weights_or_a_narrow_accumulator(cpu: str, tensor_cores: None) -> None:
-    """There gradients of logits are float16 factors."""
-    case = many(F16)
-    for power in (-24, 17):  # which alone would underflow, overflow
+@pytest.mark.skipif(gpu.ON_DEVICE, reason="here all tests of this file use the GPU's own products")
+def test_float16_heads_neither_underflow_nor_overflow(cpu: str, tensor_cores: None) -> None:
+    """On tensor cores gradients of logits are float16 factors."""
+    case = long_case(F16)
+    for power in (-24, 17):  # without rescaling it would underflow, overflow
         weight = torch.linspace(0.5, 1, 600) * 2.0**power
         for settings in ({"reduction": "sum"}, {"normalizer": 2.0**20}):
             settings |= {"row_weight": weight, "accumulate_dtype": F16}
             scale = torch.tensor(2.0**-power if "reduction" in settings else 2.0 ** (20 - power))
-            _, grads, _ = fused(case, case.labels, chunk_rows=70, grad=scale, **settings)
-            _, truth, _ = plain(case, case.labels, F64, grad=scale, **settings)
+            _, grads, _ = fused_results(case, case.labels, chunk_rows=70, grad=scale, **settings)
+            _, truth, _ = plain_results(case, case.labels, F64, grad=scale, **settings)
             for got, want in zip(grads, truth, strict=True):
-                assert off(got, want) < 4 * torch.finfo(F16).eps
+                assert relative_error(got, want) < 4 * torch.finfo(F16).eps
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=name)
 def test_autocast_casts_what_f_linear_casts(backend: str, dtype: torch.dtype) -> None:
     case = Case()
     with torch.autocast(case.hidden.device.type, dtype):
-        loss, grads, _ = fused(case, case.labels, chunk_rows=4, backend=backend)
+        loss, grads, _ = fused_results(case, case.labels, chunk_rows=4, backend=backend)
     narrow = Case()
     for field in ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight"):
         setattr(narrow, field, getattr(case, field).to(dtype))
-    same, same_grads, _ = fused(narrow, case.labels, chunk_rows=4, backend=backend)
+    same, same_grads, _ = fused_results(narrow, case.labels, chunk_rows=4, backend=backend)
     assert torch.equal(loss, same)
     for got, want in zip(grads, same_grads, strict=True):
         assert got.dtype == F32

@@ -1,4 +1,4 @@
-"""The products of a linear loss: each is done once, none that nobody wants, in chunks of the rule's size."""
+"""The products of a linear loss: only those that are needed, each once, in chunks of the rule's size."""
 
 import itertools
 from collections.abc import Callable
@@ -8,21 +8,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import BF16, F32, ON_GPU, name
-from linear_cases import HIDDEN, VOCAB, Case, fused, square
+from linear_cases import HIDDEN, VOCAB, Case, fused_results, square_case
 from torch import Tensor
 
 import kdfast
 from kdfast import chunks, products
 
 
-def multiplied(function: Callable[[], Any], rows: int, vocab: int) -> float:
-    """How many products of (rows, H) by (H, vocab), H = HIDDEN, a function does."""
+def count_products(function: Callable[[], Any], rows: int, vocab: int) -> float:
+    """How many products of (rows, H) by (H, vocab), H = HIDDEN, a function computes."""
     with torch.profiler.profile(record_shapes=True) as profile:
         function()
     done = 0
     for event in profile.key_averages(group_by_input_shape=True):
         if event.key in ("aten::mm", "aten::addmm", "aten::addmm_"):
-            first = event.key != "aten::mm"  # what is added comes before the factors
+            first = event.key != "aten::mm"  # the summand comes before the factors
             (m, k), (_, n) = event.input_shapes[first : first + 2]
             done += event.count * m * k * n
     return done / (rows * HIDDEN * vocab)
@@ -30,8 +30,8 @@ def multiplied(function: Callable[[], Any], rows: int, vocab: int) -> float:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=name)
-def test_each_product_is_done_once_and_none_that_nobody_wants(cpu: str, dtype: torch.dtype, reduction: str) -> None:
-    case = square(dtype)
+def test_each_needed_product_is_computed_exactly_once(cpu: str, dtype: torch.dtype, reduction: str) -> None:
+    case = square_case(dtype)
     for teacher, *wanted in itertools.product((None, case.teacher_logits()), *[(True, False)] * 2):
         leaves = [leaf.requires_grad_(want) for leaf, want in zip(case.leaves(), wanted, strict=True)]
 
@@ -41,48 +41,48 @@ def test_each_product_is_done_once_and_none_that_nobody_wants(cpu: str, dtype: t
                 loss.sum().backward()
 
         forward, backward = 1 + (teacher is None), sum(wanted)
-        again = forward if reduction == "none" and backward else 0  # its coefficients come too late
-        assert multiplied(step, 12, VOCAB) == forward + backward + again
+        repeated = forward if reduction == "none" and backward else 0  # backward makes the logits once more
+        assert count_products(step, 12, VOCAB) == forward + backward + repeated
         assert [leaf.grad is not None for leaf in leaves] == wanted
 
 
-def test_a_bias_alone_in_training_costs_no_product(cpu: str) -> None:
-    case = square()
+def test_training_the_bias_alone_needs_no_product_in_backward(cpu: str) -> None:
+    case = square_case()
     bias = torch.zeros(VOCAB, requires_grad=True)
     leaves = [case.hidden, case.weight, bias]
-    assert multiplied(lambda: case.loss(leaves, case.labels).backward(), 12, VOCAB) == 2
+    assert count_products(lambda: case.loss(leaves, case.labels).backward(), 12, VOCAB) == 2
     logits = (case.hidden @ case.weight.T).requires_grad_()
     kdfast.kd_loss(logits, case.teacher_logits(), case.labels).backward()
     torch.testing.assert_close(bias.grad, logits.grad.sum(0))
 
 
 def test_dropped_rows_and_padded_classes_are_not_multiplied(cpu: str) -> None:
-    case = square()
+    case = square_case()
     case.labels[3:7] = -100
     weight = torch.ones(12)
     weight[0] = 0
     labels, leaves = torch.where(case.labels < 0, -100, case.labels % 40), case.leaves()
-    assert multiplied(lambda: case.loss(leaves, labels, vocab_size=40, row_weight=weight).backward(), 7, 40) == 4
+    assert count_products(lambda: case.loss(leaves, labels, vocab_size=40, row_weight=weight).backward(), 7, 40) == 4
 
 
-def test_under_no_grad_there_are_two_products_and_a_teacher_that_is_not_read_has_none(cpu: str) -> None:
-    case = square()
+def test_no_grad_needs_two_products_or_one_without_a_teacher(cpu: str) -> None:
+    case = square_case()
     with torch.no_grad():
-        assert multiplied(lambda: case.loss(case.leaves(), case.labels), 12, VOCAB) == 2
-        assert multiplied(lambda: case.loss(case.leaves(), case.labels, alpha=0), 12, VOCAB) == 1
+        assert count_products(lambda: case.loss(case.leaves(), case.labels), 12, VOCAB) == 2
+        assert count_products(lambda: case.loss(case.leaves(), case.labels, alpha=0), 12, VOCAB) == 1
 
 
-def test_backward_multiplies_nothing_and_scales_what_forward_made(backend: str) -> None:
+def test_backward_only_scales_the_gradients_that_forward_made(backend: str) -> None:
     for dtype in (F32, BF16) if backend not in ON_GPU else (F32,):
-        case = square(dtype)
-        _, want, _ = fused(case, case.labels, backend=backend)
+        case = square_case(dtype)
+        _, want, _ = fused_results(case, case.labels, backend=backend)
         leaves = case.leaves()
-        assert multiplied((3 * case.loss(leaves, case.labels, backend=backend)).backward, 12, VOCAB) == 0
+        assert count_products((3 * case.loss(leaves, case.labels, backend=backend)).backward, 12, VOCAB) == 0
         torch.testing.assert_close([x.grad for x in leaves], [3 * g for g in want])
 
 
-def test_losses_of_several_heads_are_combined_and_backpropagated_again(cpu: str) -> None:
-    case = square()
+def test_losses_of_several_heads_add_up_and_backward_may_repeat(cpu: str) -> None:
+    case = square_case()
     leaves = [*case.leaves(), Case(rows=12).leaves()[1]]
     hidden, first, second = leaves
 
@@ -99,7 +99,7 @@ def test_losses_of_several_heads_are_combined_and_backpropagated_again(cpu: str)
 
 
 def test_a_tied_weight_gets_the_sum_of_both_gradients(backend: str) -> None:
-    case = square()
+    case = square_case()
     tokens = torch.randint(VOCAB, (12,))
     weight = case.weight.clone().requires_grad_()
     tied = [torch.tanh(F.embedding(tokens, weight)), weight]
@@ -109,7 +109,7 @@ def test_a_tied_weight_gets_the_sum_of_both_gradients(backend: str) -> None:
     torch.testing.assert_close(got, want)
 
 
-def test_chunks_are_of_one_size_and_as_large_as_the_rule_says(cpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_have_equal_sizes_by_the_rule_for_chunk_rows(cpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert chunks.default_rows(32_000, "cpu") == 512
     assert chunks.default_rows(128_000, "cpu") == 393
     assert chunks.default_rows(262_144, "cpu") == 256

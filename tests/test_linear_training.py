@@ -1,16 +1,15 @@
-"""The linear losses as citizens of PyTorch: compiled, checkpointed, on several processes, as a module."""
+"""The linear losses with torch.compile, activation checkpointing, DDP and FSDP2, and as a module."""
 
 import copy
-import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from cases import F64
 from linear_cases import HIDDEN, VOCAB, Case
+from ranks import gradients, results_of_ranks
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -19,7 +18,7 @@ import kdfast
 
 
 class Model(nn.Module):
-    """A trunk, a head, and the loss at its end."""
+    """A trunk, a head and the loss."""
 
     def __init__(self, checkpointed: bool = False, **settings: Any) -> None:
         super().__init__()
@@ -38,10 +37,6 @@ def batch(case: Case) -> tuple[Tensor, ...]:
     return case.hidden, case.teacher_hidden, case.teacher_weight, case.labels
 
 
-def gradients(model: nn.Module) -> list[Tensor]:
-    return [p.grad for p in model.parameters()]
-
-
 def unfused_gradients(case: Case) -> list[Tensor]:
     model = Model()
     logits = model.head(model.trunk(case.hidden))
@@ -55,7 +50,7 @@ def unfused_gradients(case: Case) -> list[Tensor]:
         ("aot_eager", {}),
         ("aot_eager", {"reduction": "none"}),
         ("aot_eager", {"return_metrics": True}),
-        ("inductor", {}),  # once: what else differs is inside of the operator
+        ("inductor", {}),  # once: the other differences are inside of the operator
     ],
     ids=["mean", "none", "metrics", "inductor"],
 )
@@ -81,7 +76,7 @@ def test_a_model_that_ends_in_the_loss_compiles_to_one_graph(settings: dict[str,
         torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(*batch(case)), want)
 
 
-def test_marked_dynamic_rows_compile_once(cpu: str) -> None:
+def test_a_dynamic_number_of_rows_compiles_once(cpu: str) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     model = Model()
@@ -104,12 +99,10 @@ def test_checkpointing_the_trunk_changes_no_gradient(backend: str) -> None:
     torch.testing.assert_close(gradients(model), unfused_gradients(case))
 
 
-def _rank(rank: int, folder: str, kind: str) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def gradients_of_rank(rank: int, kind: str) -> list[Tensor]:
     case = Case()
     x, hidden, weight, labels = batch(case)
-    mine = slice(0, 6) if rank == 0 else slice(6, None)  # 5 tokens that count on one, 7 on the other
+    mine = slice(0, 6) if rank == 0 else slice(6, None)  # 5 kept tokens on one rank, 7 on the other
     model: Any = Model()
     if kind == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
@@ -123,22 +116,18 @@ def _rank(rank: int, folder: str, kind: str) -> None:
         with pytest.raises(TypeError, match="^student_weight: is a DTensor"):
             kdfast.linear_kd_loss(x, model.head.weight, hidden, weight)
     tokens = (labels != -100).sum()
-    # both average over the ranks, hence the tokens of all of them by their number
+    # DDP and FSDP average over the ranks: divide the tokens of all ranks by their number
     model(x[mine], hidden[mine], weight, labels[mine], normalizer=tokens / 2).backward()
-    grads = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients(model)]
-    torch.save(grads, f"{folder}/{rank}.pt")
-    dist.barrier()  # a rank that leaves while the other still reads from it makes that one abort
-    os._exit(0)  # DDP's reducer, freed last, would join gloo's threads with the GIL held, which they may wait for
+    return [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients(model)]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_processes_get_the_gradients_of_one(tmp_path: Path, kind: str) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path), kind), nprocs=2)
-    for rank in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), unfused_gradients(Case()))
+def test_ddp_and_fsdp_ranks_get_the_gradients_of_one_process(tmp_path: Path, kind: str) -> None:
+    for found in results_of_ranks(tmp_path, gradients_of_rank, kind):
+        torch.testing.assert_close(found, unfused_gradients(Case()))
 
 
-def test_a_teacher_in_training_gets_no_graph(cpu: str) -> None:
+def test_a_teacher_that_requires_grad_gets_no_graph(cpu: str) -> None:
     case = Case()
     case.teacher_bias = torch.zeros(VOCAB, requires_grad=True)
     case.teacher_hidden.requires_grad_()
@@ -148,7 +137,7 @@ def test_a_teacher_in_training_gets_no_graph(cpu: str) -> None:
     assert not metrics.kl.requires_grad
 
 
-def test_double_backward_is_an_error(cpu: str) -> None:
+def test_double_backward_raises_an_error(cpu: str) -> None:
     case = Case()
     for reduction in ("mean", "none"):
         leaves = case.leaves()
@@ -157,7 +146,7 @@ def test_double_backward_is_an_error(cpu: str) -> None:
             torch.autograd.grad(loss, leaves, create_graph=True)
 
 
-def test_the_module_is_linear_kd_loss_with_its_settings_and_can_be_copied(cpu: str) -> None:
+def test_the_module_calls_linear_kd_loss_and_can_be_copied(cpu: str) -> None:
     case = Case()
     settings = {"temperature": 3.0, "divergence": "jsd", "beta": 0.3, "chunk_rows": 5, "accumulate_dtype": F64}
     loss = kdfast.LinearKDLoss(**settings)

@@ -1,29 +1,26 @@
-"""What a call needs beside its inputs.
+"""The memory that a call allocates besides its inputs.
 
-By the process's own peak for the row kernels, where what hides from autograd and profilers shows too. By PyTorch's
-allocator for the linear losses, which make nothing but tensors around those kernels and the library's products.
+For the row kernels it is the process's peak, which also has what autograd and profilers do not see. For the linear
+losses, which only allocate tensors around those kernels and products, it is counted by PyTorch's allocator.
 """
 
 import itertools
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cases import BF16, F16, F32, name
-from hanging import SECONDS
+from calls import ALL_OPTIONS
+from cases import BF16, F16, F32, name, python_output
 
 import kdfast
 from kdfast import products
 
-OPTIONS = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0, "teacher_softcap": 30.0, "standardize": True}
-MEASURED = {"return_metrics": True}
+OPTIONS, METRICS = ALL_OPTIONS, {"return_metrics": True}
 ROWS, INPLACE = {"reduction": "none"}, {"inplace": True}
-# how many tensors of the logits' size a call may need beside its inputs; what it does with its loss; its settings
+# how many tensors of the logits' size a call may allocate; what is done with its loss; its settings
 CASES: tuple[tuple[int, str, dict[str, Any]], ...] = (
     (0, "no_grad", {}),
     (0, "forward", ROWS),
@@ -33,23 +30,23 @@ CASES: tuple[tuple[int, str, dict[str, Any]], ...] = (
     (1, "backward of loss * 3", {}),
     (0, "backward", INPLACE),
     (0, "no_grad", {"ensemble": "arithmetic"}),
-    (0, "no_grad", OPTIONS | MEASURED),
-    (0, "forward", ROWS | OPTIONS | MEASURED),
-    (1, "backward", OPTIONS | MEASURED),
-    (0, "backward", INPLACE | OPTIONS | MEASURED),
-    (0, "backward", INPLACE | MEASURED | {"divergence": "dkd"}),
-    # what plain PyTorch makes; the last, for the next call would take unseen what this one gives back
+    (0, "no_grad", OPTIONS | METRICS),
+    (0, "forward", ROWS | OPTIONS | METRICS),
+    (1, "backward", OPTIONS | METRICS),
+    (0, "backward", INPLACE | OPTIONS | METRICS),
+    (0, "backward", INPLACE | METRICS | {"divergence": "dkd"}),
+    # what plain PyTorch allocates; the last, since a later call would reuse its memory unseen
     (3, "no_grad", {"backend": "reference"}),
 )
-SLACK = 0.15  # of such a tensor: scratch of the threads, the allocator's rounding
+SLACK = 0.15  # of a tensor: the threads' scratch, the allocator's rounding
 
-# A peak never comes down again, so nothing that was made is given back before the end.
+# A peak never falls, so nothing is freed before the end.
 SCRIPT = """
 import json, sys, torch
 from kdfast import kd_loss
 
 def peak():
-    with open("/proc/self/status") as status:  # getrusage's peak begins with that of the process it was forked from
+    with open("/proc/self/status") as status:  # getrusage's peak starts at that of the parent process
         (line,) = (line for line in status if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
@@ -69,7 +66,7 @@ for _, how, settings in json.loads(sys.argv[1]):
     student = teacher.flip(0).requires_grad_()
     if "inplace" in settings:
         student = student.clone()
-    for _ in range(2):  # libraries and threads make what they keep
+    for _ in range(2):  # libraries and threads allocate what they keep
         kept.append(run(how, settings, student[:8] * 1, teacher[:8], labels[:8]))
     before = peak()
     kept.append((run(how, settings, student, teacher, labels), student))
@@ -78,20 +75,16 @@ print(json.dumps(needs))
 """
 
 
-@pytest.mark.skipif(
-    "asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer keeps memory that was given back"
-)
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer keeps freed memory")
 def test_each_call_needs_no_more_memory_than_the_gradient_it_returns(cpu: str) -> None:
-    command = [sys.executable, "-c", SCRIPT, json.dumps(CASES)]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=SECONDS).stdout
-    *needs, plain = json.loads(out)
-    assert plain > CASES[-1][0], "what plain PyTorch makes is not seen"
+    *needs, plain = json.loads(python_output("-c", SCRIPT, json.dumps(CASES)))
+    assert plain > CASES[-1][0], "plain PyTorch's allocations are not seen"
     too_many = [(need, *case) for need, case in zip(needs, CASES, strict=False) if need > case[0] + SLACK]
     assert not too_many, f"in tensors of the logits' size: {too_many}"
 
 
-def most_bytes(function: Callable[[], Any]) -> int:
-    """What tensors a function has at its most, those that it returns among them, by PyTorch's allocator."""
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """The peak of a function's tensors, with those that it returns, by PyTorch's allocator."""
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         kept = function()
     events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
@@ -103,18 +96,18 @@ def most_bytes(function: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=name)
 @pytest.mark.parametrize("wanted", ["hidden and weight", "hidden", "nothing"])
-def test_a_linear_loss_needs_two_chunks_of_logits_and_its_gradients_however_many_rows(
+def test_a_linear_loss_needs_two_chunks_of_logits_and_its_gradients(
     cpu: str, wanted: str, dtype: torch.dtype, reduction: str
 ) -> None:
-    """In tensors alone: what a product needs beside its factors and its result is the library's, and differs."""
+    """Only tensors count: the scratch of products is the library's and differs."""
     width, vocab, chunk_rows = 16, 8192, 64
     weight = torch.randn(vocab, width).to(dtype).requires_grad_(wanted == "hidden and weight")
     allowed = 2 * 4 * chunk_rows * vocab
     if dtype != F32:
-        allowed += 2 * 4 * products.SLICE * width  # of each head what is widened
+        allowed += 2 * 4 * products.SLICE * width  # each head's widened slice
     if weight.requires_grad:
-        allowed += 4 * weight.numel()  # what the gradient is added up in
-        allowed += weight.nbytes if dtype == BF16 else 0  # to which it is rounded; float16's waits for backward
+        allowed += 4 * weight.numel()  # the gradient's accumulator
+        allowed += weight.nbytes if dtype == BF16 else 0  # its rounded copy; float16's is made in backward
     for rows in (2 * chunk_rows, 10 * chunk_rows):
         hidden = torch.randn(rows, width).to(dtype).requires_grad_(wanted != "nothing")
         teacher, labels = (torch.randn(rows, width).to(dtype), weight.detach()), torch.randint(vocab, (rows,))
@@ -124,5 +117,5 @@ def test_a_linear_loss_needs_two_chunks_of_logits_and_its_gradients_however_many
             leaves = [x for x in (hidden, weight) if x.requires_grad]
             return torch.autograd.grad(loss.sum(), leaves) if leaves else loss
 
-        of_rows = 4 * width + 172  # the gradient in hidden states, and what is known of each: 72 are its table
-        assert most_bytes(call) <= allowed + rows * of_rows, f"{rows} rows"
+        of_rows = 4 * width + 172  # the gradient in hidden states, and each row's numbers: 72 bytes are its table
+        assert peak_bytes(call) <= allowed + rows * of_rows, f"{rows} rows"

@@ -1,7 +1,4 @@
-"""return_metrics: seven numbers of the same pass, and the loss as it is without them.
-
-Their values are judged call by call, in test_calls.py.
-"""
+"""return_metrics: their limits, and the loss is the same without them. test_calls.py judges their values."""
 
 import math
 from typing import Any
@@ -10,7 +7,7 @@ import pytest
 import torch
 from cases import DIVERGENCES, F16, F32, KINDS, ON_GPU, REDUCTIONS, SMALL_VOCABS, batch, dtypes_for, name
 from judge import run
-from judge_metrics import FIELDS, measured
+from judge_metrics import FIELDS, compute_metrics
 from torch import Tensor
 
 import kdfast
@@ -23,7 +20,7 @@ def vocabs(backend: str) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_what_there_is_nothing_to_measure_of_is_nan(backend: str, reduction: str) -> None:
+def test_metrics_without_their_inputs_or_kept_rows_are_nan(backend: str, reduction: str) -> None:
     student, teacher, labels = batch(4, 100)
     for given, options, absent in (
         ((teacher, None), {}, {"hard", "accuracy"}),
@@ -32,15 +29,15 @@ def test_what_there_is_nothing_to_measure_of_is_nan(backend: str, reduction: str
         ((teacher, labels), {"row_weight": torch.zeros(4)}, set(FIELDS)),
         ((teacher, labels), {"alpha": 0, "hard_weight": 0}, set()),
     ):
-        got = measured(student, *given, reduction=reduction, backend=backend, **options)
+        got = compute_metrics(student, *given, reduction=reduction, backend=backend, **options)
         for field, value in got.items():
             assert value.isnan().eq(field in absent).all(), field
 
 
-def test_no_rows_have_no_metrics(backend: str) -> None:
+def test_metrics_of_an_empty_batch_are_nan(backend: str) -> None:
     student, teacher, labels = torch.empty(0, 33), torch.empty(0, 33), torch.empty(0, dtype=torch.int64)
     for reduction in REDUCTIONS:
-        got = measured(student.requires_grad_(), teacher, labels, reduction=reduction, backend=backend)
+        got = compute_metrics(student.requires_grad_(), teacher, labels, reduction=reduction, backend=backend)
         for value in got.values():
             assert value.shape == ((0,) if reduction == "none" else ())
             assert value.isnan().all()
@@ -51,11 +48,11 @@ def test_the_first_of_equal_maxima_is_the_argmax(backend: str) -> None:
         first, last = 1, vocab - 1
         student = torch.zeros(4, vocab, dtype=dtype)
         teacher = student.clone()
-        student[0, [first, last]] = teacher[0, [first, last]] = 3  # both have two: the first of both
+        student[0, [first, last]] = teacher[0, [first, last]] = 3  # both have two maxima: the first of each
         student[1, [first, last]] = teacher[1, last] = 3
         student[2, last] = teacher[2, [first, last]] = 3
-        labels = torch.tensor([first, last, last, 0])  # and of the last all are equal
-        got = measured(student, teacher, labels, reduction="none", backend=backend)
+        labels = torch.tensor([first, last, last, 0])  # in the last row all are equal
+        got = compute_metrics(student, teacher, labels, reduction="none", backend=backend)
         assert got["agreement"].tolist() == [1, 0, 0, 1]
         assert got["accuracy"].tolist() == [1, 0, 1, 1]
 
@@ -64,13 +61,15 @@ def test_a_masked_class_changes_no_metric(backend: str) -> None:
     for vocab in vocabs(backend):
         student, teacher, labels = batch(4, vocab)
         s, t = (torch.nn.functional.pad(x, (0, 3), value=-math.inf) for x in (student, teacher))
-        got, want = (measured(a, b, labels, temperature=2, backend=backend) for a, b in ((s, t), (student, teacher)))
+        got, want = (
+            compute_metrics(a, b, labels, temperature=2, backend=backend) for a, b in ((s, t), (student, teacher))
+        )
         for field in FIELDS:
             torch.testing.assert_close(got[field], want[field], rtol=1e-5, atol=1e-6)
 
 
-def test_an_infinite_metric_is_no_reason_for_an_infinite_loss(backend: str) -> None:
-    """reverse_kl's at p = 0 < q, where alpha is 0, and a masked label's, where h is 0."""
+def test_an_infinite_metric_leaves_the_loss_finite(backend: str) -> None:
+    """reverse_kl's at p = 0 < q, with alpha 0, and a masked label's, with hard_weight 0."""
     for vocab in vocabs(backend):
         student, teacher, labels = batch(4, vocab)
         s, t, of_teacher = student.clone(), teacher.clone(), teacher.clone()
@@ -81,45 +80,45 @@ def test_an_infinite_metric_is_no_reason_for_an_infinite_loss(backend: str) -> N
         ):
             settings |= {"backend": backend}
             assert all(x.isfinite().all() for x in run(logits, given, labels, return_metrics=True, **settings))
-            found = measured(logits.clone().requires_grad_(), given, labels, **settings)
+            found = compute_metrics(logits.clone().requires_grad_(), given, labels, **settings)
             assert [field for field, x in found.items() if not x.isfinite()] == [infinite]
             assert found[infinite] == math.inf
 
 
-def loss_needs_no_metrics(student: Tensor, teacher: Tensor | None, labels: Tensor, **settings: Any) -> None:
+def check_loss_is_unchanged(student: Tensor, teacher: Tensor | None, labels: Tensor, **settings: Any) -> None:
     with_metrics = run(student, teacher, labels, return_metrics=True, **settings)
     for a, b in zip(with_metrics, run(student, teacher, labels, **settings), strict=True):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("reduction", ("mean", "none"))
-def test_without_a_soft_term_they_have_a_temperature_that_the_gradient_has_not(backend: str, reduction: str) -> None:
-    dtype = dtypes_for(backend)[-1]  # fp64: whose rows no Triton kernel keeps
+def test_metrics_with_alpha_0_change_neither_loss_nor_gradient(backend: str, reduction: str) -> None:
+    dtype = dtypes_for(backend)[-1]  # fp64: no Triton kernel keeps its rows
     student, teacher, labels = batch(4, 100, dtype)
     for given in (teacher, None):
         settings = {"alpha": 0, "temperature": 2, "reduction": reduction, "backend": backend}
-        loss_needs_no_metrics(student, given, labels, **settings)
+        check_loss_is_unchanged(student, given, labels, **settings)
 
 
 @pytest.mark.beyond_cuda
-def test_a_masked_class_spoils_standardized_metrics_and_no_loss_without_a_soft_term(backend: str) -> None:
+def test_nan_in_standardized_metrics_does_not_reach_the_loss(backend: str) -> None:
     student, teacher, labels = batch(4, 100)
     student[1, 2] = -math.inf
     labels[1] = 7
     for reduction in REDUCTIONS:
         settings = {"alpha": 0, "standardize": True, "reduction": reduction, "temperature": 2, "backend": backend}
         for given in (teacher, None):
-            found = measured(student.clone().requires_grad_(), given, labels, **settings)
+            found = compute_metrics(student.clone().requires_grad_(), given, labels, **settings)
             assert found["student_entropy"].isnan().any()
-            loss_needs_no_metrics(student, given, labels, **settings)
+            check_loss_is_unchanged(student, given, labels, **settings)
 
 
-def test_a_bad_row_spoils_its_own_metrics_alone(backend: str) -> None:
+def test_nan_or_infinity_affects_the_metrics_of_its_row_alone(backend: str) -> None:
     for vocab in vocabs(backend):
         student, teacher, labels = batch(4, vocab)
-        clean = measured(student, teacher, labels, reduction="none", backend=backend)
+        clean = compute_metrics(student, teacher, labels, reduction="none", backend=backend)
         student[1, 3], teacher[2] = NAN, -math.inf
-        got = measured(student, teacher, labels, reduction="none", backend=backend)
+        got = compute_metrics(student, teacher, labels, reduction="none", backend=backend)
         for field in ("soft", "hard", "kl", "student_entropy", "teacher_entropy"):
             assert torch.equal(got[field][[0, 3]], clean[field][[0, 3]])
             of_teacher, of_student = field in ("soft", "kl", "teacher_entropy"), field != "teacher_entropy"
@@ -127,18 +126,18 @@ def test_a_bad_row_spoils_its_own_metrics_alone(backend: str) -> None:
             assert got[field][2].isnan() == of_teacher, field
 
 
-# --- what they cost: nothing ------------------------------------------------------------------------------------
+# --- the loss with and without metrics ---------------------------------------------------------------------------
 
 
 def _same_kernel(backend: str, reduction: str, dtype: torch.dtype, vocab: int) -> bool:
-    """Metrics are summed along with the gradient's sums, row by row: not by columns, which short rows go by else, not
-    by several threads, and where sums alone were wanted as if the gradient were too."""
+    """With metrics the CPU goes row by row, as for a gradient: not by columns, as for short rows, and not with several
+    threads a row."""
     return backend != "cpu" or (reduction == "mean" and dtype != F16 and 64 < vocab < 32_768)
 
 
-@pytest.mark.parametrize("dtype", (F32, F16), ids=name)  # gradients made in forward, and in backward
+@pytest.mark.parametrize("dtype", (F32, F16), ids=name)  # gradients computed in forward, and in backward
 @pytest.mark.parametrize("reduction", ("mean", "none"))
-def test_loss_and_gradient_are_those_without_metrics(backend: str, reduction: str, dtype: torch.dtype) -> None:
+def test_metrics_change_neither_loss_nor_gradient(backend: str, reduction: str, dtype: torch.dtype) -> None:
     one = backend in ON_GPU and (dtype, reduction) != (F32, "mean")
     for divergence in KINDS[:1] if one else KINDS if backend in ON_GPU else DIVERGENCES:
         for vocab in (*SMALL_VOCABS, 33_000) if backend == "cpu" else SMALL_VOCABS[:1]:
@@ -157,17 +156,17 @@ def test_loss_and_gradient_are_those_without_metrics(backend: str, reduction: st
             for a, b in zip(with_metrics[:2], without, strict=True):
                 if _same_kernel(backend, reduction, dtype, vocab):
                     assert torch.equal(a, b)
-                else:  # sums in another order; rounded to 16 bits, a number may fall to the other side
+                else:  # sums in another order: 16-bit numbers may be rounded differently
                     fine = 16 * torch.finfo(F32).eps * b.abs().max().item()
                     torch.testing.assert_close(a, b, rtol=torch.finfo(a.dtype).eps, atol=fine)
 
 
 @pytest.mark.parametrize("reduction", ("mean", "none"))
-def test_metrics_have_no_graph_and_need_none(backend: str, reduction: str) -> None:
+def test_metrics_are_detached_and_need_no_gradient(backend: str, reduction: str) -> None:
     student, teacher, labels = batch(3, 100)
-    alone = measured(student, teacher, labels, reduction=reduction, backend=backend)
+    alone = compute_metrics(student, teacher, labels, reduction=reduction, backend=backend)
     student.requires_grad_()
-    for field, value in measured(student, teacher, labels, reduction=reduction, backend=backend).items():
+    for field, value in compute_metrics(student, teacher, labels, reduction=reduction, backend=backend).items():
         assert not value.requires_grad
         assert value.shape == ((3,) if reduction == "none" else ())
         torch.testing.assert_close(value, alone[field])

@@ -1,6 +1,6 @@
-"""KDLoss as a module: copied, stored and shown as nn.Module's own losses are.
+"""KDLoss as a module: it is copied, saved and shown like PyTorch's losses.
 
-It calls kd_loss, and no backend knows of it: the one that the device gets stands for all.
+It calls kd_loss, whatever the backend: the tests use the device's default.
 """
 
 import copy
@@ -46,7 +46,7 @@ def test_a_copy_gives_the_same_loss(copied: Callable[[nn.Module], nn.Module], mo
     assert torch.equal(copied(loss)(s, t, y), loss(s, t, y))
 
 
-def test_the_module_is_kd_loss_with_its_settings():
+def test_the_module_calls_kd_loss_with_its_settings():
     s, t, y = batch(5, 100)
     more = SETTINGS | {"return_metrics": True, "label_smoothing": 0.1}
     for settings, of_call in ((SETTINGS, {"row_weight": torch.rand(5)}), (more, {}), ({}, {"normalizer": 3})):
@@ -54,7 +54,7 @@ def test_the_module_is_kd_loss_with_its_settings():
         torch.testing.assert_close(ours, same, rtol=0, atol=0)
 
 
-def test_a_setting_changed_between_calls_counts():
+def test_a_setting_changed_between_calls_takes_effect():
     s, t, y = batch(5, 100)
     loss = KDLoss(temperature=2.0)
     loss(s, t, y)
@@ -70,23 +70,23 @@ def test_the_module_checks_its_options_when_it_is_built():
         (name,) = options
         with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
             KDLoss(**options)
-    KDLoss(label_smoothing=0.1, divergence="dkd")  # which need labels, and may yet get them
+    KDLoss(label_smoothing=0.1, divergence="dkd")  # these need labels, which a call may have
     with pytest.raises(ValueError, match="^label_smoothing: 0.1 without labels"):
         KDLoss(label_smoothing=0.1)(*batch(5, 100)[:2])
 
 
-def test_the_module_has_nothing_to_train_and_nothing_to_store():
+def test_the_module_has_no_parameters_and_no_buffers():
     loss = KDLoss(temperature=2.0)
     assert dict(loss.state_dict()) == {}
     assert list(loss.parameters()) == list(loss.buffers()) == []
     loss.load_state_dict({})
 
 
-def test_the_module_takes_the_functions_keywords_with_its_defaults():
+def test_the_module_has_the_functions_keywords_and_defaults():
     of_call = KDLoss.forward.__kwdefaults__
-    assert set(of_call) == {"row_weight", "normalizer"}, "which belong to a call"
+    assert set(of_call) == {"row_weight", "normalizer"}, "they are arguments of a call"
     assert KDLoss.defaults | of_call == kd_loss.__kwdefaults__
-    typed = {*Options.__annotations__, "inplace", "return_metrics"}  # what a type checker lets through
+    typed = {*Options.__annotations__, "inplace", "return_metrics"}  # what a type checker accepts
     assert typed == KDLoss.defaults.keys()
     assert CallOptions.__annotations__.keys() | typed == kd_loss.__kwdefaults__.keys()
 
@@ -95,7 +95,7 @@ def test_the_repr_shows_the_settings():
     shown = repr(KDLoss(**SETTINGS))
     for name, value in SETTINGS.items():
         assert f"{name}={value!r}" in shown
-    assert "inplace" not in shown, "defaults that nobody asked for are left out"
+    assert "inplace" not in shown, "defaults are not shown"
     assert "dkd_weights" not in shown
     assert repr(KDLoss(divergence="dkd", dkd_weights=(1.0, 2.0))).endswith("divergence='dkd', dkd_weights=(1.0, 2.0))")
     assert repr(KDLoss()) == "KDLoss(temperature=1.0, alpha=None, divergence='cross_entropy')"

@@ -1,4 +1,4 @@
-"""The list of faults that mutants.py plants fits the sources; whether the tests find them is for `make mutants`."""
+"""The list of faults of mutants.py fits the sources; `make mutants` checks that the tests find them."""
 
 import mutants
 import pytest
@@ -9,7 +9,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_every_fault_can_be_planted_at_one_place() -> None:
+def test_every_fault_fits_exactly_one_place() -> None:
     assert not mutants.problems(MUTANTS)
 
 

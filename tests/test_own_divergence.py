@@ -1,4 +1,4 @@
-"""A divergence of one's own by CONTRIBUTING.md's recipe: its snippets are read from there, run as they are, judged."""
+"""A divergence is added by CONTRIBUTING.md's recipe: its snippets are read from there, run unchanged, and judged."""
 
 import importlib.util
 import re
@@ -33,19 +33,19 @@ def snippet(place: str) -> str:
     return code
 
 
-def row(place: str, namespace: dict[str, Any]) -> Any:
-    """The value of a snippet that is a row of a table."""
+def entry_of(place: str, namespace: dict[str, Any]) -> Any:
+    """The value of a snippet that is an entry of a table."""
     return eval(f"{{{snippet(place)}}}", namespace)[NAME]
 
 
 @pytest.fixture(autouse=True)
 def triangular(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Adds the rows to the tables, from outside."""
-    entry = row("kdfast/divergences.py, in DIVERGENCES", vars(divergences))
+    """Adds the entries to the tables, from outside."""
+    entry = entry_of("kdfast/divergences.py, in DIVERGENCES", vars(divergences))
     monkeypatch.setitem(divergences.DIVERGENCES, NAME, entry)
     namespace = dict(vars(eager))
     exec(snippet("tests/eager.py"), namespace)
-    monkeypatch.setitem(eager._DIVERGENCES, NAME, row("tests/eager.py, in _DIVERGENCES", namespace))
+    monkeypatch.setitem(eager._DIVERGENCES, NAME, entry_of("tests/eager.py, in _DIVERGENCES", namespace))
     if "backend" in request.fixturenames and request.getfixturevalue("backend") == "triton":
         from kdfast.triton import divergences as kernels
 
@@ -56,7 +56,7 @@ def triangular(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, 
         own = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(own)
         namespace = vars(own) | {"divergence": kernels.divergence}
-        entry = row("kdfast/triton/divergences.py, in DIVERGENCES", namespace)
+        entry = entry_of("kdfast/triton/divergences.py, in DIVERGENCES", namespace)
         monkeypatch.setitem(kernels.DIVERGENCES, NAME, entry)
 
 
@@ -68,15 +68,15 @@ def gradient(p: Tensor, q: Tensor) -> Tensor:
 
 @on_reference_and_triton
 @pytest.mark.parametrize(("vocab", "dtype"), [(17, F32), (17, BF16), (17, F64), (2049, F32)], ids=name)
-def test_it_is_as_near_the_truth_as_the_others(backend: str, dtype: torch.dtype, vocab: int) -> None:
+def test_an_added_divergence_is_as_accurate_as_the_others(backend: str, dtype: torch.dtype, vocab: int) -> None:
     settings = {"backend": backend, "divergence": NAME}
     judge(*batch(3, vocab, dtype), temperature=2, **settings)
-    for scale in (30.0, 0.01):  # not sharper: Triton's interpreter has no fused multiply-add, and is off by ulps of |z|
+    for scale in (30.0, 0.01):  # no lower T: Triton's interpreter has no fused multiply-add
         judge(*batch(3, vocab, dtype, scale=scale)[:2], temperature=3.7, **settings)
 
 
 @on_reference_and_triton
-def test_it_is_its_closed_form(backend: str) -> None:
+def test_an_added_divergence_has_its_closed_form(backend: str) -> None:
     s, t, _ = batch(4, 17, F64)
     temperature = 3.0
     p, q = (torch.softmax(x / temperature, -1) for x in (t, s))
@@ -86,33 +86,33 @@ def test_it_is_its_closed_form(backend: str) -> None:
     # fp64, a few dozen operations on numbers of size 1 times T^2
     torch.testing.assert_close(loss, temperature**2 * truth, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(grad, temperature * gradient(p, q), rtol=1e-13, atol=1e-13)
-    psi = divergences.DIVERGENCES[NAME].psi(p, q, p.log(), q.log(), 0.0)  # may have a multiple of q
+    psi = divergences.DIVERGENCES[NAME].psi(p, q, p.log(), q.log(), 0.0)  # may lack a multiple of q
     torch.testing.assert_close(psi - q * psi.sum(-1, True), gradient(p, q), rtol=1e-13, atol=1e-14)
 
 
 @on_reference_and_triton
-def test_it_is_0_where_the_student_is_its_teacher_and_2_where_they_have_no_class_in_common(backend: str) -> None:
+def test_an_added_divergence_is_0_at_equality_and_2_when_disjoint(backend: str) -> None:
     s, t, _ = batch(2, 17, F32)
     s[0] = t[0]
-    s[1, :8] = t[1, 8:] = -torch.inf  # p = 0 or q = 0, nowhere both
+    s[1, :8] = t[1, 8:] = -torch.inf  # p = 0 or q = 0, never both
     s[:, 3] = t[:, 3] = -torch.inf  # a masked class: 0 / 0
     loss, grad = run(s, t, None, torch.ones(2), backend=backend, divergence=NAME, reduction="none")
     torch.testing.assert_close(loss, torch.tensor([0.0, 2.0]), rtol=0, atol=1e-6)
-    assert grad.abs().max() <= 1e-7  # both are extremes
+    assert grad.abs().max() <= 1e-7  # both are extremes of the divergence
     assert (grad[:, 3] == 0).all()
 
 
 @pytest.mark.parametrize("target", ("logits", "probs"))
-def test_its_gradient_is_that_of_finite_differences(target: str) -> None:
+def test_an_added_divergence_passes_gradcheck(target: str) -> None:
     s, t, y = batch(4, 5, F64)
-    teacher = t if target == "logits" else 0.97 * torch.softmax(t, -1)  # which need not sum to 1
+    teacher = t if target == "logits" else 0.97 * torch.softmax(t, -1)  # p need not sum to 1
     settings = {"divergence": NAME, "temperature": 3, "target": target, "backend": "reference"}
     assert gradcheck(lambda s: kdfast.kd_loss(s, teacher, y, **settings), s.requires_grad_())
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler was found")
-def test_its_struct_has_the_same_two_functions(tmp_path: Path) -> None:
-    """On numbers; that vectors take it too, only a build can say."""
+def test_the_cpp_struct_of_an_added_divergence_has_the_same_values(tmp_path: Path) -> None:
+    """For numbers; only a build shows that vectors compile too."""
     source = f"""
         #include <cstdio>
         #include "{ROOT}/csrc/divergences.h"
@@ -139,7 +139,7 @@ def test_its_struct_has_the_same_two_functions(tmp_path: Path) -> None:
     torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-16)
 
 
-def test_the_compiled_backend_says_that_it_has_no_kernel_for_it(cpu: str) -> None:
+def test_the_cpu_backend_has_no_kernel_for_an_added_divergence(cpu: str) -> None:
     s, t, y = batch(2, 5)
     with pytest.raises(ValueError, match="no CPU kernel for 'triangular'"):
         kdfast.kd_loss(s, t, y, divergence=NAME, backend=cpu)

@@ -1,4 +1,4 @@
-"""What other libraries' losses are in kd_loss, by README's table: their plain formulas, loss and gradient, in fp64."""
+"""README's table of other libraries' losses: kd_loss gives the loss and gradient of their plain formulas, in fp64."""
 
 import functools
 import math
@@ -19,8 +19,8 @@ V, N = 11, 6
 S, T, Y = batch(N, V, F64)
 Y[2] = -100  # a masked token
 KEPT = Y != -100
-HARD = Y.clamp_min(0)  # for those who mask none
-# The numbers of the table, by their names there; one value for all rows, no two alike.
+HARD = Y.clamp_min(0)  # for libraries that mask none
+# The table's numbers, by their names there; no two are equal.
 TAU, A, B, H, R, E, C, Z, LAM, COUNT = 3.0, 0.6, 0.8, 0.75, 0.3, 0.1, 2.5, 1e-2, 0.2, 40
 MASK = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0], dtype=F64)
 DECAY = torch.tensor([1.0, 0.8, 0.7, 0.64, 0.5, 0.4], dtype=F64)
@@ -31,7 +31,7 @@ NAMES |= {"t": T, "p": P, "mask": MASK, "decay": DECAY, "kd_loss": kd_loss}
 
 @functools.cache
 def table() -> dict[str, tuple[str, str]]:
-    """README's rows: what is there, our arguments after the student's logits, and the note beside them."""
+    """README's rows: the other library's loss, our arguments after the student's logits, and the note."""
     section = README.read_text().split("## From other libraries")[1].split("\n## ")[0]
     lines = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| ")]
     return {there.strip(): (here.strip(" `"), note.strip()) for there, here, note in lines[1:]}
@@ -46,12 +46,12 @@ def _soft(s: Tensor) -> Tensor:
 
 
 def _kept(x: Tensor) -> Tensor:
-    """Of terms (rows, V): their sum over the kept rows by the number of these."""
+    """The sum of terms (rows, V) over the kept rows, divided by their number."""
     return (x.sum(-1) * KEPT).sum() / KEPT.sum()
 
 
 def _generalized_jsd(s: Tensor, t: Tensor = T, beta: float = B) -> Tensor:
-    """TRL's and Liger's terms: the mixture by logsumexp of weighted logs."""
+    """TRL's and Liger's terms: the mixture is a logsumexp."""
     q, p = F.log_softmax(s / TAU, -1), F.log_softmax(t / TAU, -1)
     m = torch.logsumexp(torch.stack([q + math.log(1 - beta), p + math.log(beta)]), 0)
     to_teacher = F.kl_div(m, p, reduction="none", log_target=True)
@@ -64,7 +64,7 @@ def _capped(z: Tensor) -> Tensor:
 
 
 def _liger_cross_entropy(s: Tensor) -> Tensor:
-    """lse_square_scale is of the smoothed loss's own logsumexp, and in the mean over the kept rows."""
+    """lse_square_scale multiplies the smoothed loss's own logsumexp, in the mean over the kept rows."""
     z = _capped(s)
     lse = torch.logsumexp(z, -1)
     target = z.gather(-1, HARD.unsqueeze(-1)).squeeze(-1)
@@ -77,7 +77,7 @@ def _tvd(s: Tensor, tau: float = 1.0) -> Tensor:
 
 
 def _forward(s: Tensor) -> Tensor:
-    """ForwardKLLoss, and DistiLLM's and MiniLLM's: the teacher's entropy is left out."""
+    """ForwardKLLoss, and DistiLLM's and MiniLLM's: without the teacher's entropy."""
     return -_kept(F.softmax(T, -1) * F.log_softmax(s, -1))
 
 
@@ -90,7 +90,7 @@ def _standardized(z: Tensor) -> Tensor:
 
 
 def _dkd(s: Tensor) -> Tensor:
-    """mdistiller's dkd_loss: label against rest, then softmaxes without the label, which -1000 takes out."""
+    """mdistiller's dkd_loss: label against rest, then softmaxes without the label, masked by -1000."""
     label = F.one_hot(HARD, V).bool()
 
     def two(z: Tensor) -> Tensor:
@@ -129,12 +129,12 @@ def _automodel(s: Tensor) -> Tensor:
 
 
 def _fast_llm(s: Tensor) -> Tensor:
-    """The teacher alone is divided by the temperature; the mask does not change the divisor."""
+    """Only the teacher is divided by the temperature; the mask does not change the divisor."""
     x = F.kl_div(F.log_softmax(s, -1), F.log_softmax(T / TAU, -1), reduction="none", log_target=True).sum(-1)
     return (x * MASK).sum() / N
 
 
-# By the first column of README's table: those for whom all rows count, whose y is HARD, and those who leave rows out.
+# By the first column of README's table: losses that keep all rows, with y = HARD, and losses that drop ignored rows.
 Formulas = dict[str, Callable[[Tensor], Tensor]]
 OF_ALL_ROWS: Formulas = {
     '`F.kl_div(q.log(), p, reduction="batchmean") * T**2`': _soft,
@@ -204,14 +204,14 @@ readme = pytest.mark.skipif(not README.exists(), reason="there is no checkout ar
 
 
 @readme
-def test_the_tables_rows_and_the_peers_are_the_same() -> None:
+def test_every_row_of_the_readmes_table_has_its_formula_here() -> None:
     assert table().keys() == PEERS.keys()
 
 
 @readme
-@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")  # F.kl_div's own, about its "mean"
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")  # F.kl_div's warning about "mean"
 @pytest.mark.parametrize("peer", PEERS)
-def test_a_peers_loss_is_ours(peer: str) -> None:
+def test_kd_loss_gives_the_loss_of_another_library(peer: str) -> None:
     here, note = table()[peer]
     theirs, ours = S.clone().requires_grad_(), S.clone().requires_grad_()
     a = PEERS[peer](theirs)

@@ -1,13 +1,12 @@
 """Any combination of arguments gives the reference's numbers or a documented error, and never a crash.
 
-Run as a program this file makes many calls, right ones and wrong ones, from a seed: the subprocess of the last test.
+As a program this file makes many valid and wrong calls from a seed: the subprocess of the last test.
 """
 
 import collections
 import contextlib
 import os
 import random
-import subprocess
 import sys
 from typing import Any
 
@@ -27,8 +26,8 @@ from cases import (
     batch,
     divergences_for,
     dtypes_for,
+    run_python,
 )  # fmt: skip
-from hanging import SECONDS
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from judge import judge
 from torch import Tensor
@@ -36,8 +35,8 @@ from torch import Tensor
 import kdfast
 from kdfast import divergences
 
-SEED = int(os.environ["KDFAST_TEST_SEED"])  # another one each day: conftest.py sets it, and the report's head shows it
-# Examples that are judged, in `make test` and in `make test-full`: nearly each of Triton's is compiled, for a second.
+SEED = int(os.environ["KDFAST_TEST_SEED"])  # a new one each day: conftest.py sets it, and the report's header shows it
+# Examples that are judged, in `make test` and in `make test-full`: nearly each of Triton's compiles for a second.
 EXAMPLES = {"reference": (20, 100), "cpu": (150, 1000), "triton": (6, 40), "cuda": (60, 400)}
 # Calls that must not crash.
 CALLS = {"reference": (500, 5000), "cpu": (3000, 10_000), "triton": (30, 200), "cuda": (150, 1500)}
@@ -46,7 +45,7 @@ ERRORS = (TypeError, ValueError, RuntimeError, IndexError)  # what kd_loss docum
 
 @st.composite
 def calls(draw: Any, backend: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Valid arguments of kd_loss, of which each combination makes sense; of the CUDA kernels plain ones."""
+    """Valid arguments of kd_loss; for CUDA only those that its kernels support."""
     dtypes, plain = dtypes_for(backend), backend == "cuda"
     shape = draw(st.sampled_from([(), (1,), (5,), (2, 3), (2, 1, 2)]))
     rows = torch.Size(shape).numel()
@@ -70,7 +69,7 @@ def calls(draw: Any, backend: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     temperatures = st.sampled_from([1.0, 2.0, 3.0, 4.0, 0.5, 20.0]) | st.floats(0.3, 30)
     known = divergences_for(backend)
-    # dkd is of the classes beside the label: see test_limits.py
+    # dkd needs other classes than the label's
     options: dict[str, Any] = {"divergence": draw(st.sampled_from([d for d in known if vocab > 1 or d != "dkd"]))}
     mse, entry = options["divergence"] == "logit_mse", divergences.DIVERGENCES.get(options["divergence"])
     if entry is not None and entry.beta is not None:
@@ -78,13 +77,13 @@ def calls(draw: Any, backend: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     options["temperature"] = per_row(temperatures) if draw(st.booleans()) else draw(temperatures)
     options["target"] = "logits" if mse or plain else draw(st.sampled_from(TARGETS))
     count = 1 if plain else draw(st.sampled_from([1, 1, 2, 3]))
-    # known: where p of an arithmetic mixture underflows, KL(q, p) is infinite on a GPU
+    # known: KL(q, p) is infinite on a GPU where p of an arithmetic mixture underflows
     geometric = count > 1 and (mse or scale == 20.0)
     options["ensemble"] = "geometric" if geometric else draw(st.sampled_from(ENSEMBLES))
     kinds = [dtype if plain else draw(st.sampled_from(dtypes)) for _ in range(count)]
     teachers = [batch(rows, vocab, kind, scale=scale, seed=number + i).teacher for i, kind in enumerate(kinds)]
     teachers = [as_target(t, options["target"], 2) for t in teachers]
-    if options["target"] == "probs":  # none rounded to 0, where a KL is infinite: see test_limits.py
+    if options["target"] == "probs":  # none is 0, where a KL is infinite
         teachers = [t.clamp_min(torch.finfo(t.dtype).tiny) for t in teachers]
     teachers = [padded(t, teacher_padding) for t in teachers]
     teacher: Any = teachers[0] if count == 1 and draw(st.booleans()) else teachers
@@ -113,7 +112,7 @@ def calls(draw: Any, backend: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         perhaps("softcap", caps)
     if options["target"] == "logits" and not plain:
         perhaps("teacher_softcap", caps)
-        # logits that a format makes equal are 1e-7 apart from having no deviation, and have no digits
+        # logits that rounding makes equal have no deviation, and no digits
         options["standardize"] = offset == 0 and vocab > 2 and draw(st.booleans())
     if draw(st.booleans()):
         options["row_weight"] = per_row(st.sampled_from([0.0, 1.0]) | st.floats(0.01, 10))
@@ -133,7 +132,7 @@ def test_any_valid_call_gives_the_references_numbers(backend: str, full: bool) -
         database=None,
         max_examples=EXAMPLES[backend][full],
         suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate],  # a smaller example would be compiled, and judged, again and again
+        phases=[Phase.generate],  # shrinking would compile and judge many examples
         print_blob=True,
     )
     @given(call=calls(backend))
@@ -147,14 +146,14 @@ def test_any_valid_call_gives_the_references_numbers(backend: str, full: bool) -
 def _pools(
     rng: random.Random, shape: tuple[int, ...], vocab: int, dtypes: tuple[torch.dtype, ...]
 ) -> dict[str, list[Any]]:
-    """For each argument some right values and some wrong ones."""
+    """Valid and wrong values of each argument."""
     dtype = torch.int32 if rng.random() < 0.01 else rng.choice(dtypes)
 
     def logits(*size: int) -> Tensor:
         x = torch.randn(size)
-        if rng.random() < 0.2 and x.numel():  # what logits may hold
+        if rng.random() < 0.2 and x.numel():  # special values
             x.view(-1)[rng.randrange(x.numel())] = rng.choice([torch.nan, torch.inf, -torch.inf, 1e4])
-        if rng.random() < 0.2 and x.dim() > 1:  # and how they may lie
+        if rng.random() < 0.2 and x.dim() > 1:  # other strides
             x = x.transpose(0, -1).contiguous().transpose(0, -1)
         return x
 
@@ -203,8 +202,8 @@ def kernels_of(backend: str) -> Any:
 
 
 def many_calls(backend: str, number_of_calls: int) -> None:
-    """Prints how many calls went well and how many raised each error; anything but the documented errors ends it."""
-    dtypes = dtypes_for(backend) if backend != "triton" else (F32,)  # each pair would be compiled for
+    """Prints how many calls succeed and how many raise each error; only documented errors are accepted."""
+    dtypes = dtypes_for(backend) if backend != "triton" else (F32,)  # each pair would be compiled
     rng = random.Random(SEED)
     torch.manual_seed(SEED)
     torch.set_num_threads(1 if backend == "reference" else 2)
@@ -213,7 +212,7 @@ def many_calls(backend: str, number_of_calls: int) -> None:
         shape = rng.choice([(), (0,), (1,), (4,), (2, 3), (33,)])
         vocab = rng.choice([1, 2, 7, 17, 33, 100])
         pools = _pools(rng, shape, vocab, dtypes if backend != "cuda" else (rng.choice(dtypes),))
-        if backend == "cuda":  # nearly all that would be right is an error there
+        if backend == "cuda":  # most values would be errors there
             pools = {k: v[:6] if k in BEYOND_CUDA else v for k, v in pools.items()}
         chosen = {argument: pool[0] for argument, pool in pools.items()}
         for argument in ("labels", *rng.sample(list(pools), rng.choice([0, 1, 2, 3, 5, 8]))):
@@ -231,14 +230,13 @@ def many_calls(backend: str, number_of_calls: int) -> None:
     print(" ".join(f"{name}={count}" for name, count in sorted(counts.items())))
 
 
-def test_thousands_of_calls_do_not_crash(backend: str, full: bool) -> None:
+def test_thousands_of_random_calls_do_not_crash(backend: str, full: bool) -> None:
     number = CALLS[backend][full]
-    command = [sys.executable, "-X", "faulthandler", __file__, backend, str(number)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    done = run_python("-X", "faulthandler", __file__, backend, number)
     assert done.returncode == 0, f"seed {SEED}, exit {done.returncode}\n{done.stdout}\n{done.stderr[-3000:]}"
     counts = {name: int(count) for name, count in (pair.split("=") for pair in done.stdout.split())}
     assert sum(counts.values()) == number
-    assert counts["fine"] > 0.3 * number  # the right calls are not lost among the wrong ones
+    assert counts["fine"] > 0.3 * number  # there are enough valid calls
     for error in ERRORS if number >= 3000 else ():
         assert counts.get(error.__name__, 0) > 0.001 * number, counts
 

@@ -1,4 +1,4 @@
-"""The reference is the truth: finite differences, closed forms and the formulas of others say so, all in fp64."""
+"""The reference is the truth: it is tested with finite differences, closed forms and identities, in fp64."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 
 from kdfast import divergences, kd_loss
 
-S, T, Y = batch(4, 5, F64)  # small: gradcheck differentiates by every number
+S, T, Y = batch(4, 5, F64)  # small: gradcheck takes a difference for every number
 TEMPERATURE = 3.0
 
 
@@ -27,7 +27,7 @@ def grad_of(s: Tensor, *args, **settings) -> Tensor:
 
 
 def close(a: Tensor, b: Tensor, digits: float = 64 * torch.finfo(F64).eps) -> None:
-    """Equal but for fp64's rounding of a few dozen operations on a row, at the size of its largest number."""
+    """Equal up to fp64's rounding in a few dozen operations, relative to the largest number."""
     torch.testing.assert_close(a, b, rtol=0, atol=digits * max(1.0, b.abs().max().item()))
 
 
@@ -61,20 +61,20 @@ OPTIONS = {
     "standardize, capped": {"standardize": True, "softcap": 3.0, "teacher_softcap": 3.0, "z_loss": 0.1},
     "return_metrics": {"return_metrics": True},
 }
-for target, reduction in itertools.product(TARGETS, ("mean", "none")):  # gradients made in forward, and in backward
+for target, reduction in itertools.product(TARGETS, ("mean", "none")):  # gradients computed in forward, and in backward
     given = {"target": target, "reduction": reduction}
     teachers = [as_target(t, target, TEMPERATURE) for t in (T, T.flip(-1))]
     OPTIONS[f"{target}, {reduction}"] = given | {"teacher": teachers[0]}
     for ensemble in ENSEMBLES:
         several = {"teacher": teachers, "ensemble": ensemble, "teacher_weights": [1, 3]}
         OPTIONS[f"{ensemble} {target}, {reduction}"] = given | several
-OF_P = [option for option in OPTIONS if "arithmetic" in option or "probs" in option]  # which logit_mse does not have
+OF_P = [option for option in OPTIONS if "arithmetic" in option or "probs" in option]  # logit_mse has no p
 
 
 @pytest.mark.parametrize(
     ("divergence", "option"), [(d, o) for d in DIVERGENCES for o in OPTIONS if d != "logit_mse" or o not in OF_P]
 )
-def test_gradients_are_finite_differences(divergence: str, option: str) -> None:
+def test_gradients_match_finite_differences(divergence: str, option: str) -> None:
     settings = {"teacher": T, "labels": Y, "temperature": TEMPERATURE, "divergence": divergence} | OPTIONS[option]
     settings["labels"] = labels_for(divergence, Y) if settings["labels"] is None else settings["labels"]
     assert gradcheck(lambda s: loss_of(s, **settings), S.clone().requires_grad_())
@@ -83,7 +83,7 @@ def test_gradients_are_finite_differences(divergence: str, option: str) -> None:
 # --- closed forms ------------------------------------------------------------------------------------------------
 
 
-def test_the_limit_of_high_temperatures() -> None:
+def test_high_temperatures_approach_logit_mse() -> None:
     """T * (q_i - p_i) -> (s_i - t_i) / V on centred rows (the paper's equation 4), off by a term in 1 / T."""
     s, t = S - S.mean(-1, True), T - T.mean(-1, True)
     limit = (s - t) / s.shape[-1]
@@ -91,58 +91,58 @@ def test_the_limit_of_high_temperatures() -> None:
     for temperature in (1e2, 1e3, 1e4):
         gradient = grad_of(s, t, temperature=temperature, reduction="sum")
         off[temperature] = (gradient - limit).abs().max().item()
-    # ten times the temperature, a tenth of the distance; the next term, in 1 / T^2, is the few per cent
+    # ten times the temperature, a tenth of the distance, up to a term in 1 / T^2
     assert off[1e2] / off[1e3] == pytest.approx(10, rel=0.05)
     assert off[1e3] / off[1e4] == pytest.approx(10, rel=0.05)
     close(grad_of(S, T, divergence="logit_mse", reduction="sum"), limit)
-    # and so the losses: T^2 * KL -> 1 / (2 V) * sum (s_i - t_i)^2
+    # so do the losses: T^2 * KL -> 1 / (2 V) * sum (s_i - t_i)^2
     mse = loss_of(S, T, divergence="logit_mse", reduction="sum")
     kl = loss_of(S, T, divergence="forward_kl", temperature=1e5, reduction="sum")
     torch.testing.assert_close(kl, mse, rtol=1e-4, atol=0)  # 1 / T, times the size of the logits
-    # which itself has no temperature and no T^2
+    # logit_mse has no temperature and no T^2
     close(loss_of(S, T, divergence="logit_mse", temperature=5, teacher_temperature=2, reduction="sum"), mse)
 
 
-def test_dkd_with_the_weights_of_kl_is_kl() -> None:
-    """KL = KL of (y, not y) + (1 - p_y) * KL among the rest, which is how the paper comes to decouple them."""
+def test_dkds_two_parts_add_up_to_forward_kl() -> None:
+    """KL = KL of (y, not y) + (1 - p_y) * KL of the rest, as in the paper."""
     settings = {"temperature": TEMPERATURE, "alpha": 1, "reduction": "none"}
     target, among = (loss_of(S, T, Y, divergence="dkd", dkd_weights=w, **settings) for w in ((1, 0), (0, 1)))
     p_y = torch.softmax(T / TEMPERATURE, -1).gather(-1, Y.unsqueeze(-1)).squeeze(-1)
     close(target + (1 - p_y) * among, loss_of(S, T, divergence="forward_kl", **settings))
 
 
-def test_a_rows_weight_alone_weighs_its_z_loss() -> None:
+def test_z_loss_is_weighted_by_the_rows_weight_alone() -> None:
     weight = torch.tensor([1.0, 0.5, 2.0, 0.0], dtype=F64)
     settings = {"row_weight": weight, "temperature": TEMPERATURE, "alpha": 0.3, "reduction": "none"}
     z_loss = loss_of(S, T, Y, z_loss=0.3, **settings) - loss_of(S, T, Y, **settings)
     close(z_loss, 0.3 * weight * torch.logsumexp(S, -1).square())
 
 
-def test_softcaps_come_first() -> None:
+def test_softcaps_are_applied_before_everything_else() -> None:
     settings = {"temperature": TEMPERATURE, "z_loss": 0.1, "label_smoothing": 0.1}
     capped, teacher = 2 * torch.tanh(S / 2), 3 * torch.tanh(T / 3)
     close(loss_of(S, T, Y, softcap=2, teacher_softcap=3, **settings), loss_of(capped, teacher, Y, **settings))
 
 
-def test_logit_scales_come_before_softcaps() -> None:
+def test_logit_scales_are_applied_before_softcaps() -> None:
     settings = {"temperature": TEMPERATURE, "z_loss": 0.1, "label_smoothing": 0.1, "softcap": 2, "teacher_softcap": 3}
     scaled = loss_of(S, T, Y, logit_scale=0.5, teacher_logit_scale=1.5, **settings)
     close(scaled, loss_of(0.5 * S, 1.5 * T, Y, **settings))
 
 
-def standardised(z: Tensor) -> Tensor:
+def standardize(z: Tensor) -> Tensor:
     return (z - z.mean(-1, True)) / (1e-7 + z.std(-1, keepdim=True))  # as published
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_the_soft_term_alone_is_of_standardised_logits(divergence: str) -> None:
+def test_standardize_changes_the_soft_term_alone(divergence: str) -> None:
     settings = {"divergence": divergence, "temperature": TEMPERATURE}
-    soft = loss_of(standardised(S), standardised(T), Y, alpha=1, **settings)
+    soft = loss_of(standardize(S), standardize(T), Y, alpha=1, **settings)
     others = loss_of(S, None, Y, alpha=0, hard_weight=0.6, z_loss=0.1)
     close(loss_of(S, T, Y, standardize=True, alpha=0.4, z_loss=0.1, **settings), 0.4 * soft + others)
 
 
-def test_metrics_in_closed_form() -> None:
+def test_metrics_have_their_closed_forms() -> None:
     p, q = torch.softmax(T / TEMPERATURE, -1), torch.softmax(S / TEMPERATURE, -1)
     settings = {"temperature": TEMPERATURE, "label_smoothing": 0.2, "return_metrics": True, "backend": "reference"}
     _, metrics = kd_loss(S, T, Y, reduction="none", alpha=0.3, **settings)
@@ -209,18 +209,18 @@ def test_phi_is_the_divergence_and_psi_its_gradient(divergence: str, mass: float
         ("skew_reverse_kl", 0, "reverse_kl"),
     ],
 )
-def test_at_its_ends_beta_makes_another_divergence_infinities_included(divergence: str, beta: int, same: str) -> None:
+def test_beta_0_or_1_makes_another_divergence_exactly(divergence: str, beta: int, same: str) -> None:
     s, t = S.clone(), T.clone()
     s[0, 0] = t[1, 1] = s[2, 2] = t[2, 2] = -torch.inf
     settings = {"temperature": TEMPERATURE, "reduction": "none"}
     got, want = loss_of(s, t, divergence=divergence, beta=beta, **settings), loss_of(s, t, divergence=same, **settings)
     assert torch.equal(got, want)
-    assert got.isinf().sum() == 1, "the KL's"
+    assert got.isinf().sum() == 1, "as the KL has"
     assert torch.equal(grad_of(S, T, divergence=divergence, beta=beta), grad_of(S, T, divergence=same))
 
 
 @pytest.mark.parametrize("divergence", ["skew_forward_kl", "skew_reverse_kl"])
-def test_a_skew_kl_is_0_where_its_mixture_is_its_own(divergence: str) -> None:
+def test_a_skew_kl_with_beta_1_is_0(divergence: str) -> None:
     close(loss_of(S, T, divergence=divergence, beta=1, reduction="none"), torch.zeros(4, dtype=F64))
     close(grad_of(S, T, divergence=divergence, beta=1), torch.zeros_like(S))
 
@@ -229,7 +229,7 @@ def test_a_skew_kl_is_0_where_its_mixture_is_its_own(divergence: str) -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_shift_of_a_row_changes_nothing(divergence: str) -> None:
+def test_shifting_a_rows_logits_changes_nothing(divergence: str) -> None:
     shift = torch.tensor([[1.0], [-2.0], [0.5], [8.0]], dtype=F64)  # exact in fp64
     settings = {"divergence": divergence, "temperature": TEMPERATURE}
     for s, t in ((S + shift, T), (S, T - shift), (S + shift, T - 2 * shift)):
@@ -238,7 +238,7 @@ def test_a_shift_of_a_row_changes_nothing(divergence: str) -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES[1:])
-def test_a_divergence_is_0_where_the_student_is_its_teacher_and_positive_elsewhere(divergence: str) -> None:
+def test_a_divergence_is_0_at_equality_and_positive_elsewhere(divergence: str) -> None:
     settings = {"labels": labels_for(divergence, Y), "alpha": 1, "divergence": divergence}
     close(loss_of(T, T, reduction="none", **settings), torch.zeros(4, dtype=F64))
     close(grad_of(T, T, **settings), torch.zeros_like(T))

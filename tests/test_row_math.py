@@ -1,10 +1,10 @@
-"""Row mathematics: sums of shards are merged and finished, and the gradient is a function of the coefficients."""
+"""Row mathematics: merged sums of shards give the row's loss, and the gradient is a function of the coefficients."""
 
 from typing import Any
 
 import pytest
 import torch
-from cases import BF16, F32, batch, name
+from cases import BACKENDS, BF16, F32, ON_GPU, batch, name
 from judge import truth_of
 from torch import Tensor
 
@@ -25,7 +25,7 @@ def checked(s: Tensor, t: Tensor, y: Tensor | None, **options: Any) -> tuple[Inp
 
 
 def shards(s: Tensor, t: Tensor, inputs: Inputs, cuts: list[float]) -> list[tuple[Tensor, Inputs]]:
-    """The logits of each shard, and its inputs: labels count from its first class."""
+    """Each shard's logits and inputs: labels count from its first class."""
     vocab = s.shape[-1]
     edges = [0, *(int(c * vocab) if c >= 0 else vocab + int(c) for c in cuts), vocab]
     out = []
@@ -44,13 +44,23 @@ def data(vocab: int, dtype: torch.dtype, masked: bool) -> tuple[Tensor, Tensor, 
     return s, t, y
 
 
+# On a GPU each case compiles several kernels: long rows only in the full tier.
+@pytest.mark.parametrize(
+    ("backend", "vocab", "dtype"),
+    [
+        pytest.param(backend, *row, marks=pytest.mark.full if backend in ON_GPU and row[0] == 1000 else ())
+        for backend in BACKENDS
+        for row in ((50, F32), (1000, BF16))
+    ],
+    indirect=["backend"],
+    ids=name,
+)
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize(("vocab", "dtype"), [(50, F32), (1000, BF16)], ids=name)
-def test_shards_have_the_loss_and_gradient_of_the_whole(
+def test_shards_give_the_loss_and_gradient_of_the_whole_row(
     backend: str, divergence: str, vocab: int, dtype: torch.dtype, cuts: str
 ) -> None:
-    masked = cuts == "two"  # smoothing would make its loss infinite
+    masked = cuts == "two"  # without smoothing, whose loss would be infinite
     s, t, y = data(vocab, dtype, masked)
     temperature = torch.linspace(0.7, 3, ROWS)
     weight = torch.linspace(0, 2, ROWS).flip(0)
@@ -75,7 +85,7 @@ def test_shards_have_the_loss_and_gradient_of_the_whole(
     truth.judge_gradient("gradient of shards", gradient, factor.double())
 
 
-# Each is the usual row, but for what it names: sums of a row, in base 2, and its weight.
+# Sums of a row, in base 2, and its weight: each is USUAL but for these.
 TABLE = {
     "usual": {},
     "dropped by its weight": {"weight": 0.0},
@@ -114,10 +124,10 @@ def test_row_mathematics_is_the_same_in_every_language(cpu: str, divergence: str
             torch.testing.assert_close(one.double(), other, rtol=rtol, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("divergence", ["cross_entropy", "symmetric_kl", "jsd"])  # of each kind
+@pytest.mark.parametrize("divergence", ["cross_entropy", "symmetric_kl", "jsd"])  # one for each kind of sums
 @pytest.mark.parametrize("vocab", [10, 1000, 40000])  # short, long and split rows
 def test_the_gradient_is_linear_in_the_coefficients(backend: str, divergence: str, vocab: int) -> None:
-    """So no kernel computes them again, whatever it is handed."""
+    """No kernel computes them again: it reads whatever the table has."""
     s, t, y = batch(3, vocab)
     ops = choice.namespace(backend, s)
     inputs, settings = checked(s, t, y, divergence=divergence, temperature=2.0, z_loss=0.01)

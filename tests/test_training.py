@@ -1,9 +1,6 @@
-"""kdfast in a training loop: precision, loss scaling, checkpointing, accumulation, several processes."""
+"""kdfast in a training loop: autocast, loss scaling, activation checkpointing, DDP."""
 
 import contextlib
-import os
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from cases import BACKENDS, BF16, F16, F32, F64, ON_GPU
 from judge import run
+from ranks import gradients, results_of_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,18 +32,14 @@ def net() -> nn.Sequential:
 
 
 def data(rows: int = 24) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs, teacher's logits, and labels of which a third, all of them early, are ignored."""
+    """Inputs, teacher's logits, and labels; the first third is ignored."""
     torch.manual_seed(1)
     y = torch.randint(VOCAB, (rows,))
     y[: rows // 3] = -100
     return torch.randn(rows, HIDDEN), 3 * torch.randn(rows, VOCAB), y
 
 
-def gradients(model: nn.Module) -> list[Tensor]:
-    return [p.grad for p in model.parameters()]
-
-
-# each dtype and each reduction once: autocast has no part in a kernel
+# each dtype and each reduction once: kernels do not depend on autocast
 @pytest.mark.parametrize(("dtype", "reduction"), [(BF16, "mean"), (F16, "none")])
 def test_autocast_changes_the_heads_dtype_and_nothing_in_the_loss(dtype, reduction, backend):
     x, t, y = data()
@@ -62,8 +56,8 @@ def test_autocast_changes_the_heads_dtype_and_nothing_in_the_loss(dtype, reducti
     assert torch.equal(*grads)
 
 
-def test_a_loss_scaler_in_float16_loses_no_gradient_at_real_sizes(backend):
-    rows, vocab = 64, 32000  # a part of 4096 rows, each with the gradient that it has among all of them
+def test_float16_with_a_loss_scaler_loses_no_gradient_at_real_sizes(backend):
+    rows, vocab = 64, 32000  # some of 4096 rows
     student = torch.randn(rows, vocab).mul_(2).half().requires_grad_()
     teacher, labels = student.detach().roll(1, 0), torch.randint(vocab, (rows,))
     scaler = torch.amp.GradScaler(student.device.type)  # its first factor is 65536
@@ -74,55 +68,38 @@ def test_a_loss_scaler_in_float16_loses_no_gradient_at_real_sizes(backend):
     true_loss, true_grad = run(student.double(), teacher.double(), labels, backend="reference", **settings)
     torch.testing.assert_close(loss.detach().double(), true_loss, rtol=1e-5, atol=0)
     truth, ours = true_grad * 65536, student.grad
-    lost = (ours == 0) & (truth.abs() > 2.0**-24)  # the smallest number above 0 that fp16 has
+    lost = (ours == 0) & (truth.abs() > 2.0**-24)  # fp16's smallest number above 0
     assert not lost.any(), f"{lost.double().mean():.2%} of the gradient is lost"
-    # rounded once, to nearest: half an ulp, of 2^-11 of the number or of 2^-24, and a little for fp32's own error
+    # rounded once: half an ulp, 2^-11 of the number or of 2^-24, and a little for fp32's error
     torch.testing.assert_close(ours.double(), truth, rtol=1.02 * 2.0**-11, atol=1.02 * 2.0**-25)
-    assert (true_grad.half() == 0).double().mean() > 0.5, "rounded before it was scaled, most of it would be lost"
+    assert (true_grad.half() == 0).double().mean() > 0.5, "most of it would be lost if it were rounded before scaling"
 
 
-def trained(optimizer: Callable[..., torch.optim.Optimizer], steps: int, dtype: torch.dtype, loss_of: Any) -> Any:
-    """The losses on the way, and the weights at the end; in float16 with autocast and a loss scaler."""
-    wide, narrow = torch.promote_types(dtype, F32), dtype == F16
+def loss_curve(dtype: torch.dtype, loss_of: Any) -> Tensor:
     x, t, y = (each[8:] for each in data())
-    x, t = x.to(wide), t.to(wide)
-    model = net().to(wide)
-    stepping = optimizer(model.parameters())
-    scaler = torch.amp.GradScaler(x.device.type, init_scale=1024.0, enabled=narrow)
+    x, t, model = x.to(dtype), t.to(dtype), net().to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     curve = []
-    for _ in range(steps):
-        with torch.autocast(x.device.type, F16, enabled=narrow):
-            loss = loss_of(model(x), t, y)
-        stepping.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(stepping)
-        scaler.update()
+    for _ in range(25):
+        loss = loss_of(model(x), t, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
         curve.append(loss.detach())
-    assert scaler.get_scale() == (1024.0 if narrow else 1.0), "no step was skipped"
-    return torch.stack(curve), [p.detach() for p in model.parameters()]
-
-
-def test_a_scaled_step_in_float16_moves_the_weights_as_plain_pytorch_does(backend):
-    ours = KDLoss(temperature=2.0, divergence="forward_kl", backend=backend)
-    step = partial(trained, partial(torch.optim.SGD, lr=0.1), 3, F16)
-    _, got = step(ours)
-    _, want = step(lambda s, t, y: eager_loss(s.float(), t, y, 2.0))
-    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    return torch.stack(curve)
 
 
 @pytest.mark.parametrize("dtype", [F32, pytest.param(F64, marks=pytest.mark.full)])
-def test_a_net_trained_with_kdfast_follows_the_curve_of_plain_pytorch(dtype, backend):
-    ours = KDLoss(temperature=3.0, alpha=0.7, divergence="forward_kl", backend=backend)
-    train = partial(trained, partial(torch.optim.AdamW, lr=0.01), 25, dtype)
-    got, _ = train(ours)
-    want, _ = train(lambda s, t, y: eager_loss(s, t, y, 3.0, 0.7))
-    assert got[-1] < 0.8 * got[0], "it learns"
+def test_training_follows_the_curve_of_plain_pytorch(dtype, backend):
+    got = loss_curve(dtype, KDLoss(temperature=3.0, alpha=0.7, divergence="forward_kl", backend=backend))
+    want = loss_curve(dtype, lambda s, t, y: eager_loss(s, t, y, 3.0, 0.7))
+    assert got[-1] < 0.8 * got[0], "the loss falls"
     torch.testing.assert_close(got, want, rtol=1e-4 if dtype == F32 else 1e-9, atol=0)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"inplace": True}])
-def test_activation_checkpointing_around_head_and_loss_changes_no_gradient(options, use_reentrant, backend):
+def test_activation_checkpointing_changes_no_gradient(options, use_reentrant, backend):
     x, t, y = data()
     x.requires_grad_()
 
@@ -135,42 +112,25 @@ def test_activation_checkpointing_around_head_and_loss_changes_no_gradient(optio
     torch.testing.assert_close(gradients(model), gradients(expected))
 
 
-@pytest.mark.parametrize("as_tensor", [False, True])
-def test_accumulated_gradients_with_a_normalizer_are_the_big_batchs(as_tensor, backend):
-    x, t, y = data()
-    whole, parts = net(), net()
-    kd_loss(whole(x), t, y, temperature=2.0, backend=backend).backward()
-    tokens = (y != -100).sum()
-    for i in (slice(0, 10), slice(10, 12), slice(12, None)):  # of 2, 2 and 12 tokens that count
-        normalizer = tokens if as_tensor else tokens.item()
-        kd_loss(parts(x[i]), t[i], y[i], temperature=2.0, normalizer=normalizer, backend=backend).backward()
-    torch.testing.assert_close(gradients(parts), gradients(whole))
-
-
-def _rank(rank: int, folder: str, backend: str) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def gradients_of_rank(rank: int, backend: str) -> list[Tensor]:
     with gpu.kernels() if backend in ON_GPU else contextlib.nullcontext():  # in a process of its own
-        mine = slice(0, 10) if rank == 0 else slice(10, None)  # 2 tokens that count on one, 14 on the other
+        mine = slice(0, 10) if rank == 0 else slice(10, None)  # 2 kept tokens on one rank, 14 on the other
         x, t, y = (each[mine] for each in data())
         tokens = (y != -100).sum()
         dist.all_reduce(tokens)
         model = nn.parallel.DistributedDataParallel(net())
-        # DDP averages over the ranks, hence the tokens of all of them by their number
+        # DDP averages over the ranks: divide the tokens of all ranks by their number
         kd_loss(model(x), t, y, temperature=2.0, normalizer=tokens / 2, backend=backend).backward()
-        torch.save(gradients(model), f"{folder}/{rank}.pt")
-    dist.barrier()  # a rank that leaves while the other still reads from it makes that one abort
-    os._exit(0)  # DDP's reducer, freed last, would join gloo's threads with the GIL held, which they may wait for
+        return gradients(model)
 
 
-# the processes' own sums, of gradients that are a backend's as in the tests above: one backend shows it
+# DDP sums the gradients, whatever their backend: one is enough
 @pytest.mark.parametrize(
     "backend", [pytest.param(name, marks=() if name == "cpu" else pytest.mark.full) for name in BACKENDS], indirect=True
 )
-def test_data_parallel_ranks_with_unequal_tokens_get_the_big_batchs_gradient(tmp_path: Path, backend):
+def test_ddp_ranks_with_unequal_tokens_get_the_big_batchs_gradient(tmp_path: Path, backend):
     x, t, y = data()
     whole = net()
     kd_loss(whole(x), t, y, temperature=2.0, backend=backend).backward()
-    torch.multiprocessing.spawn(_rank, (str(tmp_path), backend), nprocs=2)
-    for rank in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), gradients(whole))
+    for found in results_of_ranks(tmp_path, gradients_of_rank, backend):
+        torch.testing.assert_close(found, gradients(whole))

@@ -1,7 +1,7 @@
-"""What kernels move, counted as their compiled PTX runs on the emulator.
+"""The bytes that kernels read and write, counted as their compiled PTX runs on the emulator.
 
-Bytes are sectors of 32, per bf16 pair of logits, less 256 bytes a row for labels, statistics and ragged ends. The least
-is 2 reads and 1 write: 6 bytes.
+Bytes are sectors of 32, per bf16 pair of logits, less 256 bytes a row for labels, statistics and unaligned ends. The
+minimum is 2 reads and 1 write: 6 bytes.
 """
 
 from typing import Any
@@ -26,9 +26,9 @@ def launches(
     factor: float | None = None,
     **settings: Any,
 ) -> tuple[list[Any], list[Any], list[Tensor]]:
-    """The reports of a forward pass, and of a backward pass by a factor where one is given; loss and gradient.
+    """The reports of a forward pass and, where a factor is given, of a backward pass by it; loss and gradient.
 
-    As on a device of this capability.
+    The emulated device has this capability.
     """
     student, teacher, labels = batch(ROWS, vocab, dtype)
     with (emulated if backend == "cuda" else gpu).kernels(capability) as reports:
@@ -55,7 +55,7 @@ def per_pair(reports: Any, vocab: int, of: Any = asked) -> float:
 
 
 def wide_share(reports: Any) -> float:
-    """Of all accesses, those of 16 bytes a thread."""
+    """The share of accesses of 16 bytes a thread."""
     widths = [w for report in reports for w in (report.load_widths, report.store_widths)]
     return sum(w.get(16, 0) for w in widths) / sum(sum(w.values()) for w in widths)
 
@@ -68,7 +68,7 @@ def assert_the_same_bits_without_atomics(backend: str, capability: int, vocab: i
 
 
 def scaling(backend: str, capability: int, vocab: int) -> Any:
-    """The launch of a backward pass that has nothing to do, for the gradient of the loss is 1; one of 3 does scale."""
+    """The launch of a backward pass with grad_output 1, which writes nothing; one with 3 scales the gradient."""
     (_, (by_1,), _), (_, (by_3,), _) = (launches(backend, capability, vocab, factor=k) for k in (1.0, 3.0))
     assert by_3.store_sectors > 0
     assert by_1.store_sectors == 0

@@ -1,7 +1,7 @@
-"""Wrong arguments of kd_loss: what is given, and what the error says.
+"""Wrong arguments of kd_loss and their errors.
 
-A row: argument, what it is given, further arguments -> error, and words of its message: what it was, what it may be.
-Every message begins with the argument's name and a colon.
+A row: argument, its value, further arguments -> error and words of its message: what it was, what it may be. Every
+message begins with the argument's name and a colon.
 """
 
 import re
@@ -15,7 +15,7 @@ S, T, Y = batch(3, 5)  # three rows of five classes
 NAN, INF = float("nan"), float("inf")
 CAPS = ("softcap", "teacher_softcap")
 SCALES = ("logit_scale", "teacher_logit_scale")
-NOT_NONE = ("temperature", "label_smoothing", "z_loss", *SCALES)  # where None is no default
+NOT_NONE = ("temperature", "label_smoothing", "z_loss", *SCALES)  # arguments that cannot be None
 META = torch.empty(3, 5, device="meta")  # another device than the logits'
 
 WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
@@ -40,7 +40,7 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("labels", Y.float(), {}, RuntimeError, "torch.float32, but it must be torch.int64 class indices"),
     ("row_weight", torch.ones(3, dtype=torch.complex64), {}, RuntimeError, "torch.complex64, but it must be real"),
     ("temperature", torch.ones(3, dtype=torch.complex64), {}, RuntimeError, "torch.complex64, but it must be real"),
-    # and so is a device, and what autograd cannot do
+    # so is a device, and what autograd cannot do
     ("teacher", META, {}, RuntimeError, "is on meta, but student_logits is on (cpu|cuda)"),
     ("teacher[1]", [T, META], {}, RuntimeError, "is on meta, but student_logits is on (cpu|cuda)"),
     ("labels", torch.empty(3, dtype=torch.int64, device="meta"), {}, RuntimeError, "on meta, but student_logits is on"),
@@ -125,7 +125,7 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("vocab_size", True, {}, TypeError, "must be an int, not True"),
     ("ignore_index", 1.0, {}, TypeError, "must be an int, not 1.0"),
     ("ignore_index", None, {}, TypeError, "must be an int, not None"),
-    # too large for a float, for the operators' integers
+    # too large for a float; for an operator's int
     ("temperature", 10**400, {}, ValueError, "finite and > 0"),
     ("ignore_index", 2**70, {}, ValueError, "64 bits"),
     # --- names
@@ -145,8 +145,8 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("return_metrics", 1, {}, TypeError, "must be a bool, not 1"),
     ("return_metrics", "kl", {}, TypeError, "must be a bool, not 'kl'"),
     # --- arguments that exclude each other
-    ("teacher_temperature", 2.0, {"target": "probs"}, ValueError, "target='probs', which is at its temperature already"),
-    ("teacher_temperature", 2.0, {"target": "log_probs"}, ValueError, "target='log_probs', which is at its temperature already"),
+    ("teacher_temperature", 2.0, {"target": "probs"}, ValueError, "target='probs', which is at its"),
+    ("teacher_temperature", 2.0, {"target": "log_probs"}, ValueError, "target='log_probs', which is at its"),
     ("teacher_weights", [1.0], {}, ValueError, "given with one tensor as the teacher; it is for a sequence"),
     ("divergence", "logit_mse", {"target": "probs"}, ValueError, "'logit_mse' needs target='logits', not 'probs'"),
     ("divergence", "logit_mse", {"teacher": [T, T]}, ValueError, "'logit_mse' with several .* ensemble='geometric'"),

@@ -1,7 +1,7 @@
 """Writes csrc/operators.h and csrc/settings.h from kdfast/arguments.py: `python tools/write_operators.py`.
 
-A setting has its name, its type and its place there alone; C++ reads it by name. tests/test_build.py holds the files to
-what this module makes of arguments.py.
+A setting's name, type and position are defined there alone; C++ reads it by name. tests/test_build.py checks that the
+files are up to date.
 """
 
 from pathlib import Path
@@ -52,8 +52,8 @@ struct Settings {{
 """
 
 
-def wrapped(items: list[str], between: str = ", ") -> str:
-    """A macro's text, in lines of at most 100 columns."""
+def wrap(items: list[str], between: str = ", ") -> str:
+    """The text of a macro, in lines of at most 100 columns."""
     lines, line = [], ""
     for i, item in enumerate(items):
         item += between if i < len(items) - 1 else ""
@@ -73,11 +73,11 @@ def files() -> dict[str, str]:
     numbers = [f"f({CPP[kind]}, {name})" for name, kind in settings.items() if kind in (float, bool)]
     arguments = [f"{CPP[kind]} {name}" for name, kind in (inputs | settings).items()]
     operators = OPERATORS.format(
-        inputs=fields(inputs), settings=fields(settings), arguments=wrapped(arguments),
-        input_names=", ".join(inputs), setting_names=wrapped(list(settings)),
+        inputs=fields(inputs), settings=fields(settings), arguments=wrap(arguments),
+        input_names=", ".join(inputs), setting_names=wrap(list(settings)),
     )  # fmt: skip
     return {
-        "settings.h": NOTE + SETTINGS.format(numbers=wrapped(numbers, " ")),
+        "settings.h": NOTE + SETTINGS.format(numbers=wrap(numbers, " ")),
         "operators.h": NOTE + operators,
     }
 

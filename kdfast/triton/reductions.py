@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from kdfast.triton.row_math import loss_and_coefficients
 from kdfast.triton.logits import prepared
 from kdfast.triton.per_row import gradient_factor, number, row_of, share_of_row, term_factors
+from kdfast.triton.row_math import loss_and_coefficients
 from kdfast.triton.sums import linear_divergence, merge, scales_of
 from kdfast.triton.sweep import opened, sweep
 from kdfast.triton.tables import PARTS, as_columns, laid, sums_in, width_of

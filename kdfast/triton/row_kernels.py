@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 
 from kdfast.triton import metrics
-from kdfast.triton.row_math import loss_and_coefficients
 from kdfast.triton.logits import moments_pass, no_moments, rescaled, standardized
 from kdfast.triton.passes import add_divergence, no_sums, sums_of_row, write_gradient
 from kdfast.triton.per_row import (
@@ -38,6 +37,7 @@ from kdfast.triton.per_row import (
     share_of_row,
     term_factors,
 )
+from kdfast.triton.row_math import loss_and_coefficients
 from kdfast.triton.statistics import accumulate, exponent, finite, hard_exponent, hard_offset, no_statistics
 from kdfast.triton.sums import linear_divergence, merge, scales_of
 from kdfast.triton.sweep import opened, sweep

@@ -191,7 +191,7 @@ OF_GRADIENTS = [
     Mutant("short-rows-table-of-the-next", SHORT,
            "const float* row = a.table + (begin + r) * kCoefficients;",
            "const float* row = a.table + (begin + (r ^ 1)) * kCoefficients;",
-           "Backward takes a short row's numbers from its neighbour's.", ("test_autograd.py", *CALLS)),
+           "Backward takes a short row's numbers from its neighbour's.", ("test_row_math.py", *CALLS)),
     Mutant("short-rows-leave-one-class", SHORT,
            "if (a.width > n) std::memset((void*)(out + n)", "if (a.width > n + 1) std::memset((void*)(out + n)",
            "One padded class has as its gradient what was in memory, or its logit.", ("test_random.py", *LAYOUTS)),
@@ -372,7 +372,7 @@ OF_CALLS = [
            "Machines with AVX-512 get AVX2's kernels.", BUILD, isas="all"),
     Mutant("unusable-instruction-set-passes", "csrc/cpu/isa.cpp",
            "if (!wanted || !*wanted) return best;", "if (best != Isa::baseline) return best;",
-           "An instruction set that is not there is no error.", ("test_build.py", "test_isa.py")),
+           "An instruction set that is not there is no error.", ("test_build.py",)),
 ]  # fmt: skip
 
 # ---- the build ----

@@ -47,7 +47,7 @@ OF_ARGUMENTS = [
     # a teacher of just as many classes as there are
     Mutant("teacher-of-vocab-size", TEACHERS,
            "teacher.shape[-1] < vocab_size", "teacher.shape[-1] <= vocab_size",
-           "A teacher without padding beside a padded student is an error.", ("test_layouts.py",)),
+           "A teacher without padding beside a padded student is an error.", CALLS),
     Mutant("ends-of-jsd", "kdfast/divergences.py",
            'at_0="forward_kl",\n        at_1="reverse_kl",', 'at_0="reverse_kl",\n        at_1="forward_kl",',
            "At its ends JSD is the other KL.", REFERENCE),
@@ -123,7 +123,7 @@ OF_OPERATORS = [
            "backend='cuda' leaves out what it does not have.", ("test_cuda_launches.py",)),
     Mutant("cuda-where-it-cannot", GPU_CHOICE,
            'return "reference" if rule.must else "cuda"', 'return "cuda"',
-           "Without Triton the CUDA kernels get what they do not have.", BACKENDS),
+           "Without Triton the CUDA kernels get what they do not have.", ("test_gpu_choice.py",)),
     Mutant("triton-for-any-device", CHOICE,
            "return None if works_on == device else f", "return None if works_on else f",
            "backend='triton' takes tensors that it does not launch on.", BACKENDS),
