@@ -301,7 +301,8 @@ struct Kernels {
       const Sums<double>& sums = ((const Sums<double>*)a.sums)[row * segments];
       Coefficients<double> c;
       double soft_at_label = 0;
-      a.losses[row] = row_loss_and_coefficients<P>(a, row, sums, row_scale(a, row), {}, c, soft_at_label).loss;
+      a.losses[row] =
+          row_loss_and_coefficients<P>(a, row, sums, row_scale(a, row), {}, c, soft_at_label).loss;
       keep(a, row, c);
     }
   }
@@ -332,7 +333,8 @@ template <class S, class T, bool kProbs, class F>
 void with_divergence(const LossArgs& a, F f) {
   auto call = [&](auto divergence) {
     using Named = decltype(divergence);
-    // which pointwise one it is pass B asks; whether forward_kl's sums are decoupled KD's, loss_and_coefficients()
+    // which pointwise one it is pass B asks; whether forward_kl's sums are decoupled KD's,
+    // loss_and_coefficients()
     using D = std::conditional_t<Named::kPointwise, Pointwise,
                                  std::conditional_t<std::is_same_v<Named, DKD>, ForwardKL, Named>>;
     constexpr bool kMSE = std::is_same_v<D, LogitMSE>, kNone = std::is_same_v<D, NoDivergence>;
@@ -394,10 +396,11 @@ void with_spec(const LossArgs& a, F f) {
     with_spec(a, [&](auto p) { Kernels<decltype(p)>::kernel(a, args...); }); \
   }
 const RowKernels& KDFAST_EXPORT(KDFAST_ISA)() {
-  static const RowKernels kernels = {
-      KDFAST_KERNEL(loss_grad), KDFAST_KERNEL(losses), KDFAST_KERNEL(sums), KDFAST_KERNEL(pointwise_sums),
-      KDFAST_KERNEL(merge),     KDFAST_KERNEL(losses_and_coefficients), KDFAST_KERNEL(grad), softmax,
-      softmax_backward};
+  static const RowKernels kernels = {KDFAST_KERNEL(loss_grad), KDFAST_KERNEL(losses),
+                                     KDFAST_KERNEL(sums),      KDFAST_KERNEL(pointwise_sums),
+                                     KDFAST_KERNEL(merge),     KDFAST_KERNEL(losses_and_coefficients),
+                                     KDFAST_KERNEL(grad),      softmax,
+                                     softmax_backward};
   return kernels;
 }
 

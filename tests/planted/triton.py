@@ -41,11 +41,11 @@ OF_NUMBERS = [
     # vocabulary shards
     Mutant("triton-label-of-another-shard", KERNELS,
            "y = tl.where(kept & (label >= 0), y, float(\"-inf\"))", "",
-           "A label that is not among a shard's classes counts as one of its own.", ("test_triton_sums.py",)),
+           "A label that is not among a shard's classes counts as one of its own.", ("test_row_math.py",)),
     Mutant("triton-shard-of-no-scale", KERNELS,
            "scales = scales_of(sums_in(load_line(of_all, index, COLUMNS, SPEC), SPEC), (), row, SPEC)",
            "scales = scales_of(sums_in(load_line(of_all, 0, COLUMNS, SPEC), SPEC), (), row, SPEC)",
-           "Pass B of a shard takes the first row's sums for each row's.", ("test_triton_sums.py",)),
+           "Pass B of a shard takes the first row's sums for each row's.", ("test_row_math.py",)),
     Mutant("triton-reverse-psi-sum", ROW_MATH,
            "level = scale * (of_p - over_student)", "level = scale * of_p",
            "Reverse KL's gradient does not sum to 0.", CALLS),
