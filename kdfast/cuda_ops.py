@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdfast import gpu_choice
 from kdfast.arguments import Inputs, Settings
-from kdfast.rows import divisor, mean_metrics, no_metrics, row_weights
+from kdfast.rows import divisor, mean_metrics, no_metrics, reduce_losses, row_weights
 
 _kernels = torch.ops.kdfast_cuda_rows
 
@@ -22,9 +22,6 @@ class _Rows:
         inputs = inputs._replace(row_weight=self.weights, normalizer=tensor)
         self.arguments: tuple[Any, ...] = (*inputs, *settings._replace(divisor=number))
 
-    def loss(self, losses: Tensor) -> Tensor:
-        return losses if self.settings.reduction == "none" else losses.sum()
-
     def metrics(self, metrics: Tensor) -> Tensor:
         return mean_metrics(metrics, self.weights, self.settings) if self.settings.metrics else no_metrics(metrics)
 
@@ -32,19 +29,19 @@ class _Rows:
 def loss_grad(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     rows = _Rows(student, inputs, settings)
     losses, grad, metrics = _kernels.loss_grad(student, *rows.arguments)
-    return rows.loss(losses), grad, rows.metrics(metrics)
+    return reduce_losses(losses, settings), grad, rows.metrics(metrics)
 
 
 def loss_grad_(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     rows = _Rows(student, inputs, settings)
     losses, metrics = _kernels.loss_grad_(student, *rows.arguments)
-    return rows.loss(losses), rows.metrics(metrics)
+    return reduce_losses(losses, settings), rows.metrics(metrics)
 
 
 def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     rows = _Rows(student, inputs, settings)
     losses, table, metrics = _kernels.stats(student, *rows.arguments)
-    return rows.loss(losses), table, rows.metrics(metrics)
+    return reduce_losses(losses, settings), table, rows.metrics(metrics)
 
 
 def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> Tensor:

@@ -70,6 +70,10 @@ def denominator(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     return torch.full((), number, dtype=dtype, device=student.device) if tensor is None else tensor.to(dtype)
 
 
+def reduce_losses(losses: Tensor, settings: Settings) -> Tensor:
+    return losses if settings.reduction == "none" else losses.sum()
+
+
 def mean_metrics(metrics: Tensor, weights: Tensor | None, settings: Settings) -> Tensor:
     """KDMetrics of all rows, (7, ...), as the loss's reduction has them: (7,), NaN where no row is kept."""
     if settings.reduction == "none":
