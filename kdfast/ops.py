@@ -259,17 +259,13 @@ for _name, _schema in SCHEMAS.items():
         for _namespace, _library in _defined.items():
             _library.impl(_name, _linear(_name, _namespace), "CompositeExplicitAutograd")
         continue
-    if _name == "losses_and_coefficients":  # of rows alone, in PyTorch, but for the CPU's
-        for _library in _defined.values():
-            _library.impl(_name, _reference(_name), "CompositeExplicitAutograd")
-        continue
     _defined["kdfast"].impl(_name, _with_warning(_name), "CompositeExplicitAutograd")
     _defined["kdfast"].impl(_name, _gpu(_name), "CUDA")  # ROCm's tensors too
     _defined["kdfast_reference"].impl(_name, _reference(_name), "CompositeExplicitAutograd")
     _defined["kdfast_triton"].impl(_name, _triton(_name), "CompositeExplicitAutograd")
     if _name in CUDA_KERNELS:
         _defined["kdfast_cuda"].impl(_name, _cuda(_name), "CompositeExplicitAutograd")
-    elif _name in ("sums", "pointwise_sums"):  # of shards, for which the CUDA kernels have no pass of its own
+    elif _name not in _PLAIN:  # of shards, for which the CUDA kernels have no pass of its own
         _defined["kdfast_cuda"].impl(_name, _triton(_name), "CompositeExplicitAutograd")
 
 
