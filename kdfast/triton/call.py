@@ -135,7 +135,9 @@ class Call:
         """KDMetrics, of the rows or their means; empty where they are not wanted."""
         if self.row_metrics is None:
             return rows.no_metrics(self.losses)
-        return rows.mean_metrics(self.row_metrics.view(-1, *self.shape), self.weights, self.settings)
+        return rows.mean_metrics(
+            self.row_metrics.view(len(KDMetrics._fields), *self.shape), self.weights, self.settings
+        )
 
     def sums(self) -> Tensor:
         """row_math.Sums of this shard's classes, (rows, 13)."""
