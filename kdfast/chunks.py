@@ -46,7 +46,7 @@ class Side:
     """The student's hidden states and head, or the teacher's."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: int) -> None:
-        self.hidden = _as_matrix(hidden)
+        self.hidden = rows.as_matrix(hidden.detach())
         self.head = head_for(weight.detach()[:vocab], None if bias is None else bias.detach()[:vocab])
 
     def new_logits(self, rows: int) -> Tensor:
@@ -138,11 +138,6 @@ class Chunks:
 def _can_read_values(x: Tensor) -> bool:
     """Values may steer control flow on a CPU only: reading them on a GPU would synchronize."""
     return x.device.type == "cpu"
-
-
-def _as_matrix(x: Tensor) -> Tensor:
-    """(..., n) as (rows, n)."""
-    return x.detach().reshape(-1, x.shape[-1])
 
 
 def _as_column(x: Tensor | None) -> Tensor | None:

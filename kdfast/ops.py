@@ -150,18 +150,19 @@ for _name, _schema in SCHEMAS.items():
     for _namespace, _library in _libraries.items():
         _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{_namespace}::{_name}", fake(_name, _namespace), lib=_library)
-        if _name.startswith("linear_"):
+    if _name.startswith("linear_"):
+        for _namespace in _NAMESPACES:
             _implement(_namespace, _name, _linear(_name, _namespace))
-        elif _name == "losses_and_coefficients":  # of rows alone: PyTorch on every device but the CPU
+    elif _name == "losses_and_coefficients":  # of rows alone: PyTorch on every device but the CPU
+        for _namespace in _NAMESPACES:
             _implement(_namespace, _name, _reference(_name))
-    if _name.startswith("linear_") or _name == "losses_and_coefficients":
-        continue
-    _implement("kdfast", _name, _reference_with_warning(_name))
-    _implement("kdfast", _name, _gpu(_name), "CUDA")  # ROCm's tensors too
-    _implement("kdfast_reference", _name, _reference(_name))
-    _implement("kdfast_triton", _name, _triton(_name))
-    if not _name.startswith("tempered_softmax"):
-        _implement("kdfast_cuda", _name, _cuda(_name))
+    else:
+        _implement("kdfast", _name, _reference_with_warning(_name))
+        _implement("kdfast", _name, _gpu(_name), "CUDA")  # ROCm's tensors too
+        _implement("kdfast_reference", _name, _reference(_name))
+        _implement("kdfast_triton", _name, _triton(_name))
+        if not _name.startswith("tempered_softmax"):
+            _implement("kdfast_cuda", _name, _cuda(_name))
 
 
 choice.load()  # a compiled library registers its kernels for the operators defined here

@@ -22,8 +22,8 @@ from kdfast.reference import (
     student_exponents,
     teacher_distribution,
 )
-from kdfast.row_math import LN2, Coefficients, Sums, over_teacher
-from kdfast.rows import check_values, denominator, loss_dtype
+from kdfast.row_math import LN2, Coefficients, Sums, finite, over_teacher
+from kdfast.rows import as_matrix, check_values, denominator, loss_dtype
 
 
 def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,7 +45,7 @@ def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     y_1, nothing = rows.s / LN2, rows.s.new_zeros(len(rows.s))
     dtype = loss_dtype(student)
     so, ho = (_offset(y, dtype) for y in (y_s, y_1))
-    log_q, log_e = y_s - _finite(so), y_1 - _finite(ho)
+    log_q, log_e = y_s - finite(so), y_1 - finite(ho)
     x = Sums(*[nothing] * len(Sums._fields))
     x = x._replace(
         student_offset=so.squeeze(-1), student_total=torch.exp2(log_q).sum(-1), label=nothing - math.inf,
@@ -56,7 +56,7 @@ def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
         x = x._replace(label=torch.where(_is_label(rows.labels, log_e.shape[-1]), log_e, -math.inf).amax(-1))
     if y_t is not None:
         to = _offset(y_t, dtype) if row_math.is_softmaxed(inputs, settings) else torch.zeros_like(so)
-        log_p = y_t - _finite(to)
+        log_p = y_t - finite(to)
         p, above = torch.exp2(log_p), log_q - log_p
         x = x._replace(teacher_offset=to.squeeze(-1), teacher_total=p.sum(-1))
         if row_math.shares(settings) is not None:
@@ -95,7 +95,7 @@ def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, sett
     rows, y_s, y_t = _exponents(student, inputs, settings)
     flat = Coefficients(*stats.double().unbind(-1))
     c = Coefficients(*(column.unsqueeze(-1) for column in flat))
-    q1 = torch.exp2(rows.s / LN2 - _finite(c.hard_offset)) / c.hard_total
+    q1 = torch.exp2(rows.s / LN2 - finite(c.hard_offset)) / c.hard_total
     g = times(c.hard + torch.zeros_like(q1), q1) - c.uniform
     if y_t is not None and settings.alpha:
         p, q, log_p, log_q = _distributions(flat, y_s, y_t)
@@ -128,15 +128,10 @@ def _has_coefficients(settings: Settings) -> bool:
     return settings.divergence not in OTHERS and not settings.standardize
 
 
-def _as_matrix(x: Tensor) -> Tensor:
-    """(..., V) as (rows, V)."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
 def _flatten(inputs: Inputs) -> Inputs:
     """Each (rows,), the teachers (rows, V)."""
     return Inputs(
-        [_as_matrix(t) for t in inputs.teachers],
+        [as_matrix(t) for t in inputs.teachers],
         *(x if x is None or x.dim() == 0 else x.flatten() for x in inputs[1:]),
     )
 
@@ -148,7 +143,7 @@ def _exponents(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Row
     fused with the product.
     """
     inputs = _flatten(inputs)
-    rows = prepare_rows(_as_matrix(student), inputs, settings)
+    rows = prepare_rows(as_matrix(student), inputs, settings)
     rows = rows._replace(s=rows.s.double(), teachers=[t.double() for t in rows.teachers])
     y_s = student_exponents(rows, inputs, settings)[1] / LN2
     if not rows.teachers:
@@ -163,10 +158,6 @@ def _offset(y: Tensor, dtype: torch.dtype) -> Tensor:
     return y.amax(-1, keepdim=True).to(dtype).to(y.dtype)
 
 
-def _finite(offset: Tensor) -> Tensor:
-    return torch.where(offset == -math.inf, 0, offset)
-
-
 def _is_label(labels: Tensor, classes: int) -> Tensor:
     """Which classes are the row's label, (rows, classes); none where the label is in another shard."""
     return torch.arange(classes, device=labels.device).eq(labels)
@@ -176,6 +167,6 @@ def _distributions(x: Sums | Coefficients, y_s: Tensor, y_t: Tensor) -> tuple[Te
     """p, q, log p, log q from exponents, and from the rows' offsets and totals."""
     columns = (c.unsqueeze(-1) for c in (x.student_offset, x.student_total, x.teacher_offset, x.teacher_total))
     student_offset, student_total, teacher_offset, teacher_total = columns
-    log_q = (y_s - _finite(student_offset) - student_total.log2()) * LN2
-    log_p = (y_t - _finite(teacher_offset) - teacher_total.log2()) * LN2
+    log_q = (y_s - finite(student_offset) - student_total.log2()) * LN2
+    log_p = (y_t - finite(teacher_offset) - teacher_total.log2()) * LN2
     return log_p.exp(), log_q.exp(), log_p, log_q

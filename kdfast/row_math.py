@@ -114,7 +114,8 @@ def _rescale(total: Tensor, d: Tensor) -> Tensor:
     return torch.where(d == -math.inf, torch.where(total.isnan(), total, 0), rescaled)
 
 
-def _finite(offset: Tensor) -> Tensor:
+def finite(offset: Tensor) -> Tensor:
+    """The offset; 0 where it is -inf, which would make exponents NaN."""
     return torch.where(offset == -math.inf, 0, offset)
 
 
@@ -133,7 +134,7 @@ def merge(shards: Sequence[Tensor], settings: Settings) -> Tensor:
             (x.student_offset, offsets["student_offset"]), (x.teacher_offset, offsets["teacher_offset"]),
             (x.hard_offset, offsets["hard_offset"]),
         ))  # fmt: skip
-        exponents = _finite(x.hard_offset) - _finite(offsets["hard_offset"])
+        exponents = finite(x.hard_offset) - finite(offsets["hard_offset"])
         rescaled.append(x._replace(
             student_total=_rescale(x.student_total, ds), teacher_total=_rescale(x.teacher_total, dt),
             hard_total=_rescale(x.hard_total, dh),

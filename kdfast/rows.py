@@ -13,6 +13,11 @@ def loss_dtype(student: Tensor) -> torch.dtype:
     return torch.float64 if student.dtype == torch.float64 else torch.float32
 
 
+def as_matrix(x: Tensor) -> Tensor:
+    """(..., n) as (rows, n)."""
+    return x.reshape(-1, x.shape[-1])
+
+
 def kept_rows(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """Which rows, (...), are kept: not ignored, and not of weight 0."""
     keep = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)

@@ -120,8 +120,7 @@ class Call:
                 table, _ = self._split_statistics()
             else:
                 self._by_row(row_kernels.stats, table, losses=self.losses)
-        loss = self.losses.view(self.shape) if self.settings.reduction == "none" else self.losses.sum()
-        return loss, table, self._metrics()
+        return rows.reduce_losses(self.losses.view(self.shape), self.settings), table, self._metrics()
 
     def grad(self, stats: Tensor, grad_loss: Tensor, output: Tensor) -> None:
         """The gradient, from the rows' coefficients."""
