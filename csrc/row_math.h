@@ -118,7 +118,8 @@ struct RowLoss {
 };
 
 template <class D, class V, class N>
-KDFAST_HD inline RowLoss<V> loss_and_coefficients(const Sums<V>& x, const RowTerms<V, N>& r, Coefficients<V>& c) {
+KDFAST_HD inline RowLoss<V> loss_and_coefficients(const Sums<V>& x, const RowTerms<V, N>& r,
+                                                  Coefficients<V>& c) {
   const V nan = V{} + (N)NAN;
   RowLoss<V> out{V{}, nan, nan, V{}, V{}};
   c = Coefficients<V>{x.student_offset, x.student_total, x.teacher_offset,

@@ -33,7 +33,8 @@ struct LossArgs {
   double* losses;           // (rows)
   RowMetrics* row_metrics;  // (rows) or null
   double* sums;  // (rows * segments, kSums): Sums<double> of rows, or of segments of split ones; or null
-  float* table;  // (rows, kCoefficients), Coefficients: out of `losses` or `losses_and_coefficients`, into `grad`;
+  // (rows, kCoefficients), Coefficients: out of `losses` or `losses_and_coefficients`, into `grad`;
+  float* table;
   double* wide_table;  // the other is null, or both
   // the gradient of row r is scale * (row_scale ? row_scale[r] : 1) * dl_r/ds
   double scale;
@@ -76,8 +77,9 @@ struct RowKernels {
   void (*losses)(const LossArgs&, int64_t begin, int64_t end);  // and the table; of whole rows
   void (*sums)(const LossArgs&, int64_t segments, int64_t begin, int64_t end);
   void (*pointwise_sums)(const LossArgs&, int64_t begin, int64_t end);  // phi and psi, given the other sums
-  void (*merge)(const LossArgs&, int64_t segments);   // the sums of a row's segments, into those of its first
-  void (*losses_and_coefficients)(const LossArgs&, int64_t segments);  // losses and the table, from the sums of first segments
+  void (*merge)(const LossArgs&, int64_t segments);  // the sums of a row's segments, into those of its first
+  // losses and the table, from the sums of first segments
+  void (*losses_and_coefficients)(const LossArgs&, int64_t segments);
   void (*grad)(const LossArgs&, int64_t segments, int64_t begin, int64_t end);
   void (*softmax)(const SoftmaxArgs&, int64_t begin, int64_t end);
   void (*softmax_backward)(const SoftmaxArgs&, int64_t begin, int64_t end);

@@ -89,7 +89,8 @@ KD_INLINE RowTerms<double, double> terms_of(const LossArgs& a, int64_t row, cons
 
 // By the divergence's own formula, whatever a kernel is compiled for.
 KD_NOINLINE RowLoss<double> dispatch_loss_and_coefficients(const LossArgs& a, const Sums<double>& x,
-                                         const RowTerms<double, double>& terms, Coefficients<double>& c) {
+                                                           const RowTerms<double, double>& terms,
+                                                           Coefficients<double>& c) {
   RowLoss<double> out{};
   with_divergence_named(a, [&](auto d) { out = loss_and_coefficients<decltype(d)>(x, terms, c); });
   return out;
@@ -114,8 +115,8 @@ Split softmaxed_split(double log_label, double log_others) {
 //
 //   dD/ds_i = (q^_i [w_0 (p_y (1 - q_y) - (1 - p_y) q_y) + w_1] - w_1 p^_i) / T
 //   dD/ds_y = -w_0 (p_y (1 - q_y) - (1 - p_y) q_y) / T
-KD_NOINLINE double dkd_loss_and_coefficients(const LossArgs& a, const Sums<double>& x, double ys, double yt, double weight,
-                              Coefficients<double>& c) {
+KD_NOINLINE double dkd_loss_and_coefficients(const LossArgs& a, const Sums<double>& x, double ys, double yt,
+                                             double weight, Coefficients<double>& c) {
   const Split q = softmaxed_split(ys, std::log2(x.student_total));
   Split p = softmaxed_split(yt, std::log2(x.teacher_total));
   if (!teacher_is_softmaxed(a)) {
@@ -146,8 +147,8 @@ KD_NOINLINE double dkd_loss_and_coefficients(const LossArgs& a, const Sums<doubl
 // The row's loss, and what pass C needs, from the sums of all of its classes.
 template <class P>
 KD_NOINLINE RowLoss<double> row_loss_and_coefficients(const LossArgs& a, int64_t row, const Sums<double>& x,
-                                       const RowScale& scale, const Label& label, Coefficients<double>& c,
-                                       double& soft_at_label) {
+                                                      const RowScale& scale, const Label& label,
+                                                      Coefficients<double>& c, double& soft_at_label) {
   const RowTerms<double, double> terms = terms_of<typename P::C>(a, row, x, scale);
   const double n = x.classes, t = scale.temperature;
   RowLoss<double> out{};

@@ -203,7 +203,8 @@ void check_case(const char* isa, const RowKernels& kernels, DType dtype, Diverge
     }
     a.scale = 0.5;
     kernels.grad(a, segments, 0, rows * segments);
-    check(isa, segments == 1 ? "losses, grad" : "sums, losses_and_coefficients, grad by segments", a, losses, grad, want);
+    check(isa, segments == 1 ? "losses, grad" : "sums, losses_and_coefficients, grad by segments", a, losses,
+          grad, want);
   }
 }
 
