@@ -153,9 +153,6 @@ for _name, _schema in SCHEMAS.items():
     if _name.startswith("linear_"):
         for _namespace in _NAMESPACES:
             _implement(_namespace, _name, _linear(_name, _namespace))
-    elif _name == "losses_and_coefficients":  # of rows alone: PyTorch on every device but the CPU
-        for _namespace in _NAMESPACES:
-            _implement(_namespace, _name, _reference(_name))
     else:
         _implement("kdfast", _name, _reference_with_warning(_name))
         _implement("kdfast", _name, _gpu(_name), "CUDA")  # ROCm's tensors too

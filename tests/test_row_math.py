@@ -107,21 +107,44 @@ USUAL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.25, "z_loss": 0.125}, {"hard_weight": 0.0}], ids=str)
-def test_row_mathematics_is_the_same_in_every_language(cpu: str, divergence: str, options: dict[str, Any]) -> None:
+OPTIONS: list[dict[str, Any]] = [{}, {"label_smoothing": 0.25, "z_loss": 0.125}, {"hard_weight": 0.0}]
+
+
+def assert_losses_and_coefficients_of_the_table(ops: Any, rtols: dict[torch.dtype, float], **options: Any) -> None:
     rows = [USUAL | row for row in TABLE.values()]
     columns = {key: torch.tensor([row[key] for row in rows], dtype=torch.float64) for key in USUAL}
     weight = columns.pop("weight")
     sums = torch.stack(Sums(**columns), -1)
     s = torch.zeros(len(rows), 50, dtype=torch.float64)
-    options = {"divergence": divergence, "temperature": 2.0, "row_weight": weight} | options
-    inputs, settings = checked(s, s, torch.zeros(len(rows), dtype=torch.int64), **options)
-    want = row_math.losses_and_coefficients(sums, inputs, settings)
-    for x, rtol in ((s, 1e-13), (s.float(), 1e-6)):
-        got = torch.ops.kdfast.losses_and_coefficients(x, sums.to(x.dtype), *inputs, *settings)
-        for one, other in zip(got, want, strict=True):
-            torch.testing.assert_close(one.double(), other, rtol=rtol, atol=0, equal_nan=True)
+    labels = torch.zeros(len(rows), dtype=torch.int64)
+    inputs, settings = checked(s, s, labels, temperature=2.0, row_weight=weight, **options)
+    losses, coefficients = row_math.losses_and_coefficients(sums, inputs, settings)
+    for dtype, rtol in rtols.items():
+        x = s.to(dtype)
+        own = inputs._replace(teachers=[x])
+        found, table = ops.losses_and_coefficients(x, sums.to(dtype), *own, *settings)
+        torch.testing.assert_close(found.double(), losses, rtol=rtol, atol=0, equal_nan=True)
+        for column, one, other in zip(Coefficients._fields, table.unbind(-1), coefficients.unbind(-1), strict=True):
+            if column.endswith("offset"):  # one of -inf is subtracted as 0, and Triton's tables have that
+                one, other = (x.masked_fill(x == -torch.inf, 0) for x in (one, other))
+            torch.testing.assert_close(one.double(), other, rtol=rtol, atol=0, equal_nan=True, msg=column)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_losses_and_coefficients_are_the_same_in_every_language(
+    cpu: str, divergence: str, options: dict[str, Any]
+) -> None:
+    rtols = {torch.float64: 1e-13, torch.float32: 1e-6}
+    assert_losses_and_coefficients_of_the_table(torch.ops.kdfast, rtols, divergence=divergence, **options)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("divergence", ["cross_entropy", "symmetric_kl", "jsd", "skew_forward_kl"])  # of each kind
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_losses_and_coefficients_are_the_same_in_triton(backend: str, divergence: str, options: dict[str, Any]) -> None:
+    rtols = {torch.float64: 1e-13}
+    assert_losses_and_coefficients_of_the_table(torch.ops.kdfast_triton, rtols, divergence=divergence, **options)
 
 
 @pytest.mark.parametrize("divergence", ["cross_entropy", "symmetric_kl", "jsd"])  # one for each kind of sums

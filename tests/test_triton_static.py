@@ -18,7 +18,7 @@ ARCHITECTURES = (80, 90, 100)
 AMD = ("gfx942", "gfx90a")  # MI300, MI200
 KERNELS = [
     row_kernels.loss_grad_short, row_kernels.loss_grad_long, row_kernels.stats, row_kernels.sums,
-    row_kernels.grad, reductions.join,
+    row_kernels.grad, reductions.merge_segments,
     reductions.scale,
     softmax_kernels.softmax_short, softmax_kernels.softmax_long,
 ]  # fmt: skip
@@ -169,7 +169,7 @@ def test_every_kernel_compiles_for_amd_without_spills(
     import triton
     from triton.backends.compiler import GPUTarget
 
-    monkeypatch.setattr(launch, "facts", lambda device: launch.Facts(64, 304, 4 << 20))  # an MI300X
+    monkeypatch.setattr(launch, "gpu_properties", lambda device: launch.Gpu(64, 304, 4 << 20))  # an MI300X
     for dtype in (BF16, F32) if full else (BF16,):
         for vocab in (2048, 32768, 40000) if full else (2048, 40000):
             everything(dtype, vocab, temperature=3.7)

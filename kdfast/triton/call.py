@@ -9,48 +9,49 @@ from torch import Tensor
 from kdfast import rows
 from kdfast.arguments import Inputs, KDMetrics, Settings
 from kdfast.row_math import Sums, table_columns
-from kdfast.triton import launch, reductions, row_kernels
-from kdfast.triton.divergences import DIVERGENCES, parts
-from kdfast.triton.matrices import aligned, arithmetic, bits, by_row, launching_on, matrix, readable, rows_of
+from kdfast.triton import launch, matrices, reductions, row_kernels
+from kdfast.triton.divergences import DIVERGENCES, running_sums
+from kdfast.triton.matrices import bits, flatten_rows, matrix
 from kdfast.triton.spec import Numbers, PerRow, Spec
-from kdfast.triton.tables import PARTS
+from kdfast.triton.tables import SEGMENT_SUMS
 
 MOST_TEACHERS = 8
 
 
 class Call:
     def __init__(self, student: Tensor, inputs: Inputs, settings: Settings, shard: bool = False) -> None:
-        if not shard:  # whose labels are mostly another one's
+        if not shard:  # most of its labels belong to other shards
             rows.check_values(student, inputs, settings)
-        self.student, self.settings = readable(student), settings
-        self.shape, self.rows, self.width = student.shape[:-1], rows_of(student), student.shape[-1]
+        self.student, self.settings = matrices.make_readable(student), settings
+        self.shape, self.rows, self.width = student.shape[:-1], matrices.row_count(student), student.shape[-1]
         self.vocab = self.width if settings.vocab_size < 0 else settings.vocab_size
-        self.teachers = [readable(t) for t in inputs.teachers]
+        self.teachers = [matrices.make_readable(t) for t in inputs.teachers]
         if len(self.teachers) > MOST_TEACHERS:
             raise ValueError(
                 f"teacher: {len(self.teachers)} teachers, but the Triton kernels take at most {MOST_TEACHERS}"
             )
         self.losses = student.new_empty(self.rows, dtype=rows.loss_dtype(student))
-        self.facts = launch.facts(student.device)
+        self.gpu = launch.gpu_properties(student.device)
         self.read = [self.student, *self.teachers]
+        self.logits = matrix(self.student), tuple(map(matrix, self.teachers))
         self.spec = self._spec(inputs)
         self.columns = table_columns("kdfast_triton", student.device.type, len(self.teachers))
-        self.room = launch.room_for(self.spec, self.read)
-        self.plan = launch.plan(self.vocab, self.read, self.facts.warp, self.room)
-        self.sweep = launch.sweep(self.vocab, self.read, self.facts.warp, self.room)
-        self.segments, self.segment = (1, self.vocab)
+        self.budget = launch.register_budget(self.spec, self.read)
+        self.plan = launch.plan(self.vocab, self.read, self.gpu.warp, self.budget)
+        self.sweep = launch.sweep_plan(self.vocab, self.read, self.gpu.warp, self.budget)
+        self.segments, self.segment = 1, self.vocab
         spec = self.spec
         if spec.linear and not (self.plan.tiles or spec.dkd or spec.standardize or spec.metrics or spec.smoothed):
             tile = self.sweep.lanes * self.sweep.vec
-            self.segments, self.segment = launch.segments(self.rows, self.vocab, tile, self.facts)
+            self.segments, self.segment = launch.split_row(self.rows, self.vocab, tile, self.gpu)
 
         labels = None if inputs.labels is None else inputs.labels.reshape(-1).contiguous()
         self.weights = rows.row_weights(inputs, settings)
         columns = (inputs.row_weight, inputs.temperatures, inputs.teacher_temperatures)
-        weights, temperatures, teacher_temperatures = (None if c is None else by_row(c) for c in columns)
+        weights, temperatures, teacher_temperatures = (None if c is None else flatten_rows(c) for c in columns)
         self.per_row = PerRow(None, labels, weights, temperatures, teacher_temperatures, None, None, None)
         number, self.divisor = rows.divisor(student, self.weights, inputs, settings)
-        self.measured = self.losses.new_empty(len(KDMetrics._fields), self.rows) if settings.metrics else None
+        self.row_metrics = self.losses.new_empty(len(KDMetrics._fields), self.rows) if settings.metrics else None
         optional = {
             "beta": settings.beta, "label_smoothing": settings.label_smoothing, "z_loss": settings.z_loss,
             "softcap": settings.softcap, "teacher_softcap": settings.teacher_softcap if self.teachers else 0.0,
@@ -87,10 +88,10 @@ class Call:
         t = settings.temperature
         power = int(t) if inputs.temperatures is None and t in (1, 2, 3, 4) and not settings.standardize else 0
         return Spec(
-            arithmetic(self.student), teacher, divergence, linear, settings.target, joint,
+            matrices.arithmetic_dtype(self.student), teacher, divergence, linear, settings.target, joint,
             hard=settings.hard_weight != 0 or settings.z_loss != 0 or (settings.metrics and inputs.labels is not None),
             power=power, t_squared=settings.t_squared,
-            parts=parts(divergence if linear else None, settings.metrics, joint and teacher != "none"),
+            running=running_sums(divergence if linear else None, settings.metrics, joint and teacher != "none"),
             labelled=settings.hard_weight != 0, difference=difference,
             dkd=bool(self.teachers) and settings.divergence == "dkd",
             smoothed=settings.label_smoothing != 0, z_loss=settings.z_loss != 0, softcap=settings.softcap != 0,
@@ -103,23 +104,23 @@ class Call:
 
     def loss_grad(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """The reduced loss and the metrics; the loss's gradient goes to `output`."""
-        with launching_on(output):
+        with matrices.device_guard(output):
             if self.segments > 1:
-                table, loss = self._split_statistics()
-                self._grad(table, None, output)
+                table, loss = self._stats_of_segments()
+                self._launch_grad(table, None, output)
                 return loss, self._metrics()
             if self.rows:
-                self._rows(output)
+                self._launch_loss_grad(output)
         return self.losses.sum(), self._metrics()
 
     def stats(self) -> tuple[Tensor, Tensor, Tensor]:
         """The loss under the reduction, the rows' coefficients, the metrics."""
         table = self.losses.new_empty(self.rows, self.columns)
-        with launching_on(self.losses):
+        with matrices.device_guard(self.losses):
             if self.segments > 1:
-                table, _ = self._split_statistics()
+                table, _ = self._stats_of_segments()
             else:
-                self._by_row(row_kernels.stats, table, losses=self.losses)
+                self._launch_rows(row_kernels.stats, table, losses=self.losses)
         return rows.reduce_losses(self.losses.view(self.shape), self.settings), table, self._metrics()
 
     def grad(self, stats: Tensor, grad_loss: Tensor, output: Tensor) -> None:
@@ -127,29 +128,37 @@ class Call:
         if not self.rows:
             return
         grad_loss = grad_loss.expand(self.shape).reshape(-1).contiguous()
-        with launching_on(output):
-            self._grad(stats.contiguous(), grad_loss, output)
+        with matrices.device_guard(output):
+            self._launch_grad(stats.contiguous(), grad_loss, output)
 
     def _metrics(self) -> Tensor:
-        """KDMetrics, of the rows or reduced over them; empty where they are not wanted."""
-        if self.measured is None:
+        """KDMetrics, of the rows or their means; empty where they are not wanted."""
+        if self.row_metrics is None:
             return rows.no_metrics(self.losses)
-        measured = self.measured.view(self.measured.shape[0], *self.shape)
-        return rows.mean_metrics(measured, self.weights, self.settings)
+        return rows.mean_metrics(
+            self.row_metrics.view(len(KDMetrics._fields), *self.shape), self.weights, self.settings
+        )
 
     def sums(self) -> Tensor:
-        """row_math.Sums of the classes that are here, (rows, 13)."""
+        """row_math.Sums of this shard's classes, (rows, 13)."""
         table = self.losses.new_empty(self.rows, len(Sums._fields))
-        with launching_on(table):
-            self._by_row(row_kernels.sums, table, segments=1, segment=self.vocab, WHOLE=True)
+        with matrices.device_guard(table):
+            self._launch_rows(row_kernels.sums, table, segments=1, segment=self.vocab, WHOLE=True)
         return table
 
     def pointwise_sums(self, sums: Tensor) -> Tensor:
-        """phi and psi of the classes that are here, (rows, 2), from the sums of all classes."""
+        """phi and psi of this shard's classes, (rows, 2), from the sums of all classes."""
         table = self.losses.new_empty(self.rows, 2)
-        with launching_on(table):
-            self._by_row(row_kernels.pointwise_sums, table, sums.contiguous())
+        with matrices.device_guard(table):
+            self._launch_rows(row_kernels.pointwise_sums, table, sums.contiguous())
         return table
+
+    def losses_and_coefficients(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the rows, from the sums of all classes."""
+        table = self.losses.new_empty(self.rows, self.columns)
+        with matrices.device_guard(table):
+            self._launch_rows(row_kernels.losses_and_coefficients, table, sums.contiguous(), losses=self.losses)
+        return self.losses, table
 
     def copy_back(self, student: Tensor) -> None:
         if self.student is not student:
@@ -158,61 +167,60 @@ class Call:
     # ---- the launches ----
 
     def _pointers(self, grad_loss: Tensor | None, losses: Tensor | None) -> PerRow:
-        return self.per_row._replace(losses=losses, grad_loss=grad_loss, divisor=self.divisor, metrics=self.measured)
+        return self.per_row._replace(losses=losses, grad_loss=grad_loss, divisor=self.divisor, metrics=self.row_metrics)
 
     def _constants(self, plan: launch.Plan, output: Tensor | None) -> dict[str, Any]:
-        places = aligned(self.student, [self.student if output is None else output, *self.teachers], plan.vec)
+        places = matrices.alignments(
+            self.student, [self.student if output is None else output, *self.teachers], plan.vec
+        )
         spec = self.spec._replace(aligned=places, lanes=plan.lanes, vec=plan.vec, tiles=plan.tiles)
         return {"SPEC": spec, **plan.options()}
 
-    def _tensors(self) -> tuple[Any, Any]:
-        return matrix(self.student), tuple(map(matrix, self.teachers))
-
-    def _rows(self, output: Tensor) -> None:
+    def _launch_loss_grad(self, output: Tensor) -> None:
         def run(choice: tuple[launch.Plan, int], output: Tensor) -> None:
             plan, programs = choice
             args = (
-                *self._tensors(), matrix(output), self._pointers(None, self.losses), self.numbers,
+                *self.logits, matrix(output), self._pointers(None, self.losses), self.numbers,
                 self.rows, self.vocab, self.width, self.settings.ignore_index,
             )  # fmt: skip
             kernel = row_kernels.loss_grad_short if plan.tiles else row_kernels.loss_grad_long
             kernel[(programs,)](*args, **self._constants(plan, output))
 
-        choice = launch.chosen(
+        choice = launch.choose(
             (self.rows, self.vocab, self.spec, tuple(t.dtype for t in self.read), output.device),
-            lambda: launch.choices(self.rows, self.vocab, self.read, self.facts, self.room),
+            lambda: launch.candidates(self.rows, self.vocab, self.read, self.gpu, self.budget),
             lambda choice: run(choice, torch.empty_like(output)),  # the output may be the student
         )
         run(choice, output)
 
-    def _by_row(self, kernel: Any, *tables: Tensor, losses: Tensor | None = None, **others: Any) -> None:
-        """A kernel that writes the first of the tables, a line for each row or segment."""
-        programs = min(tables[0].shape[0], 8 * self.facts.multiprocessors)
+    def _launch_rows(self, kernel: Any, *tables: Tensor, losses: Tensor | None = None, **others: Any) -> None:
+        """A kernel that writes the first of the tables, a row of it for each row or segment."""
+        programs = min(tables[0].shape[0], 8 * self.gpu.multiprocessors)
         if programs:
             kernel[(programs,)](
-                *self._tensors(), *tables, self._pointers(None, losses), self.numbers,
+                *self.logits, *tables, self._pointers(None, losses), self.numbers,
                 self.rows, self.vocab, self.settings.ignore_index,
                 **others, COLUMNS=tables[-1].shape[1], **self._constants(self.sweep, None),
                 enable_fp_fusion=False,  # or a product enters a sum unrounded in its own thread, rounded in the others
             )  # fmt: skip
 
-    def _grad(self, table: Tensor, grad_loss: Tensor | None, output: Tensor) -> None:
+    def _launch_grad(self, table: Tensor, grad_loss: Tensor | None, output: Tensor) -> None:
         row_kernels.grad[(self.rows * self.segments,)](
-            *self._tensors(), matrix(output), table, self._pointers(grad_loss, None), self.numbers,
+            *self.logits, matrix(output), table, self._pointers(grad_loss, None), self.numbers,
             self.vocab, self.width, self.settings.ignore_index, self.segments, self.segment,
             COLUMNS=table.shape[1], **self._constants(self.sweep, output),
         )  # fmt: skip
 
-    def _split_statistics(self) -> tuple[Tensor, Tensor]:
+    def _stats_of_segments(self) -> tuple[Tensor, Tensor]:
         """The coefficients of few and long rows, whose losses are written too, and the sum of the losses."""
         table, loss = self.losses.new_empty(self.rows, self.columns), self.losses.new_empty(())
-        parts = self.losses.new_empty(self.rows * self.segments, PARTS.value + 3 * max(0, self.spec.members - 1))
+        parts = self.losses.new_empty(self.rows * self.segments, SEGMENT_SUMS.value + 3 * max(0, self.spec.members - 1))
         split: dict[str, Any] = {"segments": self.segments, "segment": self.segment, "WHOLE": False}
-        self._by_row(row_kernels.sums, parts, **split)
-        reductions.join[(1,)](
+        self._launch_rows(row_kernels.sums, parts, **split)
+        reductions.merge_segments[(1,)](
             matrix(self.student), parts, table, loss, self._pointers(None, self.losses), self.numbers,
             self.rows, self.vocab, self.settings.ignore_index, self.segments,
             COLUMNS=self.columns, SUMS=parts.shape[1], ROWS=triton.next_power_of_2(self.rows),
-            SEGMENTS=triton.next_power_of_2(self.segments), SPEC=self.spec, num_warps=128 // self.facts.warp,
+            SEGMENTS=triton.next_power_of_2(self.segments), SPEC=self.spec, num_warps=128 // self.gpu.warp,
         )  # fmt: skip
         return table, loss

@@ -34,7 +34,7 @@ def divergence(psi: Any = None, **others: Any) -> Divergence:
     return Divergence(psi, source="".join(getattr(f, "cache_key", "") for f in functions), **others)
 
 
-class Parts(NamedTuple):
+class RunningSums(NamedTuple):
     """Functions of (p or q, log p, log q, beta) whose sums run along with pass A; metrics' come last."""
 
     over_teacher: tuple[Any, ...] = ()
@@ -42,10 +42,10 @@ class Parts(NamedTuple):
     source: str = ""
 
 
-NO_PARTS = Parts()
+NO_RUNNING_SUMS = RunningSums()
 
 
-def parts(divergence: Divergence | None, metrics: bool, joint: bool) -> Parts:
+def running_sums(divergence: Divergence | None, metrics: bool, joint: bool) -> RunningSums:
     """divergence: a linear one; joint: there is one p, and it is known beforehand."""
     over_teacher, over_student = [], []
     if divergence is not None:
@@ -55,7 +55,7 @@ def parts(divergence: Divergence | None, metrics: bool, joint: bool) -> Parts:
         over_teacher += [forward_kl, teacher_log] if joint else []
         over_student += [student_log]
     source = "".join(getattr(f, "cache_key", "") for f in (*over_teacher, *over_student))
-    return Parts(tuple(over_teacher), tuple(over_student), source)
+    return RunningSums(tuple(over_teacher), tuple(over_student), source)
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def reverse_kl(q, log_p, log_q, beta):
 
 
 @triton.jit
-def all_of(beta):
+def full_share(beta):
     return beta * 0 + 1
 
 
@@ -199,9 +199,9 @@ def hellinger_constant(mass, beta):
 
 
 DIVERGENCES = {
-    "cross_entropy": divergence(over_teacher=cross_entropy, teacher_share=all_of)._replace(log_p=False),
-    "forward_kl": divergence(over_teacher=forward_kl, teacher_share=all_of),
-    "reverse_kl": divergence(over_student=reverse_kl, student_share=all_of),
+    "cross_entropy": divergence(over_teacher=cross_entropy, teacher_share=full_share)._replace(log_p=False),
+    "forward_kl": divergence(over_teacher=forward_kl, teacher_share=full_share),
+    "reverse_kl": divergence(over_student=reverse_kl, student_share=full_share),
     "symmetric_kl": divergence(
         over_teacher=forward_kl, over_student=reverse_kl, teacher_share=forward_share, student_share=reverse_share
     ),
@@ -209,6 +209,6 @@ DIVERGENCES = {
     "skew_forward_kl": divergence(skew_forward_psi, phi=skew_forward_kl, constant=skew_forward_constant),
     "skew_reverse_kl": divergence(skew_reverse_psi, phi=skew_reverse_kl, constant=skew_reverse_constant),
     "tvd": divergence(tvd_psi, phi=tvd),
-    "dkd": divergence(over_teacher=forward_kl, teacher_share=all_of),  # of the others; see dkd.py
+    "dkd": divergence(over_teacher=forward_kl, teacher_share=full_share),  # of the others; see dkd.py
     "hellinger": divergence(hellinger_psi, phi=hellinger, constant=hellinger_constant),
 }

@@ -3,10 +3,10 @@
 Registers. A program that keeps a row and its teachers' in registers has up to 512 threads, and each of them up to 256
 bytes of rows, half of the 128 registers that are then its share; at V = 32768 in bf16 that is 8 tiles of 8 classes.
 Arithmetic that takes more than the other half gets 256 threads, each with twice the registers and half of those bytes;
-an option that takes some of it half of the bytes, several of them or the metrics both, and standardized rows, which are
-gone over twice more, a quarter. fp64's rows are not kept, and 128 threads share what 256 have otherwise.
+an option that takes some of it, half of the bytes, several of them or the metrics both, and standardized rows, which
+are read twice more, a quarter. fp64's rows are not kept, and 128 threads share what 256 have otherwise.
 Threads are counted, not warps, of which AMD's have 64. Fewer threads with 4 tiles each come first, so that short rows
-leave room for other programs beside them. Measured by ptxas (registers, no spills): tests/test_triton_static.py.
+leave room for other programs. Measured by ptxas (registers, no spills): tests/test_triton_static.py.
 
 Caches. Longer rows are read twice, and the second sweep finds them in the L2 only if all rows in flight fit into it. So
 there are as many programs as rows fit into three quarters of it, but not fewer than one for each multiprocessor and not
@@ -32,20 +32,20 @@ from kdfast.triton.spec import Spec
 LONG_LANES = 256
 SPLIT_ROWS = 64  # with fewer rows than this
 SPLIT_CLASSES = 32768  # and more classes than this
-SEGMENTS = 64  # at most; a row's statistics are joined by one tile of (SEGMENTS, rows)
-LEAST_TILES = 2  # in a segment: it costs 200 bytes of labels and statistics
+SEGMENTS = 64  # at most; a row's sums are merged by one tile of (SEGMENTS, rows)
+LEAST_TILES = 2  # in a segment: it costs 200 bytes of labels and sums
 
 Choice = TypeVar("Choice")
-_best: dict[Hashable, Any] = {}  # what was measured
+_best: dict[Hashable, Any] = {}  # the fastest candidates
 
 
-class Facts(NamedTuple):
+class Gpu(NamedTuple):
     warp: int  # threads
     multiprocessors: int
     cache: int  # bytes of L2
 
 
-class Room(NamedTuple):
+class RegisterBudget(NamedTuple):
     """How much of a row and its teachers' a program may keep in registers."""
 
     lanes: int
@@ -54,12 +54,12 @@ class Room(NamedTuple):
     sweeping: int = LONG_LANES  # threads for rows of which nothing is kept
 
 
-MOST_ROOM = Room(512, 256, 128)
-ROOM_BESIDE_ARITHMETIC = Room(256, 128, 255)
-ROOM_BESIDE_OPTIONS = Room(512, 128, 128)
-ROOM_BESIDE_MOMENTS = Room(256, 64, 255)
-LEAST_ROOM = Room(256, 64, 255, 128)
-NO_ROOM = Room(0, 0, 0, 128)  # fp64: two registers for each number
+FULL_BUDGET = RegisterBudget(512, 256, 128)
+ARITHMETIC_BUDGET = RegisterBudget(256, 128, 255)
+OPTIONS_BUDGET = RegisterBudget(512, 128, 128)
+MOMENTS_BUDGET = RegisterBudget(256, 64, 255)
+LEAST_BUDGET = RegisterBudget(256, 64, 255, 128)
+FP64_BUDGET = RegisterBudget(0, 0, 0, 128)  # fp64: two registers for each number
 
 
 class Plan(NamedTuple):
@@ -81,112 +81,114 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def facts(device: torch.device) -> Facts:
+def gpu_properties(device: torch.device) -> Gpu:
     if interpreted():
-        return Facts(32, 1, 1 << 25)
+        return Gpu(32, 1, 1 << 25)
     driver = triton.runtime.driver.active
     target = driver.get_current_target()
-    return _facts(device, driver.get_current_device(), target.warp_size, driver)
+    return _cached_properties(device, driver.get_current_device(), target.warp_size, driver)
 
 
 @lru_cache
-def _facts(device: torch.device, number: int, warp: int, driver: Any) -> Facts:
+def _cached_properties(device: torch.device, number: int, warp: int, driver: Any) -> Gpu:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return Facts(warp, properties.multi_processor_count, properties.L2_cache_size)
-    return Facts(warp, driver.utils.get_device_properties(number)["multiprocessor_count"], 40 << 20)
+        return Gpu(warp, properties.multi_processor_count, properties.L2_cache_size)
+    return Gpu(warp, driver.utils.get_device_properties(number)["multiprocessor_count"], 40 << 20)
 
 
-def room_for(spec: Spec, tensors: list[Tensor]) -> Room:
+def register_budget(spec: Spec, tensors: list[Tensor]) -> RegisterBudget:
     """What the arithmetic leaves."""
     much = (spec.metrics, spec.standardize)
     more = (spec.softcap, spec.teacher_softcap, spec.dkd, not (spec.linear or spec.standardize), len(tensors) > 2)
     least = any(much) and sum((*much, *more)) > 1
     if spec.dtype == tl.float64:
-        return NO_ROOM
+        return FP64_BUDGET
     if least:
-        return LEAST_ROOM
+        return LEAST_BUDGET
     if spec.standardize:
-        return ROOM_BESIDE_MOMENTS
+        return MOMENTS_BUDGET
     plain = spec.teacher != "given" and len(tensors) <= 2 and tensors[0].dtype == tensors[-1].dtype
     carries_p = spec.divergence is None or (spec.linear and spec.divergence.over_student is None)
     if not (plain and carries_p) or spec.metrics:
-        return ROOM_BESIDE_ARITHMETIC
+        return ARITHMETIC_BUDGET
     terms = sum((spec.smoothed, spec.dkd, spec.softcap or spec.teacher_softcap))
-    return (MOST_ROOM, ROOM_BESIDE_OPTIONS, ROOM_BESIDE_ARITHMETIC, ROOM_BESIDE_ARITHMETIC)[terms]
+    return (FULL_BUDGET, OPTIONS_BUDGET, ARITHMETIC_BUDGET, ARITHMETIC_BUDGET)[terms]
 
 
-def vector(tensors: list[Tensor]) -> int:
+def vector_classes(tensors: list[Tensor]) -> int:
     return 16 // min(t.element_size() for t in tensors)
 
 
-def _long_lanes(tensors: list[Tensor], room: Room) -> int:
+def _sweeping_lanes(tensors: list[Tensor], budget: RegisterBudget) -> int:
     few = len(tensors) <= 4  # else more registers for each, and more of them to load
-    return min(room.sweeping, LONG_LANES if few else LONG_LANES // 2)
+    return min(budget.sweeping, LONG_LANES if few else LONG_LANES // 2)
 
 
-def plan(vocab: int, tensors: list[Tensor], warp: int, room: Room) -> Plan:
+def plan(vocab: int, tensors: list[Tensor], warp: int, budget: RegisterBudget) -> Plan:
     """For rows of `vocab` classes in each of these tensors."""
-    vec = vector(tensors)
+    vec = vector_classes(tensors)
     vectors = triton.next_power_of_2(triton.cdiv(vocab, vec))
-    most = room.bytes // (vec * sum(t.element_size() for t in tensors))
+    most = budget.bytes // (vec * sum(t.element_size() for t in tensors))
     most = 1 << most.bit_length() >> 1  # a power of 2, as threads are
-    if vectors > room.lanes * most:
-        return _sweeping(_long_lanes(tensors, room), vec, warp)
-    lanes = min(room.lanes, max(warp, vectors // min(4, most)))
-    return Plan(lanes, vec, triton.cdiv(vectors, lanes), lanes // warp, room.registers)
+    if vectors > budget.lanes * most:
+        return _sweeping_plan(_sweeping_lanes(tensors, budget), vec, warp)
+    lanes = min(budget.lanes, max(warp, vectors // min(4, most)))
+    return Plan(lanes, vec, triton.cdiv(vectors, lanes), lanes // warp, budget.registers)
 
 
-def _sweeping(lanes: int, vec: int, warp: int) -> Plan:
+def _sweeping_plan(lanes: int, vec: int, warp: int) -> Plan:
     return Plan(lanes, vec, 0, lanes // warp, min(255, 65536 // (2 * lanes)))  # for two programs a multiprocessor
 
 
-def sweep(vocab: int, tensors: list[Tensor], warp: int, room: Room) -> Plan:
+def sweep_plan(vocab: int, tensors: list[Tensor], warp: int, budget: RegisterBudget) -> Plan:
     """For rows, or segments, of which nothing is kept."""
-    vec = vector(tensors)
-    lanes = min(_long_lanes(tensors, room), max(warp, triton.next_power_of_2(triton.cdiv(vocab, vec)) // 4))
-    return _sweeping(lanes, vec, warp)
+    vec = vector_classes(tensors)
+    lanes = min(_sweeping_lanes(tensors, budget), max(warp, triton.next_power_of_2(triton.cdiv(vocab, vec)) // 4))
+    return _sweeping_plan(lanes, vec, warp)
 
 
-def choices(rows: int, vocab: int, tensors: list[Tensor], of: Facts, room: Room) -> Iterator[tuple[Plan, int]]:
+def candidates(
+    rows: int, vocab: int, tensors: list[Tensor], gpu: Gpu, budget: RegisterBudget
+) -> Iterator[tuple[Plan, int]]:
     """Plans and numbers of programs for a sweep over whole rows: the one that is taken, then others worth measuring."""
-    first = plan(vocab, tensors, of.warp, room)
-    yield first, rows if first.tiles else programs(rows, vocab, tensors, of)
+    first = plan(vocab, tensors, gpu.warp, budget)
+    yield first, rows if first.tiles else program_count(rows, vocab, tensors, gpu)
     if first.tiles:
         for lanes, tiles in ((first.lanes // 2, first.tiles * 2), (first.lanes * 2, first.tiles // 2)):
-            if tiles and of.warp <= lanes <= 1024:
+            if tiles and gpu.warp <= lanes <= 1024:
                 registers = min(255, first.registers * first.lanes // lanes)
-                yield Plan(lanes, first.vec, tiles, lanes // of.warp, registers), rows
+                yield Plan(lanes, first.vec, tiles, lanes // gpu.warp, registers), rows
     for lanes in (128, 256, 512):
         for each in (1, 2, 4):
-            yield _sweeping(lanes, first.vec, of.warp), min(rows, each * of.multiprocessors)
+            yield _sweeping_plan(lanes, first.vec, gpu.warp), min(rows, each * gpu.multiprocessors)
 
 
-def programs(rows: int, vocab: int, tensors: list[Tensor], of: Facts) -> int:
+def program_count(rows: int, vocab: int, tensors: list[Tensor], gpu: Gpu) -> int:
     """For rows that are read twice."""
     row = vocab * sum(t.element_size() for t in tensors)
-    fitting = of.cache * 3 // 4 // row
-    return max(1, min(rows, max(of.multiprocessors, min(2 * of.multiprocessors, fitting))))
+    fitting = gpu.cache * 3 // 4 // row
+    return max(1, min(rows, max(gpu.multiprocessors, min(2 * gpu.multiprocessors, fitting))))
 
 
-def segments(rows: int, vocab: int, tile: int, of: Facts) -> tuple[int, int]:
+def split_row(rows: int, vocab: int, tile: int, gpu: Gpu) -> tuple[int, int]:
     """Into how many segments of how many classes, whole tiles, a row is split: (1, vocab) where it is not."""
     if rows == 0 or rows > SPLIT_ROWS or vocab <= SPLIT_CLASSES:
         return 1, vocab
-    wanted = min(SEGMENTS, triton.cdiv(2 * of.multiprocessors, rows), vocab // (LEAST_TILES * tile))
+    wanted = min(SEGMENTS, triton.cdiv(2 * gpu.multiprocessors, rows), vocab // (LEAST_TILES * tile))
     segment = triton.cdiv(triton.cdiv(vocab, wanted), tile) * tile
     return triton.cdiv(vocab, segment), segment
 
 
-def chosen(key: Hashable, choices: Callable[[], Iterable[Choice]], run: Callable[[Choice], Any]) -> Choice:
-    """KDFAST_AUTOTUNE=1: the fastest of `choices` by measurement, once per key; else the first one, without any.
+def choose(key: Hashable, candidates: Callable[[], Iterable[Choice]], run: Callable[[Choice], Any]) -> Choice:
+    """KDFAST_AUTOTUNE=1: the fastest of `candidates` by measurement, once per key; else the first one, without any.
 
     run: launches the kernel; what it writes must be written again afterwards.
     """
     if os.environ.get("KDFAST_AUTOTUNE") != "1":
-        return next(iter(choices()))
+        return next(iter(candidates()))
     if key not in _best:
         bench = triton.runtime.driver.active.get_benchmarker()
-        times = {choice: bench(lambda choice=choice: run(choice), quantiles=[0.5])[0] for choice in choices()}
+        times = {choice: bench(lambda choice=choice: run(choice), quantiles=[0.5])[0] for choice in candidates()}
         _best[key] = min(times, key=times.__getitem__)
     return _best[key]

@@ -2,8 +2,6 @@
 what a tile of the teachers is: logits to be softmaxed, each teacher's or their mean, or probabilities as given.
 
 softcap        s' = c tanh(s / c)                   ds'/ds = 1 - (s' / c)^2
-standardize    z = (s' - mean) / d, d = 1e-7 + sd   sd^2 = sum (s' - mean)^2 / (V - 1)
-its gradient   dl/ds'_i = g_i / d - z_i G / ((V - 1) sd), with g = dl/dz, whose sum is 0, and G = sum g_j z_j
 """
 
 from typing import Any, NamedTuple
@@ -11,15 +9,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from kdfast.triton.spec import INF, LOG2E, Row
-from kdfast.triton.tiles import in_lanes
+from kdfast.triton.spec import INF, LOG2E
 
 
-class Scaling(NamedTuple):
-    mean: Any
-    unit: Any  # 1 / d
-    d: Any  # 1 / unit: what a gradient has that knows the unit alone
-    spread: Any  # 1 / ((V - 1) sd); 0 where all logits are equal
+class Logits(NamedTuple):
+    student: Any
+    teachers: Any  # of each
 
 
 @triton.jit
@@ -38,135 +33,66 @@ def tanh(x):
 
 
 @triton.jit
-def capped(x, cap, inverse):
+def softcap(x, cap, inverse):
     return tl.where(x == -INF, x, cap * tanh(x * inverse))
 
 
 @triton.jit
-def capped_slope(s, row, SPEC: tl.constexpr):
-    """ds'/ds from what student_logits gave."""
+def softcap_derivative(s, row, SPEC: tl.constexpr):
+    """ds'/ds from what adjust_student gave."""
     if SPEC.standardize:
-        s = s * row.scaling.d + row.scaling.mean
+        s = s * row.scalings.student.d + row.scalings.student.mean
     x = s * row.caps.student_inverse
     return tl.where(x == -INF, 0, (1 - x) * (1 + x))
 
 
 @triton.jit
-def scaled_by(x, scaling):
+def standardize(x, scaling):
+    """scaling: classifiers.Scaling."""
     return (x - scaling.mean) * scaling.unit
 
 
 @triton.jit
-def student_logits(s, row, SPEC: tl.constexpr):
+def adjust_student(s, row, SPEC: tl.constexpr):
     if SPEC.softcap:
-        s = capped(s, row.caps.student, row.caps.student_inverse)
-    if SPEC.standardize and len(row.scaling) > 0:
-        s = scaled_by(s, row.scaling)
+        s = softcap(s, row.caps.student, row.caps.student_inverse)
+    if SPEC.standardize and len(row.scalings) > 0:
+        s = standardize(s, row.scalings.student)
     return s
 
 
 @triton.jit
-def teacher_tile(t, k: tl.constexpr, row, SPEC: tl.constexpr):
+def adjust_teacher(t, k: tl.constexpr, row, SPEC: tl.constexpr):
     if SPEC.teacher_softcap:
-        t = capped(t, row.caps.teacher, row.caps.teacher_inverse)
-    if SPEC.standardize and len(row.teacher_scalings) > 0:
-        t = scaled_by(t, row.teacher_scalings[k])
+        t = softcap(t, row.caps.teacher, row.caps.teacher_inverse)
+    if SPEC.standardize and len(row.scalings) > 0:
+        t = standardize(t, row.scalings.teachers[k])
     return t
 
 
 @triton.jit
-def prepared(s, ts, row, SPEC: tl.constexpr):
+def adjust_logits(s, ts, row, SPEC: tl.constexpr):
     """Logits as the terms see them."""
-    out = ()
+    teachers = ()
     for k in tl.static_range(len(ts)):
-        out = out + (teacher_tile(ts[k], k, row, SPEC),)
-    return student_logits(s, row, SPEC), out
+        teachers = teachers + (adjust_teacher(ts[k], k, row, SPEC),)
+    return Logits(adjust_student(s, row, SPEC), teachers)
 
 
-# ---- moments: (count, mean, sum of squares about it) of each lane, joined as Chan et al. (1979) do: sums about one
-# number for all would lose digits where that is far off, and equal logits must have a deviation of exactly 0 ----
-
-
-@triton.jit
-def joined(count_a, mean_a, squares_a, count_b, mean_b, squares_b):
-    count = count_a + count_b
-    d = mean_b - mean_a
-    share = count_b / tl.maximum(count, 1)
-    return count, mean_a + d * share, squares_a + squares_b + d * d * (count_a * share)
+# ---- exponents to base 2 ----
 
 
 @triton.jit
-def add_moments(moments, x, there):
-    """x, there: (lanes, n)."""
-    count, mean, squares = moments
-    n = tl.sum(there.to(x.dtype), 1)
-    mean_x = tl.sum(tl.where(there, x, 0), 1) / tl.maximum(n, 1)
-    d = tl.where(there, x - mean_x[:, None], 0)
-    return joined(count, mean, squares, n, mean_x, tl.sum(d * d, 1))
-
-
-@triton.jit
-def no_moments(teachers, SPEC: tl.constexpr):
-    nothing = in_lanes(0, SPEC)
-    moments = ((nothing, nothing, nothing),)
-    for _ in tl.static_range(len(teachers)):
-        moments = moments + ((nothing, nothing, nothing),)
-    return moments
-
-
-@triton.jit
-def moments_pass(moments, tile, given, row, SPEC: tl.constexpr):
-    out = (add_moments(moments[0], tile.s, tile.there),)
-    for k in tl.static_range(len(tile.teachers)):
-        out = out + (add_moments(moments[k + 1], tile.teachers[k], tile.there),)
-    return out
-
-
-@triton.jit
-def scaling_of(moments):
-    count, mean, squares = tl.reduce(moments, 0, joined)
-    freedom = tl.maximum(count - 1, 1)
-    deviation = tl.sqrt(squares / freedom)
-    unit = 1 / (deviation + 1e-7)
-    return Scaling(mean, unit, 1 / unit, tl.where(deviation == 0, 0, 1 / (freedom * deviation)))
-
-
-@triton.jit
-def with_scalings(row, student, teachers):
-    """The row with its moments known."""
-    return Row(
-        row.slope, row.teacher_slope, row.temperature, row.weights, row.beta, row.label, row.caps, student, teachers
-    )
-
-
-@triton.jit
-def standardized(row, moments):
-    scalings = ()
-    for k in tl.static_range(1, len(moments)):
-        scalings = scalings + (scaling_of(moments[k]),)
-    return with_scalings(row, scaling_of(moments[0]), scalings)
-
-
-@triton.jit
-def rescaled(row, c, further):
-    """The row with the moments that its coefficients have."""
-    scalings = (Scaling(c.teacher_mean, c.teacher_unit, 1 / c.teacher_unit, 0),)
-    for k in tl.static_range(len(further)):
-        scalings = scalings + (Scaling(further[k].mean, further[k].unit, 1 / further[k].unit, 0),)
-    return with_scalings(row, Scaling(c.mean, c.student_unit, 1 / c.student_unit, 0), scalings)
-
-
-@triton.jit
-def base2(temperature):
+def exp2_scale(temperature):
     """log2(e) / T: what logits are multiplied by."""
     return (temperature * 0 + LOG2E) / temperature  # a constant on the left would swallow the rest as its value
 
 
 @triton.jit
-def teacher_slope(temperature, SPEC: tl.constexpr):
-    """What the teacher's logits are multiplied by, in base 2."""
+def teacher_exp2_scale(temperature, SPEC: tl.constexpr):
+    """What the teacher's logits are multiplied by."""
     if SPEC.target == "logits":
-        return base2(temperature)
+        return exp2_scale(temperature)
     elif SPEC.target == "log_probs":
         return temperature * 0 + LOG2E
     else:
@@ -174,8 +100,25 @@ def teacher_slope(temperature, SPEC: tl.constexpr):
 
 
 @triton.jit
+def finite(offset):
+    """The offset that is subtracted: 0 where every class so far is masked."""
+    return tl.where(offset == -INF, 0, offset)
+
+
+@triton.jit
+def exponent(x, scale, offset):
+    """x * scale - offset, rounded once: offset and x * scale may be large and alike."""
+    return tl.fma(x, scale, -offset)
+
+
+# ---- the teachers' distributions ----
+
+
+@triton.jit
 def weighted_mean(tiles, weights):
-    mean = tiles[0] * weights[0]
+    mean = tiles[0]
+    if len(tiles) > 1:
+        mean = mean * weights[0]
     for k in tl.static_range(1, len(tiles)):
         mean += tiles[k] * weights[k]
     return mean
@@ -190,10 +133,13 @@ def teacher_logits(tiles, weights, SPEC: tl.constexpr):
         if SPEC.target == "probs":
             x = tl.log2(x)
         logits = logits + (x,)
-    if SPEC.joint and len(tiles) > 1:
-        return (weighted_mean(logits, weights),)
-    else:
-        return logits
+    return (weighted_mean(logits, weights),) if SPEC.joint else logits
+
+
+@triton.jit
+def joint_logits(tiles, weights, SPEC: tl.constexpr):
+    """Where one distribution is softmaxed: its tile."""
+    return teacher_logits(tiles, weights, SPEC)[0]
 
 
 @triton.jit
@@ -205,10 +151,8 @@ def teacher_probabilities(tiles, weights, SPEC: tl.constexpr):
         if SPEC.target == "log_probs":
             x = tl.exp2(x * LOG2E)
         probabilities = probabilities + (x,)
-    if len(tiles) > 1:
-        p = weighted_mean(probabilities, weights)
-        return p, tl.log2(p)
-    elif SPEC.target == "log_probs":
-        return probabilities[0], tiles[0] * LOG2E
+    p = weighted_mean(probabilities, weights)
+    if SPEC.target == "log_probs" and len(tiles) == 1:
+        return p, tiles[0] * LOG2E
     else:
-        return probabilities[0], tl.log2(probabilities[0])
+        return p, tl.log2(p)

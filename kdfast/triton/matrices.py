@@ -9,16 +9,16 @@ import triton.language as tl
 from torch import Tensor
 
 
-def launching_on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
-def arithmetic(student: Tensor) -> Any:
+def arithmetic_dtype(student: Tensor) -> Any:
     return tl.float64 if student.dtype == torch.float64 else tl.float32
 
 
-def rows_of(tensor: Tensor) -> int:
+def row_count(tensor: Tensor) -> int:
     return tensor.shape[:-1].numel()
 
 
@@ -26,7 +26,7 @@ def layout(tensor: Tensor) -> tuple[int, int, int] | None:
     """(inner, outer_stride, stride) of the rows of a (..., V) tensor; None where they do not lie so."""
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         return None
-    dims: list[tuple[int, int]] = []  # (size, stride), innermost first, dimensions that lie as one joined
+    dims: list[tuple[int, int]] = []  # (size, stride), innermost first, dimensions that lie as one merged
     for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
         if size == 1:
             continue
@@ -40,7 +40,7 @@ def layout(tensor: Tensor) -> tuple[int, int, int] | None:
     return inner, dims[1][1] if len(dims) == 2 else 0, stride
 
 
-def readable(tensor: Tensor) -> Tensor:
+def make_readable(tensor: Tensor) -> Tensor:
     return tensor.contiguous() if layout(tensor) is None else tensor
 
 
@@ -55,18 +55,18 @@ def matrix(tensor: Tensor) -> tuple[Tensor, int, int, int]:
     return tensor, inner, outer, stride
 
 
-def aligned(student: Tensor, others: list[Tensor], vec: int) -> tuple[bool, ...]:
+def alignments(student: Tensor, others: list[Tensor], vec: int) -> tuple[bool, ...]:
     """Which of them, all of the student's leading dimensions, have the vectors of all their rows where it has them."""
 
-    def places(tensor: Tensor) -> list[int]:
+    def vector_offsets(tensor: Tensor) -> list[int]:
         rows = zip(tensor.shape[:-1], tensor.stride(), strict=False)
         strides = [stride % vec for size, stride in rows if size > 1]
         return [tensor.data_ptr() // tensor.element_size() % vec, *strides]
 
-    return tuple(places(student) == places(other) for other in others)
+    return tuple(vector_offsets(student) == vector_offsets(other) for other in others)
 
 
-def by_row(values: Tensor) -> Tensor:
+def flatten_rows(values: Tensor) -> Tensor:
     return values.reshape(-1).contiguous()
 
 

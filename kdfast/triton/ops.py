@@ -1,4 +1,4 @@
-"""The operators on the Triton kernels; what each computes stands beside its reference, in reference.py."""
+"""The operators on the Triton kernels; reference.py says what each computes."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.arguments import Inputs, Settings
-from kdfast.triton import launch, reductions, row_kernels, softmax_kernels
+from kdfast.triton import launch, matrices, reductions, row_kernels, softmax_kernels
 from kdfast.triton.call import Call
-from kdfast.triton.matrices import aligned, arithmetic, bits, by_row, launching_on, matrix, readable, rows_of
+from kdfast.triton.matrices import arithmetic_dtype, make_readable, matrix
 from kdfast.triton.spec import Spec
 
 # A kernel's key in Triton's cache on disk depends on which functions had theirs before: DependenciesFinder._update_hash
@@ -52,7 +52,7 @@ def grad_(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, set
 
 
 def _shard(student: Tensor, inputs: Inputs, settings: Settings) -> Call:
-    """Without what is not summed by shards."""
+    """Without what shards do not have."""
     return Call(student, inputs, settings._replace(reduction="sum", metrics=False, standardize=False), shard=True)
 
 
@@ -62,21 +62,25 @@ def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
 
 
 def pointwise_sums(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    """Sums of all shards with phi and psi of the classes that are here."""
+    """Sums of all shards, with phi and psi of this shard's classes."""
     call = _shard(student, inputs, settings)
     return sums.clone() if call.spec.linear else torch.cat([sums[:, :-2], call.pointwise_sums(sums)], 1)
 
 
+def losses_and_coefficients(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+    return _shard(student, inputs, settings).losses_and_coefficients(sums)
+
+
 def scale_(grad: Tensor, factor: Tensor) -> None:
-    view = readable(grad)
-    rows, width = rows_of(view), view.shape[-1]
+    view = make_readable(grad)
+    rows, width = matrices.row_count(view), view.shape[-1]
     if rows:
-        facts = launch.facts(grad.device)
-        plan = launch.plan(width, [view], facts.warp, launch.MOST_ROOM)
-        grid = (min(rows, 4 * facts.multiprocessors),)
-        with launching_on(grad):
+        gpu = launch.gpu_properties(grad.device)
+        plan = launch.plan(width, [view], gpu.warp, launch.FULL_BUDGET)
+        grid = (min(rows, 4 * gpu.multiprocessors),)
+        with matrices.device_guard(grad):
             reductions.scale[grid](
-                matrix(view), factor, rows, width, SPEC=Spec(arithmetic(grad), lanes=plan.lanes, vec=plan.vec),
+                matrix(view), factor, rows, width, SPEC=Spec(arithmetic_dtype(grad), lanes=plan.lanes, vec=plan.vec),
                 **plan.options(),
             )  # fmt: skip
     if view is not grad:
@@ -86,32 +90,32 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
 def tempered_softmax(
     logits: Tensor, temperatures: Tensor | None, temperature: float, log: bool, dtype: torch.dtype
 ) -> Tensor:
-    return _softmax([readable(logits)], temperatures, temperature, log, dtype, arithmetic(logits))
+    return _softmax([make_readable(logits)], temperatures, temperature, log, dtype, arithmetic_dtype(logits))
 
 
 def tempered_softmax_backward(
     grad: Tensor, output: Tensor, temperatures: Tensor | None, temperature: float, log: bool, dtype: torch.dtype
 ) -> Tensor:
     wide = tl.float64 if torch.float64 in (output.dtype, dtype) else tl.float32
-    return _softmax([readable(output), readable(grad)], temperatures, temperature, log, dtype, wide)
+    return _softmax([make_readable(output), make_readable(grad)], temperatures, temperature, log, dtype, wide)
 
 
 def _softmax(
     inputs: list[Tensor], temperatures: Tensor | None, temperature: float, log: bool, dtype: torch.dtype, wide: Any
 ) -> Tensor:
     output = inputs[0].new_empty(inputs[0].shape, dtype=dtype)
-    rows, vocab = rows_of(output), output.shape[-1]
+    rows, vocab = matrices.row_count(output), output.shape[-1]
     if not rows:
         return output
-    facts = launch.facts(output.device)
-    plan = launch.plan(vocab, inputs, facts.warp, launch.ROOM_BESIDE_ARITHMETIC)
-    per_row = None if temperatures is None else by_row(temperatures)
-    places = aligned(inputs[0], [output, *inputs[1:]], plan.vec)
+    gpu = launch.gpu_properties(output.device)
+    plan = launch.plan(vocab, inputs, gpu.warp, launch.ARITHMETIC_BUDGET)
+    per_row = None if temperatures is None else matrices.flatten_rows(temperatures)
+    places = matrices.alignments(inputs[0], [output, *inputs[1:]], plan.vec)
     spec = Spec(wide, aligned=places, lanes=plan.lanes, vec=plan.vec, tiles=plan.tiles)
-    args = (tuple(map(matrix, inputs)), matrix(output), per_row, bits(temperature), rows, vocab)
-    with launching_on(output):
+    args = (tuple(map(matrix, inputs)), matrix(output), per_row, matrices.bits(temperature), rows, vocab)
+    with matrices.device_guard(output):
         kernel, programs = softmax_kernels.softmax_short, rows
         if not plan.tiles:
-            kernel, programs = softmax_kernels.softmax_long, launch.programs(rows, vocab, inputs, facts)
+            kernel, programs = softmax_kernels.softmax_long, launch.program_count(rows, vocab, inputs, gpu)
         kernel[(programs,)](*args, LOG=log, SPEC=spec, **plan.options())
     return output

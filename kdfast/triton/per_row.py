@@ -1,11 +1,12 @@
-"""What a row has beside its logits: its label, weight, temperatures and factors, and which classes a unit has."""
+"""What a row has besides its logits: its label, weight, temperatures and factors, and which classes a program has."""
 
 import triton
 import triton.language as tl
 
-from kdfast.triton.logits import base2, prepared, student_logits, teacher_slope, teacher_tile
+from kdfast.triton.logits import adjust_logits, exp2_scale, teacher_exp2_scale
 from kdfast.triton.spec import Caps, Factors, Row
-from kdfast.triton.tiles import first_lane, head_of, in_lanes, row_value
+from kdfast.triton.sums import add_pair
+from kdfast.triton.tiles import fill_lanes, load_first_lane, prefix_length, row_value
 
 
 @triton.jit
@@ -18,11 +19,11 @@ def kept_row(per_row, row, ignore_index, vocab, LANES: tl.constexpr, SPEC: tl.co
     label = tl.full((), -1, tl.int32)
     weight = tl.full((), 1, SPEC.dtype)
     if per_row.labels is not None:
-        wide = tl.sum(first_lane(per_row.labels, row, LANES), 0)
+        wide = tl.sum(load_first_lane(per_row.labels, row, LANES), 0)
         kept = wide != ignore_index
         label = tl.where((wide >= 0) & (wide < vocab), wide, -1).to(tl.int32)
     if per_row.weights is not None:
-        weight = tl.sum(first_lane(per_row.weights, row, LANES).to(SPEC.dtype), 0)
+        weight = tl.sum(load_first_lane(per_row.weights, row, LANES).to(SPEC.dtype), 0)
         kept = kept & (weight != 0)
     return kept, label, weight
 
@@ -44,7 +45,7 @@ def number_or_0(bits, dtype: tl.constexpr):
 
 
 @triton.jit
-def weights_of(numbers, dtype: tl.constexpr):
+def teacher_weights(numbers, dtype: tl.constexpr):
     weights = ()
     for k in tl.static_range(len(numbers.teacher_weights)):
         weights = weights + (number(numbers.teacher_weights[k], dtype),)
@@ -62,42 +63,38 @@ def term_factors(numbers, factor, SPEC: tl.constexpr):
 
 
 @triton.jit
-def row_of(temperature, at, numbers, label, SPEC: tl.constexpr):
+def make_row(temperature, teacher_temperature, numbers, label, SPEC: tl.constexpr):
     """A spec.Row, for now without its moments."""
     cap, teacher_cap = number(numbers.softcap, SPEC.dtype), number(numbers.teacher_softcap, SPEC.dtype)
+    caps = Caps(cap, 1 / cap, teacher_cap, 1 / teacher_cap)
     return Row(
-        base2(temperature), teacher_slope(at, SPEC), temperature, weights_of(numbers, SPEC.dtype),
-        number(numbers.beta, SPEC.dtype), label, Caps(cap, 1 / cap, teacher_cap, 1 / teacher_cap), (), (),
+        exp2_scale(temperature), teacher_exp2_scale(teacher_temperature, SPEC), temperature,
+        teacher_weights(numbers, SPEC.dtype), number(numbers.beta, SPEC.dtype), label, caps, (),
     )  # fmt: skip
 
 
 @triton.jit
-def by_row(data, row, bits, dtype: tl.constexpr):
+def row_number(data, row, bits, dtype: tl.constexpr):
     return number(bits, dtype) if data is None else row_value(data, row, dtype)
 
 
 @triton.jit
-def row_scales(per_row, row, numbers, label, SPEC: tl.constexpr):
-    temperature = by_row(per_row.temperatures, row, numbers.temperature, SPEC.dtype)
-    at = by_row(per_row.teacher_temperatures, row, numbers.teacher_temperature, SPEC.dtype)
-    return row_of(temperature, at, numbers, label, SPEC)
-
-
-@triton.jit
-def _add(a, b, c, d):
-    return a + c, b + d
+def load_row(per_row, row, numbers, label, SPEC: tl.constexpr):
+    temperature = row_number(per_row.temperatures, row, numbers.temperature, SPEC.dtype)
+    teacher_temperature = row_number(per_row.teacher_temperatures, row, numbers.teacher_temperature, SPEC.dtype)
+    return make_row(temperature, teacher_temperature, numbers, label, SPEC)
 
 
 @triton.jit
 def label_and_divisor(student, label, divisor, SPEC: tl.constexpr):
     """The label's logit, and what the reduction divides by."""
-    logit = in_lanes(0, SPEC)
+    logit = fill_lanes(0, SPEC)
     if SPEC.hard or SPEC.dkd:
-        logit = first_lane(student, label, SPEC.lanes, label >= 0).to(SPEC.dtype)
+        logit = load_first_lane(student, label, SPEC.lanes, label >= 0).to(SPEC.dtype)
     if divisor is None:
         return tl.sum(logit, 0), tl.full((), 1, SPEC.dtype)
     else:
-        return tl.reduce((logit, first_lane(divisor, 0, SPEC.lanes).to(SPEC.dtype)), 0, _add)
+        return tl.reduce((logit, load_first_lane(divisor, 0, SPEC.lanes).to(SPEC.dtype)), 0, add_pair)
 
 
 @triton.jit
@@ -108,7 +105,7 @@ def label_logits(logit, teachers, row, SPEC: tl.constexpr):
         for k in tl.static_range(len(teachers)):
             t = row_value(teachers[k], tl.maximum(row.label, 0), SPEC.dtype)
             ts = ts + (t,)
-    return prepared(logit, ts, row, SPEC)
+    return adjust_logits(logit, ts, row, SPEC)
 
 
 @triton.jit
@@ -128,22 +125,10 @@ def gradient_factor(per_row, label, share):
 
 
 @triton.jit
-def first_difference(student, teachers, row, SPEC: tl.constexpr):
-    """logit_mse: a number near the mean difference, from which its sums are taken."""
-    difference = tl.zeros((), SPEC.dtype)
-    if SPEC.difference and not SPEC.standardize:
-        difference += student_logits(row_value(student, 0, SPEC.dtype), row, SPEC)
-        for k in tl.static_range(len(teachers)):
-            share = row.weights[k] if len(teachers) > 1 else 1
-            difference -= teacher_tile(row_value(teachers[k], 0, SPEC.dtype), k, row, SPEC) * share
-    return difference
-
-
-@triton.jit
-def segment_of(student, unit, segments, segment, vocab, kept, VEC: tl.constexpr):
-    """(begin, end): which classes a unit has of its row; all but the first segment begin with a whole vector."""
-    part = unit % segments
-    head = tl.where(segments > 1, head_of(student, vocab, VEC), 0)
-    begin = tl.where(part == 0, 0, tl.minimum(head + part * segment, vocab))
-    end = tl.where(part == segments - 1, vocab, tl.minimum(head + (part + 1) * segment, vocab))
+def segment_range(student, at, segments, segment, vocab, kept, VEC: tl.constexpr):
+    """(begin, end): which classes a segment has of its row; all but the first segment begin with a whole vector."""
+    part = at % segments
+    prefix = tl.where(segments > 1, prefix_length(student, vocab, VEC), 0)
+    begin = tl.where(part == 0, 0, tl.minimum(prefix + part * segment, vocab))
+    end = tl.where(part == segments - 1, vocab, tl.minimum(prefix + (part + 1) * segment, vocab))
     return begin, tl.where(kept, end, begin)

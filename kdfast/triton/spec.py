@@ -1,10 +1,10 @@
-"""What a kernel is compiled for beside dtypes and sizes, constants of its arithmetic, and its bundles of numbers."""
+"""What a kernel is compiled for besides dtypes and sizes, constants of its arithmetic, and its bundles of numbers."""
 
 from typing import Any, NamedTuple
 
 import triton.language as tl
 
-from kdfast.triton.divergences import NO_PARTS, Divergence, Parts
+from kdfast.triton.divergences import NO_RUNNING_SUMS, Divergence, RunningSums
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -17,13 +17,13 @@ class Spec(NamedTuple):
     dtype: Any  # of the arithmetic
     teacher: str = "none"  # "none"; "softmaxed": one distribution or more; "given": probabilities as they are
     divergence: Divergence | None = None
-    linear: bool = True  # the divergence's sums are taken along with the statistics, and not in a pass of their own
+    linear: bool = True  # the divergence's sums are taken in pass A, and not in a pass of their own
     target: str = "logits"  # what the teachers' tensors hold
     joint: bool = True  # "softmaxed": the weighted mean of the teachers is one distribution; else each has its own
     hard: bool = False  # exps at temperature 1 are wanted
-    power: int = 1  # exps at temperature 1 are this power of those at T; 0: they are taken by themselves
+    power: int = 1  # exps at temperature 1 are this power of those at T; 0: they are computed from the logits
     t_squared: bool = True
-    parts: Parts = NO_PARTS  # the running sums
+    running: RunningSums = NO_RUNNING_SUMS
     labelled: bool = False  # the label's term is in the loss
     difference: bool = False  # logit_mse
     dkd: bool = False
@@ -60,7 +60,7 @@ class Numbers(NamedTuple):
     teacher_temperature: Any
     alpha: Any
     hard_weight: Any
-    scale: Any  # of the losses, beside the divisor
+    scale: Any  # of the losses, besides the divisor
     beta: Any
     label_smoothing: Any
     z_loss: Any
@@ -83,15 +83,14 @@ class Caps(NamedTuple):
 class Row(NamedTuple):
     """What a row's passes know beforehand."""
 
-    slope: Any  # log2(e) / T
-    teacher_slope: Any
+    exp2_scale: Any  # log2(e) / T
+    teacher_exp2_scale: Any
     temperature: Any
     weights: Any  # the teachers'
     beta: Any
     label: Any
     caps: Any
-    scaling: Any  # logits.Scaling of the student, () while it is not known
-    teacher_scalings: Any
+    scalings: Any  # standardized: classifiers.Scaling of student and teachers, () while they are not known
 
 
 class Factors(NamedTuple):

@@ -1,6 +1,6 @@
-"""Sums of lanes, or of segments, joined to those of a row, and what is known from them: pass A's row mathematics.
+"""Sums of lanes, or of segments, merged to those of a row, and what is known from them: pass A's row mathematics.
 
-Notation and the one rule of joining are those of statistics.py. Scalars are a row's, or vectors of one per row.
+Notation and the one rule of merging are those of pass_a.py. Scalars are a row's, or vectors of one per row.
 """
 
 from typing import Any, NamedTuple
@@ -8,32 +8,23 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from kdfast.triton import dkd, metrics
+from kdfast.triton import classifiers, metrics
+from kdfast.triton.logits import finite
+from kdfast.triton.pass_a import Sums, TeacherSums, hard_offset, hard_offset_change, old_offset, rescale, scaled
 from kdfast.triton.spec import INF, LN2
-from kdfast.triton.statistics import (
-    Differences,
-    Statistics,
-    Student,
-    Teacher,
-    before,
-    exponent,
-    finite,
-    hard_shift,
-    moved,
-    scaled,
-)
 
 
-class Scale(NamedTuple):
+class TeacherSoftmax(NamedTuple):
     """How exps become probabilities."""
 
     offset: Any
     total: Any  # what they are divided by
 
 
-class Scales(NamedTuple):
-    student: Any
-    teachers: Any  # one of each distribution
+class Softmaxes(NamedTuple):
+    student_offset: Any
+    student_total: Any
+    teachers: Any  # TeacherSoftmax of each distribution
 
 
 class DivergenceSums(NamedTuple):
@@ -49,12 +40,12 @@ class DivergenceSums(NamedTuple):
 
 
 @triton.jit
-def _largest(a, b, c, d):
+def _max_pair(a, b, c, d):
     return tl.maximum(a, c), tl.maximum(b, d)
 
 
 @triton.jit
-def _pair(a, b, c, d):
+def add_pair(a, b, c, d):
     return a + c, b + d
 
 
@@ -64,7 +55,7 @@ def _log2(n):
 
 
 @triton.jit
-def _pair_sums(a, b):
+def sum_pair(a, b):
     """Over the first axis; of segments of several rows by halves, or the number of rows would decide on the order."""
     if len(a.shape) > 1:
         SEGMENTS: tl.constexpr = a.shape[0]
@@ -73,141 +64,142 @@ def _pair_sums(a, b):
         for k in tl.static_range(HALVINGS):
             a = tl.reshape(a, 2, SEGMENTS >> (k + 1), ROWS)
             b = tl.reshape(b, 2, SEGMENTS >> (k + 1), ROWS)
-            a, b = tl.reduce((a, b), 0, _pair)
+            a, b = tl.reduce((a, b), 0, add_pair)
         return tl.reshape(a, ROWS), tl.reshape(b, ROWS)
     else:
-        return tl.reduce((a, b), 0, _pair)
+        return tl.reduce((a, b), 0, add_pair)
 
 
 @triton.jit
-def sums_of(values):
+def sum_first_axis(values):
     """Sums over the first axis, two at a time."""
     out = ()
     for k in tl.static_range(0, len(values), 2):
         if k + 1 < len(values):
-            out = out + _pair_sums(values[k], values[k + 1])
+            out = out + sum_pair(values[k], values[k + 1])
         else:
-            out = out + (_pair_sums(values[k], values[k])[0],)
+            out = out + (sum_pair(values[k], values[k])[0],)
     return out
 
 
 @triton.jit
-def merge(statistics, row, SPEC: tl.constexpr):
-    """Statistics of lanes, or of segments, (n,), joined to those of the row."""
-    student, teachers, differences, best = statistics
+def merge(sums, row, SPEC: tl.constexpr):
+    """Sums of lanes, or of segments, (n,), merged to those of the row."""
     if SPEC.teacher == "softmaxed":
-        highest, first_highest = tl.reduce((student.offset, teachers[0].offset), 0, _largest)
+        highest, first_highest = tl.reduce((sums.student_offset, sums.teachers[0].offset), 0, _max_pair)
     else:
-        highest = tl.max(student.offset, 0)
+        highest = tl.max(sums.student_offset, 0)
     new = finite(highest)
-    old = before(student.offset, new)
+    old = old_offset(sums.student_offset, new)
     ds = old - new
-    hard = student.hard
+    hard = sums.hard_total
     if SPEC.hard:
-        hard = scaled(hard, hard_shift(old, new, row, SPEC))
-    out = ()
+        hard = scaled(hard, hard_offset_change(old, new, row, SPEC))
+    teachers = ()
     dt = ds
-    for k in tl.static_range(len(teachers)):
-        teacher = teachers[k]
+    for k in tl.static_range(len(sums.teachers)):
+        teacher = sums.teachers[k]
         if SPEC.teacher == "softmaxed":
             teacher_highest = first_highest if k == 0 else tl.max(teacher.offset, 0)
             base = finite(teacher_highest)
-            dt = before(teacher.offset, base) - base
-            mass = scaled(teacher.mass, dt)
+            dt = old_offset(teacher.offset, base) - base
+            total = scaled(teacher.total, dt)
         else:
-            teacher_highest, dt, mass = tl.max(teacher.offset, 0), teacher.offset, teacher.mass
-        parts = moved(teacher.parts, SPEC.parts.over_teacher, teacher.mass, dt, dt, ds, row.beta)
-        sums = sums_of((mass,) + parts)
-        out = out + (Teacher(teacher_highest, sums[0], sums[1:]),)
-    parts = moved(student.parts, SPEC.parts.over_student, student.total, ds, dt, ds, row.beta)
-    sums = sums_of((scaled(student.total, ds), hard) + parts)
-    smooth = student.smooth
+            teacher_highest, dt, total = tl.max(teacher.offset, 0), teacher.offset, teacher.total
+        running = rescale(teacher.over_teacher, SPEC.running.over_teacher, teacher.total, dt, dt, ds, row.beta)
+        added = sum_first_axis((total,) + running)
+        teachers = teachers + (TeacherSums(teacher_highest, added[0], added[1:]),)
+    running = rescale(sums.over_student, SPEC.running.over_student, sums.student_total, ds, dt, ds, row.beta)
+    added = sum_first_axis((scaled(sums.student_total, ds), hard) + running)
+    exponents, classes, differences, best = sums.exponents, sums.classes, sums.differences, sums.best
     if SPEC.smoothed:
-        moved_by = hard_shift(old, new, row, SPEC)
-        smooth = sums_of((smooth[0] + smooth[1] * moved_by, smooth[1]))
+        change = hard_offset_change(old, new, row, SPEC)
+        exponents, classes = sum_pair(exponents + classes * change, classes)
     if SPEC.difference:
-        first, second = sums_of((differences.first, differences.second))
+        first, second = sum_pair(differences.first, differences.second)
         with_z = tl.sum(differences.with_z, 0) if SPEC.standardize else ()
-        differences = Differences(tl.max(differences.shift, 0), first, second, with_z)
+        differences = classifiers.Differences(tl.max(differences.center, 0), first, second, with_z)
     if SPEC.metrics:
-        best = (metrics.best_of(best[0]), metrics.best_of(best[1]))
-    return Statistics(Student(highest, sums[0], sums[1], sums[2:], smooth), out, differences, best)
+        best = metrics.Bests(metrics.merge_best(best.student), metrics.merge_best(best.teacher))
+    return Sums(
+        highest, added[0], hard_offset(highest, row, SPEC), added[1], added[2:], exponents, classes,
+        teachers, differences, best,
+    )  # fmt: skip
 
 
 @triton.jit
-def scales_of(statistics, at_label, row, SPEC: tl.constexpr):
-    """How exps become probabilities: an offset, and what they are divided by, of the student and of each teacher."""
-    student, teachers = statistics.student, statistics.teachers
-    out = ()
-    for k in tl.static_range(len(teachers)):
-        offset, mass, parts = teachers[k]
-        total = mass * 0 + 1
+def softmaxes(sums, at_label, row, SPEC: tl.constexpr):
+    """How exps become probabilities, of the student and of each teacher. at_label: logits, which dkd needs."""
+    teachers = ()
+    for k in tl.static_range(len(sums.teachers)):
+        teacher = sums.teachers[k]
+        offset, total = teacher.offset, teacher.total * 0 + 1
         if SPEC.teacher == "softmaxed":
-            offset, total = finite(offset), divisor_of(mass, SPEC)
-            if len(teachers) > 1:
+            offset, total = finite(offset), softmax_total(teacher.total, SPEC)
+            if len(sums.teachers) > 1:
                 share = row.weights[k]
                 if SPEC.dkd:
-                    share *= dkd.parted(mass, exponent(at_label[1][k], row.teacher_slope, offset))[0]
+                    share *= classifiers.split_teacher(teacher, at_label.teachers[k], row).rest
                 total = total / share
-        out = out + (Scale(offset, total),)
-    return Scales(Scale(finite(student.offset), divisor_of(student.total, SPEC)), out)
+        teachers = teachers + (TeacherSoftmax(offset, total),)
+    return Softmaxes(finite(sums.student_offset), softmax_total(sums.student_total, SPEC), teachers)
 
 
 @triton.jit
-def divisor_of(total, SPEC: tl.constexpr):
+def softmax_total(total, SPEC: tl.constexpr):
     """A sum of exps; without dkd's label there may be nothing left, and no class to be NaN for it."""
     return tl.where(total == 0, INF, total) if SPEC.dkd else total
 
 
 @triton.jit
-def sum_over_teacher(statistics, k: tl.constexpr, row, SPEC: tl.constexpr):
-    """Of the k-th part over p, from its running sum; in bits."""
-    student, teachers = statistics.student, statistics.teachers
-    log_total = -tl.log2(student.total)
-    total = tl.zeros_like(student.total)
-    for i in tl.static_range(len(teachers)):
-        offset, mass, parts = teachers[i]
+def sum_over_teacher(sums, k: tl.constexpr, row, SPEC: tl.constexpr):
+    """Of the k-th function of p, from its running sum; in bits."""
+    log_total = -tl.log2(sums.student_total)
+    function: tl.constexpr = SPEC.running.over_teacher[k]
+    result = tl.zeros_like(sums.student_total)
+    for i in tl.static_range(len(sums.teachers)):
+        total, part = sums.teachers[i].total, sums.teachers[i].over_teacher[k]
         if SPEC.teacher == "softmaxed":
-            mean = parts[k] / mass + SPEC.parts.over_teacher[k](mass / mass, -tl.log2(mass), log_total, row.beta)
+            mean = part / total + function(total / total, -tl.log2(total), log_total, row.beta)
         else:
-            mean = parts[k] + SPEC.parts.over_teacher[k](mass, mass * 0, log_total, row.beta)
-        total += mean * row.weights[i] if SPEC.teacher == "softmaxed" and len(teachers) > 1 else mean
-    return total
+            mean = part + function(total, total * 0, log_total, row.beta)
+        result += mean * row.weights[i] if SPEC.teacher == "softmaxed" and len(sums.teachers) > 1 else mean
+    return result
 
 
 @triton.jit
-def sum_over_student(statistics, k: tl.constexpr, row, SPEC: tl.constexpr):
-    """Of the k-th part over q, from its running sum; in bits."""
-    student, teachers = statistics.student, statistics.teachers
-    log_mass = student.total * 0
+def sum_over_student(sums, k: tl.constexpr, row, SPEC: tl.constexpr):
+    """Of the k-th function of q, from its running sum; in bits."""
+    log_total = sums.student_total * 0
     if SPEC.teacher == "softmaxed":
-        log_mass = -tl.log2(teachers[0].mass)
-    part = SPEC.parts.over_student[k](student.total * 0 + 1, log_mass, -tl.log2(student.total), row.beta)
-    return student.parts[k] / student.total + part
+        log_total = -tl.log2(sums.teachers[0].total)
+    function: tl.constexpr = SPEC.running.over_student[k]
+    rest = function(sums.student_total * 0 + 1, log_total, -tl.log2(sums.student_total), row.beta)
+    return sums.over_student[k] / sums.student_total + rest
 
 
 @triton.jit
-def teacher_mass(statistics, row, SPEC: tl.constexpr):
+def teacher_mass(sums, row, SPEC: tl.constexpr):
     """sum p."""
-    teachers = statistics.teachers
+    teachers = sums.teachers
     if SPEC.teacher == "given":
-        return teachers[0].mass
+        return teachers[0].total
     else:
-        mass = teachers[0].mass / teachers[0].mass
+        mass = teachers[0].total / teachers[0].total
         if len(teachers) > 1:
             mass = mass * row.weights[0]
             for k in tl.static_range(1, len(teachers)):
-                mass += teachers[k].mass / teachers[k].mass * row.weights[k]
+                mass += teachers[k].total / teachers[k].total * row.weights[k]
         return mass
 
 
 @triton.jit
-def linear_divergence(statistics, row, SPEC: tl.constexpr):
+def linear_divergence(sums, row, SPEC: tl.constexpr):
     """What pass B would find, from running sums."""
-    of_teacher = statistics.student.total * 0
+    of_teacher = sums.student_total * 0
     of_student = of_teacher
     if SPEC.divergence.over_teacher is not None:
-        of_teacher = SPEC.divergence.teacher_share(row.beta) * sum_over_teacher(statistics, 0, row, SPEC) * LN2
+        of_teacher = SPEC.divergence.teacher_share(row.beta) * sum_over_teacher(sums, 0, row, SPEC) * LN2
     if SPEC.divergence.over_student is not None:
-        of_student = SPEC.divergence.student_share(row.beta) * sum_over_student(statistics, 0, row, SPEC) * LN2
+        of_student = SPEC.divergence.student_share(row.beta) * sum_over_student(sums, 0, row, SPEC) * LN2
     return DivergenceSums(of_teacher + of_student, of_student, (), (), (), (), ())

@@ -1,6 +1,6 @@
-"""How a row's classes are gone over: the one loop of all passes, over tiles in registers or in memory.
+"""The one loop of all passes over a row's classes, of tiles in registers or in memory.
 
-A pass is a function of (state, tile, given, row, SPEC), which gives the next state; `given` is what it knows beside.
+A pass is a function of (state, tile, context, row, SPEC) that returns the next state; `context` is what else it needs.
 """
 
 from typing import Any, NamedTuple
@@ -8,100 +8,104 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from kdfast.triton.logits import prepared
-from kdfast.triton.tiles import Tile, body_classes, end_classes, head_of, load_body, widened
+from kdfast.triton.logits import adjust_logits
+from kdfast.triton.tiles import Tile, body_classes, end_classes, load_body, prefix_length, widen
 
 
-class Unit(NamedTuple):
+class Span(NamedTuple):
     """A row, or a segment of one: n classes from where these pointers are."""
 
     student: Any
     teachers: Any
-    head: Any
+    prefix: Any
     n: Any
     kept: Any  # else n is 0
-    held: Any  # where the row is in registers: its tiles as they are stored, and its ends
+    tiles: Any  # where the row is in registers: its tiles as they are stored, and its ends
 
 
 @triton.jit
-def opened(student, teachers, n, kept, SPEC: tl.constexpr):
-    head = head_of(student, n, SPEC.vec)
-    held = ()
+def open_span(student, teachers, n, kept, SPEC: tl.constexpr):
+    prefix = prefix_length(student, n, SPEC.vec)
+    tiles = ()
     TILES: tl.constexpr = SPEC.tiles
     if TILES > 0:
         for i in tl.static_range(TILES):
-            held = held + (_load(student, teachers, head, i * (SPEC.lanes * SPEC.vec), n, False, SPEC),)
-        held = held + (_load_ends(student, teachers, head, n, SPEC),)
-    return Unit(student, teachers, head, n, kept, held)
+            tiles = tiles + (_load_body(student, teachers, prefix, i * (SPEC.lanes * SPEC.vec), n, False, SPEC),)
+        tiles = tiles + (_load_ends(student, teachers, prefix, n, SPEC),)
+    return Span(student, teachers, prefix, n, kept, tiles)
 
 
 @triton.jit
-def _load(student, teachers, head, at, n, AGAIN: tl.constexpr, SPEC: tl.constexpr):
+def _load_body(student, teachers, prefix, at, n, KEEP_IN_CACHE: tl.constexpr, SPEC: tl.constexpr):
     """A tile of the body of the student and of each teacher, as they are stored."""
     ts = ()
-    s = load_body(student, head, at, n, False, True, AGAIN, SPEC)
+    PROBS: tl.constexpr = SPEC.target == "probs"
+    s = load_body(student, prefix, at, n, False, True, KEEP_IN_CACHE, SPEC)
     for k in tl.static_range(len(teachers)):
-        ts = ts + (load_body(teachers[k], head, at, n, SPEC.target == "probs", SPEC.aligned[k + 1], AGAIN, SPEC),)
+        ts = ts + (load_body(teachers[k], prefix, at, n, PROBS, SPEC.aligned[k + 1], KEEP_IN_CACHE, SPEC),)
     return s, ts
 
 
 @triton.jit
-def _load_ends(student, teachers, head, n, SPEC: tl.constexpr):
+def _load_ends(student, teachers, prefix, n, SPEC: tl.constexpr):
     """The row's ends, (LANES, 1), as numbers of the arithmetic's type."""
-    ends, there = end_classes(head, n, SPEC)
-    s = tl.load(student + ends, mask=there, other=float("-inf")).to(SPEC.dtype)
+    ends, mask = end_classes(prefix, n, SPEC)
+    s = tl.load(student + ends, mask=mask, other=float("-inf")).to(SPEC.dtype)
     fill: tl.constexpr = 0.0 if SPEC.target == "probs" else float("-inf")
     ts = ()
     for k in tl.static_range(len(teachers)):
-        ts = ts + (tl.load(teachers[k] + ends, mask=there, other=fill).to(SPEC.dtype),)
+        ts = ts + (tl.load(teachers[k] + ends, mask=mask, other=fill).to(SPEC.dtype),)
     return s, ts
 
 
 @triton.jit
-def _body(unit, loaded, at, opaque, row, SPEC: tl.constexpr):
+def _body_tile(span, loaded, at, hidden_zero, row, SPEC: tl.constexpr):
     s, ts = loaded
     out = ()
     for k in tl.static_range(len(ts)):
-        out = out + (widened(unit.teachers[k], ts[k], opaque, SPEC.dtype),)
-    s, out = prepared(widened(unit.student, s, opaque, SPEC.dtype), out, row, SPEC)
+        out = out + (widen(span.teachers[k], ts[k], hidden_zero, SPEC.dtype),)
+    s, out = adjust_logits(widen(span.student, s, hidden_zero, SPEC.dtype), out, row, SPEC)
     classes = body_classes(SPEC.lanes, SPEC.vec)
-    there = at + classes < (unit.n - unit.head) // SPEC.vec * SPEC.vec
-    return Tile(s, out, unit.head + at + classes, there, at)
+    mask = at + classes < (span.n - span.prefix) // SPEC.vec * SPEC.vec
+    return Tile(s, out, span.prefix + at + classes, mask, at)
 
 
 @triton.jit
-def _ends(unit, loaded, row, SPEC: tl.constexpr):
-    s, ts = prepared(loaded[0], loaded[1], row, SPEC)
-    ends, there = end_classes(unit.head, unit.n, SPEC)
-    return Tile(s, ts, ends, there, 0)
+def _end_tile(span, loaded, row, SPEC: tl.constexpr):
+    s, ts = loaded
+    s, ts = adjust_logits(s, ts, row, SPEC)
+    ends, mask = end_classes(span.prefix, span.n, SPEC)
+    return Tile(s, ts, ends, mask, 0)
 
 
 @triton.jit
 def sweep(
-    PASS: tl.constexpr, state, given, unit, row, SPEC: tl.constexpr,
-    NUMBER: tl.constexpr = 0, AGAIN: tl.constexpr = False, DOWN: tl.constexpr = False,
+    PASS: tl.constexpr, state, context, span, row, SPEC: tl.constexpr,
+    NUMBER: tl.constexpr = 0, KEEP_IN_CACHE: tl.constexpr = False, REVERSED: tl.constexpr = False,
 ):  # fmt: skip
     """The state after all tiles.
 
-    NUMBER: the pass's own; of a row in registers each pass but that of number 0 widens the tiles anew, see
-    tiles.widened. AGAIN: the classes will be read once more; DOWN: the last ones come first, which are those that the
+    NUMBER: the pass's own; of a row in registers each pass but that of number 0 widens the tiles anew, see tiles.widen.
+    KEEP_IN_CACHE: the classes will be read once more; REVERSED: the last ones come first, which are those that the
     caches still hold of the sweep before.
     """
     BLOCK: tl.constexpr = SPEC.lanes * SPEC.vec
     TILES: tl.constexpr = SPEC.tiles
     if TILES > 0:
-        opaque = (unit.n < -NUMBER).to(tl.int32) if NUMBER > 0 else 0
-        if unit.kept:
+        hidden_zero = (span.n < -NUMBER).to(tl.int32) if NUMBER > 0 else 0
+        if span.kept:
             for i in tl.static_range(TILES):
-                state = PASS(state, _body(unit, unit.held[i], i * BLOCK, opaque, row, SPEC), given, row, SPEC)
-            state = PASS(state, _ends(unit, unit.held[TILES], row, SPEC), given, row, SPEC)
+                state = PASS(
+                    state, _body_tile(span, span.tiles[i], i * BLOCK, hidden_zero, row, SPEC), context, row, SPEC
+                )
+            state = PASS(state, _end_tile(span, span.tiles[TILES], row, SPEC), context, row, SPEC)
     else:
-        ends = _load_ends(unit.student, unit.teachers, unit.head, unit.n, SPEC)
-        state = PASS(state, _ends(unit, ends, row, SPEC), given, row, SPEC)
-        body = unit.n - unit.head
+        ends = _load_ends(span.student, span.teachers, span.prefix, span.n, SPEC)
+        state = PASS(state, _end_tile(span, ends, row, SPEC), context, row, SPEC)
+        body = span.n - span.prefix
         last = (tl.cdiv(body, BLOCK) - 1) * BLOCK
         for i in range(0, body, BLOCK):
-            at = last - i if DOWN else i
-            loaded = _load(unit.student, unit.teachers, unit.head, at, unit.n, AGAIN, SPEC)
-            state = PASS(state, _body(unit, loaded, at, 0, row, SPEC), given, row, SPEC)
+            at = last - i if REVERSED else i
+            loaded = _load_body(span.student, span.teachers, span.prefix, at, span.n, KEEP_IN_CACHE, SPEC)
+            state = PASS(state, _body_tile(span, loaded, at, 0, row, SPEC), context, row, SPEC)
     return state

@@ -5,16 +5,19 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from kdfast.row_math import Coefficients, Sums
+from kdfast import row_math
+from kdfast.row_math import Coefficients
+from kdfast.triton.classifiers import Differences
+from kdfast.triton.pass_a import Sums, TeacherSums
 from kdfast.triton.spec import Further
-from kdfast.triton.statistics import Differences, Statistics, Student, Teacher, hard_offset
 
 COEFFICIENTS = tl.constexpr(len(Coefficients._fields))
-PARTS = tl.constexpr(Sums._fields.index("label"))
+ALL_SUMS = tl.constexpr(len(row_math.Sums._fields))
+SEGMENT_SUMS = tl.constexpr(row_math.Sums._fields.index("label"))
 
 
 @triton.constexpr_function
-def width_of(columns: Any) -> int:
+def padded_width(columns: Any) -> int:
     """Lanes for so many columns."""
     return 1 << (int(columns) - 1).bit_length()
 
@@ -27,7 +30,7 @@ def column(line, at: tl.constexpr):
 
 
 @triton.jit
-def columns_of(line, first: tl.constexpr, count: tl.constexpr):
+def read_columns(line, first: tl.constexpr, count: tl.constexpr):
     found = ()
     for k in tl.static_range(count):
         found = found + (column(line, first + k),)
@@ -35,8 +38,8 @@ def columns_of(line, first: tl.constexpr, count: tl.constexpr):
 
 
 @triton.jit
-def laid(values, line):
-    """Numbers, each (...), laid into the first columns of zeros, (..., n)."""
+def write_columns(values, line):
+    """Numbers, each (...), in the first columns of zeros, (..., n)."""
     axis: tl.constexpr = len(line.shape) - 1
     for k in tl.static_range(len(values)):
         value = values[k]
@@ -47,22 +50,23 @@ def laid(values, line):
 
 
 @triton.jit
-def store_line(table, index, values, COLUMNS: tl.constexpr, SPEC: tl.constexpr):
-    WIDTH: tl.constexpr = width_of(COLUMNS)
+def store_table_row(table, index, values, COLUMNS: tl.constexpr, SPEC: tl.constexpr, kept=True):
+    """kept: else zeros."""
+    WIDTH: tl.constexpr = padded_width(COLUMNS)
     lane = tl.arange(0, WIDTH)
-    line = laid(values, tl.zeros((WIDTH,), SPEC.dtype))
+    line = tl.where(kept, write_columns(values, tl.zeros((WIDTH,), SPEC.dtype)), 0)
     tl.store(table + (index + tl.zeros((), tl.int64)) * COLUMNS + lane, line, mask=lane < COLUMNS)
 
 
 @triton.jit
-def load_line(table, index, COLUMNS: tl.constexpr, SPEC: tl.constexpr):
-    WIDTH: tl.constexpr = max(4 * SPEC.lanes, width_of(COLUMNS))  # 16 bytes a thread, and each number by one alone
+def load_table_row(table, index, COLUMNS: tl.constexpr, SPEC: tl.constexpr):
+    WIDTH: tl.constexpr = max(4 * SPEC.lanes, padded_width(COLUMNS))  # 16 bytes a thread, and each number by one alone
     lane = tl.arange(0, WIDTH)
     return tl.load(table + (index + tl.zeros((), tl.int64)) * COLUMNS + lane, mask=lane < COLUMNS, other=0)
 
 
 @triton.jit
-def as_columns(coefficients, further):
+def coefficient_columns(coefficients, further):
     """In the order in which a table has them."""
     values = ()
     for k in tl.static_range(len(coefficients)):
@@ -73,12 +77,12 @@ def as_columns(coefficients, further):
 
 
 @triton.jit
-def coefficients_in(line, factor, teachers: tl.constexpr):
+def read_coefficients(line, factor, teachers: tl.constexpr):
     """A row's coefficients from its line of the table, what is linear in them times a factor; further teachers' too."""
-    c = Coefficients(*columns_of(line, 0, COEFFICIENTS))
+    c = Coefficients(*read_columns(line, 0, COEFFICIENTS))
     further = ()
     for k in tl.static_range(teachers - 1):
-        further = further + (Further(*columns_of(line, COEFFICIENTS + 4 * k, 4)),)
+        further = further + (Further(*read_columns(line, COEFFICIENTS + 4 * k, 4)),)
     scaled = Coefficients(
         c.student_offset, c.student_total, c.teacher_offset, c.teacher_total, c.hard_offset, c.hard_total,
         factor * c.level, factor * c.slope, factor * c.teacher, factor * c.soft, c.center, factor * c.hard,
@@ -93,49 +97,62 @@ def coefficients_in(line, factor, teachers: tl.constexpr):
 
 
 @triton.jit
-def sums_in(line, SPEC: tl.constexpr):
-    nothing = column(line, 0) * 0
-    s = Sums(*columns_of(line, 0, PARTS), nothing, nothing, nothing, nothing, nothing)
-    teachers, differences = (), ()
-    MEMBERS: tl.constexpr = SPEC.members
-    for k in tl.static_range(MEMBERS):
-        offset, mass, part = s.teacher_offset, s.teacher_total, s.over_teacher
-        if k > 0:
-            offset, mass, part = columns_of(line, PARTS + 3 * (k - 1), 3)
-        teachers = teachers + (Teacher(offset, mass, (part,)[: len(SPEC.parts.over_teacher)]),)
-    if SPEC.difference:
-        differences = Differences(s.teacher_offset, s.teacher_total, s.over_teacher, ())
-    parts = (s.over_student,)[: len(SPEC.parts.over_student)]
-    student = Student(s.student_offset, s.student_total, s.hard_total, parts, ())
-    return Statistics(student, teachers, differences, ())
+def read_all_sums(line):
+    return row_math.Sums(*read_columns(line, 0, ALL_SUMS))
 
 
 @triton.jit
-def sums_as_columns(statistics, label, classes, row, WHOLE: tl.constexpr, SPEC: tl.constexpr):
-    """label: its log2 E; classes: how many; WHOLE: all of row_math.Sums, of one teacher."""
-    student, teachers, differences, best = statistics
-    nothing = student.total * 0
-    offset, total, of_teacher, of_student, exponents = nothing, nothing, nothing, nothing, nothing
-    further = ()
-    for k in tl.static_range(len(teachers)):
-        part = nothing
-        if len(SPEC.parts.over_teacher) > 0:
-            part = teachers[k].parts[0]
-        if k == 0:
-            offset, total, of_teacher = teachers[k].offset, teachers[k].mass, part
-        else:
-            further = further + (teachers[k].offset, teachers[k].mass, part)
-    if len(SPEC.parts.over_student) > 0:
-        of_student = student.parts[0]
+def read_sums(line, WHOLE: tl.constexpr, SPEC: tl.constexpr):
+    """WHOLE: from all of row_math.Sums, of one teacher."""
+    COUNT: tl.constexpr = ALL_SUMS if WHOLE else SEGMENT_SUMS
+    columns = read_columns(line, 0, COUNT)
+    nothing = column(line, 0) * 0
+    for _ in tl.static_range(COUNT, ALL_SUMS):
+        columns = columns + (nothing,)
+    s = row_math.Sums(*columns)
+    teachers, differences, exponents, classes = (), (), (), ()
+    MEMBERS: tl.constexpr = SPEC.members
+    for k in tl.static_range(MEMBERS):
+        offset, total, part = s.teacher_offset, s.teacher_total, s.over_teacher
+        if k > 0:
+            offset, total, part = read_columns(line, SEGMENT_SUMS + 3 * (k - 1), 3)
+        teachers = teachers + (TeacherSums(offset, total, (part,)[: len(SPEC.running.over_teacher)]),)
     if SPEC.difference:
-        offset, total, of_teacher = differences.shift, differences.first, differences.second
+        differences = Differences(s.teacher_offset, s.teacher_total, s.over_teacher, ())
+    if SPEC.smoothed and WHOLE:
+        exponents, classes = s.exponents, s.classes
+    over_student = (s.over_student,)[: len(SPEC.running.over_student)]
+    return Sums(
+        s.student_offset, s.student_total, s.hard_offset, s.hard_total, over_student, exponents, classes,
+        teachers, differences, (),
+    )  # fmt: skip
+
+
+@triton.jit
+def sum_columns(sums, label, classes, WHOLE: tl.constexpr, SPEC: tl.constexpr):
+    """label: its log2 E; classes: how many; WHOLE: all of row_math.Sums, of one teacher."""
+    nothing = sums.student_total * 0
+    offset, total, over_teacher, over_student, exponents = nothing, nothing, nothing, nothing, nothing
+    further = ()
+    for k in tl.static_range(len(sums.teachers)):
+        part = nothing
+        if len(SPEC.running.over_teacher) > 0:
+            part = sums.teachers[k].over_teacher[0]
+        if k == 0:
+            offset, total, over_teacher = sums.teachers[k].offset, sums.teachers[k].total, part
+        else:
+            further = further + (sums.teachers[k].offset, sums.teachers[k].total, part)
+    if len(SPEC.running.over_student) > 0:
+        over_student = sums.over_student[0]
+    if SPEC.difference:
+        offset, total, over_teacher = sums.differences.center, sums.differences.first, sums.differences.second
     if SPEC.smoothed:
-        exponents = student.smooth[0]
-    s = Sums(
-        student.offset, student.total, offset, total, hard_offset(student.offset, row, SPEC), student.hard,
-        of_teacher, of_student, label, exponents, nothing + classes, nothing, nothing,
+        exponents = sums.exponents
+    s = row_math.Sums(
+        sums.student_offset, sums.student_total, offset, total, sums.hard_offset, sums.hard_total,
+        over_teacher, over_student, label, exponents, nothing + classes, nothing, nothing,
     )  # fmt: skip
     columns = ()
-    for k in tl.static_range(len(s) if WHOLE else PARTS):
+    for k in tl.static_range(len(s) if WHOLE else SEGMENT_SUMS):
         columns = columns + (s[k],)
     return columns + further

@@ -4,11 +4,12 @@ A matrix is (data, inner, outer_stride, stride), as matrices.py writes it: row r
 data + r // inner * outer_stride + r % inner * stride, so that a slice such as logits[:, :-1] is read as it lies. Its
 classes are contiguous.
 
-Of a row's n classes those from `head` on are whole vectors of VEC classes, of 16 bytes, which start at a sector of 32:
-a warp's request then touches no sector in part. The up to 2 * VEC - 1 classes before them, and the up to VEC - 1 after
-them, are the row's ends. A tile of the body is (LANES, VEC), each row of it one thread's vector; the ends are a tile
-(LANES, 1), of which 3 * VEC lanes are used. Triton makes 16-byte accesses of a tile only when it knows both the address
-and the mask's bound to be multiples of a vector: it is told the one by a hint, and sees the other from its form.
+Of a row's n classes those after its prefix are whole vectors of VEC classes, of 16 bytes, which start at a sector of
+32: a warp's request then touches no sector in part. The up to 2 * VEC - 1 classes of the prefix, and the up to VEC - 1
+after the vectors, are the row's ends. A tile of the body is (LANES, VEC), each row of it one thread's vector; the ends
+are a tile (LANES, 1), of which 3 * VEC lanes are used. Triton makes 16-byte accesses of a tile only when it knows both
+the address and the mask's bound to be multiples of a vector: it is told the one by a hint, and sees the other from its
+form.
 
 Tiles of a 16-bit type are loaded, and held, as pairs in 32-bit words. As single numbers the compiler gives each a
 register of its own, and keeps what it widened in one pass for the next: at 64 classes a thread that was 658 bytes of
@@ -27,8 +28,8 @@ class Tile(NamedTuple):
     s: Any
     teachers: Any
     classes: Any
-    there: Any
-    at: Any  # the first one's place in the body
+    mask: Any
+    at: Any  # where the body's tile begins, from the first of the body
 
 
 @triton.jit
@@ -54,14 +55,14 @@ def row_value(data, row, dtype: tl.constexpr):
 
 
 @triton.jit
-def first_lane(data, at, LANES: tl.constexpr, there=True):
+def load_first_lane(data, at, LANES: tl.constexpr, mask=True):
     """(LANES,): a number that one lane of the program reads, and zeros: to be summed."""
     lane = tl.arange(0, LANES)
-    return tl.load(data + at + lane * 0, mask=(lane == 0) & there, other=0)
+    return tl.load(data + at + lane * 0, mask=(lane == 0) & mask, other=0)
 
 
 @triton.jit
-def head_of(start, n, VEC: tl.constexpr):
+def prefix_length(start, n, VEC: tl.constexpr):
     """How many of n classes come before the first sector."""
     size: tl.constexpr = start.dtype.element_ty.primitive_bitwidth // 8
     past = (start.to(tl.int64) // size) % (2 * VEC)
@@ -69,7 +70,7 @@ def head_of(start, n, VEC: tl.constexpr):
 
 
 @triton.jit
-def in_lanes(value, SPEC: tl.constexpr):
+def fill_lanes(value, SPEC: tl.constexpr):
     """A number for each lane, (LANES,)."""
     LANES: tl.constexpr = SPEC.lanes
     return tl.full((LANES,), value, SPEC.dtype)
@@ -82,14 +83,14 @@ def body_classes(LANES: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def end_classes(head, n, SPEC: tl.constexpr):
+def end_classes(prefix, n, SPEC: tl.constexpr):
     """The classes of a row's ends, (LANES, 1), and which of them there are."""
     VEC: tl.constexpr = SPEC.vec
     lane = tl.arange(0, SPEC.lanes)[:, None]
-    tail = head + (n - head) // VEC * VEC
+    tail = prefix + (n - prefix) // VEC * VEC
     classes = tl.where(lane < 2 * VEC, lane, tail + lane - 2 * VEC)
-    there = tl.where(lane < 2 * VEC, lane < head, classes < n)
-    return classes, there & (lane < 3 * VEC)
+    mask = tl.where(lane < 2 * VEC, lane < prefix, classes < n)
+    return classes, mask & (lane < 3 * VEC)
 
 
 @triton.jit
@@ -106,21 +107,23 @@ def filler(start, PROBS: tl.constexpr):
 
 
 @triton.jit
-def load_body(start, head, at, n, PROBS: tl.constexpr, ALIGNED: tl.constexpr, AGAIN: tl.constexpr, SPEC: tl.constexpr):
-    """Classes `at` and on of the body as they are stored; AGAIN: they will be read once more."""
+def load_body(
+    start, prefix, at, n, PROBS: tl.constexpr, ALIGNED: tl.constexpr, KEEP_IN_CACHE: tl.constexpr, SPEC: tl.constexpr
+):
+    """Classes `at` and on of the body as they are stored; KEEP_IN_CACHE: they will be read once more."""
     LANES: tl.constexpr = SPEC.lanes
     VEC: tl.constexpr = SPEC.vec
-    policy: tl.constexpr = "evict_last" if AGAIN else "evict_first"
+    policy: tl.constexpr = "evict_last" if KEEP_IN_CACHE else "evict_first"
     narrow: tl.constexpr = start.dtype.element_ty.primitive_bitwidth == 16
     pair: tl.constexpr = 2 if narrow and ALIGNED else 1
-    first = start + head
+    first = start + prefix
     if narrow:
         first = first.to(tl.pointer_type(tl.int32 if ALIGNED else tl.int16))
     if ALIGNED:
         first = tl.multiple_of(first, 16)  # without `at`: where that is 0, it is folded away, and the hint with it
     words = at // pair + body_classes(LANES, VEC // pair)
-    there = words < (n - head) // VEC * VEC // pair
-    tile = tl.load(first + words, mask=there, other=filler(start, PROBS), eviction_policy=policy)
+    mask = words < (n - prefix) // VEC * VEC // pair
+    tile = tl.load(first + words, mask=mask, other=filler(start, PROBS), eviction_policy=policy)
     if narrow and not ALIGNED:
         low, high = tl.split(tl.reshape(tile, LANES, VEC // 2, 2))
         return (high.to(tl.int32) << 16) | (low.to(tl.int32) & 0xFFFF)
@@ -129,15 +132,15 @@ def load_body(start, head, at, n, PROBS: tl.constexpr, ALIGNED: tl.constexpr, AG
 
 
 @triton.jit
-def widened(start, tile, opaque, dtype: tl.constexpr):
+def widen(start, tile, hidden_zero, dtype: tl.constexpr):
     """A tile of load_body, (LANES, VEC), as numbers of the arithmetic's type.
 
-    opaque: a 0 that the compiler does not know to be one, where the same tile is widened once more: what it does not
-    recognise as the same numbers it does not keep.
+    hidden_zero: a 0 that the compiler does not know to be one, where the same tile is widened once more: the compiler
+    does not keep what it does not recognise as the same numbers.
     """
     storage: tl.constexpr = start.dtype.element_ty
     if storage.primitive_bitwidth == 16:
-        word = tile ^ opaque
+        word = tile ^ hidden_zero
         if storage == tl.bfloat16:
             low = (word << 16).to(tl.float32, bitcast=True)
             high = (word & -0x10000).to(tl.float32, bitcast=True)
@@ -150,33 +153,33 @@ def widened(start, tile, opaque, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_body(start, head, at, n, values, ALIGNED: tl.constexpr):
+def store_body(start, prefix, at, n, values, ALIGNED: tl.constexpr):
     LANES: tl.constexpr = values.shape[0]
     VEC: tl.constexpr = values.shape[1]
-    first = start + head
+    first = start + prefix
     if ALIGNED:
         first = tl.multiple_of(first, 16)
     classes = at + body_classes(LANES, VEC)
-    there = classes < (n - head) // VEC * VEC
-    tl.store(first + classes, values.to(start.dtype.element_ty), mask=there, eviction_policy="evict_first")
+    mask = classes < (n - prefix) // VEC * VEC
+    tl.store(first + classes, values.to(start.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
-def store_tile(start, head, n, tile, values, ALIGNED: tl.constexpr):
+def store_tile(start, prefix, n, tile, values, ALIGNED: tl.constexpr):
     """Values in the place of a tile's."""
     if values.shape[1] == 1:
-        tl.store(start + tile.classes, values.to(start.dtype.element_ty), mask=tile.there)
+        tl.store(start + tile.classes, values.to(start.dtype.element_ty), mask=tile.mask)
     else:
-        store_body(start, head, tile.at, n, values, ALIGNED)
+        store_body(start, prefix, tile.at, n, values, ALIGNED)
 
 
 @triton.jit
 def zero(start, n, SPEC: tl.constexpr):
-    """n zeros: of padding, and of rows that dropped out."""
+    """n zeros: of padding, and of dropped rows."""
     LANES: tl.constexpr = SPEC.lanes
     VEC: tl.constexpr = SPEC.vec
-    head = head_of(start, n, VEC)
-    for at in range(0, n - head, LANES * VEC):
-        store_body(start, head, at, n, tl.zeros((LANES, VEC), start.dtype.element_ty), True)
-    ends, there = end_classes(head, n, SPEC)
-    tl.store(start + ends, tl.zeros((LANES, 1), start.dtype.element_ty), mask=there)
+    prefix = prefix_length(start, n, VEC)
+    for at in range(0, n - prefix, LANES * VEC):
+        store_body(start, prefix, at, n, tl.zeros((LANES, VEC), start.dtype.element_ty), True)
+    ends, mask = end_classes(prefix, n, SPEC)
+    tl.store(start + ends, tl.zeros((LANES, 1), start.dtype.element_ty), mask=mask)

@@ -16,35 +16,35 @@ def _in(name: str) -> str:
     return f"kdfast/triton/{name}.py"
 
 
-STATISTICS, SUMS, DIVERGENCES = _in("statistics"), _in("sums"), _in("divergences")
-PASSES, ROW_MATH, KERNELS = _in("passes"), _in("row_math"), _in("row_kernels")
+PASS_A, SUMS, DIVERGENCES = _in("pass_a"), _in("sums"), _in("divergences")
+PASS_B_C, ROW_MATH, KERNELS = _in("pass_b_c"), _in("row_math"), _in("row_kernels")
+CLASSIFIERS = _in("classifiers")
 
 OF_NUMBERS = [
-    Mutant("triton-parts-offsets-swapped", STATISTICS,
+    Mutant("triton-parts-offsets-swapped", PASS_A,
            "functions[k](total, dt, ds, beta)", "functions[k](total, ds, dt, beta)",
            "At a new offset the running sums take the student's for the teacher's.", CALLS),
     # rows of several tiles, where a later one is above the first
-    Mutant("triton-mass-at-an-old-offset", STATISTICS,
-           "teacher.mass * tl.exp2(dt) + tl.sum(p, 1)", "teacher.mass + tl.sum(p, 1)",
+    Mutant("triton-total-at-an-old-offset", PASS_A,
+           "teacher.total * tl.exp2(dt) + tl.sum(p, 1)", "teacher.total + tl.sum(p, 1)",
            "A lane's sum of the teacher's exps stays at the offset that it had.", CALLS),
     Mutant("triton-lanes-hard-sums-unmoved", SUMS,
-           "hard = scaled(hard, hard_shift(old, new, row, SPEC))", "hard = scaled(hard, ds)",
-           "Lanes' sums at temperature 1 are joined as those at T.", CALLS),
+           "hard = scaled(hard, hard_offset_change(old, new, row, SPEC))", "hard = scaled(hard, ds)",
+           "Lanes' sums at temperature 1 are merged as those at T.", CALLS),
     # T = 3 and 4 alone
-    Mutant("triton-power-by-squaring", STATISTICS,
+    Mutant("triton-power-by-squaring", PASS_A,
            "power = power * e", "power = power * power",
            "At T = 3 and 4 the hard term takes the 4th and the 8th power.", CALLS),
     Mutant("triton-smoothing-moved-once", SUMS,
-           "smooth = sums_of((smooth[0] + smooth[1] * moved_by, smooth[1]))",
-           "smooth = sums_of((smooth[0], smooth[1]))",
-           "Label smoothing's sums are joined at different offsets.", OPTIONS),
+           "sum_pair(exponents + classes * change, classes)", "sum_pair(exponents, classes)",
+           "Label smoothing's sums are merged at different offsets.", OPTIONS),
     # vocabulary shards
     Mutant("triton-label-of-another-shard", KERNELS,
            "y = tl.where(kept & (label >= 0), y, float(\"-inf\"))", "",
            "A label that is not among a shard's classes counts as one of its own.", ("test_row_math.py",)),
     Mutant("triton-shard-of-no-scale", KERNELS,
-           "scales = scales_of(sums_in(load_line(of_all, index, COLUMNS, SPEC), SPEC), (), row, SPEC)",
-           "scales = scales_of(sums_in(load_line(of_all, 0, COLUMNS, SPEC), SPEC), (), row, SPEC)",
+           "read_sums(load_table_row(of_all, index, COLUMNS, SPEC), False, SPEC)",
+           "read_sums(load_table_row(of_all, 0, COLUMNS, SPEC), False, SPEC)",
            "Pass B of a shard takes the first row's sums for each row's.", ("test_row_math.py",)),
     Mutant("triton-reverse-psi-sum", ROW_MATH,
            "level = scale * (of_p - over_student)", "level = scale * of_p",
@@ -58,31 +58,32 @@ OF_NUMBERS = [
            "A series of four terms is taken where it wants more of them.", CALLS),
     # log-probabilities of one teacher
     Mutant("triton-given-logarithms-to-base-e", _in("logits"),
-           "return probabilities[0], tiles[0] * LOG2E", "return probabilities[0], tiles[0]",
+           "return p, tiles[0] * LOG2E", "return p, tiles[0]",
            "Given log-probabilities count as logarithms to base 2.", CALLS),
     # standardize with z_loss
     Mutant("triton-z-loss-of-centred-logits", ROW_MATH,
-           "lse += row.scaling.mean", "lse += 0",
+           "lse += row.scalings.student.mean", "lse += 0",
            "z_loss beside standardised logits is of centred ones.", OPTIONS),
     Mutant("triton-gradient-sees-no-smoothing", ROW_MATH,
-           "label = hard * (1 - factors.smoothing)", "label = hard",
+           "of_label = hard * (1 - factors.smoothing)", "of_label = hard",
            "The gradient at a smoothed label is that of a whole one.", OPTIONS),
-    Mutant("triton-softcap-slope-of-a-mask", _in("logits"),
+    Mutant("triton-softcap-derivative-of-a-mask", _in("logits"),
            "tl.where(x == -INF, 0, (1 - x) * (1 + x))", "(1 - x) * (1 + x)",
            "A masked class under a softcap has the gradient NaN.", LIMITS),
-    Mutant("triton-deviation-of-the-population", _in("logits"),
+    Mutant("triton-deviation-of-the-population", CLASSIFIERS,
            "tl.maximum(count - 1, 1)", "tl.maximum(count, 1)",
            "Logits are standardised by the population's deviation.", OPTIONS),
-    Mutant("triton-dkd-without-others", _in("dkd"),
+    Mutant("triton-dkd-without-others", CLASSIFIERS,
            "others = tl.where(mass == 0, 0, others)", "",
            "dkd is NaN where no class is left beside the label.", LIMITS),
     Mutant("triton-last-of-equal-maxima", _in("metrics"),
-           "tl.min(tl.where(best.value == value, best.at, NO_CLASS), 0)",
-           "tl.max(tl.where(best.value == value, best.at, -1), 0)",
+           "tl.min(tl.where(best.value == value, best.index, NO_CLASS), 0)",
+           "tl.max(tl.where(best.value == value, best.index, -1), 0)",
            "The last of equal maxima counts as the argmax.", METRICS),
-    # rows that begin off a vector, a tie with a class of their head
+    # rows that begin off a vector, a tie with a class of their prefix
     Mutant("triton-tie-within-a-lane", _in("metrics"),
-           "better = (value > best.value) | ((value == best.value) & (at < best.at))", "better = value > best.value",
+           "better = (value > best.value) | ((value == best.value) & (index < best.index))",
+           "better = value > best.value",
            "Of equal maxima that one lane meets the first met counts, not the first class.", METRICS),
     Mutant("triton-softmax-gradient-without-t", _in("softmax_kernels"),
            "tile.s * (tile.teachers[0] - found) * (1 / row.temperature)", "tile.s * (tile.teachers[0] - found)",
@@ -93,11 +94,11 @@ TILES, PER_ROW, REDUCTIONS = _in("tiles"), _in("per_row"), _in("reductions")
 
 OF_MEMORY = [
     Mutant("triton-tail-counted-twice", TILES,
-           "there = words < (n - head) // VEC * VEC // pair", "there = words < (n - head) // pair",
+           "mask = words < (n - prefix) // VEC * VEC // pair", "mask = words < (n - prefix) // pair",
            "Classes after the last whole vector count twice.", CALLS),
     Mutant("triton-last-class-lost", TILES,
-           "tl.where(lane < 2 * VEC, lane < head, classes < n)",
-           "tl.where(lane < 2 * VEC, lane < head, classes < n - 1)",
+           "tl.where(lane < 2 * VEC, lane < prefix, classes < n)",
+           "tl.where(lane < 2 * VEC, lane < prefix, classes < n - 1)",
            "The last class of a row that ends within a vector is left out.", CALLS),
     # tensors of more than 2^31 elements
     Mutant("triton-row-offset-in-32-bits", TILES,
@@ -109,7 +110,7 @@ OF_MEMORY = [
            "Of unaligned 16-bit pairs a negative first number spoils the second.", LAYOUTS),
     # few and long rows that begin off a vector
     Mutant("triton-segments-overlap", PER_ROW,
-           "tl.where(part == 0, 0, tl.minimum(head + part * segment, vocab))",
+           "tl.where(part == 0, 0, tl.minimum(prefix + part * segment, vocab))",
            "tl.where(part == 0, 0, tl.minimum(part * segment, vocab))",
            "Segments of a split row that begins off a vector have classes in common.", CALLS),
     Mutant("triton-label-behind-the-last", PER_ROW,
@@ -120,25 +121,27 @@ OF_MEMORY = [
            "A label beyond the classes of a split row is read where it points.", FAULTS),
     # few and long rows whose number is no power of 2
     Mutant("triton-dropped-row-keeps-its-memory", KERNELS,
-           "zero(out + unit.n, width - unit.n, SPEC)", "zero(out + vocab, width - vocab, SPEC)",
-           "A row that drops out has as its gradient what was in memory.", DROPPED),
-    # few and long rows that drop out
+           "zero(out + span.n, width - span.n, SPEC)", "zero(out + vocab, width - vocab, SPEC)",
+           "A dropped row has as its gradient what was in memory.", DROPPED),
+    # few and long dropped rows
     Mutant("triton-dropped-split-row", KERNELS,
            "tl.where(kept, segments - 1, 0)", "segments - 1",
-           "Of a split row that drops out the first segments' gradient is what was in memory.", DROPPED),
+           "Of a dropped split row the first segments' gradient is what was in memory.", DROPPED),
     # few and long rows under an ensemble
     Mutant("triton-table-of-several-teachers", _in("tables"),
-           "offset, mass, part = columns_of(line, PARTS", "mass, offset, part = columns_of(line, PARTS",
+           "offset, total, part = read_columns(line, SEGMENT_SUMS",
+           "total, offset, part = read_columns(line, SEGMENT_SUMS",
            "In split rows the further teachers' sums are read off their offsets.", CALLS),
     # reduction "none" and fp16
-    Mutant("triton-table-of-one-teacher", PASSES,
-           "teachers = teachers + (Scale(further[k].offset, further[k].total),)", "teachers = teachers + teachers[:1]",
+    Mutant("triton-table-of-one-teacher", PASS_B_C,
+           "teachers = teachers + (TeacherSoftmax(further[k].offset, further[k].total),)",
+           "teachers = teachers + teachers[:1]",
            "Backward takes each teacher's exps relative to the first one's offset and total.", CALLS),
     Mutant("triton-backward-forgets-the-smoothing", _in("tables"),
            "factor * c.uniform", "c.uniform",
            "Label smoothing's share of the gradient is the same whatever the gradient of the row's loss.", OPTIONS),
     Mutant("triton-dkd-label-lacks-its-term", ROW_MATH,
-           "whole += hard * of_label - label - uniform", "whole += hard * of_label - uniform",
+           "whole += hard * of_hard.of_label - of_label - uniform", "whole += hard * of_hard.of_label - uniform",
            "Under dkd the gradient at the label lacks the hard term's -1.", CALLS),
     # one layout: rows apart by no whole vector
     Mutant("triton-aligned-by-the-first-row", _in("matrices"),
@@ -156,13 +159,13 @@ LAUNCH = _in("launch")
 
 OF_SPEED = [
     Mutant("triton-options-have-room", LAUNCH,
-           "return (MOST_ROOM, ROOM_BESIDE_OPTIONS,", "return (MOST_ROOM, MOST_ROOM,",
+           "return (FULL_BUDGET, OPTIONS_BUDGET,", "return (FULL_BUDGET, FULL_BUDGET,",
            "Kernels with an option spill registers.", STATIC),
     Mutant("triton-half-the-programs", LAUNCH,
            "65536 // (2 * lanes)", "65536 // lanes",
            "One program of a long row has all registers of a multiprocessor.", STATIC),
     Mutant("triton-longest-kept-row-is-swept", LAUNCH,
-           "if vectors > room.lanes * most:", "if vectors >= room.lanes * most:",
+           "if vectors > budget.lanes * most:", "if vectors >= budget.lanes * most:",
            "Rows that just fit into the registers are read twice.", TRAFFIC),
     Mutant("triton-scaled-by-1", REDUCTIONS,
            "if by != 1:", "if by == by:",
