@@ -14,12 +14,11 @@
 //
 // and but for a multiple of q psi is -p from the first and q * above from the second, with their shares.
 //
-// The others get a pass over p and q, once the sums are known. Where phi has a term of first order in q - p,
-// which sums to beta's multiple of 1 - sum p, it is left out, lest it drown the rest where p is near q;
-// `constant` brings it back. ratio(a, b) is 0 where both are, and log_ratio(a, b, a - b) is log(a / b), exact
-// to first order where a is near b, and finite where a is 0, which it is to be multiplied with. Comparisons
-// see p and q rounded: where the compiler makes one operation of a product and a difference, q - p need not
-// be 0 though p == q.
+// The others get a pass over p and q, once the sums are known. phi leaves out a term of first order in q -
+// p, which would drown the rest where p is near q; its sum, beta's multiple of 1 - sum p, is added by
+// `constant`. ratio(a, b) is 0 where both are 0. log_ratio(a, b, a - b) is log(a / b), exact to first order
+// where a is near b, and finite where a is 0, since it is multiplied by a. Comparisons see p and q rounded:
+// where the compiler makes one operation of a product and a difference, q - p may not be 0 though p == q.
 #pragma once
 
 #ifdef __CUDACC__
@@ -34,7 +33,7 @@
 #endif
 
 namespace kdfast {
-namespace {  // compiled once per instruction set: nothing here may be shared between them
+namespace {  // compiled once per instruction set, which must share no function
 
 KDFAST_HD inline double masked(double p, double x) { return p == 0 ? 0 : p * x; }
 KDFAST_HD inline float masked(float p, float x) { return p == 0 ? 0 : p * x; }
@@ -194,7 +193,7 @@ struct Hellinger : Pointwise {  // 1 - sum sqrt(p q)
   }
 };
 
-// No softmax at all: 1 / (2 V) * sum (s_i - t_i)^2 on centred rows; the kernels know its two sums apart.
+// No softmax at all: 1 / (2 V) * sum (s_i - t_i)^2 on centered rows; the kernels have its two sums.
 struct LogitMSE : NoSums {
   static constexpr bool kDifference = true;
 };

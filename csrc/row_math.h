@@ -1,6 +1,6 @@
 // A row's numbers between the passes over its classes: sums are merged, and become a loss and the gradient's
-// coefficients. Once, for numbers and for vectors of one per row; kdfast/row_math.py says the same in
-// PyTorch, and what each number is. It wants log2 and exp2 of V, and divergences.h's functions.
+// coefficients. V is a number, or a vector with one of each row; kdfast/row_math.py says the same in PyTorch,
+// and what each number is. Include it after log2 and exp2 of V, and the functions that divergences.h needs.
 #pragma once
 
 #include <cmath>
@@ -33,7 +33,7 @@ struct Coefficients {
 
 static_assert(sizeof(Sums<char>) == kSums && sizeof(Coefficients<char>) == kCoefficients);
 
-// An offset as it is subtracted: 0 where every class is masked.
+// An offset as exponents have it subtracted: 0 where every class is masked.
 KDFAST_ALWAYS_INLINE double finite(double offset) { return offset == -INFINITY ? 0 : offset; }
 
 // a * 2^d; 0 where 2^d is 2^-inf, and infinite where a is and 2^d only underflows. NaN stays.
@@ -44,13 +44,18 @@ KDFAST_ALWAYS_INLINE double scaled(double a, double d) {
 
 // ---- merge ----
 
-// The same sums relative to other offsets, none of which is below its own.
+KDFAST_ALWAYS_INLINE double offset_change(double old, double now) { return old == now ? 0 : old - now; }
+// fmax would do, but for NaN, which must stay
+KDFAST_ALWAYS_INLINE double higher(double a, double b) { return b < a ? a : b; }
+
+// Brings sums to other offsets, none of which is below its own.
 template <class D>
 void rescale(Sums<double>& x, double student_offset, double teacher_offset, double hard_offset) {
-  const auto above = [](double old, double offset) { return old == offset ? 0 : old - offset; };
-  const double ds = above(x.student_offset, student_offset), dt = above(x.teacher_offset, teacher_offset);
-  const double dh = above(x.hard_offset, hard_offset), moved = finite(x.hard_offset) - finite(hard_offset);
-  if constexpr (D::kDifference) {  // dt: of the shift that the differences are less
+  const double ds = offset_change(x.student_offset, student_offset);
+  const double dt = offset_change(x.teacher_offset, teacher_offset);
+  const double dh = offset_change(x.hard_offset, hard_offset);
+  const double exponent_change = finite(x.hard_offset) - finite(hard_offset);
+  if constexpr (D::kDifference) {  // whose offset is what the differences have subtracted
     x.over_teacher += 2 * dt * x.teacher_total + x.classes * dt * dt;
     x.teacher_total += x.classes * dt;
   }
@@ -61,23 +66,20 @@ void rescale(Sums<double>& x, double student_offset, double teacher_offset, doub
   x.student_total = scaled(x.student_total, ds);
   if constexpr (!D::kDifference) x.teacher_total = scaled(x.teacher_total, dt);
   x.hard_total = scaled(x.hard_total, dh);
-  x.label += moved;
-  x.exponents += x.classes * moved;
+  x.label += exponent_change;
+  x.exponents += x.classes * exponent_change;
   x.student_offset = student_offset;
   x.teacher_offset = teacher_offset;
   x.hard_offset = hard_offset;
 }
 
-// The one rule for blocks of a segment, segments of a row, shards of a vocabulary: to common offsets, then
-// add.
+// Adds sums at common offsets: of a segment's blocks, of a row's segments, of a vocabulary's shards.
 template <class D>
 void merge(Sums<double>& total, Sums<double> more) {
   if (total.classes == 0) {
     total = more;
     return;
   }
-  // fmax would do, but for NaN, which must stay
-  const auto higher = [](double a, double b) { return b < a ? a : b; };
   const double so = higher(total.student_offset, more.student_offset);
   const double to = higher(total.teacher_offset, more.teacher_offset);
   const double ho = higher(total.hard_offset, more.hard_offset);
@@ -103,7 +105,7 @@ void merge(Sums<double>& total, Sums<double> more) {
 template <class V, class N>
 struct RowTerms {
   V temperature, factor;  // the gradient's: weight, reduction
-  V unit;                 // by which logits were multiplied before T divided them: 1, but when standardized
+  V unit;                 // what logits were multiplied by before T divided them: 1 unless standardized
   V excess;  // of the sum of q over 1, as the kernel rounds 1 / student_total; the gradient's sum is to be 0
   N alpha, hard_weight, label_smoothing, z_loss, beta;
   bool t_squared;
@@ -111,7 +113,7 @@ struct RowTerms {
   bool labelled;   // whether there is a hard term to report
 };
 
-// A row's loss without its weight, its two terms without theirs, and logarithms to base 2 of its totals.
+// A row's loss without its weight, its two terms without theirs, and the base-2 logarithms of its totals.
 template <class V>
 struct RowLoss {
   V loss, soft, hard, log_student, log_teacher;
@@ -126,11 +128,13 @@ KDFAST_HD inline RowLoss<V> loss_and_coefficients(const Sums<V>& x, const RowTer
                       x.teacher_total,  x.hard_offset,   x.hard_total};
   c.student_unit = r.unit;
   c.teacher_unit = V{} + 1;
+  [[maybe_unused]] const V soft =
+      x.classes == 1 ? V{} : r.factor * r.unit * r.alpha;  // a single class always has q = 1
   if constexpr (D::kDifference) {  // the teacher's sums are of d = s - t - teacher_offset and of d^2
     const V mean = x.teacher_total / x.classes;
     out.soft = (x.over_teacher - x.teacher_total * mean) / (2 * x.classes);
     out.loss = out.soft * r.alpha;
-    c.soft = r.factor * r.unit * r.alpha / x.classes;
+    c.soft = soft / x.classes;
     c.center = out.soft == out.soft ? mean : out.soft;  // one infinity makes all of a row NaN
   } else if constexpr (kHasSoftmax<D>) {
     const V log_student = log2(x.student_total);
@@ -139,7 +143,7 @@ KDFAST_HD inline RowLoss<V> loss_and_coefficients(const Sums<V>& x, const RowTer
     out.log_student = log_student;
     out.log_teacher = log_teacher;
     const V mass = x.teacher_total / c.teacher_total;
-    const V weight = r.factor * r.unit * r.alpha * (r.t_squared ? r.temperature : 1 / r.temperature);
+    const V weight = soft * (r.t_squared ? r.temperature : 1 / r.temperature);
     V divergence{}, psi{};
     if constexpr (D::kPointwise) {
       divergence = x.phi + D::constant(mass, V{} + r.beta);

@@ -1,12 +1,12 @@
-// What the glue of every device hands to its kernels alike. No torch here.
+// What the torch glue of every device passes to its kernels. No torch here.
 #pragma once
 
 #include <cstdint>
 
 #include "divergence_names.h"
 
-// Always, for the CPU's kernels are compiled once per instruction set, and nothing may be shared between
-// them.
+// The CPU's kernels are compiled once per instruction set, and the linker must not share a function between
+// them: so these are always inlined.
 #ifdef __CUDACC__
 #define KDFAST_ALWAYS_INLINE __host__ __device__ __forceinline__
 #else
@@ -46,7 +46,7 @@ struct Matrix {
 constexpr int kSums = 13;
 constexpr int kCoefficients = 20;
 // In place of a label that another shard of the vocabulary has.
-constexpr int64_t kElsewhere = INT64_MIN;
+constexpr int64_t kOtherShard = INT64_MIN;
 
 // What return_metrics reports, in this order.
 struct RowMetrics {

@@ -174,6 +174,7 @@ def losses_and_coefficients(sums: Tensor, inputs: Inputs, settings: Settings) ->
             x.teacher_total / total,
             settings.alpha * (temperature if settings.t_squared else 1 / temperature),
         )
+        factor = torch.where(x.classes == 1, 0, factor)  # a single class always has q = 1
         parts = shares(settings)
         c = c._replace(teacher_total=total)
         if parts is None:

@@ -303,3 +303,19 @@ def test_standardize_is_nan_in_a_row_with_a_masked_class(backend: str, vocab: in
     for s, t in ((with_value(student, 1, 2), teacher), (student, with_value(teacher, 1, 2))):
         truth = judge_limits(s, t, labels, backend=backend, standardize=True)
         assert truth.loss.isnan().tolist() == truth.grad.isnan().all(-1).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])  # the gradient in one with the loss; from the table
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_soft_gradient_of_a_single_class_is_exactly_0(cpu: str, divergence: str, reduction: str) -> None:
+    """Its probability is 1 whatever its logit."""
+    labels = torch.zeros(50, dtype=torch.int64)
+    settings: dict[str, Any] = {"backend": cpu, "divergence": divergence, "reduction": reduction, "hard_weight": 0.0}
+    calls: list[tuple[torch.dtype, dict[str, Any]]] = [(F32, {}), (BF16, {}), (F32, {"standardize": True})]
+    if divergence != "logit_mse":
+        calls += [(dtype, {"target": "probs", "temperature": 1.7}) for dtype in (F32, BF16)]
+    for dtype, options in calls:
+        student, teacher, _ = batch(50, 1, dtype, scale=30)
+        given = teacher.sigmoid() if "target" in options else teacher  # whose sum is not 1
+        _, grad = run(student, given, labels, **settings, **options)
+        assert not grad.any()

@@ -1,4 +1,4 @@
-// One call's arguments as the kernels take them, and its results as torch does.
+// One call's arguments as the kernels take them, and its results as tensors.
 #pragma once
 
 #include <numeric>
@@ -15,7 +15,7 @@ namespace {
 struct Loss {
   LossArgs args{};
   Tensor student;
-  std::vector<Tensor> kept;  // copies and conversions
+  std::vector<Tensor> owned;  // copies and conversions
   std::vector<double> losses;
   std::vector<RowMetrics> metrics;
   std::string reduction;
@@ -39,16 +39,17 @@ struct Loss {
     }
     a.n_teachers = (int)inputs.teachers.size();
     for (int k = 0; k < a.n_teachers; ++k) {
-      kept.push_back(readable(inputs.teachers[k]));
-      a.teachers[k] = matrix(kept.back());
+      owned.push_back(readable(inputs.teachers[k]));
+      a.teachers[k] = matrix(owned.back());
       a.teacher_weights[k] = settings.teacher_weights[k];
     }
     a.divergence = a.n_teachers ? divergence_of(settings.divergence, "CPU") : Divergence::kNone;
     a.target = target_of(settings.target);
     a.geometric = settings.ensemble == "geometric";
-    a.temperatures = hold(row_values("temperature", inputs.temperatures, false));
-    a.teacher_temperatures = hold(row_values("teacher_temperature", inputs.teacher_temperatures, false));
-    a.row_weight = hold(row_values("row_weight", inputs.row_weight, true));
+    a.temperatures = row_pointer(row_values("temperature", inputs.temperatures, false));
+    a.teacher_temperatures =
+        row_pointer(row_values("teacher_temperature", inputs.teacher_temperatures, false));
+    a.row_weight = row_pointer(row_values("row_weight", inputs.row_weight, true));
     a.dkd_target = settings.dkd_weights[0];
     a.dkd_others = settings.dkd_weights[1];
     a.ignore_index = settings.ignore_index;
@@ -61,18 +62,19 @@ struct Loss {
     set_divisor(inputs.normalizer);
   }
 
-  const double* hold(const std::optional<Tensor>& values) {
+  // Its data, which this struct then owns.
+  const double* row_pointer(const std::optional<Tensor>& values) {
     if (!values) return nullptr;
-    kept.push_back(*values);
+    owned.push_back(*values);
     return (const double*)values->const_data_ptr();
   }
 
   void check_labels(const Tensor& labels) {
-    kept.push_back(torch::stable::contiguous(labels));
-    args.labels = (const int64_t*)kept.back().const_data_ptr();
+    owned.push_back(torch::stable::contiguous(labels));
+    args.labels = (const int64_t*)owned.back().const_data_ptr();
     for (int64_t row = 0; row < args.rows; ++row) {
       const int64_t label = args.labels[row];
-      if ((label < 0 || label >= args.vocab) && label != args.ignore_index && label != kElsewhere) {
+      if ((label < 0 || label >= args.vocab) && label != args.ignore_index && label != kOtherShard) {
         fail<std::out_of_range>("labels: label ", label, " in row ", row,
                                 " is out of range: with V = ", args.vocab, " it must be in [0, ",
                                 args.vocab - 1, "] or ignore_index (", args.ignore_index, ")");
@@ -91,7 +93,7 @@ struct Loss {
     } else {
       divisor = 0;
       for (int64_t row = 0; row < args.rows; ++row) {
-        if (args.kept(row)) divisor += args.row_weight ? args.row_weight[row] : 1;
+        if (args.is_kept(row)) divisor += args.weight(row);
       }
       if (divisor == 0) divisor = 1;  // no row is kept: the mean is 0
     }
@@ -115,11 +117,12 @@ struct Loss {
     if (copied) torch::stable::copy_(to, student);
   }
 
-  // Backward: each row's coefficient, from the gradient of a loss per row or of the reduced one.
+  // Backward: what each row's gradient is multiplied by, from the gradient of the losses or of the reduced
+  // one.
   void scale_by(const Tensor& grad_loss) {
     if (reduction == "none") {
-      kept.push_back(torch::stable::contiguous(torch::stable::to(grad_loss, ScalarType::Double)));
-      args.row_scale = (const double*)kept.back().const_data_ptr();
+      owned.push_back(torch::stable::contiguous(torch::stable::to(grad_loss, ScalarType::Double)));
+      args.row_scale = (const double*)owned.back().const_data_ptr();
     } else {
       args.scale = scalar(grad_loss) * inverse_divisor();
     }
@@ -130,25 +133,34 @@ struct Loss {
   ScalarType loss_dtype() const {
     return args.student.dtype == DType::kDouble ? ScalarType::Double : ScalarType::Float;
   }
-  Tensor reduced() const {
-    std::vector<int64_t> shape;
-    if (reduction == "none") {
-      const auto sizes = student.sizes();
-      shape.assign(sizes.begin(), sizes.end() - 1);
-    }
+  // A tensor of the losses' dtype; fill(data) gets its data as that type.
+  template <class F>
+  Tensor new_tensor(const std::vector<int64_t>& shape, F fill) const {
     Tensor out = torch::stable::new_empty(student, shape, loss_dtype());
-    with_numbers(out, [&](auto* to) {
-      if (reduction == "none") {
-        std::copy(losses.begin(), losses.end(), to);
-      } else {
-        *to = std::accumulate(losses.begin(), losses.end(), 0.) * inverse_divisor();
-      }
-    });
+    void* data = out.mutable_data_ptr();
+    loss_dtype() == ScalarType::Double ? fill((double*)data) : fill((float*)data);
     return out;
+  }
+  // This shape with the rows' dimensions appended.
+  std::vector<int64_t> rows_shape(std::vector<int64_t> shape) const {
+    const auto sizes = student.sizes();
+    shape.insert(shape.end(), sizes.begin(), sizes.end() - 1);
+    return shape;
+  }
+
+  Tensor reduced_loss() const {
+    if (reduction == "none") {
+      return new_tensor(rows_shape({}), [&](auto* to) { std::copy(losses.begin(), losses.end(), to); });
+    }
+    return new_tensor(
+        {}, [&](auto* to) { *to = std::accumulate(losses.begin(), losses.end(), 0.) * inverse_divisor(); });
+  }
+  Tensor row_losses() const {  // whatever the reduction
+    return new_tensor({args.rows}, [&](auto* to) { std::copy(losses.begin(), losses.end(), to); });
   }
 
   Tensor new_table() const {
-    return torch::stable::new_empty(student, std::vector<int64_t>{args.rows, kCoefficients}, loss_dtype());
+    return new_tensor({args.rows, kCoefficients}, [](auto*) {});
   }
   void use_table(const Tensor& table) {
     void* data = table.mutable_data_ptr();
@@ -156,58 +168,40 @@ struct Loss {
                                        : void(args.table = (float*)data);
   }
 
-  // The losses of all rows, whatever the reduction.
-  Tensor by_row() const {
-    Tensor out = torch::stable::new_empty(student, std::vector<int64_t>{args.rows}, loss_dtype());
-    with_numbers(out, [&](auto* to) { std::copy(losses.begin(), losses.end(), to); });
-    return out;
-  }
-
-  // Rows' sums, of each row's first segment, as a table, and the other way about.
-  Tensor table_of(const std::vector<double>& sums, int64_t segments) const {
-    Tensor out = torch::stable::new_empty(student, std::vector<int64_t>{args.rows, kSums}, loss_dtype());
-    with_numbers(out, [&](auto* to) {
+  // Rows' sums, of each row's first segment, as a tensor; and a tensor's numbers as doubles.
+  Tensor sums_table(const std::vector<double>& sums, int64_t segments) const {
+    return new_tensor({args.rows, kSums}, [&](auto* to) {
       for (int64_t row = 0; row < args.rows; ++row)
         std::copy_n(sums.begin() + row * segments * kSums, kSums, to + row * kSums);
     });
-    return out;
   }
-  std::vector<double> numbers_in(const Tensor& table) const {
+  std::vector<double> to_doubles(const Tensor& table) const {
     const Tensor wide = torch::stable::contiguous(torch::stable::to(table, ScalarType::Double));
     const double* numbers = (const double*)wide.const_data_ptr();
     return {numbers, numbers + wide.numel()};
   }
 
-  // What return_metrics reports: of every row, or the means over those kept, with their weights.
-  Tensor measured() const {
-    std::vector<int64_t> shape{args.metrics ? kMetrics : 0};
-    const bool by_row = args.metrics && reduction == "none";
-    const auto sizes = student.sizes();
-    if (by_row) shape.insert(shape.end(), sizes.begin(), sizes.end() - 1);
-    Tensor out = torch::stable::new_empty(student, shape, loss_dtype());
-    if (args.metrics) {
-      with_numbers(out, [&](auto* to) {
-        for (int k = 0; k < kMetrics; ++k) {
-          double total = 0, weights = 0;
-          for (int64_t row = 0; row < args.rows; ++row) {
-            const double value = ((const double*)&metrics[row])[k];
-            if (by_row) to[k * args.rows + row] = value;
-            if (!args.kept(row)) continue;
-            const double w = args.row_weight ? args.row_weight[row] : 1;
-            total += w * value;
-            weights += w;
-          }
-          if (!by_row) to[k] = total / weights;  // 0 / 0 where no row is kept
-        }
+  // What return_metrics reports: of every row, or the weighted means over the kept rows.
+  Tensor metrics_tensor() const {
+    if (!args.metrics) return new_tensor({0}, [](auto*) {});
+    const auto metric = [&](int64_t row, int k) { return ((const double*)&metrics[row])[k]; };
+    if (reduction == "none") {
+      return new_tensor(rows_shape({kMetrics}), [&](auto* to) {
+        for (int k = 0; k < kMetrics; ++k)
+          for (int64_t row = 0; row < args.rows; ++row) to[k * args.rows + row] = metric(row, k);
       });
     }
-    return out;
-  }
-
-  template <class F>
-  void with_numbers(const Tensor& tensor, F f) const {
-    loss_dtype() == ScalarType::Double ? f((double*)tensor.mutable_data_ptr())
-                                       : f((float*)tensor.mutable_data_ptr());
+    return new_tensor({kMetrics}, [&](auto* to) {
+      for (int k = 0; k < kMetrics; ++k) {
+        double total = 0, weights = 0;
+        for (int64_t row = 0; row < args.rows; ++row) {
+          if (!args.is_kept(row)) continue;
+          total += args.weight(row) * metric(row, k);
+          weights += args.weight(row);
+        }
+        to[k] = total / weights;  // 0 / 0 where no row is kept
+      }
+    });
   }
 };
 

@@ -10,7 +10,7 @@ namespace {
 // Minimax in the relative error (0.9e-7 before rounding, 1.7e-7 after) among the polynomials that are 1 at 0.
 KD_INLINE FloatV exp2(FloatV y) {
 #if defined(__AVX512DQ__)
-  // 2^f for f = y - floor(y); both instructions take infinities as wanted
+  // 2^f for f = y - floor(y); both instructions are right for infinities
   const FloatV f = (FloatV)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEG_INF);
   FloatV p = splat(0x1.e974fap-10f);
   p = p * f + 0x1.277856p-7f;
@@ -22,8 +22,7 @@ KD_INLINE FloatV exp2(FloatV y) {
 #else
   using I = Types<float>::I;
   y = max(splat(-127.f), min(splat(128.f), y));  // in this order NaN stays NaN
-  const FloatV shifted =
-      y + (0x1.8p23f + 127);  // rounds to an integer; it and the bias stand in the low bits
+  const FloatV shifted = y + (0x1.8p23f + 127);  // rounds to an integer; the low bits hold it and the bias
   const FloatV f = y - (shifted - (0x1.8p23f + 127));
   FloatV p = splat(0x1.5bba14p-10f);
   p = p * f + 0x1.3cea88p-7f;

@@ -15,7 +15,7 @@ const char* name(Isa isa) {
   return names[static_cast<int>(isa)];
 }
 
-bool compiled(Isa isa) {
+bool is_compiled(Isa isa) {
 #define X(which) \
   if (isa == Isa::which) return true;
   KDFAST_ISAS
@@ -25,8 +25,8 @@ bool compiled(Isa isa) {
 
 namespace {
 
-// Has this machine what CMakeLists.txt compiles the set with?
-bool supported(Isa isa) {
+// Whether this machine has the flags that CMakeLists.txt compiles the set with.
+bool is_supported(Isa isa) {
   if (isa == Isa::baseline) return true;
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -48,7 +48,7 @@ Isa choose() {
   Isa best = Isa::baseline;
   std::string choices;
   for (Isa isa : kAllIsas) {
-    if (!usable(isa)) continue;
+    if (!is_usable(isa)) continue;
     if (wanted && std::string(wanted) == name(isa)) return isa;
     choices += std::string(choices.empty() ? "" : ", ") + name(isa);
     best = isa;
@@ -60,9 +60,9 @@ Isa choose() {
 
 }  // namespace
 
-bool usable(Isa isa) { return compiled(isa) && supported(isa); }
+bool is_usable(Isa isa) { return is_compiled(isa) && is_supported(isa); }
 
-Isa chosen() {
+Isa chosen_isa() {
   static const Isa isa = choose();
   return isa;
 }

@@ -1,8 +1,7 @@
 // The instruction sets for which the row kernels are compiled, and the choice of one at run time.
 #pragma once
 
-// CMake passes the sets that this build has as X(baseline) X(avx2) ...: define X, write KDFAST_ISAS, undefine
-// X.
+// CMake passes the sets of this build as X(baseline) X(avx2) ...
 #ifndef KDFAST_ISAS
 #define KDFAST_ISAS X(baseline)
 #endif
@@ -15,14 +14,14 @@ inline constexpr Isa kAllIsas[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::a
 
 const char* name(Isa isa);
 
-// This build has kernels for it.
-bool compiled(Isa isa);
+// Whether this build has kernels for it.
+bool is_compiled(Isa isa);
 
-// Compiled, and this processor and operating system run it.
-bool usable(Isa isa);
+// Whether it is compiled, and this processor and operating system run it.
+bool is_usable(Isa isa);
 
 // The best usable set, or the one that the environment variable KDFAST_CPU_ISA names: read once per process.
 // Throws std::invalid_argument where that is not usable.
-Isa chosen();
+Isa chosen_isa();
 
 }  // namespace kdfast

@@ -1,6 +1,5 @@
-// The torch glue of the CPU kernels, on torch's stable ABI: it checks values, lays tensors out as rows,
-// splits the work over torch's threads and registers the operators that kdfast/ops.py defines. No Python
-// here.
+// The torch glue of the CPU kernels, on torch's stable ABI: it splits the work over torch's threads and
+// registers the operators that kdfast/ops.py defines. No Python here.
 #include <pthread.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -10,14 +9,12 @@
 #include <cmath>
 #include <memory>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
-#include <string>
 #include <tuple>
 #include <vector>
 
-#include "../divergences.h"
 #include "arguments.h"
+#include "dispatch.h"
 #include "isa.h"
 #include "row_kernels.h"
 
@@ -29,7 +26,7 @@ using torch::stable::Tensor;
 
 const RowKernels& kernels() {
   static const RowKernels& chosen_kernels = []() -> const RowKernels& {
-    switch (chosen()) {
+    switch (chosen_isa()) {
 #define X(isa)   \
   case Isa::isa: \
     return row_kernels_##isa();
@@ -42,39 +39,26 @@ const RowKernels& kernels() {
   return chosen_kernels;
 }
 
-// OpenMP's threads are not there in a forked child, and waiting for them hangs: such a process works on its
-// own.
+// A forked child has none of OpenMP's threads, and waiting for them hangs: it uses no threads.
 bool forked = false;
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 // f over [0, units) by torch's threads, each taking at least some ten microseconds of work.
 template <class F>
 void in_parallel(int64_t units, int64_t classes, const F& f) {
-  kernels();  // an error of the choice must not come out of a thread, where its message would be lost
+  kernels();  // here, because an error in a thread would lose its message
   if (forked) return f(0, units);
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, classes));
   torch::stable::parallel_for(0, units, grain, f);
 }
 
-bool is_pointwise(Divergence divergence) {
-  switch (divergence) {
-#define X(name, Type)       \
-  case Divergence::k##Type: \
-    return Type::kPointwise;
-    KDFAST_DIVERGENCES
-#undef X
-    case Divergence::kNone:
-      break;
-  }
-  return false;
-}
-
-// Few and long rows are split, so that every thread has work. It depends on the shape alone, not on the
-// number of threads, so that this number never shows in the bits. An ensemble's members are softmaxed whole,
-// and pass B and some options want whole rows.
+// Few and long rows are split, so that every thread has work. This depends on the shape alone, so that
+// results are the same bits with any number of threads. Pass B, ensembles and some options need whole rows.
 int64_t segments_of(const LossArgs& a) {
-  if (is_pointwise(a.divergence) || a.whole() || a.rows >= 32 || a.vocab <= 2 * kSegment || a.n_teachers > 1)
-    return 1;
+  bool is_pointwise = false;
+  dispatch_divergence(a.divergence, [&](auto d) { is_pointwise = decltype(d)::kPointwise; });
+  if (is_pointwise || a.needs_whole_row() || a.n_teachers > 1) return 1;
+  if (a.rows >= 32 || a.vocab <= 2 * kSegment) return 1;
   return (a.vocab + kSegment - 1) / kSegment;
 }
 
@@ -111,7 +95,7 @@ void run_loss_grad(Loss& loss) {
     std::vector<double> table(loss.args.rows * kCoefficients);
     loss.args.wide_table = table.data();
     run_losses(loss.args);
-    loss.args.scale = 1;  // it is in the table
+    loss.args.scale = 1;  // the table has it
     run_grad(loss.args);
   }
 }
@@ -122,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> loss_grad(Tensor student, KDFAST_ARGUMENTS) {
   Loss loss(student, KDFAST_CALL);
   Tensor grad = loss.new_grad();
   run_loss_grad(loss);
-  return {loss.reduced(), grad, loss.measured()};
+  return {loss.reduced_loss(), grad, loss.metrics_tensor()};
 }
 
 std::tuple<Tensor, Tensor> loss_grad_(Tensor student, KDFAST_ARGUMENTS) {
@@ -130,7 +114,7 @@ std::tuple<Tensor, Tensor> loss_grad_(Tensor student, KDFAST_ARGUMENTS) {
   loss.grad_in_place();
   run_loss_grad(loss);
   loss.copy_back(student);
-  return {loss.reduced(), loss.measured()};
+  return {loss.reduced_loss(), loss.metrics_tensor()};
 }
 
 std::tuple<Tensor, Tensor, Tensor> stats(Tensor student, KDFAST_ARGUMENTS) {
@@ -138,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> stats(Tensor student, KDFAST_ARGUMENTS) {
   Tensor table = loss.new_table();
   loss.use_table(table);
   run_losses(loss.args);
-  return {loss.reduced(), table, loss.measured()};
+  return {loss.reduced_loss(), table, loss.metrics_tensor()};
 }
 
 Tensor sums(Tensor student, KDFAST_ARGUMENTS) {
@@ -147,26 +131,26 @@ Tensor sums(Tensor student, KDFAST_ARGUMENTS) {
   std::vector<double> sums(loss.args.rows * segments * kSums);
   loss.args.sums = sums.data();
   run_sums(loss.args, segments);
-  return loss.table_of(sums, segments);
+  return loss.sums_table(sums, segments);
 }
 
 Tensor pointwise_sums(Tensor student, Tensor sums, KDFAST_ARGUMENTS) {
   Loss loss(student, KDFAST_CALL);
-  std::vector<double> numbers = loss.numbers_in(sums);
+  std::vector<double> numbers = loss.to_doubles(sums);
   loss.args.sums = numbers.data();
   in_parallel(loss.args.rows, loss.args.vocab,
               [&](int64_t begin, int64_t end) { kernels().pointwise_sums(loss.args, begin, end); });
-  return loss.table_of(numbers, 1);
+  return loss.sums_table(numbers, 1);
 }
 
 std::tuple<Tensor, Tensor> losses_and_coefficients(Tensor student, Tensor sums, KDFAST_ARGUMENTS) {
   Loss loss(student, KDFAST_CALL);
-  std::vector<double> numbers = loss.numbers_in(sums);
+  std::vector<double> numbers = loss.to_doubles(sums);
   loss.args.sums = numbers.data();
   Tensor table = loss.new_table();
   loss.use_table(table);
   kernels().losses_and_coefficients(loss.args, 1);
-  return {loss.by_row(), table};
+  return {loss.row_losses(), table};
 }
 
 Tensor grad(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_ARGUMENTS) {
@@ -187,13 +171,13 @@ void grad_(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_ARGUMENTS) {
   loss.copy_back(student);
 }
 
-// Where the factor is 1, as it is for loss.backward(), nothing is read or written.
+// A factor of 1, as in loss.backward(), reads and writes nothing.
 void scale_(Tensor grad, Tensor factor) {
   if (scalar(factor) == 1) return;
   std::array<StableIValue, 2> stack{torch::stable::detail::from(grad), torch::stable::detail::from(factor)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes the reference that was returned
+  torch::stable::detail::to<Tensor>(stack[0]);  // owns the returned reference
 }
 
 Tensor run_softmax(SoftmaxArgs a, const Tensor& like, std::optional<Tensor> temperatures, ScalarType dtype,
@@ -231,41 +215,8 @@ Tensor tempered_softmax_backward(Tensor grad, Tensor output, std::optional<Tenso
   return run_softmax(a, y, temperatures, dtype, &RowKernels::softmax_backward);
 }
 
-// Names of instruction sets with spaces between, best last.
-template <class Predicate>
-std::string names_of_isas(Predicate wanted) {
-  std::string names;
-  for (Isa isa : kAllIsas) {
-    if (wanted(isa)) names += std::string(names.empty() ? "" : " ") + name(isa);
-  }
-  return names;
-}
-
 }  // namespace
 }  // namespace kdfast
-
-// For kdfast/choice.py: facts of the build, and the instruction set that the kernels above use.
-#define KDFAST_EXPORT extern "C" __attribute__((visibility("default")))
-KDFAST_EXPORT const char* kdfast_compiler() { return KDFAST_COMPILER; }
-KDFAST_EXPORT const char* kdfast_compiled_isas() {
-  static const std::string names = kdfast::names_of_isas(kdfast::compiled);
-  return names.c_str();
-}
-KDFAST_EXPORT const char* kdfast_usable_isas() {
-  static const std::string names = kdfast::names_of_isas(kdfast::usable);
-  return names.c_str();
-}
-// Where KDFAST_CPU_ISA names no usable set, the error's message.
-KDFAST_EXPORT const char* kdfast_isa() {
-  static const std::string name = [] {
-    try {
-      return std::string(kdfast::name(kdfast::chosen()));
-    } catch (const std::exception& error) {
-      return std::string(error.what());
-    }
-  }();
-  return name.c_str();
-}
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   KDFAST_REGISTER_LOSS(m);

@@ -1,43 +1,17 @@
-// Passes B and C.
+// Pass C: the gradient of a row.
 #pragma once
 
+#include "pointwise_sums.h"
 #include "row_loss.h"
 
 namespace kdfast {
 namespace {
 
-template <class P>
-struct Row {
-  using S = typename P::S;
-  using T = typename P::T;
-  using C = typename P::C;
-  const S* s;
-  const T* t;
-  S* out;           // where pass C writes a block
-  void* final_out;  // where the row ends: from `out` on, unless the student was widened or capped
-  Scratch<C> scratch;
-  Block<P>* blocks;
-};
-
-// How a block's exps, which have other offsets, become probabilities.
-template <class P>
-KD_NOINLINE Scales<double> at_offsets(Scales<double> x, const RowScale& scale, const Block<P>& block) {
-  const double of_hard = hard_offset<P>(scale, block.student_offset);
-  if (block == Block<P>{x.student_offset, x.teacher_offset} && of_hard == x.hard_offset) return x;
-  const double ds = block.student_offset - x.student_offset, dt = block.teacher_offset - x.teacher_offset;
-  if (block.student_offset != x.student_offset) x.to_q = scaled(x.to_q, ds), x.log_to_q += ds;
-  if (block.teacher_offset != x.teacher_offset) x.to_p = scaled(x.to_p, dt), x.log_to_p += dt;
-  if ((typename P::C)of_hard != (typename P::C)x.hard_offset)  // which a table may have rounded
-    x.to_q1 = scaled(x.to_q1, of_hard - x.hard_offset);
-  return {
-      block.student_offset, block.teacher_offset, of_hard, x.to_q, x.to_p, x.to_q1, x.log_to_q, x.log_to_p};
-}
-
 template <class C>
 KD_INLINE PerExp<typename Types<C>::V> splat(const PerExp<double>& x) {
-  const auto all = [](double number) { return splat<C>(number); };
-  return {all(x.level), all(x.slope), all(x.teacher), all(x.soft),   all(x.center),
-          all(x.to_q),  all(x.to_p),  all(x.hard),    all(x.uniform)};
+  const auto lanes = [](double number) { return splat<C>(number); };
+  return {lanes(x.level), lanes(x.slope), lanes(x.teacher), lanes(x.soft),   lanes(x.center),
+          lanes(x.to_q),  lanes(x.to_p),  lanes(x.hard),    lanes(x.uniform)};
 }
 
 // Pass C over one block, from the scratch (kKeep) or from the logits.
@@ -48,60 +22,67 @@ struct Gradient {
   using C = typename P::C;
   using V = typename P::V;
   Exponents<P> exponents;
-  PerExp<V> per;
+  PerExp<V> factors;
   V mean, tilt;
-  bool tilted = false;
+  bool is_tilted = false;
 
   Gradient() = default;
-  KD_INLINE Gradient(const RowScale& scale, const Coefficients<double>& c, const Scales<double>& x)
+  KD_NOINLINE Gradient(const RowScale& scale, const Coefficients<double>& c, const Scales<double>& x)
       : exponents(scale, x.student_offset, x.teacher_offset, x.hard_offset),
-        per(splat<C>(per_exp<double>(c, x))),
+        factors(splat<C>(per_exp<double>(c, x))),
         mean(splat<C>(c.mean)),
         tilt(splat<C>(c.tilt)),
-        tilted(c.tilt != 0) {}
+        is_tilted(c.tilt != 0) {}
 
-  KD_INLINE V combine(V s, V t, Scratch<C> kept, int i) const {
-    Lanes<P> x = exponents(s, t);
-    if constexpr (kKeep) {  // the logits are then read only where psi needs a logarithm
-      x.es = load(kept.student + i);
-      x.e1 = P::kOwn ? load(kept.hard + i) : exponents.power_of(x.es);
-      if constexpr (P::kSoft || P::kMSE) x.et = load(kept.teacher + i);
-    }
-    return of_exps(x, s);
-  }
-
-  KD_INLINE V of_exps(const Lanes<P>& x, V s) const {
-    V g = x.e1 * per.hard - per.uniform;
+  KD_INLINE V gradient_of_exps(const Lanes<P>& x, V s) const {
+    V g = x.e1 * factors.hard - factors.uniform;
     if constexpr (P::kMSE) {
-      g += (x.et - per.center) * per.soft;
+      g += (x.et - factors.center) * factors.soft;
     } else if constexpr (P::kPointwise) {
-      g += (x.et - (x.es * per.to_q) * per.center) * per.soft;  // psi is in P's place
+      g += (x.et - (x.es * factors.to_q) * factors.center) * factors.soft;  // psi is in P's place
     } else if constexpr (P::kSoft) {
-      V of_exp = per.level;
-      if constexpr (P::D::kStudent) of_exp += per.slope * (x.es == 0 ? V{} : x.ys - x.yt);
-      g += x.es * of_exp;
-      if constexpr (P::D::kTeacher) g -= x.et * per.teacher;
+      V factor = factors.level;
+      if constexpr (P::D::kStudent) factor += factors.slope * (x.es == 0 ? V{} : x.ys - x.yt);
+      g += x.es * factor;
+      if constexpr (P::D::kTeacher) g -= x.et * factors.teacher;
     }
-    if (opaque(tilted)) g += tilt * (s - mean);
+    if (hide_from_optimizer(is_tilted)) g += tilt * (s - mean);
     return g;
   }
 
+  // i: where the scratch has these classes.
+  KD_INLINE V gradient(V s, V t, Scratch<C> scratch, int i) const {
+    Lanes<P> x = exponents(s, t);
+    if constexpr (kKeep) {  // the logits are then read only where psi needs a logarithm
+      x.es = load(scratch.student + i);
+      x.e1 = P::kOwn ? load(scratch.hard + i) : exponents.power_of(x.es);
+      if constexpr (P::kReadsTeacher) x.et = load(scratch.teacher + i);
+    }
+    return gradient_of_exps(x, s);
+  }
+
+  // Of the i-th class of a block, the label. Its own term is subtracted before the rounding.
+  KD_NOINLINE C label_gradient(const S* s, const T* t, Scratch<C> scratch, int i,
+                               const Coefficients<double>& c, bool decoupled) const {
+    const auto si = load_student<P>(s + i, 1);
+    const auto ti = load_teacher<P>(t + i, 1);
+    if (decoupled)  // the sums have none of the label's exps
+      return gradient_of_exps(Lanes<P>{}, si.a)[0] + (C)c.at_label;
+    constexpr bool kPairs = std::is_same_v<S, bf16>;  // even and odd classes are in vectors of their own
+    const int at = kPairs ? i / P::kStep * P::kStep + i % 2 * P::kLanes + i % P::kStep / 2 : i;
+    return gradient(si.a, ti.a, scratch, at)[0] - (C)c.label;
+  }
+
   // sum g * (s - mean) over a block
-  KD_NOINLINE double dot(const S* s, const T* t, Scratch<C> kept, int n) const {
+  KD_NOINLINE double dot(const S* s, const T* t, Scratch<C> scratch, int n) const {
     V part[2] = {}, total{};
     for (int i = 0; i < n; i += P::kStep) {
       const int m = n - i < P::kStep ? n - i : P::kStep;
       const auto si = load_student<P>(s + i, m);
       const auto ti = load_teacher<P>(t + i, m);
-      V more[2] = {combine(si.a, ti.a, kept, i) * (si.a - mean),
-                   combine(si.b, ti.b, kept, i + P::kLanes) * (si.b - mean)};
-      if (m < P::kStep) {
-        for (int j = 0; j < P::kLanes; ++j) {
-          const bool halves = std::is_same_v<S, bf16>;  // even and odd places
-          if ((halves ? 2 * j : j) >= m) more[0][j] = 0;
-          if ((halves ? 2 * j + 1 : j + P::kLanes) >= m) more[1][j] = 0;
-        }
-      }
+      V more[2] = {gradient(si.a, ti.a, scratch, i) * (si.a - mean),
+                   gradient(si.b, ti.b, scratch, i + P::kLanes) * (si.b - mean)};
+      if (m < P::kStep) zero_tail<P>(more[0], more[1], m);
       part[0] += more[0];
       part[1] += more[1];
       if (i / P::kStep % 8 == 7) {
@@ -112,12 +93,12 @@ struct Gradient {
     return sum(total + (part[0] + part[1]));
   }
 
-  KD_NOINLINE void write(const S* s, const T* t, Scratch<C> kept, int n, S* out) const {
+  KD_NOINLINE void write(const S* s, const T* t, Scratch<C> scratch, int n, S* out) const {
     for (int i = 0; i < n; i += P::kStep) {
       const int m = n - i < P::kStep ? n - i : P::kStep;
       const auto si = load_student<P>(s + i, m);
       const auto ti = load_teacher<P>(t + i, m);
-      const Two<V> g{combine(si.a, ti.a, kept, i), combine(si.b, ti.b, kept, i + P::kLanes)};
+      const Two<V> g{gradient(si.a, ti.a, scratch, i), gradient(si.b, ti.b, scratch, i + P::kLanes)};
       if (m == P::kStep) {
         store2(out + i, g);
       } else {
@@ -127,79 +108,66 @@ struct Gradient {
   }
 };
 
-// Pass B over vectors of exps: adds each lane's phi and psi, and leaves psi in P's place.
-template <class C, class D>
-KD_NOINLINE void add_pointwise(const C* es, C* et, int vectors, typename Types<C>::V to_q,
-                               typename Types<C>::V to_p, typename Types<C>::V beta,
-                               typename Types<C>::V& phi, typename Types<C>::V& psi) {
-  using V = typename Types<C>::V;
-  V phi_part{}, psi_part{};  // two levels, as in block_sums
-  for (int i = 0; i < vectors; ++i) {
-    C* at = et + i * Types<C>::kLanes;
-    const V p = load(at) * to_p, q = load(es + i * Types<C>::kLanes) * to_q, each = D::psi(p, q, beta);
-    phi_part += D::phi(p, q, beta);
-    psi_part += each;
-    store(at, each);
-    if (i % 16 == 15) {
-      phi += phi_part;
-      psi += psi_part;
-      phi_part = psi_part = V{};
+// The soft term's gradient at a fixed deviation, times s - mean, summed over a row: what the tilt is made of.
+template <class P>
+KD_NOINLINE double soft_gradient_dot(const RowOf<P>& r, int64_t n, const RowScale& scale,
+                                     Coefficients<double> c) {
+  c.hard = c.uniform = c.tilt = 0;
+  const Scales<double> x = scales_of(c);
+  Block current{NAN, NAN};
+  Gradient<P, true> gradient;
+  double total = 0;
+  for (int64_t at = 0; at < n; at += kBlock) {
+    const Block& block = r.blocks[at / kBlock];
+    if (!(block == current)) {
+      current = block;
+      gradient = Gradient<P, true>(scale, c, block_scales<typename P::C, P::kOwn>(x, scale, current));
     }
+    total += gradient.dot(r.s + at, r.t + at, r.scratch + at, n - at < kBlock ? n - at : kBlock);
   }
-  phi += phi_part;
-  psi += psi_part;
+  return total;
 }
 
-// f of the divergence's struct, where it has a pass of its own.
-template <class F>
-void with_pointwise(const LossArgs& a, F f) {
-  with_divergence_named(a, [&](auto d) {
-    if constexpr (decltype(d)::kPointwise) f(d);
-  });
-}
-
-// Pass B over a block whose exps are in the scratch.
-template <class P>
-KD_INLINE void add_block(const LossArgs& a, Scratch<typename P::C> kept, int64_t n, const Scales<double>& x,
-                         typename P::V& phi, typename P::V& psi) {
+// Pass C over n classes from `begin` of a row. The label's class is written last.
+template <class P, bool kKeep>
+void write_gradient(const LossArgs& a, int64_t row, const RowOf<P>& r, int64_t begin, int64_t n,
+                    const RowScale& scale, const Coefficients<double>& c, const Scales<double>& row_scales) {
   using C = typename P::C;
-  const int vectors = (n + P::kStep - 1) / P::kStep * 2;
-  with_pointwise(a, [&](auto d) {
-    add_pointwise<C, decltype(d)>(kept.student, kept.teacher, vectors, splat<C>(x.to_q), splat<C>(x.to_p),
-                                  splat<C>(a.beta), phi, psi);
-  });
-}
-
-// Where no sums of the row are taken there is no scratch: fills it for a block, with psi in P's place.
-template <class P>
-KD_NOINLINE void keep_psi(const LossArgs& a, const Row<P>& r, int64_t begin, int n, const RowScale& scale,
-                          const Scales<double>& x, typename P::V& phi, typename P::V& psi) {
-  block_sums<P, true>(r.s + begin, r.t + begin, n, scale, x.student_offset, x.teacher_offset, r.scratch,
-                      true);
-  add_block<P>(a, r.scratch, n, x, phi, psi);
-}
-
-// How exps become probabilities before the coefficients are known.
-KD_INLINE Scales<double> scales_of(const LossArgs& a, const Sums<double>& x) {
-  Coefficients<double> c{x.student_offset, x.student_total, x.teacher_offset,
-                         x.teacher_total,  x.hard_offset,   1};
-  if (!teacher_is_softmaxed(a)) c.teacher_total = std::exp2(-x.teacher_offset);
-  return scales_with(c, 0., 0.);
-}
-
-// Pass B over a row of n classes, from the scratch.
-template <class P>
-void add_pointwise_sums(const LossArgs& a, const Row<P>& r, int64_t n, const RowScale& scale,
-                        Sums<double>& sums) {
-  if constexpr (P::kPointwise) {
-    const Scales<double> x = scales_of(a, sums);
-    typename P::V phi{}, psi{};
-    for (int64_t at = 0; at < n; at += kBlock) {
-      const Scales<double> here = at_offsets<P>(x, scale, r.blocks[at / kBlock]);
-      add_block<P>(a, r.scratch.after(at), n - at < kBlock ? n - at : kBlock, here, phi, psi);
+  const bool direct = (const void*)r.out == r.final_out;
+  const bool decoupled = a.divergence == Divergence::kDKD;
+  const int64_t label = a.labels && (a.hard_weight != 0 || decoupled) ? a.labels[row] - begin : -1;
+  Block current{c.student_offset, c.teacher_offset};
+  if constexpr (kKeep) current = r.blocks[(n - 1) / kBlock];
+  Scales<double> scales = block_scales<C, P::kOwn>(row_scales, scale, current);
+  Gradient<P, kKeep || P::kPointwise> gradient(scale, c, scales);
+  // From the last block to the first: what was written last is still in the cache, where not all of it fits
+  for (int64_t at = (n - 1) / kBlock * kBlock; at >= 0; at -= kBlock) {
+    if constexpr (kKeep) {
+      const Block& block = r.blocks[at / kBlock];
+      if (!(block == current)) {
+        current = block;
+        scales = block_scales<C, P::kOwn>(row_scales, scale, current);
+        gradient = Gradient<P, kKeep>(scale, c, scales);
+      }
     }
-    sums.phi = sum(phi);
-    sums.psi = sum(psi);
+    const int m = n - at < kBlock ? n - at : kBlock;
+    const Scratch<C> scratch = kKeep ? r.scratch + at : r.scratch;
+    if constexpr (P::kPointwise && !kKeep) {
+      typename P::V phi{}, psi{};
+      refill_block_psi<P>(a, r, at, m, scale, scales, phi, psi);
+    }
+    typename P::S* out = direct ? r.out + at : r.out;
+    const bool labelled = at <= label && label < at + m;
+    C at_label = 0;
+    if (labelled)  // before the logits are overwritten
+      at_label = gradient.label_gradient(r.s + at, r.t + at, scratch, label - at, c, decoupled);
+    gradient.write(r.s + at, r.t + at, scratch, m, out);
+    if (labelled) store_part(out + label - at, splat(at_label), 1);
+    if constexpr (std::is_same_v<typename P::S, C>) {
+      if (direct) continue;
+      if (a.softcap != 0) softcap_gradient(out, r.s + at, m, a.softcap);
+      narrow(out, m, (char*)r.final_out + at * bytes_of(a.student.dtype), a.student.dtype);
+    }
   }
 }
 

@@ -1,5 +1,5 @@
-// What the torch glue hands to the row kernels, and the table of kernels that each instruction set exports.
-// No torch here: the kernels can be compiled and tested alone.
+// The arguments of the row kernels, and the table of kernels that each instruction set exports. No torch
+// here: the kernels can be compiled and tested alone.
 #pragma once
 
 #include <cstdint>
@@ -33,23 +33,25 @@ struct LossArgs {
   double* losses;           // (rows)
   RowMetrics* row_metrics;  // (rows) or null
   double* sums;  // (rows * segments, kSums): Sums<double> of rows, or of segments of split ones; or null
-  // (rows, kCoefficients), Coefficients: out of `losses` or `losses_and_coefficients`, into `grad`;
+  // (rows, kCoefficients), Coefficients: out of `losses` or `losses_and_coefficients`, into `grad`; at
+  // least one of the two is null
   float* table;
-  double* wide_table;  // the other is null, or both
+  double* wide_table;
   // the gradient of row r is scale * (row_scale ? row_scale[r] : 1) * dl_r/ds
   double scale;
   const double* row_scale;
   void* grad;          // the student's dtype
   Matrix grad_layout;  // its data and dtype are the student's where the gradient goes in place
 
-  __attribute__((always_inline)) bool kept(int64_t row) const {
+  __attribute__((always_inline)) bool is_kept(int64_t row) const {
     return !(labels && labels[row] == ignore_index) && !(row_weight && row_weight[row] == 0);
   }
-  // Whether the student's exps at temperature 1 are summed, and whether the label's is looked at.
-  __attribute__((always_inline)) bool labelled() const { return labels && (hard_weight != 0 || metrics); }
-  __attribute__((always_inline)) bool hard() const { return labelled() || z_loss != 0; }
-  // Whether something is asked for whose sums are not merged: such a row is not split.
-  __attribute__((always_inline)) bool whole() const {
+  __attribute__((always_inline)) double weight(int64_t row) const { return row_weight ? row_weight[row] : 1; }
+  // Whether the label's logit is read, and whether the student's exps at temperature 1 are summed.
+  __attribute__((always_inline)) bool needs_label() const { return labels && (hard_weight != 0 || metrics); }
+  __attribute__((always_inline)) bool needs_hard_sum() const { return needs_label() || z_loss != 0; }
+  // Whether an option has sums that are not merged: such a row is not split.
+  __attribute__((always_inline)) bool needs_whole_row() const {
     return softcap != 0 || teacher_softcap != 0 || standardize || metrics || label_smoothing != 0 ||
            divergence == Divergence::kDKD;
   }
@@ -77,8 +79,8 @@ struct RowKernels {
   void (*losses)(const LossArgs&, int64_t begin, int64_t end);  // and the table; of whole rows
   void (*sums)(const LossArgs&, int64_t segments, int64_t begin, int64_t end);
   void (*pointwise_sums)(const LossArgs&, int64_t begin, int64_t end);  // phi and psi, given the other sums
-  void (*merge)(const LossArgs&, int64_t segments);  // the sums of a row's segments, into those of its first
-  // losses and the table, from the sums of first segments
+  void (*merge)(const LossArgs&, int64_t segments);  // the sums of a row's segments, into its first one's
+  // losses and the table, from the sums of each row's first segment
   void (*losses_and_coefficients)(const LossArgs&, int64_t segments);
   void (*grad)(const LossArgs&, int64_t segments, int64_t begin, int64_t end);
   void (*softmax)(const SoftmaxArgs&, int64_t begin, int64_t end);

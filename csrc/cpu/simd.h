@@ -1,6 +1,6 @@
-// Vectors for one instruction set: the compiler's vector extensions, so that operators come for free on every
-// machine, and an intrinsic where the compiler would not find the instruction. Compiled once per instruction
-// set, which the compiler's own macros tell; all of it in an anonymous namespace.
+// Vectors of one instruction set: the compiler's vector extensions, which have operators on every machine,
+// and intrinsics where the compiler would not find the instruction. Compiled once per instruction set, which
+// the compiler's macros name; all of it in an anonymous namespace.
 #pragma once
 
 #include <cmath>
@@ -72,7 +72,7 @@ KD_INLINE V multiply_subtract(V a, V b, V c) {
   return a * b - c;  // the compiler's flags make one instruction of it
 }
 
-// (a > b) ? a : b, so b where either is NaN; min likewise
+// (a > b) ? a : b, so b where either is NaN; the same holds for min
 KD_INLINE FloatV max(FloatV a, FloatV b) {
 #if defined(__AVX512F__)
   return (FloatV)_mm512_max_ps((__m512)a, (__m512)b);
@@ -101,8 +101,8 @@ KD_INLINE DoubleV min(DoubleV a, DoubleV b) { return a < b ? a : b; }
 KD_INLINE FloatV masked(FloatV p, FloatV x) { return p * (p == 0 ? FloatV{} : x); }
 KD_INLINE DoubleV masked(DoubleV p, DoubleV x) { return p * (p == 0 ? DoubleV{} : x); }
 
-// A condition that does not change in a loop, of which the compiler is not to make two loops.
-KD_INLINE bool opaque(bool condition) {
+// A condition that does not change in a loop: keeps the compiler from making two loops of it.
+KD_INLINE bool hide_from_optimizer(bool condition) {
   asm("" : "+r"(condition));
   return condition;
 }

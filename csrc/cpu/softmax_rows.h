@@ -1,23 +1,23 @@
 // tempered_softmax over rows, and its backward.
 #pragma once
 
+#include "block_sums.h"
 #include "convert.h"
-#include "row_sums.h"
 
 namespace kdfast {
 namespace {
 
-constexpr int kChain = 256;  // classes whose sum is carried on in doubles
+constexpr int kChain = 256;  // classes that are summed in C before their sum is added in doubles
 
 template <class C>
 void softmax_rows(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using V = typename Types<C>::V;
   C* z = (C*)thread_buffer((a.vocab + 64) * sizeof(C));
   for (int64_t row = begin; row < end; ++row) {
-    const C slope = kLog2E / at_row(a.temperatures, a.temperature, row);
-    widen(row_of(a.logits, row), a.logits.dtype, a.vocab, z);
+    const C exp2_scale = kLog2E / row_value(a.temperatures, a.temperature, row);
+    widen(row_data(a.logits, row), a.logits.dtype, a.vocab, z);
     if (a.log) {
-      const C offset = slope * block_max(z, a.vocab);
+      const C offset = exp2_scale * block_max(z, a.vocab);
       double total = 0;
       for (int64_t at = 0; at < a.vocab; at += kChain) {
         V block{};
@@ -25,16 +25,16 @@ void softmax_rows(const SoftmaxArgs& a, int64_t begin, int64_t end) {
         for (int i = 0; i < m; i += Types<C>::kLanes) {
           const int lanes = m - i < Types<C>::kLanes ? m - i : Types<C>::kLanes;
           const V v = load_part(z + at + i, lanes, -std::numeric_limits<C>::infinity());
-          block += exp2(multiply_subtract(v, splat(slope), splat(offset)));
+          block += exp2(multiply_subtract(v, splat(exp2_scale), splat(offset)));
         }
         total += sum(block);
       }
       const C log_total = std::log2(total);
       for_vectors(z, a.vocab, [&](V v, int64_t) {
-        return (multiply_subtract(v, splat(slope), splat(offset)) - log_total) * (C)kLn2;
+        return (multiply_subtract(v, splat(exp2_scale), splat(offset)) - log_total) * (C)kLn2;
       });
     } else {
-      softmax_row(z, a.vocab, slope);
+      softmax_row(z, a.vocab, exp2_scale);
     }
     narrow(z, a.vocab, (char*)a.out + row * a.vocab * bytes_of(a.out_dtype), a.out_dtype);
   }
@@ -47,8 +47,8 @@ void softmax_backward_rows(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   C* y = (C*)thread_buffer(2 * padded * sizeof(C));
   C* g = y + padded;
   for (int64_t row = begin; row < end; ++row) {
-    widen(row_of(a.logits, row), a.logits.dtype, a.vocab, y);
-    widen(row_of(a.grad, row), a.grad.dtype, a.vocab, g);
+    widen(row_data(a.logits, row), a.logits.dtype, a.vocab, y);
+    widen(row_data(a.grad, row), a.grad.dtype, a.vocab, g);
     for (int64_t i = a.vocab; i % Types<C>::kLanes; ++i) y[i] = g[i] = 0;
     double total = 0;
     for (int64_t at = 0; at < a.vocab; at += kChain) {
@@ -58,22 +58,24 @@ void softmax_backward_rows(const SoftmaxArgs& a, int64_t begin, int64_t end) {
       }
       total += sum(block);
     }
-    const V all = splat<C>(total), scale = splat<C>(1 / at_row(a.temperatures, a.temperature, row));
+    const V totals = splat<C>(total), scale = splat<C>(1 / row_value(a.temperatures, a.temperature, row));
     for_vectors(y, a.vocab, [&](V v, int64_t i) {
       const V gi = load(g + i);
-      return (a.log ? gi - exp2(v * (C)kLog2E) * all : v * (gi - all)) * scale;
+      return (a.log ? gi - exp2(v * (C)kLog2E) * totals : v * (gi - totals)) * scale;
     });
     narrow(y, a.vocab, (char*)a.out + row * a.vocab * bytes_of(a.out_dtype), a.out_dtype);
   }
 }
 
-bool wide(const SoftmaxArgs& a) { return a.logits.dtype == DType::kDouble || a.out_dtype == DType::kDouble; }
+bool is_double(const SoftmaxArgs& a) {
+  return a.logits.dtype == DType::kDouble || a.out_dtype == DType::kDouble;
+}
 
 void softmax(const SoftmaxArgs& a, int64_t begin, int64_t end) {
-  wide(a) ? softmax_rows<double>(a, begin, end) : softmax_rows<float>(a, begin, end);
+  is_double(a) ? softmax_rows<double>(a, begin, end) : softmax_rows<float>(a, begin, end);
 }
 void softmax_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
-  wide(a) ? softmax_backward_rows<double>(a, begin, end) : softmax_backward_rows<float>(a, begin, end);
+  is_double(a) ? softmax_backward_rows<double>(a, begin, end) : softmax_backward_rows<float>(a, begin, end);
 }
 
 }  // namespace

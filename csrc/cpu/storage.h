@@ -45,7 +45,7 @@ KD_INLINE FloatV widen(Types<float>::H h, f16) {
 #else
   using U = Types<float>::U;
   const U wide = __builtin_convertvector(h, U);
-  // exponent and mantissa into place; the product mends the exponent's bias, denormals included
+  // shifts exponent and mantissa; the product corrects the exponent's bias, of denormals too
   const FloatV magnitude = bits<FloatV>((wide & 0x7fff) << 13) * 0x1p112f;
   const U special = (wide & 0x7c00) == 0x7c00 ? U{} + 0x7f800000 : U{};
   return bits<FloatV>(bits<U>(magnitude) | special | (wide & 0x8000) << 16);
@@ -144,9 +144,9 @@ KD_INLINE void store_part(S* p, V v, int n) {
   std::memcpy(p, part, n * sizeof(S));
 }
 
-// 2 * kLanes elements as two vectors: the first and the second half or, of 16-bit floats, those at even and
-// at odd places, which are the upper and lower halves of 32-bit words and need no shuffling. In that order
-// everything between a load2 and a store2 stays.
+// 2 * kLanes elements as two vectors: the first and the second half. Of 16-bit floats: those at even and at
+// odd places, which are the halves of 32-bit words and need no shuffle; all between a load2 and a store2 has
+// that order.
 template <class V>
 struct Two {
   V a, b;

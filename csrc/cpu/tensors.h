@@ -41,9 +41,8 @@ inline double scalar(const Tensor& t) {
   }
 }
 
-// Mapping and zeroing fresh pages costs more than the kernel that fills them; 512 times fewer of them cost
-// half. Smaller tensors than glibc always maps afresh mostly come from memory that is there already, and are
-// left alone.
+// Mapping and zeroing new pages costs more than the kernel that fills them; huge pages halve it. Tensors
+// below the size that glibc always maps anew mostly reuse mapped memory, and are not advised.
 inline void advise_huge_pages(const Tensor& t) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = 2 << 20, kMapped = 32 << 20;

@@ -86,7 +86,7 @@ Truth truth(const Array& s, const Array& t, const LossArgs& a) {
   const int v = a.vocab;
   Truth out{std::vector<double>(a.rows), std::vector<double>(a.rows * v)};
   for (int64_t row = 0; row < a.rows; ++row) {
-    if (!a.kept(row)) continue;
+    if (!a.is_kept(row)) continue;
     std::vector<double> log_p, log_q, log_q1, gradient(v);
     const auto p = softmax(t, row, v, a.teacher_temperature, log_p),
                q = softmax(s, row, v, a.temperature, log_q);
@@ -212,7 +212,7 @@ void check_case(const char* isa, const RowKernels& kernels, DType dtype, Diverge
 
 int main() {
   for (Isa isa : kAllIsas) {
-    if (!usable(isa)) continue;
+    if (!is_usable(isa)) continue;
     const RowKernels* kernels = nullptr;
 #define X(set) \
   if (isa == Isa::set) kernels = &row_kernels_##set();

@@ -57,7 +57,7 @@ OF_DIVERGENCES = [
 # ---- a row's loss, metrics, standardized logits ----
 
 ROW_MATH = "csrc/row_math.h"
-LOSS, MEASURES, STANDARDIZE = "csrc/cpu/row_loss.h", "csrc/cpu/measures.h", "csrc/cpu/standardize.h"
+LOSS, METRIC_SUMS, CLASSIFIERS = "csrc/cpu/row_loss.h", "csrc/cpu/metric_sums.h", "csrc/cpu/classifiers.h"
 
 OF_ROWS = [
     Mutant("smoothing-keeps-the-whole-label", ROW_MATH,
@@ -73,47 +73,47 @@ OF_ROWS = [
            "lse = lse == -(N)INFINITY ? nan : lse;", "",
            "z_loss of a row whose classes are all masked is infinite and not NaN.", LIMITS),
     # t_squared=False alone, with a temperature
-    Mutant("gradient-without-t", LOSS,
-           "(a.t_squared ? t : 1 / t)", "(a.t_squared ? t : 1)",
+    Mutant("gradient-without-t", ROW_MATH,
+           "(r.t_squared ? r.temperature : 1 / r.temperature)", "(r.t_squared ? r.temperature : 1)",
            "Without t_squared the gradient lacks its 1 / T.", CALLS),
-    Mutant("psi-of-unnormalised-exps", "csrc/cpu/row_gradient.h",
-           "splat<C>(x.to_q), splat<C>(x.to_p),", "splat<C>(x.to_p), splat<C>(x.to_q),",
-           "psi is taken of p and q with each other's sums.", CALLS),
+    Mutant("psi-of-unnormalised-exps", "csrc/cpu/pointwise_sums.h",
+           "splat<C>(x.to_q),", "splat<C>(x.to_p),",
+           "psi takes q for what p's sum makes of it.", CALLS),
     Mutant("gradient-without-the-rows-weight", LOSS,
-           "const double factor = at_row(a.row_weight, 1, row) * a.scale;", "const double factor = a.scale;",
+           "weight * a.scale,", "a.scale,",
            "Rows' weights count in the loss and not in its gradient.", CALLS),
     # rows of several blocks alone: in one the sums are about the mean
     Mutant("mse-about-the-first-blocks-mean", ROW_MATH,
            "(x.over_teacher - x.teacher_total * mean) / (2 * x.classes)", "x.over_teacher / (2 * x.classes)",
            "logit_mse of long rows is centred on the mean of their first 2048 classes.", CALLS),
-    # logit_mse of standardised logits
-    Mutant("mse-gradient-of-unscaled-logits", ROW_MATH,
-           "c.soft = r.factor * r.unit * r.alpha / x.classes;", "c.soft = r.factor * r.alpha / x.classes;",
-           "logit_mse's gradient in standardised logits is taken for that in the logits.", OPTIONS),
-    Mutant("one-standardised-class", LOSS,
-           "if (a.standardize && n == 1) c.level = c.slope = c.teacher = c.soft = 0;", "",
-           "A standardised row of one class has a gradient of 1e7 times its rounding.", OPTIONS),
-    Mutant("dkd-weight-0-meets-an-infinity", LOSS,
+    Mutant("gradient-of-unscaled-logits", ROW_MATH,
+           "V{} : r.factor * r.unit * r.alpha;", "V{} : r.factor * r.alpha;",
+           "The gradient in standardised logits is taken for that in the logits.", OPTIONS),
+    Mutant("one-class", ROW_MATH,
+           "x.classes == 1 ? V{} :", "",
+           "A row of one class has its rounding as its soft gradient, 1e7 times where it is standardised.",
+           ("test_limits.py", "test_row_math.py")),
+    Mutant("dkd-weight-0-meets-an-infinity", CLASSIFIERS,
            "return kLn2 * (masked(w, target) +", "return kLn2 * (w * target +",
            "dkd without its target's part is NaN where that part is infinite.", LIMITS),
     Mutant("kl-metric-of-mass-1", LOSS,
            "mass * (log_student - log_total)", "(log_student - log_total)",
            "The metric kl of soft targets that do not sum to 1 is off.", METRICS),
     # rows of several blocks alone
-    Mutant("argmax-tie-of-blocks", MEASURES,
+    Mutant("argmax-tie-of-blocks", METRIC_SUMS,
            "more.student_max > total.student_max", "more.student_max >= total.student_max",
            "The first of equal maxima is looked for in the last block that has one.", METRICS),
-    Mutant("entropy-of-masked-classes", MEASURES,
+    Mutant("entropy-of-masked-classes", METRIC_SUMS,
            "student_part += q * max(least, ys);", "student_part += q * ys;",
            "The student's entropy is NaN where it masks a class.", METRICS),
-    Mutant("metrics-of-masked-classes", MEASURES,
+    Mutant("metrics-of-masked-classes", METRIC_SUMS,
            "p == 0 ? V{} : p * (above - ys)", "p * (above - ys)",
            "The metric kl is NaN where both mask a class.", METRICS),
-    Mutant("standardised-hard-exponents", STANDARDIZE,
-           "scale.hard /= student;", "scale.hard *= student;",
+    Mutant("standardised-hard-exponents", CLASSIFIERS,
+           "scale.hard_multiple /= student;", "scale.hard_multiple *= student;",
            "Beside a standardised soft term the hard term is of scaled logits.", OPTIONS),
-    Mutant("tilt-of-v-classes", STANDARDIZE,
-           "((n - 1) * deviation)", "(n * deviation)",
+    Mutant("tilt-of-v-classes", CLASSIFIERS,
+           "((n - 1) * m.deviation)", "(n * m.deviation)",
            "The gradient through the deviation takes it for the population's.", OPTIONS),
 ]  # fmt: skip
 
@@ -134,11 +134,11 @@ OF_SUMS = [
            "x.student_total < 0x1p40 && x.hard_total < 0x1p40 &&", "x.student_total < 0x1p40 &&",
            "The hard term's sum overflows in a block that is above the first one.", CALLS),
     # student and teacher of one dtype
-    Mutant("dkd-copies-in-one-place", SUMS,
+    Mutant("dkd-copies-in-one-place", CLASSIFIERS,
            "copies[next ^= 1]", "copies[0]",
            "dkd's student without its label is overwritten by the teacher.", CALLS),
     # target="probs" alone
-    Mutant("dkd-leaves-out-a-logit", SUMS,
+    Mutant("dkd-leaves-out-a-logit", CLASSIFIERS,
            "filler<X>(probs)", "filler<X>(false)",
            "Of given probabilities dkd's label becomes one of -inf.", CALLS),
     # label smoothing of more than 64 classes
@@ -147,36 +147,37 @@ OF_SUMS = [
            "Label smoothing's mean logit is the mean distance from the first one.", OPTIONS),
     # fp32 and fp64, lengths that leave more than a vector
     Mutant("mse-of-one-class-more", BLOCKS,
-           "(halves ? 2 * j + 1 : j + P::kLanes) >= m", "(halves ? 2 * j + 1 : j + P::kLanes) > m",
+           "(kPairs ? 2 * j + 1 : j + P::kLanes) >= n", "(kPairs ? 2 * j + 1 : j + P::kLanes) > n",
            "logit_mse counts a class beyond the row's last.", CALLS),
     Mutant("maximum-of-a-tail-with-a-0", BLOCKS,
            "load_part(s + i, n - i, -std::numeric_limits<C>::infinity())", "load_part(s + i, n - i, 0)",
            "The maximum of a row that ends within a vector is at least 0, and logits of -1e4 underflow.", CALLS),
     # rows of several blocks whose first 128 classes are masked
     Mutant("masked-sample", BLOCKS,
-           "offset == -kInfinity ? offset_at_max<P>(x, n, slope) : offset;", "offset;",
+           "offset == -kInfinity ? offset_at_max<P>(x, n, exp2_scale) : offset;", "offset;",
            "A block whose first 128 classes are masked counts as masked.", LIMITS),
 ]  # fmt: skip
 
 # ---- gradients, short rows, softmax ----
 
-GRADIENT, SHORT, SOFTMAX_ROWS = "csrc/cpu/row_gradient.h", "csrc/cpu/short_rows.h", "csrc/cpu/softmax_rows.h"
+GRADIENT, SOFTMAX_ROWS = "csrc/cpu/row_gradient.h", "csrc/cpu/softmax_rows.h"
+EXPONENTS, SHORT, SHORT_GROUP = "csrc/cpu/exponents.h", "csrc/cpu/short_rows.h", "csrc/cpu/short_group.h"
 
 OF_GRADIENTS = [
-    Mutant("gradient-at-the-students-offset", GRADIENT,
+    Mutant("gradient-at-the-students-offset", EXPONENTS,
            "x.to_p = scaled(x.to_p, dt)", "x.to_p = scaled(x.to_p, ds)",
            "In blocks of another offset p is scaled as q is.", CALLS),
-    Mutant("gradients-logarithm-at-the-rows-offset", GRADIENT,
+    Mutant("gradients-logarithm-at-the-rows-offset", EXPONENTS,
            "x.log_to_p += dt;", ";",
            "In blocks of another offset reverse KL's logarithms are the row's.", CALLS),
-    Mutant("psi-at-the-first-blocks-offset", GRADIENT,
+    Mutant("psi-at-the-first-blocks-offset", "csrc/cpu/pointwise_sums.h",
            "r.blocks[at / kBlock]", "r.blocks[0]",
            "JSD and the like take all blocks for those at the first one's offset.", CALLS),
     Mutant("gradient-of-masked-classes", GRADIENT,
            "x.es == 0 ? V{} : x.ys - x.yt", "x.ys - x.yt",
            "Reverse KL's gradient is NaN where a class has no probability.", LIMITS),
     Mutant("smoothing-pushes-up", GRADIENT,
-           "V g = x.e1 * per.hard - per.uniform;", "V g = x.e1 * per.hard + per.uniform;",
+           "V g = x.e1 * factors.hard - factors.uniform;", "V g = x.e1 * factors.hard + factors.uniform;",
            "Label smoothing lowers every class instead of raising it.", OPTIONS),
     Mutant("gradient-in-bits", ROW_MATH,
            "c.slope * x.to_q * kNatsPerBit<N>;", "c.slope * x.to_q;",
@@ -184,28 +185,27 @@ OF_GRADIENTS = [
     Mutant("smoothing-undivided", ROW_MATH,
            "c.uniform = c.hard * r.label_smoothing / x.classes;", "c.uniform = c.hard * r.label_smoothing;",
            "Smoothing raises every class by the whole of what is to be shared.", OPTIONS),
-    Mutant("short-rows-without-grad-output", SHORT,
-           "kWhat == Short::kGradient ? at_row(a.row_scale, 1, row) : g.weight[r]", "g.weight[r]",
+    Mutant("short-rows-without-grad-output", SHORT_GROUP,
+           "is_grad ? row_value(a.row_scale, 1, row) : g.weight[r]", "g.weight[r]",
            "Short rows ignore the gradient of their losses.", CALLS),
     # a padding of one class
-    Mutant("short-rows-table-of-the-next", SHORT,
+    Mutant("short-rows-table-of-the-next", SHORT_GROUP,
            "const float* row = a.table + (begin + r) * kCoefficients;",
            "const float* row = a.table + (begin + (r ^ 1)) * kCoefficients;",
            "Backward takes a short row's numbers from its neighbour's.", ("test_row_math.py", *CALLS)),
-    Mutant("short-rows-leave-one-class", SHORT,
+    Mutant("short-rows-leave-one-class", SHORT_GROUP,
            "if (a.width > n) std::memset((void*)(out + n)", "if (a.width > n + 1) std::memset((void*)(out + n)",
            "One padded class has as its gradient what was in memory, or its logit.", ("test_random.py", *LAYOUTS)),
     Mutant("short-rows-smoothing-of-the-sum", SHORT,
-           "x.exponents += exponents.hard(at(g.s + i * kLanes));",
-           "x.exponents += (C)n * exponents.hard(at(g.s + i * kLanes));",
+           "x.exponents += exponents.hard(s);", "x.exponents += (C)n * exponents.hard(s);",
            "Smoothing's mean logit of a short row is the sum.", OPTIONS),
     # 65 classes
     Mutant("short-rows-of-65-classes", SHORT,
            "a.vocab > kShort ||", "a.vocab > kShort + 1 ||",
            "Rows of 65 classes are written beyond their scratch.", ("test_random.py", *CALLS)),
     Mutant("softmax-of-one-temperature", SOFTMAX_ROWS,
-           "const C slope = kLog2E / at_row(a.temperatures, a.temperature, row);",
-           "const C slope = kLog2E / a.temperature;",
+           "const C exp2_scale = kLog2E / row_value(a.temperatures, a.temperature, row);",
+           "const C exp2_scale = kLog2E / a.temperature;",
            "tempered_softmax ignores temperatures per row; its gradient does not.", SOFTMAX),
     Mutant("log-softmax-gradient-in-bits", SOFTMAX_ROWS,
            "exp2(v * (C)kLog2E)", "exp2(v)",
@@ -214,8 +214,8 @@ OF_GRADIENTS = [
 
 # ---- exponents, exp, log, conversions ----
 
-EXPONENTS, EXP = "csrc/cpu/exponents.h", "csrc/cpu/exp_math.h"
-CONVERT, STORAGE, SIMD = "csrc/cpu/convert.h", "csrc/cpu/storage.h", "csrc/cpu/simd.h"
+EXP, TEACHERS, CONVERT = "csrc/cpu/exp_math.h", "csrc/cpu/teachers.h", "csrc/cpu/convert.h"
+STORAGE, SIMD = "csrc/cpu/storage.h", "csrc/cpu/simd.h"
 
 OF_ARITHMETIC = [
     # T = 3 and 4 alone
@@ -244,7 +244,7 @@ OF_ARITHMETIC = [
     Mutant("log-ratio-from-rounded-numbers", EXP,
            "(e == 0 ? difference : a - scaled)", "(a - scaled)",
            "Where p is near q divergences lose the digits of their difference.", CALLS),
-    Mutant("power-of-a-fraction", "csrc/cpu/row_kernels.cpp",
+    Mutant("power-of-a-fraction", "csrc/cpu/spec.h",
            "t <= kMaxPower && t == (int)t", "t <= kMaxPower",
            "At T = 3.7 the hard term takes the 3rd power.", CALLS),
     # the sets below avx512_bf16 alone, bf16 alone, a rounding alone
@@ -294,15 +294,15 @@ OF_ARITHMETIC = [
     Mutant("softcap-unmasks", CONVERT,
            "return v == masked ? masked : c * tanh(v * inverse);", "return c * tanh(v * inverse);",
            "A softcap gives a masked class the logit -cap.", LIMITS),
-    Mutant("deviation-of-the-population", CONVERT,
+    Mutant("deviation-of-the-population", CLASSIFIERS,
            "(squares - total * total / n) / (n - 1)", "(squares - total * total / n) / n",
            "Logits are standardised by the population's deviation.", OPTIONS),
     # a geometric ensemble of standardised logits
-    Mutant("ensemble-of-unstandardised-logits", CONVERT,
+    Mutant("ensemble-of-unstandardised-logits", TEACHERS,
            "a.teacher_weights[k] * (a.geometric ? unit : 1)", "a.teacher_weights[k]",
            "A geometric ensemble's teachers are not standardised.", OPTIONS),
     # a geometric ensemble of given probabilities
-    Mutant("ensemble-of-given-probabilities", CONVERT,
+    Mutant("ensemble-of-given-probabilities", TEACHERS,
            "a.n_teachers > 1 ? a.geometric : a.target == Target::kLogits", "a.target == Target::kLogits",
            "A geometric ensemble of probabilities is not normalised.", CALLS),
 ]  # fmt: skip
@@ -313,12 +313,12 @@ KERNELS, OPS, ARGUMENTS = "csrc/cpu/row_kernels.cpp", "csrc/cpu/ops.cpp", "csrc/
 
 OF_CALLS = [
     # labels that are a block's first class
-    Mutant("label-of-a-blocks-first-class", KERNELS,
+    Mutant("label-of-a-blocks-first-class", GRADIENT,
            "at <= label && label < at + m", "at < label && label < at + m",
            "A label at class 0, or 2048, has no part in the gradient.", CALLS),
     # bf16 alone
-    Mutant("bf16-labels-place", KERNELS,
-           "place<P>(label - at)", "(int)(label - at)",
+    Mutant("bf16-labels-place", GRADIENT,
+           "gradient(si.a, ti.a, scratch, at)[0]", "gradient(si.a, ti.a, scratch, i)[0]",
            "A bf16 label's gradient is made of another class's exps.", CALLS),
     # few and long rows of logit_mse
     Mutant("moments-moved-by-the-shift-alone", ROW_MATH,
@@ -326,7 +326,7 @@ OF_CALLS = [
            "logit_mse's sums of blocks and segments are merged as if each had one class.", CALLS),
     # few and long rows with padding, whose gradient comes from statistics
     Mutant("split-rows-padding", KERNELS,
-           "if (first + n == a.vocab) zero(a, row, a.vocab, a.width);", "",
+           "if (last == a.vocab) zero_gradient(a, row, a.vocab, a.width);", "",
            "The padding of rows that are split has as its gradient what was in memory.", LAYOUTS),
     # two rows and more that are split
     Mutant("second-split-row", OPS,
@@ -341,7 +341,7 @@ OF_CALLS = [
            "A forked child waits for threads that it does not have.", THREADS),
     # few and long rows with an option
     Mutant("split-rows-with-options", OPS,
-           "is_pointwise(a.divergence) || a.whole() ||", "is_pointwise(a.divergence) ||",
+           "is_pointwise || a.needs_whole_row() ||", "is_pointwise ||",
            "Options that take whole rows get parts of them.", CALLS),
     Mutant("threads-take-a-row-too-few", OPS,
            "torch::stable::parallel_for(0, units, grain, f);",
@@ -351,7 +351,7 @@ OF_CALLS = [
            "if (divisor == 0) divisor = 1;", "",
            "A mean over no row is NaN.", DROPPED),
     Mutant("mean-of-weighted-rows", ARGUMENTS,
-           "divisor += args.row_weight ? args.row_weight[row] : 1;", "divisor += 1;",
+           "divisor += args.weight(row);", "divisor += 1;",
            "The mean divides by the number of rows and not by their weights.", CALLS),
     # fp16 alone, whose gradient is made in backward
     Mutant("fp16-mean-in-backward", ARGUMENTS,
@@ -379,7 +379,7 @@ OF_CALLS = [
 
 OF_BUILD = [
     Mutant("weak-symbol", "csrc/cpu/row_kernels.h",
-           "__attribute__((always_inline)) bool kept(", "__attribute__((noinline)) bool kept(",
+           "__attribute__((always_inline)) bool is_kept(", "__attribute__((noinline)) bool is_kept(",
            "The linker keeps one of the instruction sets' functions for all of them.", BUILD, isas="all"),
     Mutant("finite-math", "CMakeLists.txt",
            "${flags_${isa}} -fno-math-errno", "${flags_${isa}} -ffinite-math-only -fno-math-errno",
