@@ -53,6 +53,8 @@ class Settings(NamedTuple):
     divisor: float  # the normalizer where it is a number; 0: none given
     label_smoothing: float
     z_loss: float
+    logit_scale: float  # the student's
+    teacher_logit_scale: float
     softcap: float  # 0: none
     teacher_softcap: float
     standardize: bool
@@ -73,8 +75,9 @@ def drop_unused(inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:
     if not settings.reads_teacher:
         inputs = inputs._replace(teachers=[], temperatures=None, teacher_temperatures=None)
         settings = settings._replace(
-            temperature=1.0, teacher_temperature=1.0, teacher_weights=[], teacher_softcap=0.0, standardize=False
-        )
+            temperature=1.0, teacher_temperature=1.0, teacher_weights=[], teacher_logit_scale=1.0, teacher_softcap=0.0,
+            standardize=False,
+        )  # fmt: skip
     if settings.label_smoothing and not (settings.hard_weight or settings.metrics):
         settings = settings._replace(label_smoothing=0.0)
     return inputs, settings

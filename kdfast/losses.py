@@ -76,6 +76,8 @@ def kd_loss(
     normalizer: float | Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
     softcap: float | None = None,
     teacher_softcap: float | None = None,
     standardize: bool = False,
@@ -126,6 +128,9 @@ def kd_loss(
             classes. Needs labels.
         z_loss: the weight >= 0 of the square of logsumexp(s), which keeps logits from drifting (PaLM, Chowdhery et al.
             2022, section 5). It needs no labels, and alpha does not weigh it.
+        logit_scale: a number > 0 that multiplies the student's logits before everything else: ``logit_scale`` of
+            Cohere's models, 1 / ``logits_scaling`` of Granite. Logits from Hugging Face models are scaled already.
+        teacher_logit_scale: the teacher's, which must be logits.
         softcap: the student's logits become cap * tanh(s / cap) before everything that follows (Gemma 2, section 2), in
             all terms and metrics. A masked class stays masked. None: no cap.
         teacher_softcap: the teacher's, which must be logits.
@@ -205,6 +210,8 @@ def kd_loss(
         "normalizer": normalizer,
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
+        "logit_scale": logit_scale,
+        "teacher_logit_scale": teacher_logit_scale,
         "softcap": softcap,
         "teacher_softcap": teacher_softcap,
         "standardize": standardize,

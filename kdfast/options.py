@@ -34,6 +34,8 @@ class Options(TypedDict, total=False):
     reduction: Reduction
     label_smoothing: float
     z_loss: float
+    logit_scale: float
+    teacher_logit_scale: float
     softcap: float | None
     teacher_softcap: float | None
     standardize: bool
@@ -71,8 +73,8 @@ def check_settings(options: Mapping[str, Any], has_labels: bool) -> Settings:
         if target != "logits":
             raise ValueError(f"teacher_temperature: given with target={target!r}, which is at its temperature already")
         teacher_temperature = checks.check_temperature("teacher_temperature", options["teacher_temperature"])
-    for name in ("standardize", "teacher_softcap"):
-        if options[name] and target != "logits":
+    for name, unset in (("standardize", False), ("teacher_softcap", None), ("teacher_logit_scale", 1)):
+        if options[name] != unset and target != "logits":
             raise ValueError(f"{name}: needs target='logits', not {target!r}")
     mse = divergence == "logit_mse"
     if mse and target != "logits":
@@ -98,6 +100,8 @@ def check_settings(options: Mapping[str, Any], has_labels: bool) -> Settings:
         divisor=0.0,
         label_smoothing=checks.check_smoothing(options["label_smoothing"], has_labels),
         z_loss=checks.check_size("z_loss", options["z_loss"]),
+        logit_scale=checks.check_positive("logit_scale", options["logit_scale"]),
+        teacher_logit_scale=checks.check_positive("teacher_logit_scale", options["teacher_logit_scale"]),
         softcap=checks.check_cap("softcap", options["softcap"]),
         teacher_softcap=checks.check_cap("teacher_softcap", options["teacher_softcap"]),
         standardize=options["standardize"],

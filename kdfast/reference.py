@@ -5,7 +5,7 @@ p = softmax(t / T'), q1 = softmax(s). A row's loss is (Hinton, Vinyals & Dean 20
 
     l = w * [ alpha * T^2 * D(p, q) + hard_weight * CE(y, q1) + z_loss * logsumexp(s)^2 ]
 
-with D = sum_i phi(p_i, q_i) of divergences.py. Logits are softcapped first of all; `standardize` is for D alone.
+with D = sum_i phi(p_i, q_i) of divergences.py. Logits are first scaled, then softcapped; `standardize` is for D alone.
 
 A function named like an operator of ops.py is its plain implementation. reference_sums.py has the operators that go
 through the sums and coefficients of row_math.py.
@@ -70,7 +70,7 @@ def softcap(z: Tensor, cap: float) -> Tensor:
 class Rows(NamedTuple):
     """What the terms of a loss take."""
 
-    s: Tensor  # (..., V), the real classes, softcapped; 0 in dropped rows, whatever they hold
+    s: Tensor  # (..., V), the real classes, scaled and softcapped; 0 in dropped rows, whatever they hold
     teachers: list[Tensor]  # the same
     labels: Tensor | None  # (..., 1); 0 in dropped rows
     kept: Tensor  # (...)
@@ -80,11 +80,11 @@ def prepare_rows(student: Tensor, inputs: Inputs, settings: Settings) -> Rows:
     dtype = loss_dtype(student)
     kept = kept_rows(student, inputs, settings)
     s = student if settings.vocab_size < 0 else student[..., : settings.vocab_size]
-    s = softcap(torch.where(kept.unsqueeze(-1), s.to(dtype), 0), settings.softcap)
+    s = softcap(settings.logit_scale * torch.where(kept.unsqueeze(-1), s.to(dtype), 0), settings.softcap)
     teachers = []
     for t in inputs.teachers:
         t = torch.where(kept.unsqueeze(-1), _real_classes(t, settings).to(dtype), 0)
-        teachers.append(softcap(t, settings.teacher_softcap))
+        teachers.append(softcap(settings.teacher_logit_scale * t, settings.teacher_softcap))
     labels = None if inputs.labels is None else torch.where(kept, inputs.labels, 0).unsqueeze(-1)
     return Rows(s, teachers, labels, kept)
 

@@ -108,7 +108,7 @@ def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, sett
         g = g - torch.where(_is_label(rows.labels, g.shape[-1]), c.label, 0)
     if settings.softcap:
         g = torch.where(rows.s == -math.inf, 0, g * (1 - (rows.s / settings.softcap).square()))
-    factor = grad_loss.to(g.dtype)
+    factor = settings.logit_scale * grad_loss.to(g.dtype)
     if settings.reduction != "none":
         factor = factor / denominator(student, inputs, settings)
     factor = factor.expand(student.shape[:-1]).reshape(len(g), 1)

@@ -126,12 +126,15 @@ def _per_row(*values: float, dtype: torch.dtype = F32) -> Callable[[int], Tensor
     return lambda rows: torch.tensor([values[i % len(values)] for i in range(rows)], dtype=dtype)
 
 
-ALL_OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 20.0, "teacher_softcap": 30.0, "standardize": True}
+ALL_OPTIONS = {
+    "label_smoothing": 0.1, "z_loss": 0.01, "logit_scale": 1.5, "teacher_logit_scale": 0.7, "softcap": 20.0,
+    "teacher_softcap": 30.0, "standardize": True,
+}  # fmt: skip
 
 
 def options_for(backend: str) -> dict[str, Any]:
     """All options that the backend's kernels support."""
-    plain = ("label_smoothing", "z_loss")
+    plain = ("label_smoothing", "z_loss", "logit_scale", "teacher_logit_scale")
     return {k: v for k, v in ALL_OPTIONS.items() if backend != "cuda" or k in plain}
 
 
@@ -222,6 +225,8 @@ AXES: dict[str, dict[str, Any]] = {
         "caps": {"softcap": 0.5, "teacher_softcap": 0.5},  # saturate: most gradients vanish
         "a teacher's cap": {"teacher_softcap": 30.0},
         "a large cap": {"softcap": 1e4},  # does nothing
+        "a scale": {"logit_scale": 0.0625},  # Cohere's
+        "scales": {"logit_scale": 2.5, "teacher_logit_scale": 0.3},
         "standardized": {"standardize": True},
         "all options": ALL_OPTIONS,
     },
@@ -257,14 +262,14 @@ NEVER = (
     (("no labels",), ("smoothing", "all smoothed", "all options", "some ignored", "ignored by 0")),
     (("no labels",), ("some of weight 0", "weighted in fp64")),  # these ignore labels too
     (STANDARDIZED, NOT_LOGITS),
-    (("caps", "a teacher's cap", *(k for k in AXES["temperature"] if " of " in k)), NOT_LOGITS),
+    (("caps", "scales", "a teacher's cap", *(k for k in AXES["temperature"] if " of " in k)), NOT_LOGITS),
     (STANDARDIZED, ("3x1", "2x2")),  # z is 0, or +-sqrt(1/2), whatever the logits: see test_numbers.py
     (("one row expanded",), ("inplace", "metrics inplace")),  # shared memory cannot be written
     (FAR, SIXTEEN),  # 16 bits have few numbers there
     (("masked",), ("smoothing", "all smoothed")),  # the loss would be the sentinel itself
     # Two extremes cost digits that judge.py's rule does not count: z = x / T is rounded before the maximum is
     # subtracted, the mean of several logits is too, and eager PyTorch's p underflows.
-    (EXTREME, (*SEVERAL, *CAPPED, *STANDARDIZED, "all smoothed", "a large cap", "T 0.1", "T 0.5", "T 100")),
+    (EXTREME, (*SEVERAL, *CAPPED, *STANDARDIZED, "all smoothed", "a large cap", "scales", "T 0.1", "T 0.5", "T 100")),
     (EXTREME, ("dkd",)),  # its other classes underflow: see test_limits.py
     (MIXED, ("T 0.1",)),
 )  # fmt: skip

@@ -18,6 +18,7 @@ def eager(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses (...), unweighted; A (...) and A_i (..., V) of judge.py for arithmetic in `kind`, in its eps."""
     o = _resolve(options, kind)
+    s, teachers = apply_scales(s, teachers, o)
     alpha = (1.0 if labels is None else 0.9) if o["alpha"] is None else o["alpha"]
     hard = (1.0 - alpha) if o["hard_weight"] is None else o["hard_weight"]
     # ignored rows may have any label: their weight is 0
@@ -41,7 +42,7 @@ def eager(
     loss, loss_off, grad_off = (sum(x) for x in zip(*parts, strict=True))
     if o["softcap"]:
         grad_off = _off_after_softcap(grad_off, s, o["softcap"])
-    return loss, loss_off.detach(), grad_off.detach()
+    return loss, loss_off.detach(), o["logit_scale"] * grad_off.detach()
 
 
 def _resolve(options: dict[str, Any], kind: torch.dtype) -> dict[str, Any]:
@@ -55,6 +56,7 @@ def entropies(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The entropies of q and p, (...), each with its error; without a teacher q's twice."""
     o = _resolve(options, kind)
+    s, teachers = apply_scales(s, teachers, o)
     student, *logits = soft_logits(apply_softcap(s, o["softcap"]), teachers, o)
     x, _ = pair(student, logits or [student], o if teachers else o | {"target": "logits"})
     found = []
@@ -69,6 +71,12 @@ class Logits(NamedTuple):
 
     z: Tensor
     off: Tensor | float
+
+
+def apply_scales(s: Tensor, teachers: list[Tensor], o: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    """The logits times their scales, which are part of 1 / T and of 1 / cap and add no rounding of their own."""
+    k, teacher_k = o["logit_scale"], o["teacher_logit_scale"]
+    return (s if k == 1 else k * s), (teachers if teacher_k == 1 else [teacher_k * t for t in teachers])
 
 
 def apply_softcap(z: Tensor, cap: float | None) -> Logits:
@@ -359,8 +367,9 @@ def mixture(teachers: list[Logits], at: Tensor, o: dict[str, Any]) -> tuple[Tens
 def largest_z(s: Tensor, teachers: list[Tensor], o: dict[str, Any]) -> Tensor:
     """The largest |z| of each row, (..., 1), of student and teachers, where the probability is not 0; at least 1."""
     T, at = temperatures(s.double(), o)
-    capped = apply_softcap(s.double(), o["softcap"])
-    student, *logits = soft_logits(capped, [t.double() for t in teachers], o)
+    s, teachers = apply_scales(s.double(), [t.double() for t in teachers], o)
+    capped = apply_softcap(s, o["softcap"])
+    student, *logits = soft_logits(capped, teachers, o)
     zs = [capped.z]  # the hard term's and z-loss's
     if o["divergence"] == "logit_mse":
         zs.append(torch.ones_like(s))

@@ -13,13 +13,15 @@ A. Then
 
 where R is the largest |eager_i - truth_i| / A_i of the row, eager being the usual recipe (eager.py) in fp32 on the same
 numbers, upcast where they are of 16 bits, and the half ulp is that of a 16-bit student: the gradient is fp32's, rounded
-once. For fp64, where the truth has no more digits than what it judges, the truth's own rounding of z stands for eager's
-error: R is the largest |z| among the classes with a probability, and the loss gets as much.
+once. For fp64, where the truth has no more digits than what it judges, the truth's own rounding stands for eager's
+error, of z and of log q, which is log V where all logits are alike (torch.log_softmax is then off by up to 24 eps of q
+at V = 151936): R is the largest |z| among the classes with a probability, or log V, and the loss gets as much.
 
 For softcapped or standardized logits eager.py adds their error to |log q_i|, and their derivatives' error to A_i. The
 loss's other terms are in A like those of the divergence.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -127,7 +129,7 @@ class Truth:
         _, loss_off, grad_off = eager(s.double(), [t.double() for t in teachers], labels, in_fp64(options), self.kind)
         loss_off, grad_off = loss_off * weight * info.eps, grad_off * weight.unsqueeze(-1) * info.eps
         if self.kind == F64:
-            ratio = largest_z(s, teachers, options)
+            ratio = largest_z(s, teachers, options).clamp_min(math.log(s.shape[-1]))
             self.loss_off = loss_off * (1 + ratio.squeeze(-1))
         else:
             # the products with the terms' weights and with the row's, half an ulp each

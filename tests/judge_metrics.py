@@ -7,6 +7,7 @@ import torch
 from cases import F32, F64, to_device
 from eager import (
     DEFAULTS,
+    apply_scales,
     apply_softcap,
     eager,
     entropies,
@@ -41,7 +42,8 @@ def row_metrics(
         o |= {"temperature": 1.0, "teacher_temperature": None, "t_squared": False}
     nan = torch.full_like(student[..., 0], NAN)
     nothing = (nan, nan)
-    best, unclear = _argmax([student], o["softcap"], o, kind)
+    s, scaled_teachers = apply_scales(student, teachers, o)
+    best, unclear = _argmax([s], o["softcap"], o, kind)
     found = dict.fromkeys(FIELDS, nothing)
     of_q, of_q_off, of_p, of_p_off = entropies(student, teachers, o, kind)
     found["student_entropy"] = of_q, of_q_off
@@ -53,7 +55,7 @@ def row_metrics(
         kl = o | ALONE | {"alpha": 1, "divergence": "forward_kl", "beta": None, "t_squared": False}
         found["kl"] = eager(student, teachers, None, kl, kind)[:2]
         found["teacher_entropy"] = of_p, of_p_off
-        best_of_p, p_unclear = _argmax(teachers, o["teacher_softcap"], o, kind)
+        best_of_p, p_unclear = _argmax(scaled_teachers, o["teacher_softcap"], o, kind)
         found["agreement"] = (best == best_of_p).to(nan.dtype), (unclear | p_unclear).to(nan.dtype)
     return {k: (value, off.nan_to_num(0)) for k, (value, off) in found.items()}
 

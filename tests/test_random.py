@@ -102,9 +102,12 @@ def calls(draw: Any, backend: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         weights = st.sampled_from([0.0, 1.0, 8.0]) | st.floats(0.01, 10)
         perhaps("dkd_weights", st.tuples(weights, weights))
     caps = st.sampled_from([30.0, 0.5, 1e4]) | st.floats(1, 100)
+    scales = st.sampled_from([0.0625, 2.0]) | st.floats(0.05, 3)
     perhaps("z_loss", st.sampled_from([0.0, 1e-4]) | st.floats(0.01, 1))
+    perhaps("logit_scale", scales)
     if options["target"] == "logits":
         perhaps("teacher_temperature", temperatures)
+        perhaps("teacher_logit_scale", scales)
     if not plain:
         perhaps("softcap", caps)
     if options["target"] == "logits" and not plain:
@@ -179,6 +182,8 @@ def _pools(
         "inplace": [*[False] * 5, True],
         "label_smoothing": [*[0.0] * 6, *[0, 0.1, 1.0] * 2, 1.1, None],
         "z_loss": [*[0.0] * 6, *[1e-4, 1, 1e30] * 2, -1, "z"],
+        "logit_scale": [*[1.0] * 6, *[0.0625, 2, 1e30] * 2, 0, "s"],
+        "teacher_logit_scale": [*[1.0] * 6, *[0.5, 1e-30] * 3, torch.inf, True],
         "softcap": [*[None] * 6, *[30.0, 0.5, 1, 1e30] * 2, 0, "c"],
         "teacher_softcap": [*[None] * 6, *[30.0, 1e-30] * 3, torch.inf, True],
         "standardize": [*[False] * 6, *[True] * 6, 1],

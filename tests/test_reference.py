@@ -52,6 +52,7 @@ OPTIONS = {
     "all smoothed away": {"label_smoothing": 1.0, "alpha": 0.5},
     "z_loss": {"z_loss": 0.7},
     "z_loss alone": {"z_loss": 0.7, "alpha": 0, "hard_weight": 0},
+    "logit_scale": {"logit_scale": 0.4, "teacher_logit_scale": 2.0, "z_loss": 0.1, "softcap": 3.0},
     "softcap": {"softcap": 3.0},
     "softcap, all terms": {"softcap": 3.0, "z_loss": 0.1, "label_smoothing": 0.1, "vocab_size": 4, "labels": Y % 4},
     "teacher_softcap": {"teacher_softcap": 1.5},
@@ -121,6 +122,12 @@ def test_softcaps_are_applied_before_everything_else() -> None:
     settings = {"temperature": TEMPERATURE, "z_loss": 0.1, "label_smoothing": 0.1}
     capped, teacher = 2 * torch.tanh(S / 2), 3 * torch.tanh(T / 3)
     close(loss_of(S, T, Y, softcap=2, teacher_softcap=3, **settings), loss_of(capped, teacher, Y, **settings))
+
+
+def test_logit_scales_are_applied_before_softcaps() -> None:
+    settings = {"temperature": TEMPERATURE, "z_loss": 0.1, "label_smoothing": 0.1, "softcap": 2, "teacher_softcap": 3}
+    scaled = loss_of(S, T, Y, logit_scale=0.5, teacher_logit_scale=1.5, **settings)
+    close(scaled, loss_of(0.5 * S, 1.5 * T, Y, **settings))
 
 
 def standardize(z: Tensor) -> Tensor:

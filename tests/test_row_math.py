@@ -67,6 +67,7 @@ def test_shards_give_the_loss_and_gradient_of_the_whole_row(
     options = {
         "divergence": divergence, "temperature": temperature, "teacher_temperature": 1.7, "row_weight": weight,
         "alpha": 0.6, "hard_weight": 0.8, "label_smoothing": 0.0 if masked else 0.1, "z_loss": 0.01,
+        "logit_scale": 0.8, "teacher_logit_scale": 1.25,
     }  # fmt: skip
     truth = truth_of(s, t, y, options)
     ops = choice.namespace(backend, s)

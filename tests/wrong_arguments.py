@@ -14,7 +14,8 @@ from cases import batch
 S, T, Y = batch(3, 5)  # three rows of five classes
 NAN, INF = float("nan"), float("inf")
 CAPS = ("softcap", "teacher_softcap")
-NOT_NONE = ("temperature", "label_smoothing", "z_loss")  # arguments that cannot be None
+SCALES = ("logit_scale", "teacher_logit_scale")
+NOT_NONE = ("temperature", "label_smoothing", "z_loss", *SCALES)  # arguments that cannot be None
 META = torch.empty(3, 5, device="meta")  # another device than the logits'
 
 WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
@@ -72,7 +73,7 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     # --- numbers
     *(
         (argument, value, {}, ValueError, re.escape(f"{value!r} must be finite and > 0"))
-        for argument in ("temperature", "teacher_temperature", "normalizer", *CAPS)
+        for argument in ("temperature", "teacher_temperature", "normalizer", *CAPS, *SCALES)
         for value in (0, -1, -0.5, NAN, INF, 0.0)
     ),
     *(
@@ -153,7 +154,7 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("dkd_weights", (2.0, 1.0), {}, ValueError, "given with divergence='cross_entropy'; they are for 'dkd'"),
     *(
         (argument, value, {"target": target}, ValueError, f"needs target='logits', not '{target}'")
-        for argument, value in (("standardize", True), ("teacher_softcap", 30.0))
+        for argument, value in (("standardize", True), ("teacher_softcap", 30.0), ("teacher_logit_scale", 0.5))
         for target in ("probs", "log_probs")
     ),
     ("normalizer", torch.tensor(2.0, requires_grad=True), {}, RuntimeError, "requires grad, but .* has no derivative"),

@@ -120,11 +120,12 @@ struct Loss {
   // Backward: what each row's gradient is multiplied by, from the gradient of the losses or of the reduced
   // one.
   void scale_by(const Tensor& grad_loss) {
+    args.scale = args.logit_scale;
     if (reduction == "none") {
       owned.push_back(torch::stable::contiguous(torch::stable::to(grad_loss, ScalarType::Double)));
       args.row_scale = (const double*)owned.back().const_data_ptr();
     } else {
-      args.scale = scalar(grad_loss) * inverse_divisor();
+      args.scale *= scalar(grad_loss) * inverse_divisor();
     }
   }
 

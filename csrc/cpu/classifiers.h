@@ -15,7 +15,7 @@ namespace {
 
 struct Moments {  // of a row's logits
   double mean, deviation;
-  double unit() const { return 1 / (1e-7 + deviation); }
+  double unit(double logit_scale) const { return 1 / (1e-7 + logit_scale * deviation); }
 };
 
 // The sample deviation, about the mean of the first classes, which is near enough to lose no digits.
@@ -71,16 +71,17 @@ KD_INLINE Moments standardize(const LossArgs& a, const typename P::S* s,
   const Moments student = moments(s, a.vocab);
   double teacher_unit = 1;
   if constexpr (P::kReadsTeacher) {
-    if (a.n_teachers == 1) teacher_unit = moments(t, a.vocab).unit();
+    if (a.n_teachers == 1) teacher_unit = moments(t, a.vocab).unit(scale.teacher_logit_scale);
   }
-  set_units(scale, student.unit(), teacher_unit, P::kMSE);
+  set_units(scale, student.unit(scale.logit_scale), teacher_unit, P::kMSE);
   return student;
 }
 
 // The standard deviation's part of the gradient is tilt * (s_i - mean). With g the soft term's gradient at a
-// fixed deviation d, dot = sum g_j (s_j - mean) and tilt = -dot / ((1e-7 + d) (n - 1) d).
-KD_INLINE double tilt(const Moments& m, int64_t n, double dot) {
-  return m.deviation == 0 ? 0 : -dot * m.unit() / ((n - 1) * m.deviation);
+// fixed deviation d, dot = sum g_j (s_j - mean) and tilt = -dot / ((1e-7 + d) (n - 1) d). Moments and dot are
+// of logits that lack logit_scale.
+KD_INLINE double tilt(const Moments& m, int64_t n, double dot, double logit_scale) {
+  return m.deviation == 0 ? 0 : -dot * logit_scale * m.unit(logit_scale) / ((n - 1) * m.deviation);
 }
 
 // ---- logit_mse ----
@@ -90,7 +91,7 @@ template <class P>
 KD_NOINLINE double mean_difference(const typename P::S* s, const typename P::T* t, int n,
                                    const RowScale& scale) {
   using C = typename P::C;
-  const C a = scale.student_unit, b = scale.teacher_unit;
+  const C a = scale.student_unit * scale.logit_scale, b = scale.teacher_unit * scale.teacher_logit_scale;
   double total = 0;
   for (int i = 0; i < n; i += P::kStep) {
     const int m = n - i < P::kStep ? n - i : P::kStep;

@@ -74,11 +74,11 @@ KD_INLINE void for_vectors(C* row, int64_t n, F f) {
   for (int64_t i = 0; i < n; i += Types<C>::kLanes) store(row + i, f(load(row + i), i));
 }
 
-// cap * tanh(z / cap) of a row, as C; a masked class stays masked.
+// cap * tanh(scale * z / cap) of a row, as C; a masked class stays masked.
 template <class C>
-KD_NOINLINE void softcap_row(const void* from, DType dtype, int64_t n, double cap, C* to) {
+KD_NOINLINE void softcap_row(const void* from, DType dtype, int64_t n, double scale, double cap, C* to) {
   constexpr int kLanes = Types<C>::kLanes;
-  const auto c = splat((C)cap), inverse = splat((C)(1 / cap));
+  const auto c = splat((C)cap), inverse = splat((C)(scale / cap));
   const auto masked = splat(-std::numeric_limits<C>::infinity());
   for (int64_t at = 0; at < n; at += kBlock) {
     const int64_t m = n - at < kBlock ? n - at : kBlock;

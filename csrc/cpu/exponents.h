@@ -18,10 +18,12 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 struct RowScale {  // of one row
   double temperature;
-  double exp2_scale, teacher_exp2_scale;      // log2(e) / T: what a logit is multiplied by to be an exponent
-  double hard_multiple;                       // exponents at temperature 1 are this multiple of those at T
-  int power;                                  // with kOwn false: that multiple, a small whole number
-  double student_unit = 1, teacher_unit = 1;  // what logit_mse multiplies logits by
+  double exp2_scale,
+      teacher_exp2_scale;  // what a logit is multiplied by to be an exponent: logit_scale * log2(e) / T
+  double hard_multiple;    // exponents at temperature 1 are this multiple of those at T
+  int power;               // with kOwn false: that multiple, a small whole number
+  double logit_scale = 1, teacher_logit_scale = 1;  // 1 where softcapping takes it in
+  double student_unit = 1, teacher_unit = 1;        // what standardization multiplies scaled logits by
 };
 
 KD_INLINE double row_value(const double* per_row, double number, int64_t row) {
@@ -32,7 +34,9 @@ KD_INLINE RowScale row_scale(const LossArgs& a, int64_t row) {
   const double t = row_value(a.temperatures, a.temperature, row);
   const bool logits = a.target == Target::kLogits;
   const double teacher_t = logits ? row_value(a.teacher_temperatures, a.teacher_temperature, row) : 1;
-  return {t, kLog2E / t, kLog2E / teacher_t, t, (int)t};
+  const double scale = a.softcap == 0 ? a.logit_scale : 1;
+  const double teacher_scale = a.teacher_softcap == 0 ? a.teacher_logit_scale : 1;
+  return {t, kLog2E * scale / t, kLog2E * teacher_scale / teacher_t, t, (int)t, scale, teacher_scale};
 }
 
 template <class C>
@@ -78,7 +82,8 @@ struct Exponents {
   using C = typename P::C;
   using V = typename P::V;
   V exp2_scale, teacher_exp2_scale, student_offset, teacher_offset, hard_offset;
-  V student_unit, teacher_unit;
+  V hard_exp2_scale;             // of exponents at temperature 1
+  V student_unit, teacher_unit;  // what logit_mse multiplies logits by
   int power;
 
   Exponents() = default;
@@ -88,8 +93,9 @@ struct Exponents {
         student_offset(splat<C>(finite(so))),
         teacher_offset(splat<C>(finite(to))),
         hard_offset(splat<C>(finite(ho))),
-        student_unit(splat<C>(scale.student_unit)),
-        teacher_unit(splat<C>(scale.teacher_unit)),
+        hard_exp2_scale(splat<C>(kLog2E * scale.logit_scale)),
+        student_unit(splat<C>(scale.student_unit * scale.logit_scale)),
+        teacher_unit(splat<C>(scale.teacher_unit * scale.teacher_logit_scale)),
         power(scale.power) {}
 
   KD_INLINE V power_of(V es) const {
@@ -100,7 +106,7 @@ struct Exponents {
 
   // The exponent at temperature 1.
   KD_INLINE V hard(V s) const {
-    return P::kOwn ? multiply_subtract(s, splat<C>(kLog2E), hard_offset)
+    return P::kOwn ? multiply_subtract(s, hard_exp2_scale, hard_offset)
                    : multiply_subtract(s, exp2_scale, student_offset) * (C)power;
   }
 

@@ -87,7 +87,7 @@ void run_grad(const LossArgs& a) {
 }
 
 void run_loss_grad(Loss& loss) {
-  loss.args.scale = loss.inverse_divisor();
+  loss.args.scale = loss.args.logit_scale * loss.inverse_divisor();
   if (segments_of(loss.args) == 1) {
     in_parallel(loss.args.rows, loss.args.vocab,
                 [&](int64_t begin, int64_t end) { kernels().loss_grad(loss.args, begin, end); });

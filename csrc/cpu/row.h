@@ -41,7 +41,7 @@ KD_NOINLINE Row<S, T> open_row(const LossArgs& a, int64_t row, int64_t begin, in
   } else if constexpr (std::is_same_v<S, C>) {
     const char* from = row_data(a.student, row) + begin * bytes_of(a.student.dtype);
     if (a.softcap != 0) {
-      softcap_row(from, a.student.dtype, n, a.softcap, at + 3 * padded);
+      softcap_row(from, a.student.dtype, n, a.logit_scale, a.softcap, at + 3 * padded);
     } else {
       widen(from, a.student.dtype, n, at + 3 * padded);
     }
@@ -52,7 +52,7 @@ KD_NOINLINE Row<S, T> open_row(const LossArgs& a, int64_t row, int64_t begin, in
     if constexpr (!std::is_same_v<T, C>) {
       r.t = (const T*)row_data(a.teachers[0], row) + begin;
     } else {
-      r.t = mix_teachers(a, row, begin, n, scale.teacher_exp2_scale, at + 5 * padded, at + 6 * padded);
+      r.t = mix_teachers(a, row, begin, n, scale, at + 5 * padded, at + 6 * padded);
     }
   }
   return r;

@@ -13,7 +13,7 @@ void add_label(const LossArgs& a, const RowScale& scale, const Label& label, Sum
   using C = typename P::C;
   const double offset = finite(x.hard_offset), so = finite(x.student_offset);
   const auto exponents = [&](double logits, double classes) {
-    return P::kOwn ? logits * (C)kLog2E - classes * offset
+    return P::kOwn ? logits * (C)(kLog2E * scale.logit_scale) - classes * offset
                    : scale.power * (logits * (C)scale.exp2_scale - classes * so);
   };
   x.label = label.index < 0 ? -kInfinity : exponents(label.student, 1);

@@ -53,7 +53,9 @@ struct ShortRows {
     V teacher_offset{};
     if constexpr (P::kMSE) {
       for (int64_t i = 0; i < n; ++i)
-        teacher_offset += (load(g.s + i * kLanes) - load(g.t + i * kLanes)) / (C)n;
+        teacher_offset += (load(g.s + i * kLanes) * exponents.student_unit -
+                           load(g.t + i * kLanes) * exponents.teacher_unit) /
+                          (C)n;
     } else if constexpr (P::kSoft && !P::kProbs) {
       teacher_offset = exponents.teacher_exp2_scale * maximum(g.t, n);
       // all classes masked, as log-probabilities may be: finite, so that probabilities are 0
@@ -137,7 +139,9 @@ struct ShortRows {
     load_group<S, T, P::kReadsTeacher>(a, begin, rows, kKernel == ShortKernel::kGrad, g);
     Exponents<P> exponents;
     exponents.power = (int)a.temperature;
-    exponents.student_unit = exponents.teacher_unit = V{} + 1;
+    exponents.hard_exp2_scale = splat<C>(kLog2E * a.logit_scale);
+    exponents.student_unit = splat<C>(a.logit_scale);
+    exponents.teacher_unit = splat<C>(a.teacher_logit_scale);
     exponents.exp2_scale = load(g.exp2_scale);
     exponents.teacher_exp2_scale = load(g.teacher_exp2_scale);
     Coefficients<V> c;

@@ -11,8 +11,8 @@ namespace {
 // teacher_is_probs(). The row is `out` or, where nothing is to be done, the teacher's own. Several teachers
 // are standardized here, a single one by its exp2 scale.
 template <class C>
-KD_NOINLINE const C* mix_teachers(const LossArgs& a, int64_t row, int64_t begin, int64_t n, double exp2_scale,
-                                  C* out, C* other) {
+KD_NOINLINE const C* mix_teachers(const LossArgs& a, int64_t row, int64_t begin, int64_t n,
+                                  const RowScale& scale, C* out, C* other) {
   using V = typename Types<C>::V;
   const DType own = std::is_same_v<C, double> ? DType::kDouble : DType::kFloat;
   if (a.n_teachers == 1 && a.teachers[0].dtype == own && !a.teacher_softcap) {
@@ -23,13 +23,13 @@ KD_NOINLINE const C* mix_teachers(const LossArgs& a, int64_t row, int64_t begin,
     C* z = k == 0 ? out : other;
     const char* from = row_data(m, row) + begin * bytes_of(m.dtype);
     if (a.teacher_softcap != 0) {
-      softcap_row(from, m.dtype, n, a.teacher_softcap, z);
+      softcap_row(from, m.dtype, n, a.teacher_logit_scale, a.teacher_softcap, z);
     } else {
       widen(from, m.dtype, n, z);
     }
     if (a.n_teachers == 1) return out;
-    const double unit = a.standardize ? moments(z, n).unit() : 1;
-    if (!a.geometric && a.target == Target::kLogits) softmax_row(z, n, exp2_scale * unit);
+    const double unit = a.standardize ? moments(z, n).unit(scale.teacher_logit_scale) : 1;
+    if (!a.geometric && a.target == Target::kLogits) softmax_row(z, n, scale.teacher_exp2_scale * unit);
     const C w = a.teacher_weights[k] * (a.geometric ? unit : 1);
     for_vectors(z, n, [&](V v, int64_t i) {
       if (a.geometric && a.target == Target::kProbs) v = log2(v) * (C)kLn2;

@@ -84,10 +84,10 @@ __device__ inline void compute_rows(const RowsArgs& a, uint4* kept, Shared<D>& s
     RowPacks<Team, S, kKeep> packs(team, a, row, kept);
     Gradient<D> gradient;
     if (a.table) {
-      gradient = {load_coefficients(a, row, team, shared.columns), inputs.grad_loss};
+      gradient = {load_coefficients(a, row, team, shared.columns), inputs.grad_loss * a.logit_scale};
       if constexpr (kKeep) packs.read([](int, const auto&, const auto&) {});
     } else {
-      gradient = {loss_and_coefficients(a, row, inputs.label_logit, team, packs, shared), 1};
+      gradient = {loss_and_coefficients(a, row, inputs.label_logit, team, packs, shared), a.logit_scale};
     }
     if (packs.grad) {
       write_gradient(gradient, row.scale, packs);

@@ -60,8 +60,11 @@ struct Row {
     const bool in_range = x.label >= 0 && x.label < a.vocab;
     is_bad = is_kept && a.labels && !in_range;
     classes = is_kept ? a.vocab : 0;
-    scale = {kLog2E / x.temperature, kLog2E / x.teacher_temperature, x.temperature, a.beta};
-    scale.shift = x.first_logit - x.first_teacher_logit;
+    scale = {kLog2E * a.logit_scale / x.temperature, kLog2E * a.teacher_logit_scale / x.teacher_temperature,
+             x.temperature, a.beta};
+    scale.logit_scale = a.logit_scale;
+    scale.teacher_ratio = a.teacher_logit_scale / a.logit_scale;
+    scale.shift = difference(x.first_logit, x.first_teacher_logit, 0, scale);
     scale.smoothed = a.label_smoothing != 0;
     scale.first_logit = x.first_logit == -kInf ? 0 : x.first_logit;
     scale.label = a.labels && is_kept && in_range ? (int)x.label : -1;

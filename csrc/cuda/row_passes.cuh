@@ -66,7 +66,7 @@ __device__ inline Sums<float> to_sums(const RowSums<D>& x, const PointwiseSums& 
   sums.over_teacher = x.over_teacher;
   sums.over_student = x.over_student;
   sums.label = exponent(label_logit);
-  sums.exponents = classes * exponent(row.first_logit) + x.logits * kLog2E;
+  sums.exponents = classes * exponent(row.first_logit) + x.logits * row.logit_scale * kLog2E;
   sums.classes = classes;
   sums.phi = pointwise.phi;
   sums.psi = pointwise.psi;
@@ -74,7 +74,7 @@ __device__ inline Sums<float> to_sums(const RowSums<D>& x, const PointwiseSums& 
 }
 
 // dl/ds of one class, but for what the label has of its own; the coefficients are multiplied by grad_loss.
-// See PerExp, and for logit_mse:  soft (s - t - center) + E hard - uniform
+// See PerExp, and for logit_mse:  soft (difference - center) + E hard - uniform
 template <class D>
 struct Gradient {
   float student_offset, teacher_offset, label;
@@ -94,7 +94,7 @@ struct Gradient {
     const float y = __fmaf_rn(s, row.exp2_scale, -student_offset);
     float g = -per.uniform;
     if constexpr (D::kDifference) {
-      g = __fmaf_rn(per.soft, s - t - per.center, g);
+      g = __fmaf_rn(per.soft, difference(s, t, per.center, row), g);
     } else if constexpr (kHasSoftmax<D>) {
       const float exp = fast_exp2(y);
       const Exp p = teacher_exp(t, teacher_offset, row);

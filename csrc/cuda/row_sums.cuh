@@ -1,7 +1,7 @@
 // Pass A: sums over a row's classes, by threads, and how the lanes of a warp add theirs up.
 //
-// In base 2, with exp2_scale = log2(e) / T and an offset near the largest exponent (-inf where every class is
-// masked, and counted as 0 then):
+// In base 2, with exp2_scale = logit_scale * log2(e) / T and an offset near the largest exponent (-inf where
+// every class is masked, and counted as 0 then):
 //
 //   y_i = exp2_scale * s_i - offset       Q_i = 2^y_i       exps at temperature 1 are 2^(T * y_i)
 //
@@ -20,12 +20,14 @@ namespace {
 
 // What a thread knows of its row before it reads it.
 struct RowScale {
-  float exp2_scale, teacher_exp2_scale;  // log2(e) / T
+  float exp2_scale, teacher_exp2_scale;  // logit_scale * log2(e) / T
   float temperature, beta;
-  float shift;        // logit_mse: a difference near the mean one
-  bool smoothed;      // whether the sum of the logits is wanted
-  float first_logit;  // the student's, or 0: near the mean one
-  int label;          // -1: none
+  float logit_scale;
+  float teacher_ratio;  // logit_mse: the teacher's logit_scale to the student's
+  float shift;          // logit_mse: a difference near the mean one
+  bool smoothed;        // whether the sum of the logits is wanted
+  float first_logit;    // the student's, or 0: near the mean one
+  int label;            // -1: none
 };
 
 // Of exps at temperature 1: exponents are those at T times T, offsets too.
@@ -39,6 +41,11 @@ __device__ inline Exp teacher_exp(float t, float offset, const RowScale& row) {
   return {fast_exp2(y), y};
 }
 
+// logit_mse's, of scaled logits, less the offset.
+__device__ inline float difference(float s, float t, float offset, const RowScale& row) {
+  return __fmaf_rn(row.logit_scale, __fmaf_rn(-row.teacher_ratio, t, s), -offset);
+}
+
 __device__ inline float finite(float offset) { return offset == -kInf ? 0 : offset; }
 __device__ inline float scaled(float sum, float d) {  // also where 2^d underflows and the sum is infinite
   return fabsf(sum) == kInf ? sum : sum * fast_exp2(d);
@@ -46,7 +53,7 @@ __device__ inline float scaled(float sum, float d) {  // also where 2^d underflo
 
 // Sums of one thread's classes, or of all. Exps at temperature 1 are relative to T times the student's
 // offset. Without a teacher's softmax the teacher's are 0; for LogitMSE its total and over_teacher are sums
-// of d = s - t - shift and of d^2. logits: sum of s - first_logit, for label smoothing.
+// of d = difference - shift and of d^2. logits: sum of s - first_logit, for label smoothing.
 template <class D>
 struct RowSums {
   static constexpr bool kMSE = D::kDifference, kSoft = kHasSoftmax<D>;
@@ -101,7 +108,7 @@ struct RowSums {
         if constexpr (D::kTeacher) of_teacher += D::over_teacher(p.exp, ys, ys - p.log);
         if constexpr (D::kStudent) of_student += D::over_student(q, ys - p.log);
       } else if constexpr (kMSE) {
-        const float d = s[i] - t[i] - row.shift;
+        const float d = difference(s[i], t[i], row.shift, row);
         d1 += d;
         d2 += d * d;
       }

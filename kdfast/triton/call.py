@@ -55,6 +55,8 @@ class Call:
         optional = {
             "beta": settings.beta, "label_smoothing": settings.label_smoothing, "z_loss": settings.z_loss,
             "softcap": settings.softcap, "teacher_softcap": settings.teacher_softcap if self.teachers else 0.0,
+            "logit_scale": settings.logit_scale if settings.logit_scale != 1 else 0.0,
+            "teacher_logit_scale": settings.teacher_logit_scale if settings.teacher_logit_scale != 1 else 0.0,
         }  # fmt: skip
         target, others = map(bits, settings.dkd_weights) if spec.dkd else (None, None)
         self.numbers = Numbers(

@@ -24,6 +24,12 @@ from kdfast.triton.tiles import fill_lanes, row_value
 # ---- logit_mse: sum (d_i - mean)^2 / 2V, with d_i = s_i - t_i; its sums are of d_i - center ----
 
 
+@triton.jit
+def difference(s, ts, row, SPEC: tl.constexpr):
+    t = joint_logits(ts, row.weights, SPEC)
+    return s - t if SPEC.standardize else s * row.logit_scale - t * row.teacher_logit_scale
+
+
 class Differences(NamedTuple):
     center: Any
     first: Any  # sum of d - center
@@ -39,7 +45,7 @@ def first_difference(student, teachers, row, SPEC: tl.constexpr):
         for k in tl.static_range(len(teachers)):
             ts = ts + (row_value(teachers[k], 0, SPEC.dtype),)
         first = adjust_logits(row_value(student, 0, SPEC.dtype), ts, row, SPEC)
-        return first.student - joint_logits(first.teachers, row.weights, SPEC)
+        return difference(first.student, first.teachers, row, SPEC)
     else:
         return tl.zeros((), SPEC.dtype)
 
@@ -47,8 +53,7 @@ def first_difference(student, teachers, row, SPEC: tl.constexpr):
 @triton.jit
 def add_differences(differences, tile, row, SPEC: tl.constexpr):
     center, first, second, with_z = differences
-    difference = tile.s - joint_logits(tile.teachers, row.weights, SPEC)
-    d = tl.where(tile.mask, difference - center[:, None], 0)
+    d = tl.where(tile.mask, difference(tile.s, tile.teachers, row, SPEC) - center[:, None], 0)
     if SPEC.standardize:
         with_z += tl.sum(tl.where(tile.mask, d * tile.s, 0), 1)
     return Differences(center, first + tl.sum(d, 1), second + tl.sum(d * d, 1), with_z)
@@ -119,10 +124,11 @@ def moments_pass(moments, tile, context, row, SPEC: tl.constexpr):
 
 
 @triton.jit
-def make_scaling(moments):
+def make_scaling(moments, scale):
+    """scale: what the logits of the moments lack of the logit scale."""
     count, mean, squares = tl.reduce((moments.count, moments.mean, moments.squares), 0, merge_moments)
     freedom = tl.maximum(count - 1, 1)
-    deviation = tl.sqrt(squares / freedom)
+    mean, deviation = mean * scale, tl.sqrt(squares / freedom) * scale
     unit = 1 / (deviation + 1e-7)
     return Scaling(mean, unit, 1 / unit, tl.where(deviation == 0, 0, 1 / (freedom * deviation)))
 
@@ -132,8 +138,8 @@ def add_scalings(row, moments):
     """The row with its moments known."""
     teachers = ()
     for k in tl.static_range(len(moments.teachers)):
-        teachers = teachers + (make_scaling(moments.teachers[k]),)
-    return Row(*row[:-1], Logits(make_scaling(moments.student), teachers))
+        teachers = teachers + (make_scaling(moments.teachers[k], row.teacher_logit_scale),)
+    return Row(*row[:-1], Logits(make_scaling(moments.student, row.logit_scale), teachers))
 
 
 @triton.jit

@@ -42,14 +42,14 @@ def softcap_derivative(s, row, SPEC: tl.constexpr):
     """ds'/ds from what adjust_student gave."""
     if SPEC.standardize:
         s = s * row.scalings.student.d + row.scalings.student.mean
-    x = s * row.caps.student_inverse
+    x = s * (1 / row.caps.student)
     return tl.where(x == -INF, 0, (1 - x) * (1 + x))
 
 
 @triton.jit
-def standardize(x, scaling):
-    """scaling: classifiers.Scaling."""
-    return (x - scaling.mean) * scaling.unit
+def standardize(x, scaling, scale):
+    """scaling: classifiers.Scaling; scale: what x lacks of the logit scale."""
+    return (x - scaling.mean / scale) * (scaling.unit * scale)
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def adjust_student(s, row, SPEC: tl.constexpr):
     if SPEC.softcap:
         s = softcap(s, row.caps.student, row.caps.student_inverse)
     if SPEC.standardize and len(row.scalings) > 0:
-        s = standardize(s, row.scalings.student)
+        s = standardize(s, row.scalings.student, row.logit_scale)
     return s
 
 
@@ -66,7 +66,7 @@ def adjust_teacher(t, k: tl.constexpr, row, SPEC: tl.constexpr):
     if SPEC.teacher_softcap:
         t = softcap(t, row.caps.teacher, row.caps.teacher_inverse)
     if SPEC.standardize and len(row.scalings) > 0:
-        t = standardize(t, row.scalings.teachers[k])
+        t = standardize(t, row.scalings.teachers[k], row.teacher_logit_scale)
     return t
 
 

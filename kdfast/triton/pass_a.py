@@ -89,8 +89,7 @@ def hard_exponent(s, y, offset, row, SPEC: tl.constexpr):
         return y * SPEC.power
     else:
         scale = tl.full((), LOG2E, SPEC.dtype)
-        if SPEC.standardize:
-            scale = scale * row.scalings.student.d
+        scale = scale * (row.scalings.student.d if SPEC.standardize else row.logit_scale)
         return exponent(s, scale, offset)
 
 

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 from kdfast.triton import metrics
-from kdfast.triton.classifiers import mask_label
+from kdfast.triton.classifiers import difference, mask_label
 from kdfast.triton.divergences import masked
-from kdfast.triton.logits import exponent, joint_logits, softcap_derivative, teacher_logits, teacher_probabilities
+from kdfast.triton.logits import exponent, softcap_derivative, teacher_logits, teacher_probabilities
 from kdfast.triton.pass_a import hard_exps
 from kdfast.triton.spec import LN2
 from kdfast.triton.sums import DivergenceSums, Softmaxes, TeacherSoftmax, sum_pair
@@ -145,10 +145,7 @@ def gradient(tile, c, further, row, SPEC: tl.constexpr):
     else:
         y = exponent(s, row.exp2_scale, c.student_offset)
         e = tl.exp2(y)
-        if SPEC.difference:
-            g = c.soft * (s - joint_logits(tile.teachers, row.weights, SPEC) - c.center)
-        else:
-            g = tl.zeros_like(s)
+        g = c.soft * (difference(s, tile.teachers, row, SPEC) - c.center) if SPEC.difference else tl.zeros_like(s)
     if SPEC.labelled or SPEC.z_loss:
         g += c.hard * (1 / c.hard_total) * hard_exps(s, y, e, c.hard_offset, row, SPEC)
     if SPEC.standardize:

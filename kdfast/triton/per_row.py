@@ -66,10 +66,18 @@ def term_factors(numbers, factor, SPEC: tl.constexpr):
 def make_row(temperature, teacher_temperature, numbers, label, SPEC: tl.constexpr):
     """A spec.Row, for now without its moments."""
     cap, teacher_cap = number(numbers.softcap, SPEC.dtype), number(numbers.teacher_softcap, SPEC.dtype)
-    caps = Caps(cap, 1 / cap, teacher_cap, 1 / teacher_cap)
+    scale, teacher_scale = number(numbers.logit_scale, SPEC.dtype), number(numbers.teacher_logit_scale, SPEC.dtype)
+    caps = Caps(cap, scale / cap, teacher_cap, teacher_scale / teacher_cap)
+    if SPEC.softcap:
+        scale = number(None, SPEC.dtype)
+    if SPEC.teacher_softcap:
+        teacher_scale = number(None, SPEC.dtype)
+    to_base_2, teacher_to_base_2 = exp2_scale(temperature), teacher_exp2_scale(teacher_temperature, SPEC)
+    if not SPEC.standardize:
+        to_base_2, teacher_to_base_2 = to_base_2 * scale, teacher_to_base_2 * teacher_scale
     return Row(
-        exp2_scale(temperature), teacher_exp2_scale(teacher_temperature, SPEC), temperature,
-        teacher_weights(numbers, SPEC.dtype), number(numbers.beta, SPEC.dtype), label, caps, (),
+        to_base_2, teacher_to_base_2, temperature, teacher_weights(numbers, SPEC.dtype),
+        number(numbers.beta, SPEC.dtype), label, scale, teacher_scale, caps, (),
     )  # fmt: skip
 
 

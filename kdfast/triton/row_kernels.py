@@ -36,6 +36,7 @@ from kdfast.triton.per_row import (
     label_and_divisor,
     label_logits,
     load_row,
+    number,
     segment_range,
     share_of_row,
     term_factors,
@@ -50,6 +51,7 @@ from kdfast.triton.tables import (
     read_all_sums,
     read_coefficients,
     read_sums,
+    scale_coefficients,
     store_table_row,
     sum_columns,
 )
@@ -124,7 +126,8 @@ def loss_grad_of_row(
     found = row_stats(student, teachers, per_row, numbers, index, rows, vocab, ignore_index, 32, SPEC)
     span = found.span
     out = row_start(output, index)
-    context = (out, span.prefix, span.n, found.coefficients, found.further)
+    coefficients = scale_coefficients(found.coefficients, number(numbers.logit_scale, SPEC.dtype))
+    context = (out, span.prefix, span.n, coefficients, found.further)
     sweep(write_gradient, (), context, span, found.row, SPEC, NUMBER=3, REVERSED=SPEC.linear)
     zero(out + span.n, width - span.n, SPEC)
 
@@ -239,9 +242,9 @@ def grad(
     s = row_start(student, index)
     begin, end = segment_range(s, at, segments, segment, vocab, kept, SPEC.vec)
     row = load_row(per_row, index, numbers, label - begin, SPEC)
-    factor = tl.full((), 1, SPEC.dtype)
+    factor = number(numbers.logit_scale, SPEC.dtype)
     if per_row.grad_loss is not None:
-        factor = row_value(per_row.grad_loss, index, SPEC.dtype)
+        factor *= row_value(per_row.grad_loss, index, SPEC.dtype)
     coefficients, further = read_coefficients(load_table_row(table, index, COLUMNS, SPEC), factor, len(teachers))
     if SPEC.standardize:
         row = load_scalings(row, coefficients, further)

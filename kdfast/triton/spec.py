@@ -64,6 +64,8 @@ class Numbers(NamedTuple):
     beta: Any
     label_smoothing: Any
     z_loss: Any
+    logit_scale: Any
+    teacher_logit_scale: Any
     softcap: Any
     teacher_softcap: Any
     dkd_target: Any
@@ -72,7 +74,7 @@ class Numbers(NamedTuple):
 
 
 class Caps(NamedTuple):
-    """Of soft-capped logits, and 1 / cap."""
+    """Of soft-capped logits, and logit_scale / cap."""
 
     student: Any
     student_inverse: Any
@@ -89,6 +91,8 @@ class Row(NamedTuple):
     weights: Any  # the teachers'
     beta: Any
     label: Any
+    logit_scale: Any  # what logits lack of it: 1 where they are soft-capped, which takes it in
+    teacher_logit_scale: Any
     caps: Any
     scalings: Any  # standardized: classifiers.Scaling of student and teachers, () while they are not known
 

@@ -78,18 +78,23 @@ def coefficient_columns(coefficients, further):
 
 @triton.jit
 def read_coefficients(line, factor, teachers: tl.constexpr):
-    """A row's coefficients from its line of the table, what is linear in them times a factor; further teachers' too."""
+    """A row's coefficients from its line of the table, as scale_coefficients scales them; further teachers' too."""
     c = Coefficients(*read_columns(line, 0, COEFFICIENTS))
     further = ()
     for k in tl.static_range(teachers - 1):
         further = further + (Further(*read_columns(line, COEFFICIENTS + 4 * k, 4)),)
-    scaled = Coefficients(
+    return scale_coefficients(c, factor), further
+
+
+@triton.jit
+def scale_coefficients(c, factor):
+    """What the gradient is linear in, times a factor."""
+    return Coefficients(
         c.student_offset, c.student_total, c.teacher_offset, c.teacher_total, c.hard_offset, c.hard_total,
         factor * c.level, factor * c.slope, factor * c.teacher, factor * c.soft, c.center, factor * c.hard,
         factor * c.label, factor * c.uniform, c.mean, factor * c.tilt, c.student_unit, c.teacher_unit,
         c.teacher_mean, factor * c.at_label,
     )  # fmt: skip
-    return scaled, further
 
 
 # Sums of a segment: row_math.Sums up to what the rows that are split have, and for each further teacher its offset, its

@@ -355,7 +355,7 @@ OF_CALLS = [
            "The mean divides by the number of rows and not by their weights.", CALLS),
     # fp16 alone, whose gradient is made in backward
     Mutant("fp16-mean-in-backward", ARGUMENTS,
-           "args.scale = scalar(grad_loss) * inverse_divisor();", "args.scale = scalar(grad_loss);",
+           "args.scale *= scalar(grad_loss) * inverse_divisor();", "args.scale *= scalar(grad_loss);",
            "A mean's fp16 gradient is the sum's.", ("test_training.py", "test_calls.py")),
     Mutant("infinite-weights", "csrc/cpu/tensors.h",
            " || std::isinf(v[row])", "",
