@@ -62,7 +62,7 @@ def _summary(output: Path) -> str:
     """The last line of pytest's output, such as 12 passed, 3 skipped in 4.56s, or compute-sanitizer's summary."""
     lines = output.read_text(errors="replace").splitlines()
     ends = [line.strip("= ") for line in lines if re.search(r"\b(passed|failed|skipped|errors?)\b.* in [\d.]+s", line)]
-    found = [line.strip("= ") for line in lines if re.search(r"SUMMARY: |not installed", line)]
+    found = [line.strip("=* ") for line in lines if re.search(r"SUMMARY: |NOT INSTALLED", line)]
     return (ends[-1] if ends else "; ".join(found)) or "no summary: the run did not finish"
 
 
