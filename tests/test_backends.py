@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gpu  # before anything that imports Triton
+import gpu_smoke
 import pytest
 import torch
 from cases import BF16, F16, F32, F64, PACKAGE, batch, python_output, run_python
@@ -140,17 +141,30 @@ def test_the_cuda_backend_says_why_it_is_not_usable():
     if facts["usable"]:
         pytest.skip("it is usable here")
     if not facts["compiled"]:
-        words = "nvcc was not found, or with KDFAST_CUDA=0"
+        words = "it was built without nvcc, or with KDFAST_CUDA=0"
     elif torch.version.cuda is None:
         words = "built without CUDA"
     elif not torch.cuda.is_available():
         words = "torch sees no CUDA device"
     else:
-        words = "could not be loaded|the driver knows no later one|the best device here is"
+        words = "could not be loaded|the driver supports CUDA|the best device here is"
     assert re.search(words, facts["why_not"])
     s, t, _ = batch(2, 5)
     with pytest.raises(RuntimeError, match=f"backend: 'cuda' is not usable here: .*({words})"):
         kdfast.kd_loss(s, t, backend="cuda")
+
+
+def test_the_smoke_test_of_gpus_fails_where_a_backend_is_off_or_raises_or_is_not_usable(cpu, monkeypatch, capsys):
+    assert gpu_smoke.check(cpu, "cpu", ((8, 1000),))
+    right = gpu_smoke.loss_and_grad
+    for wrong in (lambda loss, grad: (loss * 1.001, grad), lambda loss, grad: (loss, grad * 1.01), lambda loss: None):
+        results = lambda *args, wrong=wrong: wrong(*right(*args)) if args[-1] == cpu else right(*args)  # noqa: E731
+        monkeypatch.setattr(gpu_smoke, "loss_and_grad", results)
+        assert not gpu_smoke.check(cpu, "cpu", ((8, 1000),))
+    monkeypatch.setattr(choice, "_cpu_failure", "it was not built")
+    assert not gpu_smoke.check(cpu, "cpu", ())
+    printed = capsys.readouterr().out
+    assert [printed.count(word) for word in ("  ok", "WRONG", "FAILED", "NOT USABLE: it was not built")] == [2, 4, 2, 1]
 
 
 def test_a_library_that_fails_to_load_makes_the_backend_unusable(without_kernels):
