@@ -1,5 +1,6 @@
 """backends(), and installs without fast kernels: one warning, and the same numbers."""
 
+import ctypes
 import functools
 import importlib.util
 import os
@@ -134,6 +135,35 @@ def test_triton_refuses_tensors_of_a_device_it_does_not_launch_on(monkeypatch: p
         facts = kdfast.backends()
         assert facts["triton"] == {"compiled": True, "usable": True, "why_not": None, "device": "cuda"}
         assert facts["by_device"] == facts["by_device"] | {"cuda": expected}
+
+
+def test_backends_does_not_start_cuda_since_a_program_may_fork_afterwards(monkeypatch):
+    pytest.importorskip("triton")
+    from triton.backends.nvidia.driver import CudaUtils
+    from triton.runtime import driver
+
+    def start(*args: object) -> None:
+        raise AssertionError("it starts CUDA")
+
+    for name in ("_lazy_init", "current_device", "get_device_capability", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, start)
+    for name, value in {"is_initialized": False, "device_count": 2}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    by_nvml = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    monkeypatch.delenv(by_nvml, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: os.environ.get(by_nvml) == "1" or start())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    library, load = SimpleNamespace(kdfast_cuda_version=lambda: 13000, kdfast_driver_version=lambda: 13000), ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: library if path.endswith("libkdfast_cuda.so") else load(path))
+    monkeypatch.setattr(choice, "cuda_is_compiled", lambda: True)
+    monkeypatch.setattr(choice, "_load_library", lambda name: None)
+    monkeypatch.setattr(choice, "_load_cuda", choice._load_cuda.__wrapped__)  # which remembers nothing
+    monkeypatch.setattr(CudaUtils, "__init__", lambda self: None)
+    for name in ("_active", "_default"):
+        monkeypatch.setattr(driver, name, None)
+    facts = kdfast.backends()
+    assert facts["cuda"]["usable"] and facts["triton"]["device"] == "cuda"
+    assert by_nvml not in os.environ
 
 
 def test_the_cuda_backend_says_why_it_is_not_usable():
