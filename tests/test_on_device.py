@@ -4,6 +4,8 @@ Without a GPU meta tensors pass for those of a device: where a value is read the
 where one is copied there. The other tests need a GPU.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -128,6 +130,33 @@ def test_no_operator_reads_a_value_or_copies_one_to_the_device(name: str, monkey
             linear_ops.grad(torch.ops.kdfast, each, table, row_losses, inputs, settings._replace(metrics=False))
         soft = reference.tempered_softmax(data.student, None, 2.0, False, dtype)
         reference.tempered_softmax_backward(soft, soft, data.row_weight, 2.0, True, dtype)
+
+
+@pytest.mark.skipif(not gpu.EMULATED, reason=gpu.NEEDS_EMULATOR)
+def test_triton_is_asked_for_a_stream_only_where_the_tensors_device_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA kernels' stub runtime, tests/cpp/cuda_stub.cpp, refuses the launches of another device or stream."""
+    from triton.runtime import driver
+
+    from kdfast.triton import matrices
+
+    guarded: list[Tensor] = []
+    asked: list[bool] = []
+
+    @contextmanager
+    def device_guard(tensor: Tensor) -> Iterator[None]:
+        guarded.append(tensor)
+        yield
+        guarded.pop()
+
+    monkeypatch.setattr(matrices, "device_guard", device_guard)
+    with gpu.kernels() as reports:
+        ask = driver.active.get_current_stream
+        monkeypatch.setattr(
+            driver.active, "get_current_stream", lambda device: asked.append(bool(guarded)) or ask(device)
+        )
+        run(make_data(), "triton")
+    assert len(asked) == len(reports) > 0
+    assert all(asked)
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
