@@ -20,23 +20,27 @@ BUILT := $(VENV)/.built
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-full emulator-test mutants bench gpu-check .gpu-check cuda-check .cuda-check lint \
-    format sanitize build-check arm-check clean
+.PHONY: help build demo test test-full emulator-test mutants bench gpu-smoke gpu-check .gpu-build .gpu-smoke .gpu-check \
+    cuda-check .cuda-check lint format sanitize build-check arm-check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 # -- set-up ------------------------------------------------------------------------------------------------------------
 
+# By itself: an index that TORCH names need not have the other packages.
 $(VENV)/.torch:
 	@echo "setting up $(VENV) with $(TORCH)"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(TORCH) numpy "setuptools>=77" cmake ninja
+	$(PIP) $(TORCH)
+	$(PIP) numpy "setuptools>=77" cmake ninja
 	@touch $@
 
-# An extra of pyproject.toml, and kdfast itself, editable and not yet compiled.
+# An extra of pyproject.toml, and kdfast itself, editable and not yet compiled. Torch and Triton stay as they are: an
+# extra that asks for others is an error.
 $(VENV)/.extra-%: $(VENV)/.torch pyproject.toml
-	KDFAST_BUILD_EXT=0 $(PIP) --no-build-isolation -e '.[$*]'
+	$(PY) -m pip list --format=freeze | grep -iE '^(torch|[a-z-]*triton[a-z-]*)==' > $(VENV)/constraints.txt
+	KDFAST_BUILD_EXT=0 $(PIP) --constraint $(VENV)/constraints.txt --no-build-isolation -e '.[$*]'
 	@touch $@
 
 # Triton where torch did not bring it, which the CPU builds do not: the one that torch 2.13.0 is made for. No extra asks
@@ -86,26 +90,54 @@ mutants: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-demo ## what the tests miss
 bench: $(BUILT) $(VENV)/.extra-demo ## kdfast beside its peers: table, CSV and picture; ARGS=--quick takes under a minute
 	$(PY) -m benchmarks $(ARGS)
 
-# NVIDIA's checker of memory accesses, of races in shared memory and of barriers, on a call of each kind of kernel.
-SANITIZED = if command -v compute-sanitizer > /dev/null; then for tool in memcheck racecheck synccheck; do \
-	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) tests/some_calls.py || exit 1; done; \
-	else echo "compute-sanitizer is not installed"; fi
+# NVIDIA's checker of memory accesses, of races in shared memory and of barriers, on a call of each kind of kernel. It is
+# often not on PATH, but lies beside nvcc. Without PyTorch's cache each tensor is an allocation whose ends are checked;
+# PyTorch's own kernels are not; and a question that the driver answers with an error is none of a kernel's.
+CUDA_FOLDERS = $(CUDA_HOME) $(CUDA_PATH) $(patsubst %/bin/,%,$(dir $(realpath $(shell command -v nvcc 2> /dev/null)))) /usr/local/cuda
+SANITIZER = $(firstword $(shell command -v compute-sanitizer 2> /dev/null) $(wildcard $(foreach folder,$(CUDA_FOLDERS),\
+    $(folder)/bin/compute-sanitizer $(folder)/compute-sanitizer/compute-sanitizer)))
+SANITIZED = if [ -x "$(SANITIZER)" ]; then status=0; for tool in memcheck racecheck synccheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --report-api-errors no --error-exitcode 1 \
+	        --kernel-name-exclude kns=at6native $(PY) tests/some_calls.py || status=1; \
+	    done; exit $$status; \
+	else echo "**** compute-sanitizer is NOT INSTALLED: nothing looked for bad accesses and races on this device ****"; fi
+
+# The tests of what runs on the device. After a bad access nothing in that process means anything, hence -x.
+KERNEL_TESTS = status=0; for backend in cuda triton; do \
+	    $(PY) -m pytest -x --only-backend $$backend || status=1; \
+	done; exit $$status
+
+# What a step prints goes into build/gpu-<step>.txt too: a step that fails stops no other one, and fails the target at last.
+record = { ( $2 ); echo $$? > build/gpu-$1.status; } 2>&1 | tee build/gpu-$1.txt
 
 # In .venv-gpu, whose torch is GPU_TORCH: what pip finds by itself is the CUDA build, and for ROCm one adds the index
-# that PyTorch's install page names, as with TORCH. Failed tests go into the report before they fail the target.
+# that PyTorch's install page names, as with TORCH. Another nvcc than ours may spill a register: that stops nothing.
 GPU_TORCH ?= torch
+GPU_PROCESSES ?= 4
+ON_GPU = VENV=.venv-gpu TORCH="$(GPU_TORCH)" KDFAST_STRICT=0
 DRY := $(filter --dry-run,$(ARGS))
 DRY_NEEDS := $(BUILT) $(VENV)/.extra-demo $(VENV)/.triton
-gpu-check: $(if $(DRY),$(DRY_NEEDS)) ## tests and a report of speed on a GPU; ARGS=--dry-run tries the report without one
-	$(if $(DRY),$(PY) -m benchmarks.gpu $(ARGS),$(MAKE) VENV=.venv-gpu TORCH="$(GPU_TORCH)" .gpu-check)
+gpu-smoke: ## a minute on a GPU: three shapes on each GPU backend against the reference
+	$(MAKE) $(ON_GPU) .gpu-smoke
 
-.gpu-check: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-demo $(VENV)/.liger
+gpu-check: $(if $(DRY),$(DRY_NEEDS)) ## tests and a report of speed on a GPU; ARGS=--dry-run tries the report without one
+	$(if $(DRY),$(PY) -m benchmarks.gpu $(ARGS),$(MAKE) $(ON_GPU) .gpu-check)
+
+.gpu-build: $(VENV)/.torch
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: torch sees no GPU here")'
+	KDFAST_CUDA=$$($(PY) -c 'import torch; print(int(torch.version.cuda is not None))') $(MAKE) $(BUILT)
+
+.gpu-smoke: .gpu-build
+	PYTHONPATH=$(CURDIR) $(PY) tests/gpu_smoke.py
+
+# What tells most comes first.
+.gpu-check: .gpu-smoke $(VENV)/.extra-test $(VENV)/.extra-demo $(VENV)/.liger
 	@mkdir -p build
-	{ $(PY) -m pytest; echo $$? > build/gpu-tests.status; } 2>&1 | tee build/gpu-tests.txt
-	{ ( $(SANITIZED) ); echo $$? > build/gpu-sanitizer.status; } 2>&1 | tee build/gpu-sanitizer.txt
-	$(PY) -m benchmarks.gpu --tests build/gpu-tests.txt --sanitizer build/gpu-sanitizer.txt $(ARGS)
-	@exit $$(cat build/gpu-tests.status build/gpu-sanitizer.status | sort -n | tail -1)
+	$(call record,sanitizer,$(SANITIZED))
+	$(call record,kernels,$(KERNEL_TESTS))
+	$(call record,tests,$(PY) -m pytest -n $(GPU_PROCESSES) --dist worksteal)
+	$(call record,report,$(PY) -m benchmarks.gpu --tests build/gpu-tests.txt --sanitizer build/gpu-sanitizer.txt $(ARGS))
+	@exit $$(cat $(patsubst %,build/gpu-%.status,sanitizer kernels tests report) | sort -n | tail -1)
 
 lint: $(VENV)/.extra-lint ## ruff, clang-format, mypy
 	$(VENV)/bin/ruff check $(PYTHON_FILES)

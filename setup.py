@@ -2,8 +2,9 @@
 
 KDFAST_BUILD_EXT=0 builds the pure-Python package, 1 insists on the compiled one. Unset: compiled where a C++ compiler
 and torch's headers are found, else pure Python. An error of the compiler is always an error of the install.
-KDFAST_CUDA=0 leaves the CUDA kernels out, which else are compiled where CMake finds nvcc. KDFAST_STRICT=1 makes one
-that spills registers an error: for those who work on them, since compilers differ.
+KDFAST_CUDA=0 leaves the CUDA kernels out, 1 insists on them. Unset: compiled where a working nvcc is found: on PATH, in
+CUDA_HOME or in /usr/local/cuda. KDFAST_STRICT=1 makes a CUDA kernel that spills registers an error: for those who work
+on them, since compilers differ.
 KDFAST_SANITIZE=address,undefined instruments the C++ code. CMake's own variables (CXX, CXXFLAGS, CUDACXX,
 CMAKE_BUILD_PARALLEL_LEVEL) are honoured.
 """
@@ -72,7 +73,7 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR) / "ninja",
             "TORCH_DIR": torch_dir(),
             "KDFAST_SANITIZE": sanitize,
-            "KDFAST_CUDA": "OFF" if os.environ.get("KDFAST_CUDA") == "0" else "ON",
+            "KDFAST_CUDA": {"0": "OFF", "1": "ON"}.get(os.environ.get("KDFAST_CUDA", ""), "AUTO"),
             "KDFAST_STRICT": "ON" if os.environ.get("KDFAST_STRICT") == "1" else "OFF",
         }
         tool = Path(cmake.CMAKE_BIN_DIR) / "cmake"

@@ -62,7 +62,7 @@ def _summary(output: Path) -> str:
     """The last line of pytest's output, such as 12 passed, 3 skipped in 4.56s, or compute-sanitizer's summary."""
     lines = output.read_text(errors="replace").splitlines()
     ends = [line.strip("= ") for line in lines if re.search(r"\b(passed|failed|skipped|errors?)\b.* in [\d.]+s", line)]
-    found = [line.strip("= ") for line in lines if re.search(r"SUMMARY: |not installed", line)]
+    found = [line.strip("=* ") for line in lines if re.search(r"SUMMARY: |NOT INSTALLED", line)]
     return (ends[-1] if ends else "; ".join(found)) or "no summary: the run did not finish"
 
 
@@ -72,7 +72,7 @@ def main() -> int:
 
     import torch  # not earlier: it may import Triton
 
-    from benchmarks import gpu_measure, gpu_report
+    from benchmarks import gpu_device, gpu_measure, gpu_report
     from benchmarks.report import cpu_name
 
     if not options.dry_run and not torch.cuda.is_available():
@@ -83,15 +83,15 @@ def main() -> int:
     if not cases:
         print("benchmarks.gpu: no case has this text in its name", file=sys.stderr)
         return 2
-    device = gpu_measure.Host() if options.dry_run else gpu_measure.Gpu()
+    device = gpu_device.Host() if options.dry_run else gpu_device.Gpu()
     repeats = options.repeats or (DRY_REPEATS if options.dry_run else REPEATS)
-    rows = []
+    rows, before = [], device.state()
     for number, case in enumerate(cases, 1):
         rows += gpu_measure.measure(case, device, repeats, f"[{number}/{len(cases)}] {case.name}")
 
     name = f"{cpu_name()}, kernels by {replacement}" if options.dry_run else torch.cuda.get_device_name()
     tests, sanitizer = (_summary(file) if file else "not run" for file in (options.tests, options.sanitizer))
-    facts = gpu_report.facts(name, tests, sanitizer)
+    facts = gpu_report.facts(name, tests, sanitizer, (before, device.state()))
     command = shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])
     report = gpu_report.Report(rows, facts, command, options.dry_run)
     print(report.markdown())

@@ -3,6 +3,7 @@
 roofline        a copy on the device of as many bytes as the case must move: it reads half and writes half
 kdfast cuda     kd_loss and backward on the CUDA kernels, a fresh gradient; forward_kl, whose value is the recipe's
   ... inplace   the gradient overwrites the logits
+  ... graph     the first as a CUDA graph that is replayed, without the host's time, where the case asks for it
 kdfast triton   the same on the Triton kernels
 eager           the recipe of candidates.py, in the logits' own dtype
 torch.compile   the recipe compiled
@@ -15,9 +16,7 @@ import contextlib
 import gc
 import importlib.util
 import random
-import resource
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,73 +29,23 @@ import kdfast
 from benchmarks import candidates
 from benchmarks.cases import Workload
 from benchmarks.gpu_cases import Case
+from benchmarks.gpu_device import Gpu, Host
 from benchmarks.gpu_report import Row
-from benchmarks.timing import Candidate, flush_caches
+from benchmarks.timing import Candidate
 from benchmarks.worker import TOLERANCE
 
 KDFAST = {  # the backend by name, so that no other one takes the call
     "kdfast cuda": "cuda",
     "kdfast cuda inplace": "cuda",
+    "kdfast cuda graph": "cuda",
     "kdfast triton": "triton",
     "kdfast triton inplace": "triton",
+    "kdfast triton graph": "triton",
 }
 NAMES = ("roofline", *KDFAST, "eager", "torch.compile", "liger")
 WARM_UP = 3
 CHECKED_ROWS = 16  # gradients of these are compared; the loss of all rows
 _CHUNK = 1 << 22  # logits in fp64 at a time
-_FLUSH_BYTES = 512 << 20  # twice the largest last-level cache of today's GPUs; at least four times the L2
-
-
-class Gpu:
-    """Measures with the device's clock."""
-
-    name = "cuda"
-
-    def __init__(self) -> None:
-        size = max(_FLUSH_BYTES, 4 * getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0))
-        self._flush = torch.empty(size // 4, device=self.name)
-
-    def milliseconds(self, candidate: Candidate) -> float:
-        argument = candidate.prepare()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        self._flush.zero_()
-        self._flush.sum()  # a read, so that no candidate waits for its write-back
-        start.record()
-        result = candidate.run(argument)  # queued while the flush runs: hides the host's time up to its length
-        end.record()
-        end.synchronize()
-        del result, argument
-        return float(start.elapsed_time(end))
-
-    def peak(self, candidate: Candidate) -> int:
-        argument = candidate.prepare()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = candidate.run(argument)
-        torch.cuda.synchronize()
-        del result, argument
-        return int(torch.cuda.max_memory_allocated() - before)
-
-
-class Host:
-    """The CPU, which replaces the GPU in a dry run."""
-
-    name = "cpu"
-
-    def milliseconds(self, candidate: Candidate) -> float:
-        argument = candidate.prepare()
-        flush_caches()
-        start = time.perf_counter()
-        candidate.run(argument)
-        return 1e3 * (time.perf_counter() - start)
-
-    def peak(self, candidate: Candidate) -> int:
-        argument = candidate.prepare()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        candidate.run(argument)
-        return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 class Data(candidates.Data):
@@ -131,6 +80,25 @@ def _copy(nbytes: int, device: str) -> Candidate:
     return Candidate(prepare, lambda pair: pair[0].copy_(pair[1]))
 
 
+def _captured(student: Tensor, train: Callable[[Tensor], Tensor]) -> Candidate:
+    """The replay of a CUDA graph of `train`."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        train(student)  # the first call compiles and loads, which a capture does not allow
+    torch.cuda.current_stream().wait_stream(side)
+    student.grad = None  # the graph has memory of its own for it
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = train(student)
+
+    def replay(_: Tensor) -> Tensor:
+        graph.replay()
+        return loss
+
+    return Candidate(lambda: student, replay)
+
+
 def _candidate(name: str, case: Case, data: Data) -> Candidate:
     if name == "roofline":
         return _copy(case.nbytes, data.student.device.type)
@@ -149,6 +117,8 @@ def _candidate(name: str, case: Case, data: Data) -> Candidate:
         value.backward()
         return value.detach()
 
+    if name.endswith("graph"):
+        return _captured(data.leaf(), train)
     if not case.with_grad:
         return Candidate(lambda: data.student, torch.no_grad()(lambda student: loss(student, **args)))
     return Candidate(data.non_leaf if inplace else data.leaf, train)
@@ -159,6 +129,8 @@ def _why_not(name: str, is_dry: bool) -> str:
     if backend := KDFAST.get(name):
         if backend == "cuda" and (is_dry or torch.version.cuda is None):
             return "left out: needs an NVIDIA GPU"
+        if is_dry and name.endswith("graph"):
+            return "left out: needs a GPU"
         return kdfast.backends()[backend]["why_not"] or ""
     if is_dry:
         return {"torch.compile": "left out: would compile for the CPU", "liger": "left out: needs a GPU"}.get(name, "")
@@ -215,14 +187,15 @@ def _note_failures(*rows: Row) -> Iterator[None]:
         note = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
     if note:
         for row in rows:
-            row.note, row.samples, row.peak = note, [], None
+            row.note, row.samples, row.peak, row.host = note, [], None, None
         _free_memory()  # here the exception no longer keeps its frames' tensors alive
 
 
 def measure(case: Case, device: Gpu | Host, repeats: int, title: str) -> list[Row]:
     """The rows of a case. Every repeat shuffles the candidates, so that a changing clock favours none."""
     say = partial(print, f"{title}:", file=sys.stderr, flush=True)
-    names = [name for name in NAMES if case.with_grad or not name.endswith("inplace")]
+    wanted = {"inplace": case.with_grad, "graph": case.graph}
+    names = [name for name in NAMES if wanted.get(name.split()[-1], True)]
     rows = {name: Row(case, name, note=_why_not(name, device.name == "cpu")) for name in names}
     ready = {}
     torch.compiler.reset()  # it stops compiling after some shapes
@@ -242,6 +215,7 @@ def measure(case: Case, device: Gpu | Host, repeats: int, title: str) -> list[Ro
                 for _ in range(WARM_UP):
                     device.milliseconds(candidate)
                 row.peak = None if name == "roofline" else device.peak(candidate)
+                row.host = device.host_microseconds(candidate)
                 ready[name] = candidate
         say(f"{repeats} repeats")
         order = random.Random(0)
@@ -251,4 +225,7 @@ def measure(case: Case, device: Gpu | Host, repeats: int, title: str) -> list[Ro
                     rows[name].samples.append(device.milliseconds(ready[name]))
                 if not rows[name].samples:
                     del ready[name]
+    state = device.state()  # the clocks are still those of the last repeat
+    for row in rows.values():
+        row.state = state
     return list(rows.values())

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
-import shutil
 import statistics
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,16 +17,30 @@ from matplotlib import pyplot, ticker
 
 import kdfast
 from benchmarks.gpu_cases import Case
+from benchmarks.gpu_device import first_line
 from benchmarks.report import slug
 
-TABLE = ["case", "candidate", "median ms", "p20..p80", "GB/s", "x roofline", "x eager", "peak MB", "note"]
-_NUMBERS = ["repeats", "median_ms", "p20_ms", "p80_ms", "gb_per_s", "roofline_ratio", "eager_speedup", "peak_mb"]
-CSV = ["case", "rows", "vocab", "dtype", "gradient", "candidate", *_NUMBERS, "loss_error", "gradient_error", "note"]
+TABLE = ["case", "candidate", "median ms", "p20..p80", "GB/s", "x roofline", "x eager", "peak MB", "host us", "note"]
+_NUMBERS = [
+    "repeats",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "gb_per_s",
+    "roofline_ratio",
+    "eager_speedup",
+    "peak_mb",
+    "host_us",
+]
+_ERRORS = ["loss_error", "gradient_error"]
+CSV = ["case", "rows", "vocab", "dtype", "gradient", "candidate", *_NUMBERS, *_ERRORS, "device_state", "note"]
 COLOURS = {  # all others are grey
     "kdfast cuda": "#3f8f5b",
     "kdfast cuda inplace": "#2f6f47",
+    "kdfast cuda graph": "#1f5f37",
     "kdfast triton": "#74b48b",
     "kdfast triton inplace": "#5d9c75",
+    "kdfast triton graph": "#4d8c65",
 }
 WRONG, OTHER, ROOFLINE = "#c04a53", "#a3a8b0", "#3465d9"
 
@@ -41,7 +53,9 @@ a call while the flush runs: its own time only shows where it is longer, in the 
   read).
 - GB/s: these bytes divided by the median. x roofline: times the roofline's time; 1 is as fast as a copy. x eager: times
   faster than eager.
-- peak MB: memory beyond the inputs, the gradient included.
+- peak MB: memory beyond the inputs, the gradient included; a graph has its own, which is not counted.
+- host us: the host's time of a call, in microseconds, with an idle device.
+- The CSV has clocks, power and temperature after each case's last call.
 - kdfast is called with `divergence="forward_kl"`, which has the recipe's value; eager is the recipe in plain functions
   and the logits' dtype; liger is the recipe with Liger-Kernel's divergence.
 - Each candidate's loss and gradient were compared with the recipe in float64; a note shows a failure."""
@@ -55,7 +69,9 @@ class Row:
     candidate: str
     samples: list[float] = field(default_factory=list)  # milliseconds
     peak: int | None = None  # bytes beyond the inputs
+    host: float | None = None  # microseconds of the host
     errors: tuple[float, float] | None = None  # of the loss and the gradient, relative
+    state: str = ""  # of the device, after the case
     note: str = ""  # why there are no samples, or why they mean nothing
 
     @property
@@ -71,16 +87,6 @@ class Row:
         return cuts[0], cuts[-1]
 
 
-def _first_line(*command: str) -> str:
-    """The first line that a command prints; empty where it is missing or fails."""
-    if not shutil.which(command[0]):
-        return ""
-    done = subprocess.run(
-        command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    return (done.stdout.splitlines() or [""])[0] if done.returncode == 0 else ""
-
-
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -91,12 +97,13 @@ def _version(package: str) -> str:
 def _driver() -> str:
     """The version of NVIDIA's or AMD's kernel driver."""
     amd = Path("/sys/module/amdgpu/version")
-    nvidia = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    nvidia = first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return nvidia or (amd.read_text().strip() if amd.exists() else "unknown")
 
 
-def facts(device: str, tests: str, sanitizer: str) -> dict[str, str]:
-    commit = _first_line("git", "describe", "--always", "--dirty", "--exclude", "*")
+def facts(device: str, tests: str, sanitizer: str, states: tuple[str, str]) -> dict[str, str]:
+    """The head of the report; states: of the device before and after."""
+    commit = first_line("git", "describe", "--always", "--dirty", "--exclude", "*")
     platform = f", CUDA {torch.version.cuda}" * bool(torch.version.cuda) + f", ROCm {torch.version.hip}" * bool(
         torch.version.hip
     )
@@ -109,6 +116,7 @@ def facts(device: str, tests: str, sanitizer: str) -> dict[str, str]:
         "kdfast": kdfast.__version__ + f", commit {commit}" * bool(commit),
         "tests": tests,
         "compute-sanitizer": sanitizer,
+        **{f"device {when}": state for when, state in zip(("before", "after"), states, strict=True) if state},
     }
 
 
@@ -157,12 +165,13 @@ class Report:
             row.median / roofline if roofline else None,
             eager / row.median if eager else None,
             None if row.peak is None else row.peak / 1e6,
+            row.host,
         ]
 
     def _line(self, row: Row) -> list[str]:
         """The cells of TABLE."""
-        _, median, low, high, rate, roofline, eager, peak = self._numbers(row)
-        texts = ["" if x is None else _format(x) for x in (rate, roofline, eager, peak)]
+        _, median, low, high, *others = self._numbers(row)
+        texts = ["" if x is None else _format(x) for x in others]
         spread = [f"{median:.4g}", f"{low:.4g}..{high:.4g}"] if row.samples else ["", ""]
         return [row.case.name, row.candidate, *spread, *texts, row.note]
 
@@ -194,7 +203,7 @@ class Report:
                 about = [case.name, work.rows, work.vocab, work.dtype, case.with_grad, row.candidate]
                 numbers = ["" if x is None else f"{x:.6g}" for x in self._numbers(row)]
                 errors = [f"{error:.2e}" for error in row.errors] if row.errors else ["", ""]
-                writer.writerow([*self.facts.values(), *about, *numbers, *errors, row.note])
+                writer.writerow([*self.facts.values(), *about, *numbers, *errors, row.state, row.note])
         self._draw(folder / f"{self.stem}.png")
 
     def _draw(self, path: Path) -> None:

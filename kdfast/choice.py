@@ -1,6 +1,9 @@
 """Which backend a call gets: what is compiled, what is usable here, and why not the others."""
 
 import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -72,7 +75,7 @@ def _load_cuda() -> str | None:
         return "the CUDA kernels are not in this install: it was built without nvcc, or with KDFAST_CUDA=0"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    if not torch.cuda.is_available():
+    if torch.cuda.device_count() == 0:  # unlike is_available() this does not start CUDA
         return "torch sees no CUDA device"
     if (failure := _load_library("libkdfast_cuda.so")) is not None:
         return failure
@@ -80,9 +83,7 @@ def _load_cuda() -> str | None:
     built, driver = library.kdfast_cuda_version() // 1000, library.kdfast_driver_version() // 1000
     if driver < built:
         return f"it was built with CUDA {built}, but the driver supports CUDA {driver} at most"
-    # a device that is too old beside a newer one is refused in namespace()
-    most = max(map(gpu_choice.capability, range(torch.cuda.device_count())))
-    return _too_old(most) and f"the best device here is {_too_old(most)}"
+    return None
 
 
 def _too_old(capability: int) -> str | None:
@@ -94,7 +95,28 @@ def cuda_failure(device: str) -> str | None:
     """Why the CUDA kernels cannot take tensors of this type of device; None where they can."""
     if (failure := _load_cuda()) is not None:
         return failure
-    return None if device == "cuda" else f"it takes CUDA tensors, not {device} ones"
+    if device != "cuda":
+        return f"it takes CUDA tensors, not {device} ones"
+    if not torch.cuda.is_initialized():
+        return None  # asking for a capability starts CUDA, after which no process may be forked
+    # a device that is too old beside a newer one is refused in namespace()
+    most = max(map(gpu_choice.capability, range(torch.cuda.device_count())))
+    return _too_old(most) and f"the best device here is {_too_old(most)}"
+
+
+@contextmanager
+def _without_starting_cuda() -> Iterator[None]:
+    """Triton asks torch.cuda.is_available(), which starts CUDA unless this is set; then no process may be forked."""
+    name = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def triton_failure(device: str) -> str | None:
@@ -108,7 +130,11 @@ def triton_failure(device: str) -> str | None:
     if triton.knobs.runtime.interpret:
         return None
     try:
-        works_on = triton.runtime.driver.active.get_active_torch_device().type
+        with _without_starting_cuda():
+            driver = triton.runtime.driver.active
+        from triton.backends.driver import GPUDriver  # CUDA's and ROCm's, which would start CUDA to name its device
+
+        works_on = "cuda" if isinstance(driver, GPUDriver) else driver.get_active_torch_device().type
     except Exception as error:  # Triton's drivers raise different types
         return f"Triton {triton.__version__} finds no GPU that it can launch on ({error})"
     return None if works_on == device else f"Triton launches on {works_on} tensors here, not on {device} ones"

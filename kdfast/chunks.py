@@ -151,4 +151,8 @@ def _select_rows(teacher: Tensor, rows: slice | Tensor) -> Tensor:
         return teacher.view(-1, teacher.shape[-1])[rows]
     except RuntimeError:  # no view as a matrix, as of sequences without their last position
         index = rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop, device=teacher.device)
-        return teacher[torch.unravel_index(index, teacher.shape[:-1])]
+        places = []
+        for size in reversed(teacher.shape[:-1]):  # torch.unravel_index would copy the shape to the device, and wait
+            places.append(index % size)
+            index = index // size
+        return teacher[tuple(reversed(places))]

@@ -107,7 +107,7 @@ class TensorCoreHead(Head):
     def add_to_weight(self, grad: Tensor, hidden: Tensor, total: Tensor, first: bool) -> None:
         if total.dtype != torch.float32:
             super().add_to_weight(grad, hidden, total, first)
-        elif first:
+        elif first:  # addmm's summand may be of the result's dtype, read and written in place, from torch 2.10 on
             torch.ops.aten.mm.dtype_out(grad.t(), hidden, torch.float32, out=total)
         else:
             torch.ops.aten.addmm.dtype_out(total, grad.t(), hidden, torch.float32, out=total)

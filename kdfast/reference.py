@@ -27,7 +27,7 @@ from kdfast.torch_private import enable_autograd
 def as_column(value: Tensor | None, number: float, like: Tensor) -> Tensor:
     """A setting that is a number or one per row, (...), as a column (..., 1)."""
     if value is None:
-        return torch.tensor(number, dtype=torch.float64, device=like.device).to(like.dtype)
+        return torch.full((), number, dtype=like.dtype, device=like.device)  # torch.tensor waits for a GPU
     return value.to(like.dtype).unsqueeze(-1)
 
 

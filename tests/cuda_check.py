@@ -1,5 +1,7 @@
 """Checks that the CUDA kernels' library loads into a CUDA build of torch and registers; `make cuda-check`."""
 
+import ctypes
+import os
 from pathlib import Path
 
 import torch
@@ -12,6 +14,9 @@ assert library.exists(), "the CUDA kernels were not built: nvcc was not found, o
 torch.ops.load_library(str(library))
 for name in ("loss_grad", "loss_grad_", "stats", "grad", "grad_", "scale_"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"kdfast_cuda_rows::{name}", "CUDA"), name
+# as csrc/cuda/call.h looks it up, at the first call
+torch_cuda = ctypes.CDLL("libtorch_cuda.so", os.RTLD_LAZY | os.RTLD_NOLOAD)
+assert torch_cuda.aoti_torch_get_current_cuda_stream, "the function that knows the current stream"
 facts = kdfast.backends()["cuda"]
 assert facts["compiled"], facts
 assert facts["usable"] == torch.cuda.is_available(), facts

@@ -1,5 +1,6 @@
 """backends(), and installs without fast kernels: one warning, and the same numbers."""
 
+import ctypes
 import functools
 import importlib.util
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gpu  # before anything that imports Triton
+import gpu_smoke
 import pytest
 import torch
 from cases import BF16, F16, F32, F64, PACKAGE, batch, python_output, run_python
@@ -135,22 +137,64 @@ def test_triton_refuses_tensors_of_a_device_it_does_not_launch_on(monkeypatch: p
         assert facts["by_device"] == facts["by_device"] | {"cuda": expected}
 
 
+def test_backends_does_not_start_cuda_since_a_program_may_fork_afterwards(monkeypatch):
+    pytest.importorskip("triton")
+    from triton.backends.nvidia.driver import CudaUtils
+    from triton.runtime import driver
+
+    def start(*args: object) -> None:
+        raise AssertionError("it starts CUDA")
+
+    for name in ("_lazy_init", "current_device", "get_device_capability", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, start)
+    for name, value in {"is_initialized": False, "device_count": 2}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    by_nvml = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    monkeypatch.delenv(by_nvml, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: os.environ.get(by_nvml) == "1" or start())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    library, load = SimpleNamespace(kdfast_cuda_version=lambda: 13000, kdfast_driver_version=lambda: 13000), ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: library if path.endswith("libkdfast_cuda.so") else load(path))
+    monkeypatch.setattr(choice, "cuda_is_compiled", lambda: True)
+    monkeypatch.setattr(choice, "_load_library", lambda name: None)
+    monkeypatch.setattr(choice, "_load_cuda", choice._load_cuda.__wrapped__)  # which remembers nothing
+    monkeypatch.setattr(CudaUtils, "__init__", lambda self: None)
+    for name in ("_active", "_default"):
+        monkeypatch.setattr(driver, name, None)
+    facts = kdfast.backends()
+    assert facts["cuda"]["usable"] and facts["triton"]["device"] == "cuda"
+    assert by_nvml not in os.environ
+
+
 def test_the_cuda_backend_says_why_it_is_not_usable():
     facts = kdfast.backends()["cuda"]
     if facts["usable"]:
         pytest.skip("it is usable here")
     if not facts["compiled"]:
-        words = "nvcc was not found, or with KDFAST_CUDA=0"
+        words = "it was built without nvcc, or with KDFAST_CUDA=0"
     elif torch.version.cuda is None:
         words = "built without CUDA"
     elif not torch.cuda.is_available():
         words = "torch sees no CUDA device"
     else:
-        words = "could not be loaded|the driver knows no later one|the best device here is"
+        words = "could not be loaded|the driver supports CUDA|the best device here is"
     assert re.search(words, facts["why_not"])
     s, t, _ = batch(2, 5)
     with pytest.raises(RuntimeError, match=f"backend: 'cuda' is not usable here: .*({words})"):
         kdfast.kd_loss(s, t, backend="cuda")
+
+
+def test_the_smoke_test_of_gpus_fails_where_a_backend_is_off_or_raises_or_is_not_usable(cpu, monkeypatch, capsys):
+    assert gpu_smoke.check(cpu, "cpu", ((8, 1000),))
+    right = gpu_smoke.loss_and_grad
+    for wrong in (lambda loss, grad: (loss * 1.001, grad), lambda loss, grad: (loss, grad * 1.01), lambda loss: None):
+        results = lambda *args, wrong=wrong: wrong(*right(*args)) if args[-1] == cpu else right(*args)  # noqa: E731
+        monkeypatch.setattr(gpu_smoke, "loss_and_grad", results)
+        assert not gpu_smoke.check(cpu, "cpu", ((8, 1000),))
+    monkeypatch.setattr(choice, "_cpu_failure", "it was not built")
+    assert not gpu_smoke.check(cpu, "cpu", ())
+    printed = capsys.readouterr().out
+    assert [printed.count(word) for word in ("  ok", "WRONG", "FAILED", "NOT USABLE: it was not built")] == [2, 4, 2, 1]
 
 
 def test_a_library_that_fails_to_load_makes_the_backend_unusable(without_kernels):

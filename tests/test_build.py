@@ -143,25 +143,26 @@ def test_without_a_compiler_install_is_pure_python_unless_forbidden(insist, stat
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("wanted", ("0", ""))
-def test_cuda_kernels_are_built_if_nvcc_is_found_and_not_disabled(wanted, tmp_path):
+@pytest.mark.parametrize(("wanted", "option"), [("0", "OFF"), ("", "AUTO"), ("1", "ON")])
+def test_cuda_kernels_are_built_if_nvcc_is_found_and_not_disabled(wanted, option, tmp_path):
     spy = tmp_path / "setup.py"  # prints the CMake commands of the real one
     spy.write_text(
         "import subprocess\nsubprocess.run = lambda command, **_: print(*command)\n"
         f"exec(open('setup.py').read(), {{'__file__': {str(ROOT / 'setup.py')!r}, '__name__': '__main__'}})"
     )
     printed = run(sys.executable, spy, "build_ext", "--inplace", KDFAST_CUDA=wanted).stdout
-    assert f"-DKDFAST_CUDA={'OFF' if wanted else 'ON'}" in printed
+    assert f"-DKDFAST_CUDA={option}" in printed
     if not wanted and os.environ.get("KDFAST_CUDA") != "0":  # else this build was made without them
         assert CUDA_LIBRARY.exists(), "nvcc is here, but its library is not"
 
 
-def test_a_failing_compiler_fails_the_install(tmp_path):
+@pytest.mark.parametrize("compiler", [{"CXX": "false"}, {"CUDACXX": "false", "KDFAST_CUDA": "1"}], ids=lambda x: min(x))
+def test_a_failing_compiler_fails_the_install(compiler, tmp_path):
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("csrc", "kdfast"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so"))
-    done = run(sys.executable, "setup.py", "build", cwd=tmp_path, CXX="false", KDFAST_BUILD_EXT="")
+    done = run(sys.executable, "setup.py", "build", cwd=tmp_path, KDFAST_BUILD_EXT="", **compiler)
     assert done.returncode != 0
     assert "PURE PYTHON" not in done.stderr
     assert not list(tmp_path.rglob("*.so"))

@@ -57,7 +57,7 @@ MUTANTS = [
            "elif not kept.all():", "elif not kept.any():",
            "Rows that drop out take part in all products.", PRODUCTS),
     Mutant("linear-teachers-view-copied", CHUNKS,
-           "return teacher[torch.unravel_index(index, teacher.shape[:-1])]",
+           "return teacher[tuple(reversed(places))]",
            "return teacher.reshape(-1, teacher.shape[-1])[index]",
            "A teacher that is a view is copied whole, for each chunk.", LINEAR),
     Mutant("linear-logits-of-every-chunk-are-new", CHUNKS,
