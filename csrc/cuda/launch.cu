@@ -187,6 +187,20 @@ int driver_version() {
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
+// All kernels are compiled for the same devices, and this one is the least to load.
+std::string device_failure(int device) {
+  try {
+    const DeviceGuard scope(device);
+    cudaFuncAttributes attributes;
+    const Kernel kernel = scale_kernel(DType::kFloat);
+    check(cudaFuncGetAttributes(&attributes, kernel.function), "loading a kernel");
+    return "";
+  } catch (const std::runtime_error& error) {
+    cudaGetLastError();  // or the next check of another library reports it
+    return error.what();
+  }
+}
+
 void launch_rows(RowsArgs a, const Stream& stream) {
   const DeviceGuard scope(stream.device);
   const Device device = device_properties(stream.device);

@@ -112,8 +112,8 @@ char torch_cuda;  // the handle of torch's CUDA library
 extern "C" {
 
 // From now on tensors are on such a device, where nothing was allowed to any kernel yet. Each has a number of
-// its own, because the launchers may remember what they learned of it.
-void stub_use(int capability, int most_blocks) {
+// its own, which is returned, because the launchers may remember what they learned of it.
+int stub_use(int capability, int most_blocks) {
   for (tensor_device = 1; tensor_device < (int)devices.size(); ++tensor_device) {
     const Device& d = devices[tensor_device];
     if (d.capability == capability && d.most_blocks == most_blocks) break;
@@ -123,6 +123,7 @@ void stub_use(int capability, int most_blocks) {
     function.shared.erase(tensor_device);
     function.non_portable.erase(tensor_device);
   }
+  return tensor_device;
 }
 
 int stub_device() { return current; }
@@ -164,6 +165,11 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device)
     default:
       return result(cudaErrorNotSupported);
   }
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* function) {
+  if (!find(function)) return result(cudaErrorInvalidDeviceFunction);
+  return result(devices[current].capability < 80 ? cudaErrorNoKernelImageForDevice : cudaSuccess);
 }
 
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute which, int value) {
