@@ -46,9 +46,18 @@ def test_rows_are_divided_among_the_blocks_of_a_cluster_by_their_length() -> Non
 
 
 def test_where_clusters_find_no_room_they_are_smaller_and_rows_are_read_twice_at_last() -> None:
-    for most, expected in ((16, (16, 64 << 10)), (8, (8, 128 << 10)), (4, (1, 0))):
+    # of 24 neighbours a cluster of 16 leaves 8 idle
+    for most, expected in ((16, (16, 64 << 10)), (8, (8, 128 << 10)), (4, (1, 0)), (24, (8, 128 << 10))):
         with emulated.clusters_of(most):
             assert launched(90, 132, 262144)[1:] == expected
+
+
+def test_a_query_that_fails_says_nothing_of_the_next_call() -> None:
+    failures = ctypes.c_int.in_dll(emulated.emulator().library, "stub_failures")
+    with emulated.clusters_of(17):  # a device of its own: what is known of others stays known
+        failures.value = 2  # for a cluster of 16 and one of 8
+        assert launched(90, 132, 262144)[1:] == (1, 0)
+        assert launched(90, 132, 262144)[1:] == (16, 64 << 10)
 
 
 def test_few_and_long_rows_have_more_blocks_where_there_are_clusters() -> None:
