@@ -86,22 +86,34 @@ def _load_cuda() -> str | None:
     return None
 
 
-def _too_old(capability: int) -> str | None:
-    least = gpu_choice.LEAST_CAPABILITY
-    return f"sm_{capability}, and sm_{least} is the least" if capability < least else None
+@lru_cache
+def _device_failure(index: int) -> str | None:
+    """Why the CUDA kernels do not run on a device. Asked for no device but those that are used: it starts each."""
+    capability, least = gpu_choice.capability(index), gpu_choice.LEAST_CAPABILITY
+    if capability < least:
+        return f"sm_{capability}, and sm_{least} is the least"
+    probe = ctypes.CDLL(str(Path(__file__).with_name("libkdfast_cuda.so"))).kdfast_device_failure
+    probe.restype = ctypes.c_char_p
+    failure = probe(index).decode()
+    return f"sm_{capability}, which loads no kernel: {failure}" if failure else None
 
 
-def cuda_failure(device: str) -> str | None:
-    """Why the CUDA kernels cannot take tensors of this type of device; None where they can."""
+def cuda_failure(device: str, index: int | None = None) -> str | None:
+    """Why the CUDA kernels cannot take tensors of this type of device, or of this device; None where they can.
+
+    Without an index the best device is asked, and among the best ones the current one; none before CUDA is started.
+    """
     if (failure := _load_cuda()) is not None:
         return failure
     if device != "cuda":
         return f"it takes CUDA tensors, not {device} ones"
+    if index is not None:
+        return (failure := _device_failure(index)) and f"cuda:{index} is {failure}"
     if not torch.cuda.is_initialized():
         return None  # asking for a capability starts CUDA, after which no process may be forked
-    # a device that is too old beside a newer one is refused in namespace()
-    most = max(map(gpu_choice.capability, range(torch.cuda.device_count())))
-    return _too_old(most) and f"the best device here is {_too_old(most)}"
+    current = torch.cuda.current_device()
+    best = max(range(torch.cuda.device_count()), key=lambda i: (gpu_choice.capability(i), i == current))
+    return (failure := _device_failure(best)) and f"the best device here is {failure}"
 
 
 @contextmanager
@@ -144,9 +156,10 @@ for _function in (triton_failure, cuda_failure):
     mark_constant_in_graphs(_function)
 
 
-def usable_on(device: str) -> list[str]:
-    """Those of "cuda" and "triton" that can take tensors of this type of device."""
-    return [name for name, failure in (("cuda", cuda_failure), ("triton", triton_failure)) if failure(device) is None]
+def usable_on(device: torch.device) -> list[str]:
+    """Those of "cuda" and "triton" that can take tensors of this device."""
+    failures = {"cuda": cuda_failure(device.type, device.index), "triton": triton_failure(device.type)}
+    return [name for name, failure in failures.items() if failure is None]
 
 
 def why_not(device: str) -> str:
@@ -170,10 +183,8 @@ def namespace(backend: str | None, student: Tensor) -> Any:
         if _cpu_failure is not None:
             raise RuntimeError(f"backend: 'cpu' is not usable here: {_cpu_failure}")
         return torch.ops.kdfast
-    failure = (cuda_failure if backend == "cuda" else triton_failure)(student.device.type)
-    if backend == "cuda" and failure is None and student.is_cuda:
-        too_old = _too_old(gpu_choice.capability(student.device))
-        failure = too_old and f"{student.device} is {too_old}"
+    device = student.device
+    failure = cuda_failure(device.type, device.index) if backend == "cuda" else triton_failure(device.type)
     if failure is not None:
         raise RuntimeError(f"backend: {backend!r} is not usable here: {failure}")
     return torch.ops.kdfast_cuda if backend == "cuda" else torch.ops.kdfast_triton

@@ -97,7 +97,7 @@ def _gpu(name: str) -> Callable[..., Any]:
     def call(first: Tensor, *args: Any) -> Any:
         inputs, settings = (None, None) if name in _TENSORS_ONLY else args[-2:]
         teachers = [] if inputs is None else inputs.teachers
-        usable = choice.usable_on(first.device.type)
+        usable = choice.usable_on(first.device)
         return functions[gpu_choice.gpu_backend(usable, name, first, teachers, settings)](first, *args)
 
     return call

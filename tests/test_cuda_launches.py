@@ -1,5 +1,6 @@
 """How the CUDA kernels are launched: by how many threads and blocks, and by whom."""
 
+import ctypes
 import math
 import re
 from typing import Any
@@ -45,14 +46,32 @@ def test_rows_are_divided_among_the_blocks_of_a_cluster_by_their_length() -> Non
 
 
 def test_where_clusters_find_no_room_they_are_smaller_and_rows_are_read_twice_at_last() -> None:
-    for most, expected in ((16, (16, 64 << 10)), (8, (8, 128 << 10)), (4, (1, 0))):
+    # of 24 neighbours a cluster of 16 leaves 8 idle
+    for most, expected in ((16, (16, 64 << 10)), (8, (8, 128 << 10)), (4, (1, 0)), (24, (8, 128 << 10))):
         with emulated.clusters_of(most):
             assert launched(90, 132, 262144)[1:] == expected
+
+
+def test_a_query_that_fails_says_nothing_of_the_next_call() -> None:
+    failures = ctypes.c_int.in_dll(emulated.emulator().library, "stub_failures")
+    with emulated.clusters_of(17):  # a device of its own: what is known of others stays known
+        failures.value = 2  # for a cluster of 16 and one of 8
+        assert launched(90, 132, 262144)[1:] == (1, 0)
+        assert launched(90, 132, 262144)[1:] == (16, 64 << 10)
 
 
 def test_few_and_long_rows_have_more_blocks_where_there_are_clusters() -> None:
     assert [launched(90, rows, 32768)[1] for rows in (1, 8, 16, 33, 66, 67)] == [8, 8, 8, 4, 2, 2]
     assert launched(80, 1, 32768)[1] == 1
+
+
+def test_a_device_that_the_kernels_have_no_code_for_is_found_before_a_call() -> None:
+    library = emulated.emulator().library
+    library.kdfast_device_failure.restype = ctypes.c_char_p
+    with emulated.kernels(run=False):
+        failures = [library.kdfast_device_failure(library.stub_use(capability, 16)) for capability in (75, 80)]
+    assert b"kdfast: loading a kernel: CUDA error 209" in failures[0]
+    assert failures[1] == b""
 
 
 def test_the_linear_losses_take_the_cuda_kernels_for_their_chunks() -> None:

@@ -75,7 +75,11 @@ def checked(change: dict[str, Any]) -> Settings:
 def test_a_gpu_before_sm_80_does_not_exclude_newer_ones(monkeypatch):
     """Two GPUs are simulated: an old one and an H100."""
     capabilities = {torch.device("cuda", 0): (7, 5), torch.device("cuda", 1): (9, 0), 0: (7, 5), 1: (9, 0)}
-    library = SimpleNamespace(kdfast_cuda_version=lambda: 13000, kdfast_driver_version=lambda: 13000)
+    library = SimpleNamespace(
+        kdfast_cuda_version=lambda: 13000,
+        kdfast_driver_version=lambda: 13000,
+        kdfast_device_failure=lambda index: b"no image" if capabilities[index] == (12, 0) else b"",
+    )
     for owner, name, value in (
         (choice, "cuda_is_compiled", lambda: True),
         (choice, "_load_library", lambda name: None),
@@ -83,10 +87,11 @@ def test_a_gpu_before_sm_80_does_not_exclude_newer_ones(monkeypatch):
         (torch.version, "cuda", "13.0"),
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "device_count", lambda: 2),
+        (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "get_device_capability", capabilities.__getitem__),
     ):
         monkeypatch.setattr(owner, name, value)
-    caches = choice._load_cuda, gpu_choice.capability
+    caches = choice._load_cuda, choice._device_failure, gpu_choice.capability
     for cache in caches:
         cache.cache_clear()
     try:
@@ -95,10 +100,15 @@ def test_a_gpu_before_sm_80_does_not_exclude_newer_ones(monkeypatch):
         assert choice.namespace("cuda", new) is torch.ops.kdfast_cuda
         with pytest.raises(RuntimeError, match="'cuda' is not usable here: cuda:0 is sm_75, and sm_80 is the least"):
             choice.namespace("cuda", old)
-        monkeypatch.setitem(capabilities, 1, (7, 0))  # both are old
-        for cache in caches:
-            cache.cache_clear()
-        assert choice.cuda_failure("cuda") == "the best device here is sm_75, and sm_80 is the least"
+        for newer, failure in (
+            ((7, 0), "the best device here is sm_75, and sm_80 is the least"),  # both are old
+            ((12, 0), "the best device here is sm_120, which loads no kernel: no image"),
+        ):
+            monkeypatch.setitem(capabilities, 1, newer)
+            for cache in caches:
+                cache.cache_clear()
+            assert choice.cuda_failure("cuda") == failure
+            assert "cuda" not in choice.usable_on(torch.device("cuda", 1))
     finally:
         for cache in caches:
             cache.cache_clear()

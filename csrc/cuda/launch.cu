@@ -17,10 +17,9 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 
+#include "device.h"
 #include "launch.h"
 
 namespace kdfast {
@@ -30,63 +29,26 @@ constexpr int kWarpRows = kWarpThreads / 32;
 constexpr int kFewPacks = 512;           // a row is not divided further for the sake of idle multiprocessors
 constexpr int64_t kFewBytes = 48 << 10;  // kept by half of the threads, for a reduction costs each the same
 constexpr int kWarpClasses = 1024;
-constexpr int kPortableBlocks = 8;  // of a cluster
 constexpr int64_t kBlockBytes = 64 << 10;
 constexpr int kStaticBytes = 2 << 10;  // the most that a kernel declares of shared memory
 
-struct Device {
-  int capability, multiprocessors;
-  int64_t shared, cache;  // bytes: the most of a block, the L2's
-  // Of a cluster; 16 is not portable, and those with little shared memory have 8.
-  int most_blocks() const { return capability < 90 ? 1 : shared > 128 << 10 ? kMostBlocks : kPortableBlocks; }
-};
 struct Launch {
   int grid, block, cluster;
   int64_t shared;
 };
 
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("kdfast: ") + what + ": " + cudaGetErrorString(error));
-}
-
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, which, device), "reading a device's attributes");
-  return value;
-}
-Device device_properties(int device) {
-  return {10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
-              attribute(cudaDevAttrComputeCapabilityMinor, device),
-          attribute(cudaDevAttrMultiProcessorCount, device),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          attribute(cudaDevAttrL2CacheSize, device)};
-}
-
-// Makes a device the current one of this thread, for as long as it lives.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "asking for the current device");
-    if (before_ == device) before_ = -1;
-    if (before_ >= 0) check(cudaSetDevice(device), "choosing a device");
-  }
-  ~DeviceGuard() {
-    if (before_ >= 0) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-
- private:
-  int before_;
-};
-
 constexpr int kDefaultShared = 48 << 10;  // of both kinds, without asking
 
-// Always the most that the device has: another thread may be launching the kernel.
+// Always the most that the device has: another thread may be launching the kernel. The carveout is what a
+// multiprocessor gives to shared memory of what it shares with the L1: all, for the L1 has nothing to keep.
 void allow(const Kernel& kernel, const Launch& l, const Device& device) {
   if (l.shared + kStaticBytes > kDefaultShared)
     check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                (int)device.shared - kStaticBytes),
+          kernel.name);
+  if (l.shared)
+    check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared),
           kernel.name);
   if (l.cluster > kPortableBlocks)
     check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
@@ -110,22 +72,25 @@ struct Config {
   Config(const Config&) = delete;
 };
 
-// Whether the device has room for one such cluster: of 16 blocks it needs as many neighbouring
-// multiprocessors, which small parts, and slices of large ones, lack.
-bool has_room(const Kernel& kernel, const Launch& l, const Device& device, const Stream& stream) {
-  if (l.cluster <= 1) return true;
+// How many such clusters the device runs at once: of 16 blocks each needs as many neighbouring
+// multiprocessors, which small parts, and slices of large ones, lack. What is no answer is asked again.
+int clusters_at_once(const Kernel& kernel, const Launch& l, const Device& device, const Stream& stream) {
   static std::mutex mutex;
-  static std::map<std::tuple<const void*, int, int, int, int64_t>, bool> known;
+  static std::map<std::tuple<const void*, int, int, int, int64_t>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [entry, is_new] =
-      known.try_emplace({kernel.function, stream.device, l.block, l.cluster, l.shared}, false);
-  if (!is_new) return entry->second;
+  const auto key = std::make_tuple(kernel.function, stream.device, l.block, l.cluster, l.shared);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
   allow(kernel, l, device);
   Config config(l, stream);
   int clusters = 0;
   const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel.function, &config.config);
-  if (error != cudaSuccess) cudaGetLastError();  // or the next check of another library reports it
-  return entry->second = error == cudaSuccess && clusters > 0;
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next check of another library reports it
+    if (error != cudaErrorInvalidClusterSize) return 0;
+    clusters = 0;
+  }
+  return known[key] = clusters;
 }
 
 template <class Args>
@@ -172,6 +137,24 @@ Launch cluster_launch(const RowsArgs& a, int packs, int most_blocks, const Devic
           part * kKeptBytes <= kFewBytes ? kMostThreads / 2 : kMostThreads, blocks, part * kKeptBytes};
 }
 
+// By clusters, if rows find room there: the launch, or a grid of 0. A cluster of 16 gives way to one of 8 of
+// which more blocks run at once.
+Launch kept_launch(const RowsArgs& a, int packs, const Kernel& kernel, const Device& device,
+                   const Stream& stream) {
+  Launch best{};
+  int64_t most_running = 0;
+  for (int most = device.most_blocks(); most >= 1; most /= 2) {
+    const Launch launch = cluster_launch(a, packs, most, device);
+    if (launch.shared + kStaticBytes > device.shared) break;
+    const int at_once = launch.cluster == 1 ? a.rows : clusters_at_once(kernel, launch, device, stream);
+    const int64_t running = (int64_t)std::min(a.rows, at_once) * launch.cluster;
+    if (running > most_running) best = launch;
+    most_running = std::max(most_running, running);
+    if (best.grid && most <= kPortableBlocks) break;
+  }
+  return best;
+}
+
 Launch sweep_launch(const RowsArgs& a, const Device& device) {
   const int64_t row = (a.teacher.data ? 2 : 1) * bytes_of(a.student.dtype) * a.vocab;
   const int64_t fitting = device.cache * 3 / 4 / row, least = device.multiprocessors;
@@ -187,9 +170,23 @@ int driver_version() {
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
+// All kernels are compiled for the same devices, and this one is the least to load.
+std::string device_failure(int device) {
+  try {
+    const DeviceGuard scope(device);
+    cudaFuncAttributes attributes;
+    const Kernel kernel = scale_kernel(DType::kFloat);
+    check(cudaFuncGetAttributes(&attributes, kernel.function), "loading a kernel");
+    return "";
+  } catch (const std::runtime_error& error) {
+    cudaGetLastError();  // or the next check of another library reports it
+    return error.what();
+  }
+}
+
 void launch_rows(RowsArgs a, const Stream& stream) {
   const DeviceGuard scope(stream.device);
-  const Device device = device_properties(stream.device);
+  const Device& device = device_properties(stream.device);
   if (a.divergence == Divergence::kForwardKL || a.divergence == Divergence::kReverseKL) {
     a.beta = a.divergence == Divergence::kForwardKL ? 1 : 0;
     a.divergence = Divergence::kSymmetricKL;
@@ -198,18 +195,14 @@ void launch_rows(RowsArgs a, const Stream& stream) {
   if (a.vocab <= kWarpClasses)
     return run(row_kernel(a, Shape::kWarp), warp_launch(a, packs), a, device, stream);
   const Kernel kept = row_kernel(a, Shape::kKept);
-  for (int most = device.most_blocks(); most >= 1; most /= 2) {
-    const Launch launch = cluster_launch(a, packs, most, device);
-    if (launch.shared + kStaticBytes > device.shared) break;
-    if (!has_room(kept, launch, device, stream)) continue;
-    return run(kept, launch, a, device, stream);
-  }
+  const Launch launch = kept_launch(a, packs, kept, device, stream);
+  if (launch.grid) return run(kept, launch, a, device, stream);
   run(row_kernel(a, Shape::kSwept), sweep_launch(a, device), a, device, stream);
 }
 
 void launch_scale(const ScaleArgs& args, const Stream& stream) {
   const DeviceGuard scope(stream.device);
-  const Device device = device_properties(stream.device);
+  const Device& device = device_properties(stream.device);
   run(scale_kernel(args.grad.dtype), {std::min(args.rows, 8 * device.multiprocessors), kMostThreads, 1, 0},
       args, device, stream);
 }

@@ -2,6 +2,8 @@
 // where CUDA has an error.
 #pragma once
 
+#include <string>
+
 #include "arguments.h"
 
 namespace kdfast {
@@ -25,6 +27,9 @@ Kernel scale_kernel(DType);  // ScaleArgs: the gradient times the factor; nothin
 // knows.
 int cuda_version();
 int driver_version();
+// Why the kernels do not start on a device: they have no code for it, or it is newer than the driver. Else
+// empty.
+std::string device_failure(int device);
 
 struct Stream {
   int device;

@@ -15,6 +15,10 @@
 extern "C" {
 __attribute__((visibility("default"))) int kdfast_cuda_version() { return kdfast::cuda_version(); }
 __attribute__((visibility("default"))) int kdfast_driver_version() { return kdfast::driver_version(); }
+__attribute__((visibility("default"))) const char* kdfast_device_failure(int device) {
+  static thread_local std::string text;
+  return (text = kdfast::device_failure(device)).c_str();
+}
 }
 
 namespace kdfast {

@@ -20,6 +20,7 @@ extern "C" {
 int (*stub_launch)(const char* kernel, int grid, int block, int cluster, int64_t shared, int64_t allowed,
                    void** arguments) = nullptr;
 void (*stub_memory)(const void* data, int64_t bytes) = nullptr;  // null: a new call begins
+int stub_failures = 0;  // of the next queries, as where memory is short
 }
 
 namespace {
@@ -29,7 +30,7 @@ constexpr int kMostThreads = 1024, kPortableBlocks = 8, kMostBlocks = 16;
 
 struct Device {
   int capability;
-  int most_blocks;  // of the clusters that it has room for
+  int most_blocks;  // that are neighbours: of the clusters that it has room for
   int64_t shared() const { return capability >= 90 ? 227 << 10 : 163 << 10; }
 };
 struct Function {
@@ -112,8 +113,8 @@ char torch_cuda;  // the handle of torch's CUDA library
 extern "C" {
 
 // From now on tensors are on such a device, where nothing was allowed to any kernel yet. Each has a number of
-// its own, because the launchers may remember what they learned of it.
-void stub_use(int capability, int most_blocks) {
+// its own, which is returned, because the launchers may remember what they learned of it.
+int stub_use(int capability, int most_blocks) {
   for (tensor_device = 1; tensor_device < (int)devices.size(); ++tensor_device) {
     const Device& d = devices[tensor_device];
     if (d.capability == capability && d.most_blocks == most_blocks) break;
@@ -123,6 +124,7 @@ void stub_use(int capability, int most_blocks) {
     function.shared.erase(tensor_device);
     function.non_portable.erase(tensor_device);
   }
+  return tensor_device;
 }
 
 int stub_device() { return current; }
@@ -166,6 +168,11 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device)
   }
 }
 
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* function) {
+  if (!find(function)) return result(cudaErrorInvalidDeviceFunction);
+  return result(devices[current].capability < 80 ? cudaErrorNoKernelImageForDevice : cudaSuccess);
+}
+
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute which, int value) {
   Function* f = find(function);
   if (!f) return result(cudaErrorInvalidDeviceFunction);
@@ -177,6 +184,8 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute which, 
     case cudaFuncAttributeNonPortableClusterSizeAllowed:
       value ? (void)f->non_portable.insert(current) : (void)f->non_portable.erase(current);
       return cudaSuccess;
+    case cudaFuncAttributePreferredSharedMemoryCarveout:
+      return result(value >= -1 && value <= 100 ? cudaSuccess : cudaErrorInvalidValue);
     default:
       return result(cudaErrorNotSupported);
   }
@@ -187,8 +196,9 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* function,
                                            const cudaLaunchConfig_t* config) {
   const cudaError_t error = check_launch(find(function), *config);
   if (error != cudaSuccess) return result(error);
+  if (stub_failures > 0) return --stub_failures, result(cudaErrorMemoryAllocation);
   const int blocks = blocks_of_cluster(*config);
-  *clusters = blocks <= devices[current].most_blocks;
+  *clusters = 7 * (devices[current].most_blocks / blocks);
   return result(*clusters == 0 && blocks > kPortableBlocks ? cudaErrorInvalidClusterSize : cudaSuccess);
 }
 

@@ -116,7 +116,7 @@ OF_OPERATORS = [
            "_warned.add(device)", "pass",
            "Without kernels every call warns.", BACKENDS),
     Mutant("one-old-device-excludes-all", CHOICE,
-           "most = max(map(", "most = min(map(",
+           "best = max(range(", "best = min(range(",
            "A device before sm_80 keeps the CUDA kernels from the H100 beside it.", BACKENDS),
     Mutant("cuda-without-its-options", "kdfast/cuda_ops.py",
            "gpu_choice.check_cuda(student, inputs.teachers, settings)", "pass",
