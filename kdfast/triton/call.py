@@ -174,7 +174,7 @@ class Call:
             self.student, [self.student if output is None else output, *self.teachers], plan.vec
         )
         spec = self.spec._replace(aligned=places, lanes=plan.lanes, vec=plan.vec, tiles=plan.tiles)
-        return {"SPEC": spec, **plan.options()}
+        return {"SPEC": spec, **plan.options(self.gpu)}
 
     def _launch_loss_grad(self, output: Tensor) -> None:
         def run(choice: tuple[launch.Plan, int], output: Tensor) -> None:

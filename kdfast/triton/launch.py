@@ -40,6 +40,7 @@ _best: dict[Hashable, Any] = {}  # the fastest candidates
 
 
 class Gpu(NamedTuple):
+    backend: str  # Triton's: "cuda" or "hip"
     warp: int  # threads
     multiprocessors: int
     cache: int  # bytes of L2
@@ -69,10 +70,10 @@ class Plan(NamedTuple):
     warps: int
     registers: int  # of a thread
 
-    def options(self) -> dict[str, int]:
+    def options(self, gpu: Gpu) -> dict[str, int]:
         """Triton's own. ptxas spills to fit more programs than it is told are wanted, so it is told."""
         options = {"num_warps": self.warps}
-        if self.lanes == 32 * self.warps:  # NVIDIA's
+        if gpu.backend == "cuda":  # others have no such option
             options["maxnreg"] = self.registers
         return options
 
@@ -83,18 +84,19 @@ def interpreted() -> bool:
 
 def gpu_properties(device: torch.device) -> Gpu:
     if interpreted():
-        return Gpu(32, 1, 1 << 25)
+        return Gpu("cuda", 32, 1, 1 << 25)
     driver = triton.runtime.driver.active
     target = driver.get_current_target()
-    return _cached_properties(device, driver.get_current_device(), target.warp_size, driver)
+    return _cached_properties(device, driver.get_current_device(), target.backend, target.warp_size, driver)
 
 
 @lru_cache
-def _cached_properties(device: torch.device, number: int, warp: int, driver: Any) -> Gpu:
+def _cached_properties(device: torch.device, number: int, backend: str, warp: int, driver: Any) -> Gpu:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return Gpu(warp, properties.multi_processor_count, properties.L2_cache_size)
-    return Gpu(warp, driver.utils.get_device_properties(number)["multiprocessor_count"], 40 << 20)
+        return Gpu(backend, warp, properties.multi_processor_count, properties.L2_cache_size)
+    multiprocessors = driver.utils.get_device_properties(number)["multiprocessor_count"]
+    return Gpu(backend, warp, multiprocessors, 40 << 20)
 
 
 def register_budget(spec: Spec, tensors: list[Tensor]) -> RegisterBudget:

@@ -81,7 +81,7 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
         with matrices.device_guard(grad):
             reductions.scale[grid](
                 matrix(view), factor, rows, width, SPEC=Spec(arithmetic_dtype(grad), lanes=plan.lanes, vec=plan.vec),
-                **plan.options(),
+                **plan.options(gpu),
             )  # fmt: skip
     if view is not grad:
         grad.copy_(view)
@@ -117,5 +117,5 @@ def _softmax(
         kernel, programs = softmax_kernels.softmax_short, rows
         if not plan.tiles:
             kernel, programs = softmax_kernels.softmax_long, launch.program_count(rows, vocab, inputs, gpu)
-        kernel[(programs,)](*args, LOG=log, SPEC=spec, **plan.options())
+        kernel[(programs,)](*args, LOG=log, SPEC=spec, **plan.options(gpu))
     return output
