@@ -175,7 +175,7 @@ def on_amd(request: pytest.FixtureRequest, compiled: Any, monkeypatch: pytest.Mo
     return compiled
 
 
-def test_every_kernel_is_launched_on_amd_without_spills(on_amd: Any, full: bool) -> None:
+def test_every_kernel_is_launched_on_amd_without_spills_and_accesses_16_bytes(on_amd: Any, full: bool) -> None:
     for dtype in (BF16, F32) if full else (BF16,):
         for vocab in (2048, 32768, 40000) if full else (2048, 40000):
             everything(dtype, vocab, temperature=3.7)
@@ -186,6 +186,8 @@ def test_every_kernel_is_launched_on_amd_without_spills(on_amd: Any, full: bool)
     assert {kernel.name for kernel in kernels} == {kernel.fn.__name__ for kernel in KERNELS}
     for kernel in kernels:
         assert_nothing_spills_on_amd(kernel)
+        if kernel.name not in ("stats", "sums", "merge_segments"):  # which write a number of each row, or some
+            assert_rows_are_stored_in_16_bytes(kernel)
 
 
 def assert_nothing_spills_on_amd(kernel: Any) -> None:
@@ -193,6 +195,20 @@ def assert_nothing_spills_on_amd(kernel: Any) -> None:
     (vectors,), (scalars,) = (re.findall(rf"\.{x}gpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"]) for x in "vs")
     assert int(vectors) == 0, f"{kernel.name}, {kernel.src.signature}"
     assert int(scalars) <= 64, f"{kernel.name}, {kernel.src.signature}"
+
+
+def assert_rows_are_stored_in_16_bytes(kernel: Any) -> None:
+    """But for their ends, and loads too: of classes, in each sweep, and of what there is by row."""
+    code = kernel.asm["amdgcn"]
+    assert re.search(r"_store_(dwordx4|b128)\b", code), f"{kernel.name}, {kernel.src.signature}"
+    assert re.search(r"_load_(dwordx4|b128)\b", code), f"{kernel.name}, {kernel.src.signature}"
+    narrow = {
+        what: len(re.findall(rf"(buffer|global)_{what}_\w*(short|b16|u16|dword|b32)\b", code))
+        for what in ("store", "load")
+    }
+    losses = kernel.name.startswith("loss_grad")
+    assert narrow["store"] <= 2 + losses, f"{kernel.name}, {kernel.src.signature}: {narrow}"
+    assert narrow["load"] <= 6, f"{kernel.name}, {kernel.src.signature}: {narrow}"
 
 
 # Each at the longest row that stays in registers beside it; together as they need most, in registers and in sweeps.
