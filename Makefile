@@ -20,7 +20,7 @@ BUILT := $(VENV)/.built
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-full emulator-test mutants bench gpu-check .gpu-check cuda-check .cuda-check lint \
+.PHONY: help build demo test test-full versions emulator-test mutants bench gpu-check .gpu-check cuda-check .cuda-check lint \
     format sanitize build-check arm-check clean
 
 help: ## this list
@@ -76,6 +76,19 @@ test: $(EMULATED) $(VENV)/.extra-demo ## every promise on every backend at least
 
 test-full: $(EMULATED) $(VENV)/.extra-demo ## the whole list of calls on every backend, both architectures of GPUs
 	$(PYTEST) --full $(ARGS)
+
+# Each Triton in a venv of its own, beside .venv's torch. The first is the least that choice.py takes.
+TRITONS ?= 3.7.0 3.7.1 3.8.0 3.9.0
+SITE = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+versions: $(VENV)/.extra-test ## four calls compiled and run by each Triton from the least to the newest
+	@for version in $(TRITONS); do \
+	    home=build/versions/$$version; python=$$home/bin/python; \
+	    test -x $$python || $(PYTHON) -m venv $$home || exit 1; \
+	    $$python -m pip install --quiet --disable-pip-version-check triton==$$version || exit 1; \
+	    echo $(SITE) > $$(echo $$home/lib/python*/site-packages)/torch.pth; \
+	    PYTHONPATH=$(CURDIR) $$python -c 'import torch, triton; print("Triton", triton.__version__, "torch", torch.__version__)' && \
+	    PYTHONPATH=$(CURDIR) $$python -m pytest -q -p no:cacheprovider tests/test_triton_launches.py -k four_kinds || exit 1; \
+	done
 
 emulator-test: $(VENV)/.extra-test ## the own tests of the emulator that runs GPU kernels on the CPU, tools/ptxemu
 	PTXEMU_CACHE=$(CURDIR)/build/ptxemu $(PY) -m pytest tools/ptxemu/tests $(ARGS)

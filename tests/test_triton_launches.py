@@ -6,7 +6,7 @@ from typing import Any
 import gpu
 import pytest
 import torch
-from cases import BF16, F32, batch
+from cases import BF16, F16, F32, batch
 from judge import judge, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,6 +17,19 @@ from kdfast.triton import launch, ops, row_kernels
 
 pytestmark = pytest.mark.skipif(not gpu.EMULATED, reason=gpu.NEEDS_EMULATOR)
 SETTINGS: dict[str, Any] = {"backend": "triton", "temperature": 2}
+
+
+@pytest.mark.parametrize("settings", [
+    {},  # rows that stay in registers
+    {"divergence": "jsd", "beta": 0.3},  # rows that are swept, pass B
+    {"divergence": "dkd", "standardize": True, "return_metrics": True},
+    {"softcap": 30.0, "label_smoothing": 0.1, "z_loss": 0.1},
+])  # fmt: skip
+def test_calls_of_four_kinds_compile_and_are_right(settings: dict[str, Any]) -> None:
+    """What `make versions` runs with each Triton. fp16: the gradient is made in backward."""
+    dtype = F16 if "softcap" in settings else BF16
+    with gpu.kernels():
+        judge(*batch(2, 1000 if not settings else 9000, dtype), by_row=False, **settings, **SETTINGS)
 
 
 def test_fifty_shapes_take_a_handful_of_kernels() -> None:
