@@ -81,14 +81,15 @@ test-full: $(EMULATED) $(VENV)/.extra-demo ## the whole list of calls on every b
 TRITONS ?= 3.7.0 3.7.1 3.8.0 3.9.0
 SITE = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 versions: $(VENV)/.extra-test ## four calls compiled and run by each Triton from the least to the newest
-	@for version in $(TRITONS); do \
+	@failed=; for version in $(TRITONS); do \
 	    home=build/versions/$$version; python=$$home/bin/python; \
 	    test -x $$python || $(PYTHON) -m venv $$home || exit 1; \
 	    $$python -m pip install --quiet --disable-pip-version-check triton==$$version || exit 1; \
 	    echo $(SITE) > $$(echo $$home/lib/python*/site-packages)/torch.pth; \
-	    PYTHONPATH=$(CURDIR) $$python -c 'import torch, triton; print("Triton", triton.__version__, "torch", torch.__version__)' && \
-	    PYTHONPATH=$(CURDIR) $$python -m pytest -q -p no:cacheprovider tests/test_triton_launches.py -k four_kinds || exit 1; \
-	done
+	    echo "Triton $$version"; \
+	    PYTHONPATH=$(CURDIR) $$python -m pytest -q -p no:cacheprovider tests/test_triton_launches.py -k four_kinds \
+	        || failed="$$failed $$version"; \
+	done; test -z "$$failed" || { echo "failed with Triton$$failed"; exit 1; }
 
 emulator-test: $(VENV)/.extra-test ## the own tests of the emulator that runs GPU kernels on the CPU, tools/ptxemu
 	PTXEMU_CACHE=$(CURDIR)/build/ptxemu $(PY) -m pytest tools/ptxemu/tests $(ARGS)
