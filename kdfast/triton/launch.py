@@ -17,10 +17,9 @@ programs, whose 80 MB do not fit any more, but the last half of each row, which 
 Few and long rows are split, so that every multiprocessor has a part of one.
 """
 
-import os
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,9 +33,6 @@ SPLIT_ROWS = 64  # with fewer rows than this
 SPLIT_CLASSES = 32768  # and more classes than this
 SEGMENTS = 64  # at most; a row's sums are merged by one tile of (SEGMENTS, rows)
 LEAST_TILES = 2  # in a segment: it costs 200 bytes of labels and sums
-
-Choice = TypeVar("Choice")
-_best: dict[Hashable, Any] = {}  # the fastest candidates
 
 
 class Gpu(NamedTuple):
@@ -180,17 +176,3 @@ def split_row(rows: int, vocab: int, tile: int, gpu: Gpu) -> tuple[int, int]:
     wanted = min(SEGMENTS, triton.cdiv(2 * gpu.multiprocessors, rows), vocab // (LEAST_TILES * tile))
     segment = triton.cdiv(triton.cdiv(vocab, wanted), tile) * tile
     return triton.cdiv(vocab, segment), segment
-
-
-def choose(key: Hashable, candidates: Callable[[], Iterable[Choice]], run: Callable[[Choice], Any]) -> Choice:
-    """KDFAST_AUTOTUNE=1: the fastest of `candidates` by measurement, once per key; else the first one, without any.
-
-    run: launches the kernel; what it writes must be written again afterwards.
-    """
-    if os.environ.get("KDFAST_AUTOTUNE") != "1":
-        return next(iter(candidates()))
-    if key not in _best:
-        bench = triton.runtime.driver.active.get_benchmarker()
-        times = {choice: bench(lambda choice=choice: run(choice), quantiles=[0.5])[0] for choice in candidates()}
-        _best[key] = min(times, key=times.__getitem__)
-    return _best[key]

@@ -148,8 +148,8 @@ OF_MEMORY = [
            "% vec, *strides]", "% vec]",
            "Rows whose first one is aligned count as aligned, all of them.", LAYOUTS),
     # fp16 alone, whose gradient is made in backward
-    Mutant("triton-autotuned-in-place", _in("call"),
-           "run(choice, torch.empty_like(output))", "run(choice, output)",
+    Mutant("triton-autotuned-in-place", _in("autotune"),
+           "torch.empty_like(output), run)", "output, run)",
            "What is measured in place takes the gradient of a gradient.", LAUNCHES),
 ]  # fmt: skip
 
