@@ -20,8 +20,8 @@ BUILT := $(VENV)/.built
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-full emulator-test mutants bench gpu-smoke gpu-check .gpu-build .gpu-smoke .gpu-check \
-    cuda-check .cuda-check lint format sanitize build-check arm-check clean
+.PHONY: help build demo test test-full versions emulator-test mutants bench gpu-smoke gpu-check .gpu-build .gpu-smoke \
+    .gpu-check cuda-check .cuda-check lint format sanitize build-check arm-check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -80,6 +80,20 @@ test: $(EMULATED) $(VENV)/.extra-demo ## every promise on every backend at least
 
 test-full: $(EMULATED) $(VENV)/.extra-demo ## the whole list of calls on every backend, both architectures of GPUs
 	$(PYTEST) --full $(ARGS)
+
+# Each Triton in a venv of its own, beside .venv's torch. The first is the least that choice.py takes.
+TRITONS ?= 3.7.0 3.7.1 3.8.0 3.9.0
+SITE = $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+versions: $(VENV)/.extra-test ## four calls compiled and run by each Triton from the least to the newest
+	@failed=; for version in $(TRITONS); do \
+	    home=build/versions/$$version; python=$$home/bin/python; \
+	    test -x $$python || $(PYTHON) -m venv $$home || exit 1; \
+	    $$python -m pip install --quiet --disable-pip-version-check triton==$$version || exit 1; \
+	    echo $(SITE) > $$(echo $$home/lib/python*/site-packages)/torch.pth; \
+	    echo "Triton $$version"; \
+	    PYTHONPATH=$(CURDIR) $$python -m pytest -q -p no:cacheprovider tests/test_triton_launches.py -k four_kinds \
+	        || failed="$$failed $$version"; \
+	done; test -z "$$failed" || { echo "failed with Triton$$failed"; exit 1; }
 
 emulator-test: $(VENV)/.extra-test ## the own tests of the emulator that runs GPU kernels on the CPU, tools/ptxemu
 	PTXEMU_CACHE=$(CURDIR)/build/ptxemu $(PY) -m pytest tools/ptxemu/tests $(ARGS)

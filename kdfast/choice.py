@@ -14,7 +14,8 @@ from torch import Tensor
 from kdfast import gpu_choice
 from kdfast.torch_private import mark_constant_in_graphs
 
-_LEAST_TRITON = (3, 6)  # the version that comes with torch 2.10, the least torch
+# 3.6, which comes with torch 2.10 and 2.11, cannot compile a kernel whose constant is a NamedTuple of NamedTuples.
+_LEAST_TRITON, _LEAST_TORCH = (3, 7), "2.12"
 
 
 def _load_library(name: str) -> str | None:
@@ -138,7 +139,8 @@ def triton_failure(device: str) -> str | None:
     except ImportError as error:
         return f"Triton could not be imported ({error}); PyTorch's builds for CUDA and ROCm bring it along"
     if tuple(map(int, triton.__version__.split(".")[:2])) < _LEAST_TRITON:
-        return f"Triton {triton.__version__} is too old, {'.'.join(map(str, _LEAST_TRITON))} is the least"
+        least = ".".join(map(str, _LEAST_TRITON))
+        return f"Triton {triton.__version__} is too old, {least} is the least: torch {_LEAST_TORCH} brings it"
     if triton.knobs.runtime.interpret:
         return None
     try:

@@ -52,8 +52,14 @@ class Divisor(NamedTuple):
     tensor: Tensor | None  # 0-dim; where it is 0, no row is kept, and the loss is 0
 
 
+def sums_weights(inputs: Inputs, settings: Settings) -> bool:
+    """Whether the divisor is the sum of the rows' weights, which are not all 1."""
+    given = inputs.labels is not None or inputs.row_weight is not None
+    return given and settings.reduction == "mean" and inputs.normalizer is None and not settings.divisor
+
+
 def divisor(student: Tensor, weights: Tensor | None, inputs: Inputs, settings: Settings) -> Divisor:
-    """The divisor under `reduction`; weights: the result of row_weights."""
+    """The divisor under `reduction`; weights: the result of row_weights where sums_weights."""
     rows = student.shape[:-1].numel()
     if settings.reduction == "batchmean":
         return Divisor(max(1.0, float(student.shape[0]) if student.dim() > 1 else 1.0), None)

@@ -80,7 +80,7 @@ def test_a_backend_refuses_tensors_of_another_device_and_names_it(backend, devic
 # why Triton may be unusable: the module that replaces it (None: the real one), and the error's words
 UNUSABLE_TRITONS = {
     "missing": ("raise ImportError('there is none')", r"Triton could not be imported \(there is none\)"),
-    "too old": ("__version__ = '3.5.1'", r"Triton 3\.5\.1 is too old, 3\.6 is the least"),
+    "too old": ("__version__ = '3.6.0'", r"Triton 3\.6\.0 is too old, 3\.7 is the least: torch 2\.12 brings it"),
     "without a driver": (
         "from types import SimpleNamespace as Some\n"
         "class Driver:\n"
@@ -131,7 +131,7 @@ def test_triton_refuses_tensors_of_a_device_it_does_not_launch_on(monkeypatch: p
     with pytest.raises(RuntimeError, match="backend: 'triton' is not usable here: Triton launches on cuda .*on cpu"):
         kdfast.kd_loss(s, t, backend="triton")
     for failure, expected in (("it is not usable", "triton"), (None, "cuda")):
-        monkeypatch.setattr(choice, "cuda_failure", lambda device, failure=failure: failure)
+        monkeypatch.setattr(choice, "cuda_failure", lambda *device, failure=failure: failure)
         facts = kdfast.backends()
         assert facts["triton"] == {"compiled": True, "usable": True, "why_not": None, "device": "cuda"}
         assert facts["by_device"] == facts["by_device"] | {"cuda": expected}

@@ -1,22 +1,37 @@
 """How often the Triton kernels are launched and compiled, and that the host never waits for them."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import gpu
 import pytest
 import torch
-from cases import BF16, F32, batch
+import triton
+from cases import BF16, F16, F32, batch
 from judge import judge, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdfast
 from kdfast import rows
 from kdfast.options import check_inputs, check_settings
-from kdfast.triton import launch, ops, row_kernels
+from kdfast.triton import autotune, launch, ops, prepared, row_kernels
 
 pytestmark = pytest.mark.skipif(not gpu.EMULATED, reason=gpu.NEEDS_EMULATOR)
 SETTINGS: dict[str, Any] = {"backend": "triton", "temperature": 2}
+
+
+@pytest.mark.parametrize("settings", [
+    {},  # rows that stay in registers
+    {"divergence": "jsd", "beta": 0.3},  # rows that are swept, pass B
+    {"divergence": "dkd", "standardize": True, "return_metrics": True},
+    {"softcap": 30.0, "label_smoothing": 0.1, "z_loss": 0.1},
+])  # fmt: skip
+def test_calls_of_four_kinds_compile_and_are_right(settings: dict[str, Any]) -> None:
+    """What `make versions` runs with each Triton. fp16: the gradient is made in backward."""
+    dtype = F16 if "softcap" in settings else BF16
+    with gpu.kernels():
+        judge(*batch(2, 1000 if not settings else 9000, dtype), by_row=False, **settings, **SETTINGS)
 
 
 def test_fifty_shapes_take_a_handful_of_kernels() -> None:
@@ -65,21 +80,95 @@ def test_the_host_never_waits(vocab: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_autotuning_where_it_is_wanted_measures_once_and_stays_right(
-    monkeypatch: pytest.MonkeyPatch, inplace: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, inplace: bool
 ) -> None:
     monkeypatch.delenv("KDFAST_AUTOTUNE", raising=False)
-    monkeypatch.setattr(launch, "_best", {})
+    monkeypatch.setattr(autotune, "_places", {})
+    monkeypatch.setattr(autotune, "_file", lambda: tmp_path / "choices.json")
     inputs, settings = batch(2, 3000, F32), {"inplace": inplace, "reduction": "sum", **SETTINGS}
     with gpu.kernels() as reports:
         run(*inputs, **settings)
-        assert not launch._best
+        assert not autotune._places
         monkeypatch.setenv("KDFAST_AUTOTUNE", "1")
         judge(*inputs, **settings)
-        (choice,) = launch._best.values()
-        assert isinstance(choice[0], launch.Plan)
+        (choices,) = autotune._places.values()
+        assert len(choices) == 1
         measured = len(reports)
         run(*inputs, **settings)
     assert len(reports) - measured <= 4
+
+
+def test_choices_are_measured_once_for_rows_up_to_a_power_of_2_and_kept_on_disk(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    times = {"first": 3.0, "fast": 1.0, "fails": 0.0}
+    measured: list[tuple[str, torch.Tensor]] = []
+    output = torch.empty(4)
+
+    def run(choice: str, scratch: torch.Tensor) -> None:
+        measured.append((choice, scratch))
+        if choice == "fails":
+            raise RuntimeError("out of resources")
+
+    def bench(call: Any, quantiles: list[float]) -> list[float]:
+        call()
+        return [times[measured[-1][0]]]
+
+    def choose(rows: int) -> str:
+        return autotune.choose("kind", rows, lambda: times, output, run)
+
+    monkeypatch.setattr(triton.runtime.driver.active, "get_benchmarker", lambda: bench)
+    monkeypatch.setattr(autotune, "_file", lambda: tmp_path / "new" / "choices.json")
+    monkeypatch.setattr(autotune, "_places", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert autotune._is_capturing(torch.device("cuda")) and not autotune._is_capturing(output.device)
+    with monkeypatch.context() as capture:
+        capture.setattr(autotune, "_is_capturing", lambda device: True)
+        assert (choose(5), measured) == ("first", []), "a graph's capture forbids to measure"
+    assert (choose(5), len(measured)) == ("fast", 3)
+    assert len({scratch.data_ptr() for _, scratch in measured} - {output.data_ptr()}) == 1
+    assert (choose(8), len(measured)) == ("fast", 3)
+    times["first"] = 0.5
+    assert (choose(9), len(measured)) == ("first", 6)
+    monkeypatch.setattr(autotune, "_places", {})  # another process's
+    assert (choose(7), choose(10), len(measured)) == ("fast", "first", 6)
+    monkeypatch.setattr(autotune, "_places", {})
+    (tmp_path / "new" / "choices.json").write_text("{")
+    assert (choose(7), len(measured)) == ("first", 9)
+
+
+def test_what_is_remembered_of_one_kind_of_call_is_not_anothers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call the second time, after all others, as if it were the first. A misplaced vector is a finding."""
+    student, teacher, labels = batch(3, 1000, BF16)
+    off = torch.empty(3001, dtype=BF16)[1:].view(3, 1000).copy_(teacher)
+    weight = torch.tensor([0.5, 0.0, 2.0, 1.0])
+    calls: list[tuple[Any, dict[str, Any]]] = [
+        ((student, teacher, labels), {}),
+        ((student, off, labels), {}),
+        ((student, teacher.float(), torch.cat([labels[:1], labels])[1:]), {"normalizer": torch.tensor(7)}),
+        ((student, teacher, labels), {"row_weight": weight[:3], "normalizer": weight[3]}),
+        ((student, teacher, labels), {"row_weight": weight[1:], "alpha": 0.25}),
+        ((student, teacher, labels), {"row_weight": weight[1:] != 0, "alpha": 0.0}),
+        ((student, teacher, labels), {"temperature": 1.5, "reduction": "sum"}),
+    ]
+
+    def call(at: int) -> Any:
+        arguments, settings = calls[at]
+        return run(*arguments, **SETTINGS | settings)
+
+    with gpu.kernels():
+        alone = []
+        for at in range(len(calls)):
+            monkeypatch.setattr(prepared, "_kinds", {})
+            alone.append(call(at))
+        for at in (*range(len(calls)), *range(len(calls))):
+            assert all(map(torch.equal, call(at), alone[at])), calls[at][1]
+        kinds = len(prepared._kinds)
+        run(student, teacher, labels, backend="triton", temperature=1.7, reduction="sum", alpha=0.3)
+        assert len(prepared._kinds) == kinds, "numbers are no part of a kind"
+        monkeypatch.setattr(prepared, "MOST_KINDS", kinds)
+        run(student, teacher, labels, reduction="batchmean", **SETTINGS)
+        assert len(prepared._kinds) < kinds
 
 
 def test_every_size_has_a_plan_that_fits() -> None:

@@ -8,98 +8,58 @@ from torch import Tensor
 
 from kdfast import rows
 from kdfast.arguments import Inputs, KDMetrics, Settings
-from kdfast.row_math import Sums, table_columns
-from kdfast.triton import launch, matrices, reductions, row_kernels
-from kdfast.triton.divergences import DIVERGENCES, running_sums
+from kdfast.row_math import Sums
+from kdfast.triton import autotune, launch, matrices, reductions, row_kernels
 from kdfast.triton.matrices import bits, flatten_rows, matrix
-from kdfast.triton.spec import Numbers, PerRow, Spec
+from kdfast.triton.prepared import matrix_kind, pointer_kind, prepare
+from kdfast.triton.spec import Numbers, PerRow
 from kdfast.triton.tables import SEGMENT_SUMS
 
 MOST_TEACHERS = 8
 
 
 class Call:
-    def __init__(self, student: Tensor, inputs: Inputs, settings: Settings, shard: bool = False) -> None:
+    def __init__(
+        self, student: Tensor, inputs: Inputs, settings: Settings, shard: bool = False, reduced: bool = True
+    ) -> None:
+        """shard: of a row's classes; reduced: the losses are reduced as settings say, which in backward is done."""
         if not shard:  # most of its labels belong to other shards
             rows.check_values(student, inputs, settings)
-        self.student, self.settings = matrices.make_readable(student), settings
-        self.shape, self.rows, self.width = student.shape[:-1], matrices.row_count(student), student.shape[-1]
-        self.vocab = self.width if settings.vocab_size < 0 else settings.vocab_size
-        self.teachers = [matrices.make_readable(t) for t in inputs.teachers]
-        if len(self.teachers) > MOST_TEACHERS:
+        if len(inputs.teachers) > MOST_TEACHERS:
             raise ValueError(
-                f"teacher: {len(self.teachers)} teachers, but the Triton kernels take at most {MOST_TEACHERS}"
+                f"teacher: {len(inputs.teachers)} teachers, but the Triton kernels take at most {MOST_TEACHERS}"
             )
-        self.losses = student.new_empty(self.rows, dtype=rows.loss_dtype(student))
-        self.gpu = launch.gpu_properties(student.device)
-        self.read = [self.student, *self.teachers]
+        self.student, self.settings = matrices.make_readable(student), settings
+        self.teachers = [matrices.make_readable(t) for t in inputs.teachers]
+        self.shape, self.width = student.shape[:-1], student.shape[-1]
+        summed = reduced and rows.sums_weights(inputs, settings)
+        self.prepared = prepared = prepare(self.student, self.teachers, inputs, settings, summed)
+        self.rows, self.vocab, self.gpu = prepared.rows, prepared.vocab, prepared.gpu
+        self.spec, self.columns, self.sweep = prepared.spec, prepared.columns, prepared.sweep
+        self.segments, self.segment = prepared.segments, prepared.segment
         self.logits = matrix(self.student), tuple(map(matrix, self.teachers))
-        self.spec = self._spec(inputs)
-        self.columns = table_columns("kdfast_triton", student.device.type, len(self.teachers))
-        self.budget = launch.register_budget(self.spec, self.read)
-        self.plan = launch.plan(self.vocab, self.read, self.gpu.warp, self.budget)
-        self.sweep = launch.sweep_plan(self.vocab, self.read, self.gpu.warp, self.budget)
-        self.segments, self.segment = 1, self.vocab
-        spec = self.spec
-        if spec.linear and not (self.plan.tiles or spec.dkd or spec.standardize or spec.metrics or spec.smoothed):
-            tile = self.sweep.lanes * self.sweep.vec
-            self.segments, self.segment = launch.split_row(self.rows, self.vocab, tile, self.gpu)
+        self.losses = torch.empty(self.rows, dtype=rows.loss_dtype(student), device=student.device)
 
-        labels = None if inputs.labels is None else inputs.labels.reshape(-1).contiguous()
-        self.weights = rows.row_weights(inputs, settings)
+        labels = None if inputs.labels is None else flatten_rows(inputs.labels)
         columns = (inputs.row_weight, inputs.temperatures, inputs.teacher_temperatures)
         weights, temperatures, teacher_temperatures = (None if c is None else flatten_rows(c) for c in columns)
-        self.per_row = PerRow(None, labels, weights, temperatures, teacher_temperatures, None, None, None)
-        number, self.divisor = rows.divisor(student, self.weights, inputs, settings)
+        self.weights, number, divisor = None, 1.0, None
+        if reduced and not self.spec.counted:
+            if summed or settings.metrics:
+                self.weights = rows.row_weights(inputs, settings)
+            number, divisor = rows.divisor(student, self.weights, inputs, settings)
         self.row_metrics = self.losses.new_empty(len(KDMetrics._fields), self.rows) if settings.metrics else None
-        optional = {
-            "beta": settings.beta, "label_smoothing": settings.label_smoothing, "z_loss": settings.z_loss,
-            "softcap": settings.softcap, "teacher_softcap": settings.teacher_softcap if self.teachers else 0.0,
-            "logit_scale": settings.logit_scale if settings.logit_scale != 1 else 0.0,
-            "teacher_logit_scale": settings.teacher_logit_scale if settings.teacher_logit_scale != 1 else 0.0,
-        }  # fmt: skip
-        target, others = map(bits, settings.dkd_weights) if spec.dkd else (None, None)
+        self.per_row = PerRow(
+            None, labels, weights, temperatures, teacher_temperatures, None, divisor, self.row_metrics
+        )  # fmt: skip
+        target, others = map(bits, settings.dkd_weights) if self.spec.dkd else (None, None)
         self.numbers = Numbers(
             bits(settings.temperature), bits(settings.teacher_temperature), bits(settings.alpha),
-            bits(settings.hard_weight), bits(1 / number),
-            **{name: bits(value) if value else None for name, value in optional.items()},
-            dkd_target=target, dkd_others=others,
-            teacher_weights=tuple(map(bits, settings.teacher_weights)) if self.teachers else (),
-        )  # fmt: skip
-
-    def _spec(self, inputs: Inputs) -> Spec:
-        settings = self.settings
-        several = len(self.teachers) > 1
-        difference = bool(self.teachers) and settings.divergence == "logit_mse"
-        divergence, teacher = None, "none"
-        if difference and settings.metrics:
-            teacher = "softmaxed"
-        elif self.teachers and not difference:
-            if settings.divergence not in DIVERGENCES:  # one that a program has added to the reference alone
-                raise ValueError(f"divergence: no Triton kernel for {settings.divergence!r}")
-            divergence = DIVERGENCES[settings.divergence]
-            mixed = several and settings.ensemble == "arithmetic"
-            given = settings.target != "logits" and (mixed or not several)
-            teacher = "given" if given else "softmaxed"
-        joint = teacher != "softmaxed" or not several or settings.ensemble == "geometric"
-        linear = divergence is None or (
-            divergence.phi is None
-            and (joint or not (divergence.log_p or settings.metrics))
-            and not settings.standardize
-        )
-        t = settings.temperature
-        power = int(t) if inputs.temperatures is None and t in (1, 2, 3, 4) and not settings.standardize else 0
-        return Spec(
-            matrices.arithmetic_dtype(self.student), teacher, divergence, linear, settings.target, joint,
-            hard=settings.hard_weight != 0 or settings.z_loss != 0 or (settings.metrics and inputs.labels is not None),
-            power=power, t_squared=settings.t_squared,
-            running=running_sums(divergence if linear else None, settings.metrics, joint and teacher != "none"),
-            labelled=settings.hard_weight != 0, difference=difference,
-            dkd=bool(self.teachers) and settings.divergence == "dkd",
-            smoothed=settings.label_smoothing != 0, z_loss=settings.z_loss != 0, softcap=settings.softcap != 0,
-            teacher_softcap=bool(self.teachers) and settings.teacher_softcap != 0,
-            standardize=settings.standardize, metrics=settings.metrics,
-            members=0 if teacher == "none" else 1 if joint else len(self.teachers),
+            bits(settings.hard_weight), bits(1 / number), optional_bits(settings.beta),
+            optional_bits(settings.label_smoothing), optional_bits(settings.z_loss), optional_bits(settings.logit_scale, 1),
+            optional_bits(settings.teacher_logit_scale, 1), optional_bits(settings.softcap),
+            optional_bits(settings.teacher_softcap) if self.teachers else None, target, others,
+            tuple(map(bits, settings.teacher_weights)) if self.teachers else (),
         )  # fmt: skip
 
     # ---- the operators ----
@@ -168,49 +128,68 @@ class Call:
 
     # ---- the launches ----
 
-    def _pointers(self, grad_loss: Tensor | None, losses: Tensor | None) -> PerRow:
-        return self.per_row._replace(losses=losses, grad_loss=grad_loss, divisor=self.divisor, metrics=self.row_metrics)
+    def _launch(
+        self, kernel: Any, programs: int, args: tuple[Any, ...], per_row: PerRow, plan: launch.Plan,
+        output: Tensor | None, tables: tuple[Tensor, ...] = (), constants: dict[str, Any] | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        """args: with per_row, output and tables in their places among them."""
 
-    def _constants(self, plan: launch.Plan, output: Tensor | None) -> dict[str, Any]:
-        places = matrices.alignments(
-            self.student, [self.student if output is None else output, *self.teachers], plan.vec
+        def make_constants() -> dict[str, Any]:
+            others = [self.student if output is None else output, *self.teachers]
+            places = matrices.alignments(self.student, others, plan.vec)
+            spec = self.spec._replace(aligned=places, lanes=plan.lanes, vec=plan.vec, tiles=plan.tiles)
+            return {**(constants or {}), "SPEC": spec}
+
+        kind = (
+            plan, None if output is None else matrix_kind(output), *map(pointer_kind, per_row),
+            *map(pointer_kind, tables), *(constants or {}).values(),
+        )  # fmt: skip
+        self.prepared.launch(
+            kernel, programs, args, kind, make_constants, lambda: {**plan.options(self.gpu), **options}
         )
-        spec = self.spec._replace(aligned=places, lanes=plan.lanes, vec=plan.vec, tiles=plan.tiles)
-        return {"SPEC": spec, **plan.options()}
 
     def _launch_loss_grad(self, output: Tensor) -> None:
+        per_row = self.per_row._replace(losses=self.losses)
+
         def run(choice: tuple[launch.Plan, int], output: Tensor) -> None:
             plan, programs = choice
             args = (
-                *self.logits, matrix(output), self._pointers(None, self.losses), self.numbers,
+                *self.logits, matrix(output), per_row, self.numbers,
                 self.rows, self.vocab, self.width, self.settings.ignore_index,
             )  # fmt: skip
             kernel = row_kernels.loss_grad_short if plan.tiles else row_kernels.loss_grad_long
-            kernel[(programs,)](*args, **self._constants(plan, output))
+            self._launch(kernel, programs, args, per_row, plan, output)
 
-        choice = launch.choose(
-            (self.rows, self.vocab, self.spec, tuple(t.dtype for t in self.read), output.device),
-            lambda: launch.candidates(self.rows, self.vocab, self.read, self.gpu, self.budget),
-            lambda choice: run(choice, torch.empty_like(output)),  # the output may be the student
-        )
+        choice = self.prepared.choice
+        if autotune.is_wanted():
+            kind = (self.vocab, self.spec, [each.dtype for each in self.prepared.read])
+            choice = autotune.choose(kind, self.rows, self.prepared.choices, output, run)
         run(choice, output)
 
     def _launch_rows(self, kernel: Any, *tables: Tensor, losses: Tensor | None = None, **others: Any) -> None:
         """A kernel that writes the first of the tables, a row of it for each row or segment."""
         programs = min(tables[0].shape[0], 8 * self.gpu.multiprocessors)
         if programs:
-            kernel[(programs,)](
-                *self.logits, *tables, self._pointers(None, losses), self.numbers,
-                self.rows, self.vocab, self.settings.ignore_index,
-                **others, COLUMNS=tables[-1].shape[1], **self._constants(self.sweep, None),
+            per_row = self.per_row._replace(losses=losses)
+            numbers = (others.pop("segments"), others.pop("segment")) if others else ()
+            args = (
+                *self.logits, *tables, per_row, self.numbers, self.rows, self.vocab, self.settings.ignore_index,
+                *numbers,
+            )  # fmt: skip
+            self._launch(
+                kernel, programs, args, per_row, self.sweep, None, tables, {**others, "COLUMNS": tables[-1].shape[1]},
                 enable_fp_fusion=False,  # or a product enters a sum unrounded in its own thread, rounded in the others
             )  # fmt: skip
 
     def _launch_grad(self, table: Tensor, grad_loss: Tensor | None, output: Tensor) -> None:
-        row_kernels.grad[(self.rows * self.segments,)](
-            *self.logits, matrix(output), table, self._pointers(grad_loss, None), self.numbers,
+        per_row = self.per_row._replace(grad_loss=grad_loss)
+        args = (
+            *self.logits, matrix(output), table, per_row, self.numbers,
             self.vocab, self.width, self.settings.ignore_index, self.segments, self.segment,
-            COLUMNS=table.shape[1], **self._constants(self.sweep, output),
+        )  # fmt: skip
+        self._launch(
+            row_kernels.grad, self.rows * self.segments, args, per_row, self.sweep, output, (table,),
+            {"COLUMNS": table.shape[1]},
         )  # fmt: skip
 
     def _stats_of_segments(self) -> tuple[Tensor, Tensor]:
@@ -220,9 +199,14 @@ class Call:
         split: dict[str, Any] = {"segments": self.segments, "segment": self.segment, "WHOLE": False}
         self._launch_rows(row_kernels.sums, parts, **split)
         reductions.merge_segments[(1,)](
-            matrix(self.student), parts, table, loss, self._pointers(None, self.losses), self.numbers,
+            matrix(self.student), parts, table, loss, self.per_row._replace(losses=self.losses), self.numbers,
             self.rows, self.vocab, self.settings.ignore_index, self.segments,
             COLUMNS=self.columns, SUMS=parts.shape[1], ROWS=triton.next_power_of_2(self.rows),
             SEGMENTS=triton.next_power_of_2(self.segments), SPEC=self.spec, num_warps=128 // self.gpu.warp,
         )  # fmt: skip
         return table, loss
+
+
+def optional_bits(number: float, unused: float = 0) -> int | None:
+    """None in place of a number that changes nothing."""
+    return None if number == unused else bits(number)

@@ -88,10 +88,12 @@ class Moments(NamedTuple):
 
 @triton.jit
 def merge_moments(count_a, mean_a, squares_a, count_b, mean_b, squares_b):
-    count = count_a + count_b
-    d = mean_b - mean_a
-    share = count_b / tl.maximum(count, 1)
-    return count, mean_a + d * share, squares_a + squares_b + d * d * (count_a * share)
+    """The same bits in either order: threads merge theirs with each other's, and any one's result may be taken."""
+    swap = mean_b < mean_a
+    first, low = tl.where(swap, count_b, count_a), tl.where(swap, mean_b, mean_a)
+    count, d = count_a + count_b, tl.where(swap, mean_a, mean_b) - low
+    share = tl.where(swap, count_a, count_b) / tl.maximum(count, 1)
+    return count, low + d * share, squares_a + squares_b + d * d * (first * share)
 
 
 @triton.jit

@@ -17,10 +17,9 @@ programs, whose 80 MB do not fit any more, but the last half of each row, which 
 Few and long rows are split, so that every multiprocessor has a part of one.
 """
 
-import os
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,11 +34,9 @@ SPLIT_CLASSES = 32768  # and more classes than this
 SEGMENTS = 64  # at most; a row's sums are merged by one tile of (SEGMENTS, rows)
 LEAST_TILES = 2  # in a segment: it costs 200 bytes of labels and sums
 
-Choice = TypeVar("Choice")
-_best: dict[Hashable, Any] = {}  # the fastest candidates
-
 
 class Gpu(NamedTuple):
+    backend: str  # Triton's: "cuda" or "hip"
     warp: int  # threads
     multiprocessors: int
     cache: int  # bytes of L2
@@ -69,10 +66,10 @@ class Plan(NamedTuple):
     warps: int
     registers: int  # of a thread
 
-    def options(self) -> dict[str, int]:
+    def options(self, gpu: Gpu) -> dict[str, int]:
         """Triton's own. ptxas spills to fit more programs than it is told are wanted, so it is told."""
         options = {"num_warps": self.warps}
-        if self.lanes == 32 * self.warps:  # NVIDIA's
+        if gpu.backend == "cuda":  # others have no such option
             options["maxnreg"] = self.registers
         return options
 
@@ -83,18 +80,19 @@ def interpreted() -> bool:
 
 def gpu_properties(device: torch.device) -> Gpu:
     if interpreted():
-        return Gpu(32, 1, 1 << 25)
+        return Gpu("cuda", 32, 1, 1 << 25)
     driver = triton.runtime.driver.active
     target = driver.get_current_target()
-    return _cached_properties(device, driver.get_current_device(), target.warp_size, driver)
+    return _cached_properties(device, driver.get_current_device(), target.backend, target.warp_size, driver)
 
 
 @lru_cache
-def _cached_properties(device: torch.device, number: int, warp: int, driver: Any) -> Gpu:
+def _cached_properties(device: torch.device, number: int, backend: str, warp: int, driver: Any) -> Gpu:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return Gpu(warp, properties.multi_processor_count, properties.L2_cache_size)
-    return Gpu(warp, driver.utils.get_device_properties(number)["multiprocessor_count"], 40 << 20)
+        return Gpu(backend, warp, properties.multi_processor_count, properties.L2_cache_size)
+    multiprocessors = driver.utils.get_device_properties(number)["multiprocessor_count"]
+    return Gpu(backend, warp, multiprocessors, 40 << 20)
 
 
 def register_budget(spec: Spec, tensors: list[Tensor]) -> RegisterBudget:
@@ -178,17 +176,3 @@ def split_row(rows: int, vocab: int, tile: int, gpu: Gpu) -> tuple[int, int]:
     wanted = min(SEGMENTS, triton.cdiv(2 * gpu.multiprocessors, rows), vocab // (LEAST_TILES * tile))
     segment = triton.cdiv(triton.cdiv(vocab, wanted), tile) * tile
     return triton.cdiv(vocab, segment), segment
-
-
-def choose(key: Hashable, candidates: Callable[[], Iterable[Choice]], run: Callable[[Choice], Any]) -> Choice:
-    """KDFAST_AUTOTUNE=1: the fastest of `candidates` by measurement, once per key; else the first one, without any.
-
-    run: launches the kernel; what it writes must be written again afterwards.
-    """
-    if os.environ.get("KDFAST_AUTOTUNE") != "1":
-        return next(iter(candidates()))
-    if key not in _best:
-        bench = triton.runtime.driver.active.get_benchmarker()
-        times = {choice: bench(lambda choice=choice: run(choice), quantiles=[0.5])[0] for choice in candidates()}
-        _best[key] = min(times, key=times.__getitem__)
-    return _best[key]

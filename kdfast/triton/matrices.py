@@ -2,6 +2,7 @@
 
 import contextlib
 import struct
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ def row_count(tensor: Tensor) -> int:
     return tensor.shape[:-1].numel()
 
 
-def layout(tensor: Tensor) -> tuple[int, int, int] | None:
+@lru_cache(1024)
+def layout(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, int, int] | None:
     """(inner, outer_stride, stride) of the rows of a (..., V) tensor; None where they do not lie so."""
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+    if shape[-1] > 1 and strides[-1] != 1:
         return None
     dims: list[tuple[int, int]] = []  # (size, stride), innermost first, dimensions that lie as one merged
-    for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
+    for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
         if size == 1:
             continue
         if dims and stride == dims[-1][0] * dims[-1][1]:
@@ -41,7 +43,7 @@ def layout(tensor: Tensor) -> tuple[int, int, int] | None:
 
 
 def make_readable(tensor: Tensor) -> Tensor:
-    return tensor.contiguous() if layout(tensor) is None else tensor
+    return tensor.contiguous() if layout(tensor.shape, tensor.stride()) is None else tensor
 
 
 def matrix(tensor: Tensor) -> tuple[Tensor, int, int, int]:
@@ -49,10 +51,10 @@ def matrix(tensor: Tensor) -> tuple[Tensor, int, int, int]:
 
     Triton compiles once more for a 1 and for a multiple of 16, and in a tuple it cannot be told not to.
     """
-    found = layout(tensor)
+    found = layout(tensor.shape, tensor.stride())
     assert found is not None
-    inner, outer, stride = (2 * x + 3 for x in found)
-    return tensor, inner, outer, stride
+    inner, outer, stride = found
+    return tensor, 2 * inner + 3, 2 * outer + 3, 2 * stride + 3
 
 
 def alignments(student: Tensor, others: list[Tensor], vec: int) -> tuple[bool, ...]:
@@ -70,6 +72,7 @@ def flatten_rows(values: Tensor) -> Tensor:
     return values.reshape(-1).contiguous()
 
 
+@lru_cache(256)
 def bits(number: float) -> int:
     """A number >= 0 as the kernels take it, in an odd 64-bit integer: a double's bits, of which the sign is left out.
 

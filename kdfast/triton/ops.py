@@ -11,6 +11,7 @@ from kdfast.arguments import Inputs, Settings
 from kdfast.triton import launch, matrices, reductions, row_kernels, softmax_kernels
 from kdfast.triton.call import Call
 from kdfast.triton.matrices import arithmetic_dtype, make_readable, matrix
+from kdfast.triton.prepared import Kernels, matrix_kind, pointer_kind, remember
 from kdfast.triton.spec import Spec
 
 # A kernel's key in Triton's cache on disk depends on which functions had theirs before: DependenciesFinder._update_hash
@@ -41,12 +42,12 @@ def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, 
 
 def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     grad = student.new_empty(student.shape)
-    Call(student, inputs, settings).grad(stats, grad_loss, grad)
+    Call(student, inputs, settings, reduced=False).grad(stats, grad_loss, grad)
     return grad
 
 
 def grad_(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> None:
-    call = Call(student, inputs, settings)
+    call = Call(student, inputs, settings, reduced=False)
     call.grad(stats, grad_loss, call.student)
     call.copy_back(student)
 
@@ -71,17 +72,22 @@ def losses_and_coefficients(student: Tensor, sums: Tensor, inputs: Inputs, setti
     return _shard(student, inputs, settings).losses_and_coefficients(sums)
 
 
+def _prepare_scale(view: Tensor) -> tuple[Kernels, launch.Gpu, launch.Plan]:
+    gpu = launch.gpu_properties(view.device)
+    return Kernels(), gpu, launch.plan(view.shape[-1], [view], gpu.warp, launch.FULL_BUDGET)
+
+
 def scale_(grad: Tensor, factor: Tensor) -> None:
     view = make_readable(grad)
     rows, width = matrices.row_count(view), view.shape[-1]
     if rows:
-        gpu = launch.gpu_properties(grad.device)
-        plan = launch.plan(width, [view], gpu.warp, launch.FULL_BUDGET)
-        grid = (min(rows, 4 * gpu.multiprocessors),)
+        kind = ("scale", matrix_kind(view), pointer_kind(factor))
+        kernels, gpu, plan = remember(kind, lambda: _prepare_scale(view))
         with matrices.device_guard(grad):
-            reductions.scale[grid](
-                matrix(view), factor, rows, width, SPEC=Spec(arithmetic_dtype(grad), lanes=plan.lanes, vec=plan.vec),
-                **plan.options(),
+            kernels.launch(
+                reductions.scale, min(rows, 4 * gpu.multiprocessors), (matrix(view), factor, rows, width), None,
+                lambda: {"SPEC": Spec(arithmetic_dtype(grad), lanes=plan.lanes, vec=plan.vec)},
+                lambda: plan.options(gpu),
             )  # fmt: skip
     if view is not grad:
         grad.copy_(view)
@@ -117,5 +123,5 @@ def _softmax(
         kernel, programs = softmax_kernels.softmax_short, rows
         if not plan.tiles:
             kernel, programs = softmax_kernels.softmax_long, launch.program_count(rows, vocab, inputs, gpu)
-        kernel[(programs,)](*args, LOG=log, SPEC=spec, **plan.options())
+        kernel[(programs,)](*args, LOG=log, SPEC=spec, **plan.options(gpu))
     return output

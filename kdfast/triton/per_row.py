@@ -94,15 +94,41 @@ def load_row(per_row, row, numbers, label, SPEC: tl.constexpr):
 
 
 @triton.jit
+def weights_of_rows(per_row, at, rows, ignore_index, SPEC: tl.constexpr):
+    """Those of many rows at once; 0 for ignored rows and beyond the last."""
+    kept = at < rows
+    weights = tl.full(at.shape, 1, SPEC.dtype)
+    if per_row.weights is not None:
+        weights = tl.load(per_row.weights + at, mask=at < rows, other=0).to(SPEC.dtype)
+    if per_row.labels is not None:
+        kept = kept & (tl.load(per_row.labels + at, mask=at < rows, other=0) != ignore_index)
+    return tl.where(kept, weights, 0)
+
+
+@triton.jit
+def divisor_of_lanes(per_row, rows, ignore_index, SPEC: tl.constexpr):
+    """What the reduction divides by, as numbers of the lanes to be summed; None: 1."""
+    if SPEC.counted:
+        divisor = fill_lanes(0, SPEC)
+        for first in range(0, rows, SPEC.lanes):
+            divisor += weights_of_rows(per_row, first + tl.arange(0, SPEC.lanes), rows, ignore_index, SPEC)
+        return divisor
+    elif per_row.divisor is not None:
+        return load_first_lane(per_row.divisor, 0, SPEC.lanes).to(SPEC.dtype)
+    else:
+        return None
+
+
+@triton.jit
 def label_and_divisor(student, label, divisor, SPEC: tl.constexpr):
-    """The label's logit, and what the reduction divides by."""
+    """The label's logit, and what the reduction divides by: divisor_of_lanes."""
     logit = fill_lanes(0, SPEC)
     if SPEC.hard or SPEC.dkd:
         logit = load_first_lane(student, label, SPEC.lanes, label >= 0).to(SPEC.dtype)
     if divisor is None:
         return tl.sum(logit, 0), tl.full((), 1, SPEC.dtype)
     else:
-        return tl.reduce((logit, load_first_lane(divisor, 0, SPEC.lanes).to(SPEC.dtype)), 0, add_pair)
+        return tl.reduce((logit, divisor), 0, add_pair)
 
 
 @triton.jit

@@ -5,7 +5,14 @@ import triton.language as tl
 
 from kdfast.triton.logits import adjust_logits
 from kdfast.triton.pass_a import label_exponent
-from kdfast.triton.per_row import gradient_factor, make_row, number, share_of_row, term_factors
+from kdfast.triton.per_row import (
+    gradient_factor,
+    make_row,
+    number,
+    share_of_row,
+    term_factors,
+    weights_of_rows,
+)
 from kdfast.triton.row_math import loss_and_coefficients
 from kdfast.triton.sums import linear_divergence, merge, softmaxes
 from kdfast.triton.sweep import open_span, sweep
@@ -53,7 +60,9 @@ def merge_segments(
     if per_row.weights is not None:
         weight = tl.load(per_row.weights + row).to(SPEC.dtype)
     divisor = tl.full((), 1, SPEC.dtype)
-    if per_row.divisor is not None:
+    if SPEC.counted:
+        divisor = tl.sum(weights_of_rows(per_row, at, rows, ignore_index, SPEC), 0)
+    elif per_row.divisor is not None:
         divisor = row_value(per_row.divisor, 0, SPEC.dtype)
     if per_row.labels is not None:
         wide = tl.load(per_row.labels + row)

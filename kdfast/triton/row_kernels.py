@@ -31,6 +31,7 @@ from kdfast.triton.classifiers import add_scalings, first_difference, load_scali
 from kdfast.triton.pass_a import accumulate, label_exponent, no_sums
 from kdfast.triton.pass_b_c import add_divergence, merge_divergence_sums, no_divergence_sums, write_gradient
 from kdfast.triton.per_row import (
+    divisor_of_lanes,
     gradient_factor,
     kept_row,
     label_and_divisor,
@@ -92,7 +93,7 @@ def row_stats(
     row = load_row(per_row, index, numbers, label, SPEC)
     s, ts = row_start(student, index), row_starts(teachers, index, 0)
     span = open_span(s, ts, tl.where(kept, vocab, 0), kept, SPEC)
-    logit, divisor = label_and_divisor(s, label, per_row.divisor, SPEC)
+    logit, divisor = label_and_divisor(s, label, divisor_of_lanes(per_row, rows, ignore_index, SPEC), SPEC)
     if SPEC.standardize:
         moments = no_moments(ts, SPEC)
         moments = sweep(moments_pass, moments, (), span, row, SPEC, NUMBER=1, KEEP_IN_CACHE=True, REVERSED=True)

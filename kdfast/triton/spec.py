@@ -34,6 +34,7 @@ class Spec(NamedTuple):
     standardize: bool = False
     metrics: bool = False
     members: int = 0  # how many distributions the teachers are
+    counted: bool = False  # the divisor is the sum of the rows' weights, which every program takes itself
     aligned: tuple[bool, ...] = ()  # of the output, then of the teachers: their vectors lie as the student's do
     lanes: int = 0  # launch.Plan's
     vec: int = 0

@@ -95,15 +95,32 @@ def end_classes(prefix, n, SPEC: tl.constexpr):
 
 @triton.jit
 def filler(start, PROBS: tl.constexpr):
-    """What stands for a class that is not there: a logit of -inf, or a probability of 0; twice for a 16-bit type."""
+    """The word for a class that is not there: a logit of -inf, or a probability of 0; twice for a 16-bit type."""
     if PROBS:
         return 0
+    elif start.dtype.element_ty == tl.float64:
+        return -0x0010000000000000  # 0xfff0000000000000
     elif start.dtype.element_ty == tl.bfloat16:
         return -0x007F0080  # 0xff80ff80
     elif start.dtype.element_ty == tl.float16:
         return -0x03FF0400  # 0xfc00fc00
     else:
-        return float("-inf")
+        return -0x00800000  # 0xff800000
+
+
+@triton.jit
+def vector_start(first, ALIGNED: tl.constexpr, PAIRS: tl.constexpr):
+    """A pointer to words that are numbers, or PAIRS of them; ALIGNED: with the hint that it is to whole vectors.
+
+    The hint hangs on a bitcast, without the offset of a tile: AMD's compiler folds an addition into the offsets that
+    follow, and where the offset is 0 every compiler does, and the hint is gone with it.
+    """
+    size: tl.constexpr = first.dtype.element_ty.primitive_bitwidth * (2 if PAIRS else 1)
+    word: tl.constexpr = tl.int16 if size == 16 else tl.int32 if size == 32 else tl.int64
+    first = first.to(tl.pointer_type(word))
+    if ALIGNED:
+        first = tl.multiple_of(first, 16)
+    return first
 
 
 @triton.jit
@@ -116,11 +133,7 @@ def load_body(
     policy: tl.constexpr = "evict_last" if KEEP_IN_CACHE else "evict_first"
     narrow: tl.constexpr = start.dtype.element_ty.primitive_bitwidth == 16
     pair: tl.constexpr = 2 if narrow and ALIGNED else 1
-    first = start + prefix
-    if narrow:
-        first = first.to(tl.pointer_type(tl.int32 if ALIGNED else tl.int16))
-    if ALIGNED:
-        first = tl.multiple_of(first, 16)  # without `at`: where that is 0, it is folded away, and the hint with it
+    first = vector_start(start + prefix, ALIGNED, narrow and ALIGNED)
     words = at // pair + body_classes(LANES, VEC // pair)
     mask = words < (n - prefix) // VEC * VEC // pair
     tile = tl.load(first + words, mask=mask, other=filler(start, PROBS), eviction_policy=policy)
@@ -149,19 +162,18 @@ def widen(start, tile, hidden_zero, dtype: tl.constexpr):
             high = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True)
         return tl.reshape(tl.join(low, high), tile.shape[0], 2 * tile.shape[1]).to(dtype)
     else:
-        return tile.to(dtype)
+        return tile.to(storage, bitcast=True).to(dtype)
 
 
 @triton.jit
 def store_body(start, prefix, at, n, values, ALIGNED: tl.constexpr):
     LANES: tl.constexpr = values.shape[0]
     VEC: tl.constexpr = values.shape[1]
-    first = start + prefix
-    if ALIGNED:
-        first = tl.multiple_of(first, 16)
+    first = vector_start(start + prefix, ALIGNED, False)
     classes = at + body_classes(LANES, VEC)
     mask = classes < (n - prefix) // VEC * VEC
-    tl.store(first + classes, values.to(start.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+    words = values.to(start.dtype.element_ty).to(first.dtype.element_ty, bitcast=True)
+    tl.store(first + classes, words, mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit

@@ -148,8 +148,8 @@ OF_MEMORY = [
            "% vec, *strides]", "% vec]",
            "Rows whose first one is aligned count as aligned, all of them.", LAYOUTS),
     # fp16 alone, whose gradient is made in backward
-    Mutant("triton-autotuned-in-place", _in("call"),
-           "run(choice, torch.empty_like(output))", "run(choice, output)",
+    Mutant("triton-autotuned-in-place", _in("autotune"),
+           "torch.empty_like(output), run)", "output, run)",
            "What is measured in place takes the gradient of a gradient.", LAUNCHES),
 ]  # fmt: skip
 
@@ -161,6 +161,12 @@ OF_SPEED = [
     Mutant("triton-options-have-room", LAUNCH,
            "return (FULL_BUDGET, OPTIONS_BUDGET,", "return (FULL_BUDGET, FULL_BUDGET,",
            "Kernels with an option spill registers.", STATIC),
+    Mutant("triton-nvidia-by-its-lanes", LAUNCH,
+           'gpu.backend == "cuda"', "self.lanes == 32 * self.warps",
+           "AMD's devices whose wavefronts have 32 lanes are given an option that NVIDIA's alone have.", STATIC),
+    Mutant("triton-hint-on-an-addition", TILES,
+           "first = vector_start(start + prefix, ALIGNED, False)", "first = tl.multiple_of(start + prefix, 16)",
+           "AMD's devices store a number at a time.", STATIC),
     Mutant("triton-half-the-programs", LAUNCH,
            "65536 // (2 * lanes)", "65536 // lanes",
            "One program of a long row has all registers of a multiprocessor.", STATIC),
