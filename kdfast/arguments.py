@@ -67,7 +67,7 @@ class Settings(NamedTuple):
 
 
 # In place of a label that is in another shard of the vocabulary.
-ELSEWHERE = -(2**63)
+OTHER_SHARD = -(2**63)
 
 
 def drop_unused(inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.arguments import ELSEWHERE, Inputs, Settings
+from kdfast.arguments import OTHER_SHARD, Inputs, Settings
 
 
 def loss_dtype(student: Tensor) -> torch.dtype:
@@ -108,7 +108,7 @@ def check_values(student: Tensor, inputs: Inputs, settings: Settings) -> None:
     vocab = settings.vocab_size if settings.vocab_size >= 0 else student.shape[-1]
     if inputs.labels is not None:
         labels = inputs.labels.flatten()
-        bad = ((labels < 0) | (labels >= vocab)) & (labels != settings.ignore_index) & (labels != ELSEWHERE)
+        bad = ((labels < 0) | (labels >= vocab)) & (labels != settings.ignore_index) & (labels != OTHER_SHARD)
         if bad.any():
             row = int(bad.nonzero()[0])
             raise IndexError(

@@ -9,7 +9,7 @@ from judge import truth_of
 from torch import Tensor
 
 from kdfast import choice, row_math
-from kdfast.arguments import ELSEWHERE, Inputs, Settings
+from kdfast.arguments import OTHER_SHARD, Inputs, Settings
 from kdfast.divergences import DIVERGENCES
 from kdfast.losses import kd_loss
 from kdfast.options import check_inputs, check_settings
@@ -31,7 +31,7 @@ def shards(s: Tensor, t: Tensor, inputs: Inputs, cuts: list[float]) -> list[tupl
     out = []
     for begin, end in zip(edges, edges[1:], strict=False):
         y = inputs.labels
-        labels = torch.where((y >= begin) & (y < end), y - begin, torch.where(y == -100, -100, ELSEWHERE))
+        labels = torch.where((y >= begin) & (y < end), y - begin, torch.where(y == -100, -100, OTHER_SHARD))
         out.append((s[:, begin:end], inputs._replace(teachers=[t[:, begin:end]], labels=labels)))
     return out
 
