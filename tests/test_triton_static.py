@@ -152,15 +152,22 @@ def test_nor_does_tempered_softmax(compiled: Any) -> None:
     assert_nothing_spills(compiled())
 
 
-def test_two_programs_of_the_long_kernel_fit_into_a_multiprocessor(compiled: Any) -> None:
+def test_two_programs_of_the_long_kernel_fit_into_a_multiprocessor_and_keep_24_kb_in_flight(compiled: Any) -> None:
     for dtype in (BF16, F32):
         everything(dtype, 40000, divergence="reverse_kl", temperature=3.7)
     kernels = [kernel for kernel in compiled() if kernel.name == "loss_grad_long"]
     assert len(kernels) == 2
     for kernel in kernels:
+        threads = 32 * kernel.metadata.num_warps
         for arch in ARCHITECTURES:
             allotted = (registers(kernel, arch)[0] + 7) // 8 * 8  # registers are given out in eights
-            assert 65536 // (allotted * 32 * kernel.metadata.num_warps) >= 2
+            assert 65536 // (allotted * threads) >= 2
+        tile = 2 * 16 * threads  # the student's and its teacher's
+        ahead = (kernel.metadata.shared - tile) // tile  # of the tiles in shared memory one is computed
+        assert 2 * ahead * tile >= 24 << 10
+        assert kernel.asm["ptx"].count("cp.async.cg.shared.global") == 2 * 2 * (ahead + 2)  # in both sweeps
+    assert launch.program_count(200, launch.Gpu("cuda", 32, 108)) == 200
+    assert launch.program_count(300, launch.Gpu("cuda", 32, 108)) == 216
 
 
 @pytest.fixture(params=[pytest.param(arch, marks=() if arch in FAST_AMD else pytest.mark.full) for arch in AMD])

@@ -8,11 +8,9 @@ are read twice more, a quarter. fp64's rows are not kept, and 128 threads share 
 Threads are counted, not warps, of which AMD's have 64. Fewer threads with 4 tiles each come first, so that short rows
 leave room for other programs. Measured by ptxas (registers, no spills): tests/test_triton_static.py.
 
-Caches. Longer rows are read twice, and the second sweep finds them in the L2 only if all rows in flight fit into it. So
-there are as many programs as rows fit into three quarters of it, but not fewer than one for each multiprocessor and not
-more than two, which is what the registers of 256 threads with 96 to 128 each allow. On an H100 (50 MB, 132
-multiprocessors) rows of V = 50257 in bf16 take 201 KB with their teacher's: 186 programs; of V = 151,936 608 KB: 132
-programs, whose 80 MB do not fit any more, but the last half of each row, which is read again first, mostly does.
+Sweeps. Longer rows are read twice, by two programs on each multiprocessor, which is what the registers of 256 threads
+with 96 to 128 each allow, and what it takes to have enough bytes in flight: sweep.py. The second sweep finds in the L2
+what of the rows in flight fits into it; the last half of each row, which is read again first, mostly does.
 
 Few and long rows are split, so that every multiprocessor has a part of one.
 """
@@ -43,7 +41,6 @@ class Gpu(NamedTuple):
     backend: str  # Triton's: "cuda" or "hip"
     warp: int  # threads
     multiprocessors: int
-    cache: int  # bytes of L2
 
 
 class RegisterBudget(NamedTuple):
@@ -84,7 +81,7 @@ def interpreted() -> bool:
 
 def gpu_properties(device: torch.device) -> Gpu:
     if interpreted():
-        return Gpu("cuda", 32, 1, 1 << 25)
+        return Gpu("cuda", 32, 1)
     driver = triton.runtime.driver.active
     target = driver.get_current_target()
     return _cached_properties(device, driver.get_current_device(), target.backend, target.warp_size, driver)
@@ -93,10 +90,8 @@ def gpu_properties(device: torch.device) -> Gpu:
 @lru_cache
 def _cached_properties(device: torch.device, number: int, backend: str, warp: int, driver: Any) -> Gpu:
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return Gpu(backend, warp, properties.multi_processor_count, properties.L2_cache_size)
-    multiprocessors = driver.utils.get_device_properties(number)["multiprocessor_count"]
-    return Gpu(backend, warp, multiprocessors, 40 << 20)
+        return Gpu(backend, warp, torch.cuda.get_device_properties(device).multi_processor_count)
+    return Gpu(backend, warp, driver.utils.get_device_properties(number)["multiprocessor_count"])
 
 
 def register_budget(spec: Spec, tensors: list[Tensor]) -> RegisterBudget:
@@ -155,7 +150,7 @@ def candidates(
 ) -> Iterator[tuple[Plan, int]]:
     """Plans and numbers of programs for a sweep over whole rows: the one that is taken, then others worth measuring."""
     first = plan(vocab, tensors, gpu.warp, budget)
-    yield first, rows if first.tiles else program_count(rows, vocab, tensors, gpu)
+    yield first, rows if first.tiles else program_count(rows, gpu)
     if first.tiles:
         for lanes, tiles in ((first.lanes // 2, first.tiles * 2), (first.lanes * 2, first.tiles // 2)):
             if tiles and gpu.warp <= lanes <= 1024:
@@ -166,11 +161,9 @@ def candidates(
             yield _sweeping_plan(lanes, first.vec, gpu.warp), min(rows, each * gpu.multiprocessors)
 
 
-def program_count(rows: int, vocab: int, tensors: list[Tensor], gpu: Gpu) -> int:
+def program_count(rows: int, gpu: Gpu) -> int:
     """For rows that are read twice."""
-    row = vocab * sum(t.element_size() for t in tensors)
-    fitting = gpu.cache * 3 // 4 // row
-    return max(1, min(rows, max(gpu.multiprocessors, min(2 * gpu.multiprocessors, fitting))))
+    return min(rows, 2 * gpu.multiprocessors)
 
 
 def split_row(rows: int, vocab: int, tile: int, gpu: Gpu) -> tuple[int, int]:

@@ -9,10 +9,9 @@ row_math.py have a row's mathematics, per_row.py what it has besides its logits.
     losses_and_coefficients    no pass: of rows, from the sums of all shards
     grad              pass C alone, from the rows' coefficients
 
-A program that keeps no row in registers reads it twice, or three times where B is there. Each sweep starts where the
-one before it ended, since the last classes read are those that the caches still hold; the first sweeps ask them to hold
-on to their lines, the last one's reads and the gradient's stores ask for no room. That helps as far as the rows in
-flight fit into the L2, so launch.py bounds how many programs there are, each of which goes from row to row.
+A program that keeps no row in registers reads it twice, or three times where B is there, and goes from row to row. Each
+sweep starts where the one before it ended, since the last classes read are those that the caches still hold; loads of
+the first sweeps ask them to hold on to their lines, the last one's and the gradient's stores ask for no room.
 
 Arguments of all of them: student, output and each of teachers is a matrix as tiles.py has it; per_row and numbers are
 spec.PerRow and spec.Numbers.
