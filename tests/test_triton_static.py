@@ -18,9 +18,8 @@ ARCHITECTURES = (80, 90, 100)
 AMD = {"gfx942": 64, "gfx1100": 32, "gfx950": 64, "gfx90a": 64}  # MI300, RX 7900, MI355, MI200; wavefronts
 FAST_AMD = ("gfx942", "gfx1100")
 KERNELS = [
-    row_kernels.loss_grad_short, row_kernels.loss_grad_long, row_kernels.stats, row_kernels.sums,
-    row_kernels.grad, reductions.merge_segments,
-    reductions.scale,
+    row_kernels.loss_grad_short, row_kernels.loss_grad_long, row_kernels.stats, row_kernels.grad,
+    reductions.sums, reductions.pointwise_sums, reductions.merge_segments, reductions.scale,
     softmax_kernels.softmax_short, softmax_kernels.softmax_long,
 ]  # fmt: skip
 # Few threads of 4 tiles each; the longest rows in registers, of most tiles; and rows that are not kept.
@@ -76,9 +75,9 @@ def everything(dtype: torch.dtype, vocab: int, *teachers: torch.dtype, **setting
     several = [batch(1, vocab, each, seed=i).teacher for i, each in enumerate(teachers or (dtype,))]
     teacher = several if len(several) > 1 else as_target(several[0], settings.get("target", "logits"), 2)
     long = vocab > launch.SPLIT_CLASSES
-    for split in (0, launch.SPLIT_ROWS) if long else (0,):
+    for classes in (1 << 30, launch.SPLIT_CLASSES) if long else (1 << 30,):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(launch, "SPLIT_ROWS", split)
+            patch.setattr(launch, "SPLIT_CLASSES", classes)
             for reduction in ("mean", "none") if long else ("mean",):
                 leaf = student.clone().requires_grad_()
                 kdfast.kd_loss(leaf, teacher, labels, reduction=reduction, **SETTINGS | settings).sum().backward()

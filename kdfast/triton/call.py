@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from kdfast import rows
@@ -13,7 +12,6 @@ from kdfast.triton import launch, matrices, reductions, row_kernels
 from kdfast.triton.divergences import DIVERGENCES, running_sums
 from kdfast.triton.matrices import bits, flatten_rows, matrix
 from kdfast.triton.spec import Numbers, PerRow, Spec
-from kdfast.triton.tables import SEGMENT_SUMS
 
 MOST_TEACHERS = 8
 
@@ -41,7 +39,7 @@ class Call:
         self.sweep = launch.sweep_plan(self.vocab, self.read, self.gpu.warp, self.budget)
         self.segments, self.segment = 1, self.vocab
         spec = self.spec
-        if spec.linear and not (self.plan.tiles or spec.dkd or spec.standardize or spec.metrics or spec.smoothed):
+        if not (self.plan.tiles or spec.standardize or spec.metrics):
             tile = self.sweep.lanes * self.sweep.vec
             self.segments, self.segment = launch.split_row(self.rows, self.vocab, tile, self.gpu)
 
@@ -106,20 +104,18 @@ class Call:
         """The reduced loss and the metrics; the loss's gradient goes to `output`."""
         with matrices.device_guard(output):
             if self.segments > 1:
-                table, loss = self._stats_of_segments()
-                self._launch_grad(table, None, output)
-                return loss, self._metrics()
-            if self.rows:
+                self._launch_grad(self._stats_of_segments(), None, output)
+            elif self.rows:
                 self._launch_loss_grad(output)
         return self.losses.sum(), self._metrics()
 
     def stats(self) -> tuple[Tensor, Tensor, Tensor]:
         """The loss under the reduction, the rows' coefficients, the metrics."""
-        table = self.losses.new_empty(self.rows, self.columns)
         with matrices.device_guard(self.losses):
             if self.segments > 1:
-                table, _ = self._stats_of_segments()
+                table = self._stats_of_segments()
             else:
+                table = self.losses.new_empty(self.rows, self.columns)
                 self._launch_rows(row_kernels.stats, table, losses=self.losses)
         return rows.reduce_losses(self.losses.view(self.shape), self.settings), table, self._metrics()
 
@@ -143,21 +139,23 @@ class Call:
         """row_math.Sums of this shard's classes, (rows, 13)."""
         table = self.losses.new_empty(self.rows, len(Sums._fields))
         with matrices.device_guard(table):
-            self._launch_rows(row_kernels.sums, table, segments=1, segment=self.vocab, WHOLE=True)
+            self._launch_rows(reductions.sums, table, segments=1, segment=self.vocab, SHARD=True)
         return table
 
     def pointwise_sums(self, sums: Tensor) -> Tensor:
         """phi and psi of this shard's classes, (rows, 2), from the sums of all classes."""
         table = self.losses.new_empty(self.rows, 2)
         with matrices.device_guard(table):
-            self._launch_rows(row_kernels.pointwise_sums, table, sums.contiguous())
+            self._launch_rows(
+                reductions.pointwise_sums, table, sums.contiguous(), segments=1, segment=self.vocab, SEGMENTS=1
+            )
         return table
 
     def losses_and_coefficients(self, sums: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the rows, from the sums of all classes."""
         table = self.losses.new_empty(self.rows, self.columns)
         with matrices.device_guard(table):
-            self._launch_rows(row_kernels.losses_and_coefficients, table, sums.contiguous(), losses=self.losses)
+            self._launch_rows(reductions.losses_and_coefficients, table, sums.contiguous(), losses=self.losses)
         return self.losses, table
 
     def copy_back(self, student: Tensor) -> None:
@@ -193,14 +191,16 @@ class Call:
         )
         run(choice, output)
 
-    def _launch_rows(self, kernel: Any, *tables: Tensor, losses: Tensor | None = None, **others: Any) -> None:
+    def _launch_rows(
+        self, kernel: Any, *tables: Any, losses: Tensor | None = None, plan: launch.Plan | None = None, **others: Any
+    ) -> None:
         """A kernel that writes the first of the tables, a row of it for each row or segment."""
         programs = min(tables[0].shape[0], 8 * self.gpu.multiprocessors)
         if programs:
             kernel[(programs,)](
                 *self.logits, *tables, self._pointers(None, losses), self.numbers,
                 self.rows, self.vocab, self.settings.ignore_index,
-                **others, COLUMNS=tables[-1].shape[1], **self._constants(self.sweep, None),
+                **others, COLUMNS=tables[-1].shape[1], **self._constants(plan or self.sweep, None),
                 enable_fp_fusion=False,  # or a product enters a sum unrounded in its own thread, rounded in the others
             )  # fmt: skip
 
@@ -211,16 +211,19 @@ class Call:
             COLUMNS=table.shape[1], **self._constants(self.sweep, output),
         )  # fmt: skip
 
-    def _stats_of_segments(self) -> tuple[Tensor, Tensor]:
-        """The coefficients of few and long rows, whose losses are written too, and the sum of the losses."""
-        table, loss = self.losses.new_empty(self.rows, self.columns), self.losses.new_empty(())
-        parts = self.losses.new_empty(self.rows * self.segments, SEGMENT_SUMS.value + 3 * max(0, self.spec.members - 1))
-        split: dict[str, Any] = {"segments": self.segments, "segment": self.segment, "WHOLE": False}
-        self._launch_rows(row_kernels.sums, parts, **split)
-        reductions.merge_segments[(1,)](
-            matrix(self.student), parts, table, loss, self._pointers(None, self.losses), self.numbers,
-            self.rows, self.vocab, self.settings.ignore_index, self.segments,
-            COLUMNS=self.columns, SUMS=parts.shape[1], ROWS=triton.next_power_of_2(self.rows),
-            SEGMENTS=triton.next_power_of_2(self.segments), SPEC=self.spec, num_warps=128 // self.gpu.warp,
+    def _stats_of_segments(self) -> Tensor:
+        """The rows' coefficients, from their segments; the losses are written too."""
+        split: dict[str, Any] = {"segments": self.segments, "segment": self.segment}
+        programs, members = self.rows * self.segments, self.spec.members
+        parts = self.losses.new_empty(programs, len(Sums._fields) + 3 * max(0, members - 1))
+        self._launch_rows(reductions.sums, parts, **split, SHARD=False)
+        pointwise = None
+        if not self.spec.linear:
+            pointwise = self.losses.new_empty(programs, 2)
+            self._launch_rows(reductions.pointwise_sums, pointwise, parts, **split, SEGMENTS=launch.SEGMENTS)
+        table = self.losses.new_empty(self.rows, self.columns)
+        self._launch_rows(
+            reductions.merge_segments, table, pointwise, parts, losses=self.losses,
+            plan=launch.merging_plan(self.sweep.vec, self.gpu.warp), segments=self.segments, SEGMENTS=launch.SEGMENTS, WIDTH=self.columns,
         )  # fmt: skip
-        return table, loss
+        return table

@@ -12,7 +12,8 @@ Sweeps. Longer rows are read twice, by two programs on each multiprocessor, whic
 with 96 to 128 each allow, and what it takes to have enough bytes in flight: sweep.py. The second sweep finds in the L2
 what of the rows in flight fits into it; the last half of each row, which is read again first, mostly does.
 
-Few and long rows are split, so that every multiprocessor has a part of one.
+Rows are split where whole ones would leave much of the device without work: few rows, or some more than the programs
+that it holds, of which the last are then alone.
 """
 
 import os
@@ -28,9 +29,8 @@ from torch import Tensor
 from kdfast.triton.spec import Spec
 
 LONG_LANES = 256
-SPLIT_ROWS = 64  # with fewer rows than this
-SPLIT_CLASSES = 32768  # and more classes than this
-SEGMENTS = 64  # at most; a row's sums are merged by one tile of (SEGMENTS, rows)
+SPLIT_CLASSES = 32768  # rows with more than this
+SEGMENTS = 64  # at most; a row's sums are merged by one tile
 LEAST_TILES = 2  # in a segment: it costs 200 bytes of labels and sums
 
 Choice = TypeVar("Choice")
@@ -145,6 +145,11 @@ def sweep_plan(vocab: int, tensors: list[Tensor], warp: int, budget: RegisterBud
     return _sweeping_plan(lanes, vec, warp)
 
 
+def merging_plan(vec: int, warp: int) -> Plan:
+    """For the sums of a row's segments, which a program has in registers."""
+    return Plan(LONG_LANES, vec, 0, LONG_LANES // warp, 255)
+
+
 def candidates(
     rows: int, vocab: int, tensors: list[Tensor], gpu: Gpu, budget: RegisterBudget
 ) -> Iterator[tuple[Plan, int]]:
@@ -166,13 +171,31 @@ def program_count(rows: int, gpu: Gpu) -> int:
     return min(rows, 2 * gpu.multiprocessors)
 
 
+def busy_share(programs: int, gpu: Gpu) -> float:
+    """Of the device, while so many programs of a long row, or of segments, are worked off."""
+    at_once = 2 * gpu.multiprocessors
+    return programs / (triton.cdiv(programs, at_once) * at_once)
+
+
 def split_row(rows: int, vocab: int, tile: int, gpu: Gpu) -> tuple[int, int]:
-    """Into how many segments of how many classes, whole tiles, a row is split: (1, vocab) where it is not."""
-    if rows == 0 or rows > SPLIT_ROWS or vocab <= SPLIT_CLASSES:
+    """Into how many segments of how many classes, whole tiles, a row is split: (1, vocab) where it is not.
+
+    A fifth of the device may be idle before rows are split, for the second sweep over a whole row is from the L2 in
+    part.
+    """
+    if rows == 0 or vocab <= SPLIT_CLASSES or busy_share(rows, gpu) >= 0.8:
         return 1, vocab
-    wanted = min(SEGMENTS, triton.cdiv(2 * gpu.multiprocessors, rows), vocab // (LEAST_TILES * tile))
-    segment = triton.cdiv(triton.cdiv(vocab, wanted), tile) * tile
-    return triton.cdiv(vocab, segment), segment
+    tiles = triton.cdiv(vocab, tile)
+    in_segment = _tiles_in_segment(rows, tiles, gpu)
+    return triton.cdiv(tiles, in_segment), in_segment * tile
+
+
+@lru_cache(1024)
+def _tiles_in_segment(rows: int, tiles: int, gpu: Gpu) -> int:
+    """The most that keep nine tenths of the device busy, or as much of it as can be."""
+    least = max(LEAST_TILES, triton.cdiv(tiles, SEGMENTS))
+    shares = {n: busy_share(rows * triton.cdiv(tiles, n), gpu) for n in range(triton.cdiv(tiles, 2), least - 1, -1)}
+    return next((n for n, share in shares.items() if share >= 0.9), max(shares, key=shares.__getitem__))
 
 
 def choose(key: Hashable, candidates: Callable[[], Iterable[Choice]], run: Callable[[Choice], Any]) -> Choice:
