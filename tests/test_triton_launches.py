@@ -1,5 +1,6 @@
 """How often the Triton kernels are launched and compiled, and that the host never waits for them."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,14 @@ import gpu
 import pytest
 import torch
 import triton
-from cases import BF16, F16, F32, batch
+from cases import BF16, DIVERGENCES, F16, F32, batch
 from judge import judge, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdfast
 from kdfast import rows
 from kdfast.options import check_inputs, check_settings
-from kdfast.triton import autotune, launch, ops, prepared, row_kernels
+from kdfast.triton import autotune, call, launch, ops, prepared, row_kernels
 
 pytestmark = pytest.mark.skipif(not gpu.EMULATED, reason=gpu.NEEDS_EMULATOR)
 SETTINGS: dict[str, Any] = {"backend": "triton", "temperature": 2}
@@ -150,6 +151,8 @@ def test_what_is_remembered_of_one_kind_of_call_is_not_anothers(monkeypatch: pyt
         ((student, teacher, labels), {"row_weight": weight[1:], "alpha": 0.25}),
         ((student, teacher, labels), {"row_weight": weight[1:] != 0, "alpha": 0.0}),
         ((student, teacher, labels), {"temperature": 1.5, "reduction": "sum"}),
+        (batch(2, 40000, BF16), {}),  # rows that are split
+        (batch(2, 40000, BF16), {"divergence": "jsd", "beta": 0.5, "label_smoothing": 0.1}),
     ]
 
     def call(at: int) -> Any:
@@ -169,6 +172,23 @@ def test_what_is_remembered_of_one_kind_of_call_is_not_anothers(monkeypatch: pyt
         monkeypatch.setattr(prepared, "MOST_KINDS", kinds)
         run(student, teacher, labels, reduction="batchmean", **SETTINGS)
         assert len(prepared._kinds) < kinds
+
+
+def test_long_rows_are_split_until_the_device_is_full() -> None:
+    h100 = launch.Gpu("cuda", 32, 132)  # of fewer rows some have no number of whole tiles that fills it
+    for rows_, vocab in itertools.product((*range(43, 300), 420, 530, 1000), (50257, 151936, 262144)):
+        segments, segment = launch.split_row(rows_, vocab, 2048, h100)
+        assert (segments - 1) * segment < vocab <= segments * segment
+        assert segments <= launch.SEGMENTS
+        assert launch.busy_share(rows_ * segments, h100) >= 0.8, (rows_, segments)
+    options = kdfast.kd_loss.__kwdefaults__
+    student, labels = torch.empty(65, 151936, dtype=BF16), torch.zeros(65, dtype=torch.long)
+    with gpu.kernels():
+        for divergence in DIVERGENCES:
+            given = options | {"divergence": divergence, "label_smoothing": 0.1, "softcap": 30.0}
+            settings = check_settings(given, has_labels=True)
+            made = call.Call(student, *check_inputs(student, student, labels, given, settings))
+            assert launch.busy_share(65 * made.segments, made.gpu) >= 0.8, divergence
 
 
 def test_every_size_has_a_plan_that_fits() -> None:

@@ -10,7 +10,7 @@ import torch
 from cases import BF16, F16, F32, F64, KINDS, as_target, batch, name
 
 import kdfast
-from kdfast.triton import launch, reductions, row_kernels, softmax_kernels
+from kdfast.triton import launch, prepared, reductions, row_kernels, softmax_kernels
 
 pytestmark = pytest.mark.skipif(not gpu.EMULATED, reason=gpu.NEEDS_EMULATOR)
 
@@ -18,9 +18,8 @@ ARCHITECTURES = (80, 90, 100)
 AMD = {"gfx942": 64, "gfx1100": 32, "gfx950": 64, "gfx90a": 64}  # MI300, RX 7900, MI355, MI200; wavefronts
 FAST_AMD = ("gfx942", "gfx1100")
 KERNELS = [
-    row_kernels.loss_grad_short, row_kernels.loss_grad_long, row_kernels.stats, row_kernels.sums,
-    row_kernels.grad, reductions.merge_segments,
-    reductions.scale,
+    row_kernels.loss_grad_short, row_kernels.loss_grad_long, row_kernels.stats, row_kernels.grad,
+    reductions.sums, reductions.pointwise_sums, reductions.merge_segments, reductions.scale,
     softmax_kernels.softmax_short, softmax_kernels.softmax_long,
 ]  # fmt: skip
 # Few threads of 4 tiles each; the longest rows in registers, of most tiles; and rows that are not kept.
@@ -76,9 +75,10 @@ def everything(dtype: torch.dtype, vocab: int, *teachers: torch.dtype, **setting
     several = [batch(1, vocab, each, seed=i).teacher for i, each in enumerate(teachers or (dtype,))]
     teacher = several if len(several) > 1 else as_target(several[0], settings.get("target", "logits"), 2)
     long = vocab > launch.SPLIT_CLASSES
-    for split in (0, launch.SPLIT_ROWS) if long else (0,):
+    for classes in (1 << 30, launch.SPLIT_CLASSES) if long else (1 << 30,):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(launch, "SPLIT_ROWS", split)
+            patch.setattr(launch, "SPLIT_CLASSES", classes)
+            patch.setattr(prepared, "_kinds", {})
             for reduction in ("mean", "none") if long else ("mean",):
                 leaf = student.clone().requires_grad_()
                 kdfast.kd_loss(leaf, teacher, labels, reduction=reduction, **SETTINGS | settings).sum().backward()
@@ -152,15 +152,22 @@ def test_nor_does_tempered_softmax(compiled: Any) -> None:
     assert_nothing_spills(compiled())
 
 
-def test_two_programs_of_the_long_kernel_fit_into_a_multiprocessor(compiled: Any) -> None:
+def test_two_programs_of_the_long_kernel_fit_into_a_multiprocessor_and_keep_24_kb_in_flight(compiled: Any) -> None:
     for dtype in (BF16, F32):
         everything(dtype, 40000, divergence="reverse_kl", temperature=3.7)
     kernels = [kernel for kernel in compiled() if kernel.name == "loss_grad_long"]
     assert len(kernels) == 2
     for kernel in kernels:
+        threads = 32 * kernel.metadata.num_warps
         for arch in ARCHITECTURES:
             allotted = (registers(kernel, arch)[0] + 7) // 8 * 8  # registers are given out in eights
-            assert 65536 // (allotted * 32 * kernel.metadata.num_warps) >= 2
+            assert 65536 // (allotted * threads) >= 2
+        tile = 2 * 16 * threads  # the student's and its teacher's
+        ahead = (kernel.metadata.shared - tile) // tile  # of the tiles in shared memory one is computed
+        assert 2 * ahead * tile >= 24 << 10
+        assert kernel.asm["ptx"].count("cp.async.cg.shared.global") == 2 * 2 * (ahead + 2)  # in both sweeps
+    assert launch.program_count(200, launch.Gpu("cuda", 32, 108)) == 200
+    assert launch.program_count(300, launch.Gpu("cuda", 32, 108)) == 216
 
 
 @pytest.fixture(params=[pytest.param(arch, marks=() if arch in FAST_AMD else pytest.mark.full) for arch in AMD])

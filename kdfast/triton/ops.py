@@ -122,6 +122,6 @@ def _softmax(
     with matrices.device_guard(output):
         kernel, programs = softmax_kernels.softmax_short, rows
         if not plan.tiles:
-            kernel, programs = softmax_kernels.softmax_long, launch.program_count(rows, vocab, inputs, gpu)
+            kernel, programs = softmax_kernels.softmax_long, launch.program_count(rows, gpu)
         kernel[(programs,)](*args, LOG=log, SPEC=spec, **plan.options(gpu))
     return output

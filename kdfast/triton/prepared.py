@@ -104,7 +104,7 @@ class Prepared(Kernels):
         self.plan = launch.plan(self.vocab, self.read, self.gpu.warp, self.budget)
         self.sweep = launch.sweep_plan(self.vocab, self.read, self.gpu.warp, self.budget)
         self.segments, self.segment = 1, self.vocab
-        if spec.linear and not (self.plan.tiles or spec.dkd or spec.standardize or spec.metrics or spec.smoothed):
+        if not (self.plan.tiles or spec.standardize or spec.metrics):
             tile = self.sweep.lanes * self.sweep.vec
             self.segments, self.segment = launch.split_row(self.rows, self.vocab, tile, self.gpu)
         self.choice = next(self.choices())
