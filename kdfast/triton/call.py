@@ -56,10 +56,10 @@ class Call:
         self.numbers = Numbers(
             bits(settings.temperature), bits(settings.teacher_temperature), bits(settings.alpha),
             bits(settings.hard_weight), bits(1 / number), optional_bits(settings.beta),
-            optional_bits(settings.label_smoothing), optional_bits(settings.z_loss), optional_bits(settings.logit_scale, 1),
-            optional_bits(settings.teacher_logit_scale, 1), optional_bits(settings.softcap),
-            optional_bits(settings.teacher_softcap) if self.teachers else None, target, others,
-            tuple(map(bits, settings.teacher_weights)) if self.teachers else (),
+            optional_bits(settings.label_smoothing), optional_bits(settings.z_loss),
+            optional_bits(settings.logit_scale, 1), optional_bits(settings.teacher_logit_scale, 1),
+            optional_bits(settings.softcap), optional_bits(settings.teacher_softcap) if self.teachers else None,
+            target, others, tuple(map(bits, settings.teacher_weights)) if self.teachers else (),
         )  # fmt: skip
 
     # ---- the operators ----
