@@ -202,7 +202,8 @@ def backends() -> dict[str, Any]:
         overrides it), and ``"build"``, facts of the build. The triton backend has ``"device"``, the type of tensors
         that Triton can launch on here; it compiles at its first call, so it always counts as compiled. The cuda backend
         has ``"choice"``, a list of (backend, reason): where cuda and triton are both usable, the first reason that
-        holds decides.
+        holds decides. Asking does not start CUDA, so that a program may fork afterwards; until something else has
+        started it, the cuda backend counts as usable whatever the devices' capabilities are.
 
     Example::
 

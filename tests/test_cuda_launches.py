@@ -7,6 +7,7 @@ from typing import Any
 
 import emulated
 import pytest
+import some_calls
 import torch
 from calls import LAYOUTS, NOT_IN_CUDA, call
 from cases import BF16, F32, KINDS, Batch, batch
@@ -79,6 +80,12 @@ def test_the_linear_losses_take_the_cuda_kernels_for_their_chunks() -> None:
     with emulated.kernels() as reports:
         check(case, case.labels, chunk_rows=4, **SETTINGS)
     assert sum("rows" in report.launched[0] for report in reports) == 2
+
+
+def test_the_calls_for_compute_sanitizer_take_each_shape_of_kernel_with_four_divergences_and_two_dtypes() -> None:
+    with emulated.kernels(80, run=False) as plans:  # which keeps fewer classes: shorter rows are read twice
+        some_calls.call("cuda", some_calls.VOCABS[:3])
+    assert len({plan.launched.kernel for plan in plans if "rows" in plan.launched.kernel}) >= 3 * 4 * 2
 
 
 BEYOND = [(axis, value) for axis, values in NOT_IN_CUDA.items() for value in values]
