@@ -132,8 +132,19 @@ def _without_starting_cuda() -> Iterator[None]:
             os.environ[name] = before
 
 
+_triton_takes: set[str] = set()  # types of devices, so that not every call asks Triton
+
+
 def triton_failure(device: str) -> str | None:
     """Why Triton cannot take tensors of this type of device; None where it can."""
+    if device in _triton_takes:
+        return None
+    if (failure := _triton_failure(device)) is None:
+        _triton_takes.add(device)
+    return failure
+
+
+def _triton_failure(device: str) -> str | None:
     try:
         import triton
     except ImportError as error:
