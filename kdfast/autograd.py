@@ -48,6 +48,7 @@ class GradInForward(torch.autograd.Function):
             loss, grad, metrics = ops.loss_grad(student, *inputs, *settings)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)  # of the metrics: zeros that nobody reads
         ctx.ops, ctx.inplace, ctx.has_run = ops, inplace, False
         return loss, metrics
 
@@ -80,6 +81,7 @@ class GradInBackward(torch.autograd.Function):
         loss, stats, metrics = ops.stats(student, *inputs, *settings)
         _save(ctx, student, stats, *inputs[1:], *inputs.teachers)
         ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
         ctx.settings, ctx.ops, ctx.inplace = settings._replace(metrics=False), ops, inplace
         return loss, metrics
 

@@ -132,8 +132,19 @@ def _without_starting_cuda() -> Iterator[None]:
             os.environ[name] = before
 
 
+_triton_takes: set[str] = set()  # types of devices, so that not every call asks Triton
+
+
 def triton_failure(device: str) -> str | None:
     """Why Triton cannot take tensors of this type of device; None where it can."""
+    if device in _triton_takes:
+        return None
+    if (failure := _triton_failure(device)) is None:
+        _triton_takes.add(device)
+    return failure
+
+
+def _triton_failure(device: str) -> str | None:
     try:
         import triton
     except ImportError as error:
@@ -202,7 +213,8 @@ def backends() -> dict[str, Any]:
         overrides it), and ``"build"``, facts of the build. The triton backend has ``"device"``, the type of tensors
         that Triton can launch on here; it compiles at its first call, so it always counts as compiled. The cuda backend
         has ``"choice"``, a list of (backend, reason): where cuda and triton are both usable, the first reason that
-        holds decides.
+        holds decides. Asking does not start CUDA, so that a program may fork afterwards; until something else has
+        started it, the cuda backend counts as usable whatever the devices' capabilities are.
 
     Example::
 

@@ -10,6 +10,7 @@ tensors; any other device gets the reference, with one warning. `torch.ops.kdfas
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -77,12 +78,13 @@ def _reference(name: str) -> Callable[..., Any]:
 def _triton(name: str) -> Callable[..., Any]:
     """The Triton kernels, which are imported at their first call."""
 
-    def call(*args: Any) -> Any:
+    @lru_cache
+    def function() -> Callable[..., Any]:
         from kdfast.triton import ops
 
-        return getattr(ops, name)(*args)
+        return getattr(ops, name)
 
-    return call
+    return lambda *args: function()(*args)
 
 
 def _cuda(name: str) -> Callable[..., Any]:

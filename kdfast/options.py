@@ -1,12 +1,13 @@
 """The keywords that all losses share: their types, their checks, and the operators' arguments made of them."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
-from kdfast import checks
+from kdfast import checks, divergences
 from kdfast.arguments import Inputs, Settings, drop_unused
 from kdfast.teachers import check_teachers
 
@@ -45,6 +46,9 @@ class Options(TypedDict, total=False):
     backend: Backend | None
 
 
+_of_settings = operator.itemgetter(*Options.__annotations__, "inplace", "return_metrics")
+
+
 class CallOptions(Options, total=False):
     """The options of a call: a module's forward takes the last two."""
 
@@ -60,8 +64,27 @@ def check_names(function: str, options: Mapping[str, Any], known: Mapping[str, A
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
 
 
+_checked: dict[tuple[int, ...], tuple[Any, Settings]] = {}  # by ids, of objects that are kept beside the Settings
+_NEVER_CHANGE = {type(None), bool, int, float, str}
+
+
 def check_settings(options: Mapping[str, Any], has_labels: bool) -> Settings:
-    """Checks the options that need no tensor of a call, and makes Settings of them."""
+    """Checks the options that need no tensor of a call, and makes Settings of them; the same objects only once."""
+    if torch.compiler.is_compiling():
+        return _check_settings(options, has_labels)
+    values = (*_of_settings(options), has_labels, divergences.DIVERGENCES.get(str(options["divergence"])))
+    key = tuple(map(id, values))
+    if key in _checked:
+        return _checked[key][1]
+    settings = _check_settings(options, has_labels)
+    if all(type(value) in _NEVER_CHANGE or value is DKD_WEIGHTS for value in values[:-1]):
+        if len(_checked) >= 64:
+            _checked.clear()
+        _checked[key] = values, settings
+    return settings
+
+
+def _check_settings(options: Mapping[str, Any], has_labels: bool) -> Settings:
     divergence, target = options["divergence"], options["target"]
     for name in ("divergence", "target", "reduction", "ensemble", "backend"):
         checks.check_choice(name, options[name])

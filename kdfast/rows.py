@@ -98,7 +98,7 @@ def mean_metrics(metrics: Tensor, weights: Tensor | None, settings: Settings) ->
 
 
 def no_metrics(student: Tensor) -> Tensor:
-    return student.new_empty(0, dtype=loss_dtype(student))
+    return torch.empty(0, dtype=loss_dtype(student), device=student.device)
 
 
 def check_values(student: Tensor, inputs: Inputs, settings: Settings) -> None:

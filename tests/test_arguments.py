@@ -11,7 +11,7 @@ from gpu import ON_DEVICE
 from torch import Tensor
 from wrong_arguments import WRONG, S, T, Y
 
-from kdfast import KDLoss, kd_loss, linear_kd_loss, products, tempered_softmax
+from kdfast import KDLoss, divergences, kd_loss, linear_kd_loss, products, tempered_softmax
 
 
 def _id(case: tuple[Any, ...]) -> str:
@@ -46,6 +46,20 @@ def test_a_wrong_argument_raises_an_error_that_says_what_is_right(backend: str, 
             assert _bytes(x) == old
             assert x._version == version
     torch.testing.assert_close(kd_loss(s, t, y, backend=backend), kd_loss(s, t, y, backend="reference"))
+
+
+def test_options_that_change_are_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [1.0, 8.0]
+    mine = divergences.Divergence(lambda p, q, log_p, log_q, beta: p, lambda p, q, log_p, log_q, beta: p)
+    with monkeypatch.context() as change:
+        change.setitem(divergences.DIVERGENCES, "mine", mine)
+        good: list[dict[str, Any]] = [{"temperature": 1.0}, {"divergence": "dkd", "dkd_weights": weights}]
+        for options in (*good, *good, {"divergence": "mine"}):
+            kd_loss(S, T, Y, backend="reference", **options)
+    weights[0] = -1.0
+    for options in ({"temperature": True}, good[1], {"divergence": "mine"}):
+        with pytest.raises((TypeError, ValueError)):
+            kd_loss(S, T, Y, backend="reference", **options)
 
 
 def test_unexpected_keywords_and_positions_raise_type_error() -> None:

@@ -126,6 +126,7 @@ def test_triton_refuses_tensors_of_a_device_it_does_not_launch_on(monkeypatch: p
     triton = pytest.importorskip("triton")
     on_gpus = SimpleNamespace(get_active_torch_device=lambda: torch.device("cuda", 0))
     monkeypatch.setattr(triton.runtime.driver, "_active", on_gpus)
+    monkeypatch.setattr(choice, "_triton_takes", set())
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     s, t, _ = batch(2, 5)
     with pytest.raises(RuntimeError, match="backend: 'triton' is not usable here: Triton launches on cuda .*on cpu"):

@@ -7,6 +7,7 @@ from typing import Any
 
 import emulated
 import pytest
+import some_calls
 import torch
 from calls import LAYOUTS, NOT_IN_CUDA, call
 from cases import BF16, F32, KINDS, Batch, batch
@@ -42,12 +43,22 @@ def test_rows_are_divided_among_the_blocks_of_a_cluster_by_their_length() -> Non
         assert launched(90, 132, 8192 * blocks, F32)[1:] == (blocks, 64 << 10)
     assert launched(90, 132, 262144, F32)[1:] == (16, 128 << 10)
     assert launched(80, 132, 32768)[1:] == (1, 128 << 10)
-    assert launched(80, 132, 50257)[1:] == (1, 0), "in sweeps"
+    assert launched(80, 132, 50257)[1:] == (1, 32 << 10), "in sweeps: as many bytes are in flight"
+
+
+@pytest.mark.parametrize(("capability", "shared"), [(80, 164), (86, 100), (90, 228), (120, 100)])
+def test_a_multiprocessor_has_two_blocks_or_one_of_512_threads(capability: int, shared: int) -> None:
+    for vocab in (1032, 4096, 8192, 12000, 16384, 20000, 24000, 32000, 40000, 50257, 100000, 151936, 262144):
+        threads, blocks, kept = launched(capability, 132, vocab)
+        of_block = kept + (4 << 10)  # declared in the kernel, and the system's
+        assert threads == 512 or 2 * of_block <= shared << 10, vocab
+        if blocks in (2, 4):  # fewer than there may be
+            assert 3 * of_block <= shared << 10, vocab
 
 
 def test_where_clusters_find_no_room_they_are_smaller_and_rows_are_read_twice_at_last() -> None:
     # of 24 neighbours a cluster of 16 leaves 8 idle
-    for most, expected in ((16, (16, 64 << 10)), (8, (8, 128 << 10)), (4, (1, 0)), (24, (8, 128 << 10))):
+    for most, expected in ((16, (16, 64 << 10)), (8, (8, 128 << 10)), (4, (1, 32 << 10)), (24, (8, 128 << 10))):
         with emulated.clusters_of(most):
             assert launched(90, 132, 262144)[1:] == expected
 
@@ -56,7 +67,7 @@ def test_a_query_that_fails_says_nothing_of_the_next_call() -> None:
     failures = ctypes.c_int.in_dll(emulated.emulator().library, "stub_failures")
     with emulated.clusters_of(17):  # a device of its own: what is known of others stays known
         failures.value = 2  # for a cluster of 16 and one of 8
-        assert launched(90, 132, 262144)[1:] == (1, 0)
+        assert launched(90, 132, 262144)[1:] == (1, 32 << 10)
         assert launched(90, 132, 262144)[1:] == (16, 64 << 10)
 
 
@@ -79,6 +90,12 @@ def test_the_linear_losses_take_the_cuda_kernels_for_their_chunks() -> None:
     with emulated.kernels() as reports:
         check(case, case.labels, chunk_rows=4, **SETTINGS)
     assert sum("rows" in report.launched[0] for report in reports) == 2
+
+
+def test_the_calls_for_compute_sanitizer_take_each_shape_of_kernel_with_four_divergences_and_two_dtypes() -> None:
+    with emulated.kernels(80, run=False) as plans:  # which keeps fewer classes: shorter rows are read twice
+        some_calls.call("cuda", some_calls.VOCABS[:3])
+    assert len({plan.launched.kernel for plan in plans if "rows" in plan.launched.kernel}) >= 3 * 4 * 2
 
 
 BEYOND = [(axis, value) for axis, values in NOT_IN_CUDA.items() for value in values]

@@ -89,6 +89,24 @@ def test_backward_with_a_gradient_of_1_moves_nothing_but_that_1(capability: int,
     assert scale.load_sectors * 32 <= scale.launched[1] * 8 * 32, "a factor for each warp"
 
 
+def test_blocks_of_a_cluster_publish_their_stores_once_for_a_rows_sums() -> None:
+    """Not when they start, when there is nothing to publish, nor after the gradient, which no other block reads."""
+    (report,) = (each for each in traffic(90, 32000) if "rows" in each.launched.kernel)
+    assert report.launched.cluster > 1
+    for kind in ("release", "relaxed"):
+        arrivals = report.opcodes[f"barrier.cluster.arrive.{kind}.aligned"]
+        assert arrivals == report.launched.grid * report.launched.block // 32, kind  # one of each warp
+
+
+def test_exps_at_temperature_1_are_computed_where_a_term_has_them() -> None:
+    def exps(**settings: Any) -> int:
+        (report,) = (each for each in traffic(80, 16384, **settings) if "rows" in each.launched.kernel)
+        return report.opcodes["ex2.approx.ftz.f32"]
+
+    with_hard_term = exps(temperature=3)  # at 2 they are squares
+    assert max(exps(temperature=3, alpha=1), exps(temperature=2), exps(temperature=1)) < 0.75 * with_hard_term
+
+
 @capabilities
 def test_no_atomics_and_the_same_bits_every_time(capability: int) -> None:
     for vocab, settings in ((1000, {}), (50257, {"divergence": "jsd"}), (50257, {"reduction": "none"})):

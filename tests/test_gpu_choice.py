@@ -86,7 +86,7 @@ def test_a_gpu_before_sm_80_does_not_exclude_newer_ones(monkeypatch):
         (choice, "_load_library", lambda name: None),
         (choice.ctypes, "CDLL", lambda path: library),
         (torch.version, "cuda", "13.0"),
-        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "is_initialized", lambda: True),
         (torch.cuda, "device_count", lambda: 2),
         (torch.cuda, "current_device", lambda: 0),
         (torch.cuda, "get_device_capability", capabilities.__getitem__),

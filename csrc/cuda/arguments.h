@@ -8,9 +8,13 @@
 
 namespace kdfast {
 
-constexpr int kMostThreads = 256;  // of a block
-constexpr int kWarpThreads = 128;  // of one in which each warp has a row
-constexpr int kMostBlocks = 16;    // of a cluster
+constexpr int kBlockThreads = 256;  // of a block
+constexpr int kMostThreads = 512;   // of one that has a multiprocessor for itself
+constexpr int kWarpThreads = 128;   // of one in which each warp has a row
+constexpr int kMostBlocks = 16;     // of a cluster
+
+constexpr int kAhead = 4;  // pairs of packs in flight per thread, from global to shared memory
+constexpr int kPairBytes = 2 * 16;
 
 // Of a row: whole warps' of them, so that each reads whole sectors.
 KDFAST_ALWAYS_INLINE int packs_per_block(int packs, int blocks) {

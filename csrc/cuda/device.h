@@ -23,7 +23,7 @@ constexpr int kPortableBlocks = 8;  // of a cluster
 
 struct Device {
   int capability, multiprocessors;
-  int64_t shared, cache;  // bytes: the most of a block, the L2's
+  int64_t shared, of_multiprocessor, cache;  // bytes: shared memory, the most of a block, and all; the L2's
   // Of a cluster; 16 is not portable, and those with little shared memory have 8.
   int most_blocks() const { return capability < 90 ? 1 : shared > 128 << 10 ? kMostBlocks : kPortableBlocks; }
 };
@@ -43,6 +43,7 @@ inline const Device& device_properties(int device) {
                               attribute(cudaDevAttrComputeCapabilityMinor, device),
                           attribute(cudaDevAttrMultiProcessorCount, device),
                           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
                           attribute(cudaDevAttrL2CacheSize, device)};
   return known.emplace(device, properties).first->second;
 }

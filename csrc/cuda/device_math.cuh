@@ -20,16 +20,68 @@ __device__ inline float fast_log2(float x) {
   return y;
 }
 
-__device__ inline float ratio(float a, float b) { return b == 0 ? 0 : __fdividef(a, b); }
-
-// log(a / b) from a - b too, whose digits it has near equality; 0 where b, and with it a, is next to nothing.
-__device__ inline float log_ratio(float a, float b, float difference) {
-  const float w = __fdividef(difference, a + b), w2 = w * w;  // 2 atanh(w); |w| < 1/8: 4 terms
-  const float series = w2 * (1.f / 3 + w2 * (1.f / 5 + w2 * (1.f / 7 + w2 * (1.f / 9))));
-  const float far = fast_log2(__fdividef(a, b)) * kLn2;
-  const float log = fabsf(w) < 0.125f ? 2 * (w + w * series) : far;
-  return b < 1e-37f ? 0 : log == -kInf ? -87.f : log;  // a is 0 there, which it is multiplied with
+// The same number, of which the compiler does not know it.
+__device__ inline float opaque(float x) {
+  asm("" : "+f"(x));
+  return x;
 }
+__device__ inline float fast_reciprocal(float x) {  // 1 ulp; of what is below the normal numbers inf
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// A probability with its logarithm, which the exponent tells, as divergences.h's functions take it; their
+// results have none.
+struct Probability {
+  float x, log;
+  __device__ Probability(float number = 0, float its_log = 0) : x(number), log(its_log) {}
+};
+__device__ inline Probability operator+(Probability a, Probability b) { return a.x + b.x; }
+__device__ inline Probability operator-(Probability a, Probability b) { return a.x - b.x; }
+__device__ inline Probability operator*(Probability a, Probability b) { return a.x * b.x; }
+__device__ inline Probability operator/(Probability a, Probability b) { return a.x / b.x; }
+__device__ inline Probability operator-(Probability a) { return -a.x; }
+__device__ inline bool operator==(Probability a, Probability b) { return a.x == b.x; }
+__device__ inline bool operator<(Probability a, Probability b) { return a.x < b.x; }
+__device__ inline bool operator>(Probability a, Probability b) { return a.x > b.x; }
+__device__ inline Probability sqrt(Probability a) { return ::sqrtf(a.x); }
+
+constexpr float kNothing = 1e-37f;  // divisors below it become it: what they divide is 0 but for rounding
+
+__device__ inline Probability ratio(Probability a, Probability b) {
+  return a.x * fast_reciprocal(fmaxf(b.x, kNothing));
+}
+
+// log(1 + u), which is `far` where u is not small: a is 0 where that is -inf, and what it is multiplied with.
+__device__ inline float log_near_1(float u, float far) {
+  float series = __fmaf_rn(u, -0.1700691f, 0.20339628f);  // u + u^2 series is off by 2e-8 of u
+  series = __fmaf_rn(u, series, -0.24997411f);
+  series = __fmaf_rn(u, series, 0.33331334f);
+  series = __fmaf_rn(u, series, -0.50000005f);
+  float log;  // of |u| < 1/8 the first; as a condition it becomes a branch, and warps part
+  asm("{\n\t.reg .pred near;\n\tsetp.lt.f32 near, %1, 0f3E000000;\n\tselp.f32 %0, %2, %3, near;\n\t}"
+      : "=f"(log)
+      : "f"(fabsf(u)), "f"(__fmaf_rn(u * u, series, u)), "f"(fmaxf(far, -1e30f)));
+  return log;
+}
+
+// log(a / b) of a probability a: near equality from a - b, whose digits it has, else from a's logarithm.
+__device__ inline Probability log_ratio(Probability a, Probability b, Probability difference) {
+  const float divisor = fmaxf(b.x, kNothing);
+  return log_near_1(difference.x * fast_reciprocal(divisor), __fmaf_rn(fast_log2(divisor), -kLn2, a.log));
+}
+
+// log(p / m) and log(q / m) of jsd's m = beta p + (1 - beta) q, from what they share.
+struct MixtureLogs {
+  float of_p, of_q;
+  __device__ MixtureLogs(Probability p, Probability q, float beta) {
+    const float m = fmaxf(__fmaf_rn(beta, p.x, (1 - beta) * q.x), kNothing), log_m = fast_log2(m) * kLn2;
+    const float u = (q.x - p.x) * fast_reciprocal(m);
+    of_p = log_near_1((beta - 1) * u, p.log - log_m);
+    of_q = log_near_1(beta * u, q.log - log_m);
+  }
+};
 
 }  // namespace
 }  // namespace kdfast

@@ -2,12 +2,13 @@
 //
 // Warps. Rows of up to 1024 classes by a warp each: 4 KB of a bf16 pair, summed by shuffles alone.
 //
-// Clusters. Longer rows are kept in shared memory, by enough blocks that none keeps more than 64 KB: then
-// three blocks (two with a pass B) fit into a multiprocessor, and one reads while another writes.
-// For a bf16 pair that is a block to V = 16384, 2 to 32768, 4 to 65536, 8 to 131072, and 16, the most there
-// is, beyond: of V = 262144 each keeps 64 KB, of an fp32 pair 128 KB. Few rows are divided further, so that
-// every multiprocessor has a part of one. Devices before sm_90 have no clusters: a block
-// keeps what its shared memory holds, 163 KB on an A100 (V to 41 thousand of a bf16 pair), 99 KB on sm_86.
+// Clusters. Longer rows are kept in shared memory, by enough blocks that none keeps more than 64 KB, and
+// three fit into a multiprocessor (two of those with many registers): one reads while another writes. For a
+// bf16 pair that is a block to V = 16384, 2 to 32768, 4 to 65536, 8 to 131072, and 16, the most there is,
+// beyond: of V = 262144 each keeps 64 KB, of an fp32 pair 128 KB. Few rows are divided further, so that every
+// multiprocessor has a part of one. Devices before sm_90 have no clusters: a block keeps what its shared
+// memory holds, 163 KB on an A100 (V to 41 thousand of a bf16 pair), 99 KB on sm_86. A block that leaves no
+// room for another one has twice the threads.
 //
 // Sweeps. What is longer is read twice, three times by divergences with a pass of their own, and the second
 // sweep finds it in the L2 only if all rows in flight fit into it. So there are as many blocks as rows fit
@@ -30,7 +31,8 @@ constexpr int kFewPacks = 512;           // a row is not divided further for the
 constexpr int64_t kFewBytes = 48 << 10;  // kept by half of the threads, for a reduction costs each the same
 constexpr int kWarpClasses = 1024;
 constexpr int64_t kBlockBytes = 64 << 10;
-constexpr int kStaticBytes = 2 << 10;  // the most that a kernel declares of shared memory
+constexpr int kStaticBytes = 3 << 10;    // the most that a kernel declares of shared memory
+constexpr int kReservedBytes = 1 << 10;  // of each block, by the system
 
 struct Launch {
   int grid, block, cluster;
@@ -117,24 +119,25 @@ Kernel row_kernel(const RowsArgs& a, Shape shape) {
 
 // ---- how many threads, blocks and bytes ----
 
-constexpr int kKeptBytes = 32;  // of a pair of packs
-
 Launch warp_launch(const RowsArgs& a, int packs) {
   return {(int)(((int64_t)a.rows + kWarpRows - 1) / kWarpRows), kWarpThreads, 1,
-          (int64_t)kWarpRows * packs * kKeptBytes};
+          (int64_t)kWarpRows * packs * kPairBytes};
 }
 
 Launch cluster_launch(const RowsArgs& a, int packs, int most_blocks, const Device& device) {
+  const int64_t each = device.of_multiprocessor / 3 - kStaticBytes - kReservedBytes;
+  const int64_t most_bytes = std::min(kBlockBytes, each);
   int blocks = 1;
   const auto is_idle = [&] {
     return 2 * (int64_t)a.rows * blocks <= device.multiprocessors && packs >= 2 * kFewPacks * blocks;
   };
-  while (blocks < most_blocks && ((int64_t)packs * kKeptBytes > kBlockBytes * blocks || is_idle()))
+  while (blocks < most_blocks && ((int64_t)packs * kPairBytes > most_bytes * blocks || is_idle()))
     blocks *= 2;
-  const int64_t part = packs_per_block(packs, blocks);
+  const int64_t kept = (int64_t)packs_per_block(packs, blocks) * kPairBytes;
+  const bool alone = 2 * (kept + kStaticBytes + kReservedBytes) > device.of_multiprocessor;
   const int64_t most = 0x7fffffff / kMostBlocks;
-  return {(int)std::min<int64_t>(a.rows, most) * blocks,
-          part * kKeptBytes <= kFewBytes ? kMostThreads / 2 : kMostThreads, blocks, part * kKeptBytes};
+  const int threads = alone ? kMostThreads : kept <= kFewBytes ? kBlockThreads / 2 : kBlockThreads;
+  return {(int)std::min<int64_t>(a.rows, most) * blocks, threads, blocks, kept};
 }
 
 // By clusters, if rows find room there: the launch, or a grid of 0. A cluster of 16 gives way to one of 8 of
@@ -159,7 +162,7 @@ Launch sweep_launch(const RowsArgs& a, const Device& device) {
   const int64_t row = (a.teacher.data ? 2 : 1) * bytes_of(a.student.dtype) * a.vocab;
   const int64_t fitting = device.cache * 3 / 4 / row, least = device.multiprocessors;
   const int64_t blocks = std::min<int64_t>(a.rows, std::max(least, std::min(2 * least, fitting)));
-  return {(int)std::max<int64_t>(1, blocks), kMostThreads, 1, 0};
+  return {(int)std::max<int64_t>(1, blocks), kBlockThreads, 1, kAhead * kBlockThreads * kPairBytes};
 }
 
 }  // namespace
@@ -187,8 +190,8 @@ std::string device_failure(int device) {
 void launch_rows(RowsArgs a, const Stream& stream) {
   const DeviceGuard scope(stream.device);
   const Device& device = device_properties(stream.device);
-  if (a.divergence == Divergence::kForwardKL || a.divergence == Divergence::kReverseKL) {
-    a.beta = a.divergence == Divergence::kForwardKL ? 1 : 0;
+  if (a.divergence == Divergence::kReverseKL) {
+    a.beta = 0;
     a.divergence = Divergence::kSymmetricKL;
   }
   const int packs = a.vocab / (16 / (int)bytes_of(a.student.dtype));
@@ -203,7 +206,7 @@ void launch_rows(RowsArgs a, const Stream& stream) {
 void launch_scale(const ScaleArgs& args, const Stream& stream) {
   const DeviceGuard scope(stream.device);
   const Device& device = device_properties(stream.device);
-  run(scale_kernel(args.grad.dtype), {std::min(args.rows, 8 * device.multiprocessors), kMostThreads, 1, 0},
+  run(scale_kernel(args.grad.dtype), {std::min(args.rows, 8 * device.multiprocessors), kBlockThreads, 1, 0},
       args, device, stream);
 }
 

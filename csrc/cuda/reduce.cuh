@@ -56,6 +56,12 @@ __device__ inline void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
 }
+// Where the block has nothing that another one reads after it: it waits for no store.
+__device__ inline void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
 __device__ inline void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -98,6 +104,13 @@ struct WarpTeam {
   __device__ N broadcast(N&, F read) const {
     return read();
   }
+  // The same in two steps, between which there is an all_reduce, and other work while memory answers.
+  template <class F>
+  __device__ float read_ahead(F read) const {
+    return read();
+  }
+  __device__ void publish(float&, float) const {}
+  __device__ float published(const float&, float mine) const { return mine; }
   // The same numbers of global memory, in every thread.
   template <int N>
   __device__ void load(float (&to)[N], float (&)[N], const float* from) const {
@@ -119,7 +132,7 @@ struct BlockTeam {
   bool has_started;
 
   __device__ BlockTeam() : has_started(blocks() == 1) {
-    if (!has_started) cluster_arrive();
+    if (!has_started) cluster_arrive_relaxed();
   }
   __device__ ~BlockTeam() { wait_for_start(); }
   __device__ int thread() const { return threadIdx.x; }
@@ -148,6 +161,14 @@ struct BlockTeam {
     __syncthreads();
     return shared;
   }
+  template <class F>
+  __device__ float read_ahead(F read) const {
+    return threadIdx.x == 0 ? read() : 0;
+  }
+  __device__ void publish(float& shared, float mine) const {
+    if (threadIdx.x == 0) shared = mine;
+  }
+  __device__ float published(const float& shared, float) const { return shared; }
   template <int N>
   __device__ void load(float (&to)[N], float (&shared)[N], const float* from) const {
     if (threadIdx.x < N) shared[threadIdx.x] = from[threadIdx.x];

@@ -25,18 +25,21 @@ struct Shared {
   ReduceBuffer<PointwiseSums> pointwise;
   ReduceBuffer<MetricSums<D>> metrics;
   float columns[kCoefficients];
+  float label_logit;
   RowInputs inputs;
 };
 
 // From the logits a row's loss and metrics, which are written, and its coefficients.
 template <class D, class Team, class Packs>
-__device__ inline Coefficients<float> loss_and_coefficients(const RowsArgs& a, const Row& row,
-                                                            float label_logit, Team& team, Packs& packs,
-                                                            Shared<D>& shared) {
+__device__ inline Coefficients<float> loss_and_coefficients(const RowsArgs& a, const Row& row, Team& team,
+                                                            Packs& packs, Shared<D>& shared) {
   const RowScale& scale = row.scale;
+  float label_logit = team.read_ahead([&] { return scale.label < 0 ? 0 : packs.student_logit(scale.label); });
   RowSums<D> sums = RowSums<D>::identity();
   packs.read([&](int, const auto& s, const auto& t) { sums.add(s, t, scale); });
+  team.publish(shared.label_logit, label_logit);
   sums = team.all_reduce(sums, shared.sums, scale);
+  label_logit = team.published(shared.label_logit, label_logit);
   const Scales<float> scales = scales_of(sums);
   PointwiseSums pointwise{};
   if constexpr (D::kPointwise) {
@@ -65,8 +68,7 @@ __device__ inline void write_gradient(const Gradient<D>& gradient, const RowScal
   packs.reread([&](int first, const auto& s, const auto& t) {
     constexpr int kN = sizeof(s) / sizeof(s[0]);
     float g[kN];
-#pragma unroll
-    for (int i = 0; i < kN; ++i) g[i] = gradient(s[i], t[i], scale);
+    gradient(s, t, scale, g);
     if ((unsigned)(scale.label - first) < (unsigned)kN) {  // one pack of the row has the label
 #pragma unroll
       for (int i = 0; i < kN; ++i) g[i] -= first + i == scale.label ? gradient.label : 0;
@@ -79,21 +81,24 @@ template <class Team, class S, class D, bool kKeep>
 __device__ inline void compute_rows(const RowsArgs& a, uint4* kept, Shared<D>& shared) {
   Team team;
   for (int64_t index = team.first_row(); index < a.rows; index += team.row_stride()) {
+    RowPacks<Team, S, kKeep> packs(team, a, index, kept);
     const RowInputs inputs = team.broadcast(shared.inputs, [&] { return load_inputs<S, D>(a, index); });
     const Row row(a, index, inputs);
-    RowPacks<Team, S, kKeep> packs(team, a, row, kept);
+    if (!row.is_kept) packs.drop();
     Gradient<D> gradient;
     if (a.table) {
-      gradient = {load_coefficients(a, row, team, shared.columns), inputs.grad_loss * a.logit_scale};
+      gradient = {load_coefficients(a, row, team, shared.columns), inputs.grad_loss * a.logit_scale,
+                  row.scale};
       if constexpr (kKeep) packs.read([](int, const auto&, const auto&) {});
     } else {
-      gradient = {loss_and_coefficients(a, row, inputs.label_logit, team, packs, shared), a.logit_scale};
+      gradient = {loss_and_coefficients(a, row, team, packs, shared), a.logit_scale, row.scale};
     }
     if (packs.grad) {
-      write_gradient(gradient, row.scale, packs);
-      write_zeros(packs.grad, row.classes, a.width, team);
+      row.is_kept ? write_gradient(gradient, row.scale, packs) : packs.store_zeros(a);
+      write_zeros(packs.grad, a.vocab, a.width, team);
     }
-    team.sync();  // before the next row's sums are written to the same buffers
+    // before the next row's sums are written to the same buffers
+    if (index + team.row_stride() < a.rows) team.sync();
   }
 }
 
@@ -105,12 +110,13 @@ __global__ void __launch_bounds__(kWarpThreads, 5) warp_rows(const __grid_consta
   compute_rows<WarpTeam, S, D, true>(a, kept + (threadIdx.x >> 5) * 2 * (a.vocab / kVec<S>), unused);
 }
 
-// Blocks of a multiprocessor, whose registers are shared out accordingly: with 80 each jsd spills on sm_80.
+// Blocks of a multiprocessor, whose registers are shared out accordingly: with 80 each jsd and symmetric_kl
+// spill.
 template <class D>
-constexpr int kBlocksAtOnce = D::kPointwise ? 2 : 3;
+constexpr int kBlocksAtOnce = D::kPointwise || (D::kTeacher && D::kStudent) ? 2 : 3;
 
 template <class S, class D, bool kKeep>
-__global__ void __launch_bounds__(kMostThreads, kBlocksAtOnce<D>)
+__global__ void __launch_bounds__(kBlockThreads* kBlocksAtOnce<D>)
     block_rows(const __grid_constant__ RowsArgs a) {
   extern __shared__ uint4 kept[];
   __shared__ Shared<D> shared;

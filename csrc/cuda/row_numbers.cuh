@@ -10,7 +10,7 @@ namespace {
 struct RowInputs {
   int64_t label;
   float weight, temperature, teacher_temperature, share, grad_loss;
-  float label_logit, first_logit, first_teacher_logit;
+  float first_logit, first_teacher_logit;
 };
 
 __device__ inline float load_weight(const RowsArgs& a, int64_t index) {
@@ -41,7 +41,6 @@ __device__ inline RowInputs load_inputs(const RowsArgs& a, int64_t index) {
   x.share = x.weight / a.divisor;
   if (a.normalizer) x.share *= *a.normalizer == 0 ? 0 : 1 / *a.normalizer;
   const S* student = row_data<const S>(a.student, index);
-  if (a.labels && x.label >= 0 && x.label < a.vocab && x.weight != 0) x.label_logit = widen(student[x.label]);
   if (D::kDifference || a.label_smoothing != 0) x.first_logit = widen(student[0]);
   if (D::kDifference) x.first_teacher_logit = widen(row_data<const S>(a.teacher, index)[0]);
   return x;
@@ -52,20 +51,20 @@ struct Row {
   float share;   // of the loss: what its loss and its gradient are multiplied by
   bool is_kept;  // whether it weighs anything
   bool is_bad;   // a label out of range: all of the row is NaN
-  int classes;   // that are read: none of a dropped row
   RowScale scale;
 
   __device__ Row(const RowsArgs& a, int64_t i, const RowInputs& x)
       : index(i), share(x.share), is_kept(x.weight != 0) {
     const bool in_range = x.label >= 0 && x.label < a.vocab;
     is_bad = is_kept && a.labels && !in_range;
-    classes = is_kept ? a.vocab : 0;
     scale = {kLog2E * a.logit_scale / x.temperature, kLog2E * a.teacher_logit_scale / x.teacher_temperature,
              x.temperature, a.beta};
     scale.logit_scale = a.logit_scale;
     scale.teacher_ratio = a.teacher_logit_scale / a.logit_scale;
     scale.shift = difference(x.first_logit, x.first_teacher_logit, 0, scale);
     scale.smoothed = a.label_smoothing != 0;
+    const bool hard = a.hard_weight != 0 || a.z_loss != 0 || (a.metrics && a.labels);
+    scale.powers = hard && x.temperature != 1 && x.temperature != 2;
     scale.first_logit = x.first_logit == -kInf ? 0 : x.first_logit;
     scale.label = a.labels && is_kept && in_range ? (int)x.label : -1;
   }

@@ -7,13 +7,12 @@
 namespace kdfast {
 namespace {
 
-constexpr int kAhead = 4;  // pairs of packs in flight per thread, from global to shared memory
-
 template <class Team, class S, bool kKeep>
 struct RowPacks {
   static constexpr int kN = kVec<S>;
   const Team& team;
-  const S *student, *teacher;
+  const S* student;
+  const uint4 *student_packs, *teacher_packs;  // the block's; null: no teacher is read
   S* grad;
   bool has_grad_vectors;  // whether the gradient's are those of the logits
   int prefix;             // classes before the row's first pack
@@ -21,55 +20,59 @@ struct RowPacks {
   int end;                // the thread's class before or after all packs, -1: none
   float end_s[1] = {-kInf}, end_t[1] = {-kInf};
   uint4 *kept_student, *kept_teacher;
-  int sweeps = 0;  // done so far
+  // of the next sweep: whether it is from the end, and its rounds that are on the way already
+  bool is_backwards = false;
+  int begun = 1;
 
-  __device__ RowPacks(const Team& its_team, const RowsArgs& a, const Row& row, uint4* kept)
+  // The first copies begin here, before it is known whether the row is kept: that is in memory too.
+  __device__ RowPacks(const Team& its_team, const RowsArgs& a, int64_t index, uint4* kept)
       : team(its_team),
-        student(row_data<const S>(a.student, row.index)),
-        teacher(a.teacher.data ? row_data<const S>(a.teacher, row.index) : nullptr),
-        grad(a.grad.data ? row_data<S>(a.grad, row.index) : nullptr),
+        student(row_data<const S>(a.student, index)),
+        grad(a.grad.data ? row_data<S>(a.grad, index) : nullptr),
         has_grad_vectors(((uintptr_t)grad - (uintptr_t)student) % 16 == 0),
-        prefix(prefix_classes(student, sizeof(S), row.classes)) {
-    const int packs = (row.classes - prefix) / kN, part = packs_per_block(packs, team.blocks());
-    first = min(team.rank() * part, packs);
-    count = min(part, packs - first);
+        prefix(prefix_classes(student, sizeof(S), a.vocab)) {
+    const int part = take_all(a);
+    const S* teacher = a.teacher.data ? row_data<const S>(a.teacher, index) : nullptr;
+    student_packs = (const uint4*)(student + prefix) + first;
+    teacher_packs = teacher ? (const uint4*)(teacher + prefix) + first : nullptr;
     kept_student = kept;
-    kept_teacher = kept + part;
-    end = team.rank() == 0 ? end_class(team.thread(), prefix, packs * kN, row.classes) : -1;
+    kept_teacher = kept + (kKeep ? part : kAhead * team.threads());
+    copy(team.thread(), team.thread());
     if (end < 0) return;
     end_s[0] = widen(student[end]);
     if (teacher) end_t[0] = widen(teacher[end]);
   }
+  // Of a row that is not kept no class is looked at, and its gradient is 0.
+  __device__ void drop() {
+    wait_for_copies<0>();
+    count = 0;
+    end = -1;
+  }
+  __device__ void store_zeros(const RowsArgs& a) {
+    const float zeros[kN] = {}, zero[1] = {};
+    take_all(a);
+    for (int i = team.thread(); i < count; i += team.threads()) store(class_of(i), zeros);
+    if (end >= 0) store(end, zero);
+  }
+  __device__ float student_logit(int at) const { return widen(student[at]); }
 
   // The first sweep: f(first class, student's, teacher's) of the thread's classes, as arrays of kVec<S>, or
   // of 1.
   template <class F>
   __device__ void read(F f) {
-    if constexpr (kKeep) {
-      copy_packs(f);
-      if (end >= 0) f(end, end_s, end_t);
-      ++sweeps;
-    } else {
-      reread(f);
-    }
+    copy_rounds(f);
+    if (end >= 0) f(end, end_s, end_t);
   }
 
   // A later one. What is not kept is read from the end where the sweep before it stopped.
   template <class F>
   __device__ void reread(F f) {
-    const int threads = team.threads(), thread = team.thread();
     if constexpr (kKeep) {
-      for (int i = thread; i < count; i += threads) call(f, i, kept_student[i], kept_teacher[i]);
+      for (int i = team.thread(); i < count; i += team.threads()) call(f, i, i);
     } else {
-      const uint4 *s = packs_of(student), *t = packs_of(teacher);
-      const int rounds = (count + threads - 1) / threads;
-      for (int k = 0; k < rounds; ++k) {
-        const int i = (sweeps & 1 ? rounds - 1 - k : k) * threads + thread;
-        if (i < count) call(f, i, __ldcg(s + i), t ? __ldcg(t + i) : uint4{0, 0, 0, 0});
-      }
+      copy_rounds(f);
     }
     if (end >= 0) f(end, end_s, end_t);
-    ++sweeps;
   }
 
   template <int N>
@@ -82,41 +85,57 @@ struct RowPacks {
   }
 
  private:
-  __device__ const uint4* packs_of(const S* row) const {
-    return row ? (const uint4*)(row + prefix) + first : nullptr;
+  __device__ int class_of(int i) const { return prefix + (first + i) * kN; }
+
+  // The block's packs and the thread's class beside them, and the most packs that a block has.
+  __device__ int take_all(const RowsArgs& a) {
+    const int packs = (a.vocab - prefix) / kN, part = packs_per_block(packs, team.blocks());
+    first = min(team.rank() * part, packs);
+    count = min(part, packs - first);
+    end = team.rank() == 0 ? end_class(team.thread(), prefix, packs * kN, a.vocab) : -1;
+    return part;
   }
   template <class F>
-  __device__ void call(F f, int i, uint4 s_pack, uint4 t_pack) const {
+  __device__ void call(F f, int i, int slot) const {
     float s[kN], t[kN];
-    widen<S>(s_pack, s);
-    widen<S>(t_pack, t);
-    f(prefix + (first + i) * kN, s, t);
+    widen<S>(kept_student[slot], s);
+    widen<S>(kept_teacher[slot], t);
+    f(class_of(i), s, t);
   }
 
-  template <class F>
-  __device__ void copy_packs(F f) {
-    const int threads = team.threads(), thread = team.thread();
-    const uint4 *s = packs_of(student), *t = packs_of(teacher);
-    int next = thread;
-    auto copy_next = [&] {
-      if (next < count) {
-        copy_async(kept_student + next, s + next);
-        if (t) copy_async(kept_teacher + next, t + next);
-        next += threads;
-      }
-      commit_copies();  // empty where there is nothing left, so that the count of groups is right
-    };
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) copy_next();
-    for (int i = thread; i < count; i += threads) {
-      wait_for_copies<kAhead - 1>();
-      call(f, i, kept_student[i], kept_teacher[i]);
-      copy_next();
+  // A group, empty where there is no such pack, so that the count of groups is right.
+  __device__ void copy(int i, int slot) const {
+    if ((unsigned)i < (unsigned)count) {
+      copy_async(kept_student + slot, student_packs + i);
+      if (teacher_packs) copy_async(kept_teacher + slot, teacher_packs + i);
     }
+    commit_copies();
+  }
+
+  // All packs, a round of one per thread at a time, of which kAhead are on the way.
+  // What is not kept goes round through as many slots.
+  template <class F>
+  __device__ void copy_rounds(F f) {
+    const int threads = team.threads(), thread = team.thread(), rounds = (count + threads - 1) / threads;
+    const int step = is_backwards ? -threads : threads, slots = kAhead * threads;
+    int i = is_backwards ? (rounds - 1) * threads + thread : thread, slot = thread;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (k >= begun) copy(i + k * step, kKeep ? i + k * step : slot + k * threads);
+    }
+    for (int k = 0; k < rounds; ++k, i += step) {
+      wait_for_copies<kAhead - 1>();
+      const int at = kKeep ? i : slot;
+      if ((unsigned)i < (unsigned)count) call(f, i, at);
+      copy(i + kAhead * step, kKeep ? i + kAhead * step : slot);
+      slot = slot + threads < slots ? slot + threads : thread;
+    }
+    is_backwards = !kKeep && !is_backwards;
+    begun = 0;
   }
 };
 
-// Zeros from class n on: padding, or a dropped row. By the threads of all its blocks.
+// Zeros from class n on, which are padding. By the threads of all the row's blocks.
 template <class S, class Team>
 __device__ inline void write_zeros(S* row, int n, int width, const Team& team) {
   const int thread = team.rank() * team.threads() + team.thread(), threads = team.blocks() * team.threads();

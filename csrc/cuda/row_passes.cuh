@@ -26,6 +26,11 @@ struct Probabilities {  // of one class
   }
 };
 
+// An exp as a probability; ln_to: the logarithm of what it is multiplied by, not to base 2.
+__device__ inline Probability probability(Exp x, float to, float ln_to) {
+  return {x.exp * to, __fmaf_rn(x.log, kLn2, ln_to)};
+}
+
 // Pass B: sums of phi and psi by threads.
 struct PointwiseSums {
   float phi, psi;
@@ -41,11 +46,20 @@ struct PointwiseSums {
     float of_phi = 0, of_psi = 0;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const Probabilities x(s[i], t[i], scales, row);
-      of_phi += D::phi(x.p, x.q, row.beta);
-      of_psi += D::psi(x.p, x.q, row.beta);
+      const Exp student = student_exp(s[i], scales.student_offset, row);
+      const Exp teacher = teacher_exp(t[i], scales.teacher_offset, row);
+      const Probability q = probability(student, scales.to_q, scales.log_to_q * kLn2), beta = row.beta;
+      const Probability p = probability(teacher, scales.to_p, scales.log_to_p * kLn2);
+      if constexpr (std::is_same_v<D, JSD>) {  // phi less psi
+        const MixtureLogs logs(p, q, row.beta);
+        of_phi = __fmaf_rn(row.beta * p.x, logs.of_p, of_phi);
+        of_psi = __fmaf_rn((1 - row.beta) * q.x, logs.of_q, of_psi);
+      } else {
+        of_phi += D::phi(p, q, beta).x;
+        of_psi += D::psi(p, q, beta).x;
+      }
     }
-    phi += of_phi;
+    phi += std::is_same_v<D, JSD> ? of_phi + of_psi : of_phi;
     psi += of_psi;
   }
 };
@@ -62,7 +76,7 @@ __device__ inline Sums<float> to_sums(const RowSums<D>& x, const PointwiseSums& 
   sums.teacher_offset = D::kDifference ? row.shift : x.teacher_offset;
   sums.teacher_total = x.teacher_total;
   sums.hard_offset = x.student_offset == -kInf ? -kInf : offset * t;
-  sums.hard_total = x.hard_total;
+  sums.hard_total = t == 1 ? x.student_total : x.hard_total;
   sums.over_teacher = x.over_teacher;
   sums.over_student = x.over_student;
   sums.label = exponent(label_logit);
@@ -78,37 +92,62 @@ __device__ inline Sums<float> to_sums(const RowSums<D>& x, const PointwiseSums& 
 template <class D>
 struct Gradient {
   float student_offset, teacher_offset, label;
+  float ln_to_q, ln_to_p;
+  float squares;  // per square of Q
   PerExp<float> per;
 
   Gradient() = default;
-  __device__ Gradient(Coefficients<float> c, float grad_loss)
+  __device__ Gradient(Coefficients<float> c, float grad_loss, const RowScale& row)
       : student_offset(finite(c.student_offset)), teacher_offset(finite(c.teacher_offset)) {
     for (float* x : {&c.level, &c.slope, &c.teacher, &c.soft, &c.hard, &c.label, &c.uniform}) *x *= grad_loss;
     if constexpr (D::kDifference) c.center += c.teacher_offset;
     label = c.label;
-    // only the slope's term has the logarithms of the totals
-    per = per_exp<float>(c, D::kStudent ? scales_of(c) : scales_with(c, 0.f, 0.f));
+    // only these have the logarithms of the totals
+    const Scales<float> scales = D::kStudent || D::kPointwise ? scales_of(c) : scales_with(c, 0.f, 0.f);
+    per = per_exp<float>(c, scales);
+    ln_to_q = scales.log_to_q * kLn2;
+    ln_to_p = scales.log_to_p * kLn2;
+    squares = row.temperature == 2 ? per.hard : 0;
+    if constexpr (D::kPointwise) {
+      const bool is_jsd = std::is_same_v<D, JSD>;  // psi = (1 - beta) q log(q / m)
+      per.level = is_jsd ? -per.soft * per.center * per.to_q : 0;
+      per.slope = is_jsd ? per.soft * (1 - row.beta) * per.to_q : 0;
+    }
+    if (row.temperature == 1) per.level += per.hard;
   }
 
-  __device__ float operator()(float s, float t, const RowScale& row) const {
-    const float y = __fmaf_rn(s, row.exp2_scale, -student_offset);
-    float g = -per.uniform;
-    if constexpr (D::kDifference) {
-      g = __fmaf_rn(per.soft, difference(s, t, per.center, row), g);
-    } else if constexpr (kHasSoftmax<D>) {
-      const float exp = fast_exp2(y);
-      const Exp p = teacher_exp(t, teacher_offset, row);
-      if constexpr (D::kPointwise) {
-        const float q = exp * per.to_q;
-        g = __fmaf_rn(per.soft, D::psi(p.exp * per.to_p, q, row.beta) - q * per.center, g);
-      } else {
-        float per_exp = per.level;
-        if constexpr (D::kStudent) per_exp += per.slope * (exp == 0 ? 0 : fminf(y - p.log, 3e38f));
-        g = __fmaf_rn(exp, per_exp, g);
-        if constexpr (D::kTeacher) g -= p.exp * per.teacher;
+  template <int N>
+  __device__ void operator()(const float (&s)[N], const float (&t)[N], const RowScale& row,
+                             float (&g)[N]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const Exp student = student_exp(s[i], student_offset, row);
+      float per_exp = __fmaf_rn(student.exp, squares, per.level);
+      g[i] = -per.uniform;
+      if constexpr (D::kDifference) g[i] = __fmaf_rn(per.soft, difference(s[i], t[i], per.center, row), g[i]);
+      if constexpr (kHasSoftmax<D>) {
+        const Exp teacher = teacher_exp(t[i], teacher_offset, row);
+        if constexpr (D::kPointwise) {
+          const Probability q = probability(student, per.to_q, ln_to_q);
+          const Probability p = probability(teacher, per.to_p, ln_to_p);
+          if constexpr (std::is_same_v<D, JSD>) {
+            per_exp = __fmaf_rn(per.slope, MixtureLogs(p, q, row.beta).of_q, per_exp);
+          } else {
+            g[i] = __fmaf_rn(per.soft, D::psi(p, q, Probability(row.beta)).x - q.x * per.center, g[i]);
+          }
+        }
+        // finite, for where Q is 0 their product is to be 0
+        if constexpr (D::kStudent)
+          per_exp = __fmaf_rn(per.slope, fmaxf(fminf(student.log - teacher.log, 1e30f), -1e30f), per_exp);
+        if constexpr (D::kTeacher) g[i] = __fmaf_rn(-teacher.exp, per.teacher, g[i]);
       }
+      g[i] = __fmaf_rn(student.exp, per_exp, g[i]);
     }
-    return g + hard_exp(y, row) * per.hard;
+    if (row.powers) {
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        g[i] = __fmaf_rn(hard_exp(student_exponent(s[i], opaque(student_offset), row), row), per.hard, g[i]);
+    }
   }
 };
 

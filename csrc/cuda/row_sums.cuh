@@ -5,6 +5,9 @@
 //
 //   y_i = exp2_scale * s_i - offset       Q_i = 2^y_i       exps at temperature 1 are 2^(T * y_i)
 //
+// At T = 1 these are Q, at 2 its squares, whose sum costs one instruction; at another T they are exps of
+// their own, if they are wanted.
+//
 // Each thread has an offset of its own, which grows as larger logits come by; row_math.h has the rule by
 // which sums are brought to another one.
 #pragma once
@@ -26,6 +29,7 @@ struct RowScale {
   float teacher_ratio;  // logit_mse: the teacher's logit_scale to the student's
   float shift;          // logit_mse: a difference near the mean one
   bool smoothed;        // whether the sum of the logits is wanted
+  bool powers;          // whether exps at temperature 1 are computed from the exponents
   float first_logit;    // the student's, or 0: near the mean one
   int label;            // -1: none
 };
@@ -36,6 +40,13 @@ __device__ inline float hard_exp(float y, const RowScale& row) { return fast_exp
 struct Exp {
   float exp, log;  // to base 2
 };
+__device__ inline float student_exponent(float s, float offset, const RowScale& row) {
+  return __fmaf_rn(s, row.exp2_scale, -offset);
+}
+__device__ inline Exp student_exp(float s, float offset, const RowScale& row) {
+  const float y = student_exponent(s, offset, row);
+  return {fast_exp2(y), y};
+}
 __device__ inline Exp teacher_exp(float t, float offset, const RowScale& row) {
   const float y = __fmaf_rn(t, row.teacher_exp2_scale, -offset);
   return {fast_exp2(y), y};
@@ -51,9 +62,33 @@ __device__ inline float scaled(float sum, float d) {  // also where 2^d underflo
   return fabsf(sum) == kInf ? sum : sum * fast_exp2(d);
 }
 
+// A number that masked() takes as it is: where p is 0 and x infinite, their product is NaN.
+struct Unmasked {
+  float x;
+  __device__ Unmasked operator-() const { return {-x}; }
+};
+__device__ inline Unmasked masked(Unmasked p, Unmasked x) { return {p.x * x.x}; }
+__device__ inline float number(float x) { return x; }
+__device__ inline float number(Unmasked x) { return x.x; }
+
+// A linear divergence's parts, of a pack.
+template <class D>
+struct Parts {
+  float over_teacher, over_student;
+  template <class V>
+  __device__ void add(Exp p, Exp q) {
+    if constexpr (D::kTeacher) over_teacher += number(D::over_teacher(V{p.exp}, V{q.log}, V{q.log - p.log}));
+    if constexpr (D::kStudent) over_student += number(D::over_student(V{q.exp}, V{q.log - p.log}));
+  }
+  __device__ bool is_nan() const {
+    return (D::kTeacher && over_teacher != over_teacher) || (D::kStudent && over_student != over_student);
+  }
+};
+
 // Sums of one thread's classes, or of all. Exps at temperature 1 are relative to T times the student's
-// offset. Without a teacher's softmax the teacher's are 0; for LogitMSE its total and over_teacher are sums
-// of d = difference - shift and of d^2. logits: sum of s - first_logit, for label smoothing.
+// offset; hard_total has them, or the squares of Q. Without a teacher's softmax the teacher's are 0; for
+// LogitMSE its total and over_teacher are sums of d = difference - shift and of d^2. logits: sum of
+// s - first_logit, for label smoothing.
 template <class D>
 struct RowSums {
   static constexpr bool kMSE = D::kDifference, kSoft = kHasSoftmax<D>;
@@ -94,30 +129,43 @@ struct RowSums {
     }
     s_max = fmaxf(student_offset, s_max * row.exp2_scale);
     t_max = kSoft ? fmaxf(teacher_offset, t_max * row.teacher_exp2_scale) : 0;
-    if (s_max > student_offset || t_max > teacher_offset) rescale(s_max, t_max, row);
+    if (__builtin_expect(s_max > student_offset || t_max > teacher_offset, 0)) rescale(s_max, t_max, row);
     const float so = finite(s_max), to = finite(t_max);
-    float q_sum = 0, p_sum = 0, hard = 0, of_teacher = 0, of_student = 0, d1 = 0, d2 = 0;
+    float q_sum = 0, p_sum = 0, squares = 0, d1 = 0, d2 = 0;
+    Parts<D> parts{};
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float ys = __fmaf_rn(s[i], row.exp2_scale, -so), q = fast_exp2(ys);
-      q_sum += q;
-      hard += hard_exp(ys, row);
+      const Exp q = student_exp(s[i], so, row);
+      q_sum += q.exp;
+      squares = __fmaf_rn(q.exp, q.exp, squares);
       if constexpr (kSoft) {
         const Exp p = teacher_exp(t[i], to, row);
         p_sum += p.exp;
-        if constexpr (D::kTeacher) of_teacher += D::over_teacher(p.exp, ys, ys - p.log);
-        if constexpr (D::kStudent) of_student += D::over_student(q, ys - p.log);
+        parts.template add<Unmasked>(p, q);
       } else if constexpr (kMSE) {
         const float d = difference(s[i], t[i], row.shift, row);
         d1 += d;
         d2 += d * d;
       }
     }
+    // exponents are computed again, lest they take registers until it is known that they are not needed
+    const float so_again = opaque(so), to_again = opaque(to);
+    if (__builtin_expect(parts.is_nan(), 0)) {  // a masked class, most likely
+      parts = {};
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        parts.template add<float>(teacher_exp(t[i], to_again, row), student_exp(s[i], so_again, row));
+    }
+    if (row.powers) {
+      squares = 0;
+#pragma unroll
+      for (int i = 0; i < N; ++i) squares += hard_exp(student_exponent(s[i], so_again, row), row);
+    }
     student_total += q_sum;
-    hard_total += hard;
+    hard_total += squares;
     teacher_total += kMSE ? d1 : p_sum;
-    over_teacher += kMSE ? d2 : of_teacher;
-    over_student += of_student;
+    over_teacher += kMSE ? d2 : parts.over_teacher;
+    over_student += parts.over_student;
     if (row.smoothed) {
 #pragma unroll
       for (int i = 0; i < N; ++i) logits += s[i] - row.first_logit;

@@ -1,7 +1,7 @@
 // The row kernels for one type of logits, KDFAST_STORAGE, known by the name KDFAST_STORAGE_NAME.
 //
-// Each divergence as a row by a warp, by blocks that keep it, by a block in sweeps. forward_kl and reverse_kl
-// are symmetric_kl's kernels with beta at its ends; dkd has none.
+// Each divergence as a row by a warp, by blocks that keep it, by a block in sweeps. reverse_kl is
+// symmetric_kl's kernels with beta 0; dkd has none.
 #include "launch.h"
 #include "row_kernels.cuh"
 
@@ -14,8 +14,7 @@ namespace kdfast {
 namespace {
 
 template <class D>
-constexpr bool kHasKernel =
-    !std::is_same_v<D, ForwardKL> && !std::is_same_v<D, ReverseKL> && !std::is_same_v<D, DKD>;
+constexpr bool kHasKernel = !std::is_same_v<D, ReverseKL> && !std::is_same_v<D, DKD>;
 
 template <class S, class D>
 const void* row_function(Shape shape) {

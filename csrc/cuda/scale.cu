@@ -6,7 +6,7 @@ namespace kdfast {
 namespace {
 
 template <class S>
-__global__ void __launch_bounds__(kMostThreads) scale(const __grid_constant__ ScaleArgs a) {
+__global__ void __launch_bounds__(kBlockThreads) scale(const __grid_constant__ ScaleArgs a) {
   const float factor = *a.factor;
   if (factor == 1) return;
   for (int64_t index = blockIdx.x; index < a.rows; index += gridDim.x) {

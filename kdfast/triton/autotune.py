@@ -21,11 +21,8 @@ import kdfast
 MOST_ROWS = 16384  # more of them are many times as many as a device has room for
 
 Choice = TypeVar("Choice")
+is_wanted = os.environ.get("KDFAST_AUTOTUNE") == "1"
 _places: dict[str, dict[str, int]] = {}  # of the fastest choices among all; by device and versions, then by kind
-
-
-def is_wanted() -> bool:
-    return os.environ.get("KDFAST_AUTOTUNE") == "1"
 
 
 def choose(

@@ -10,7 +10,7 @@ from kdfast.arguments import Inputs, KDMetrics, Settings
 from kdfast.row_math import Sums
 from kdfast.triton import autotune, launch, matrices, reductions, row_kernels
 from kdfast.triton.matrices import bits, flatten_rows, matrix
-from kdfast.triton.prepared import matrix_kind, pointer_kind, prepare
+from kdfast.triton.prepared import pointer_kind, prepare
 from kdfast.triton.spec import Numbers, PerRow
 
 MOST_TEACHERS = 8
@@ -27,20 +27,18 @@ class Call:
             raise ValueError(
                 f"teacher: {len(inputs.teachers)} teachers, but the Triton kernels take at most {MOST_TEACHERS}"
             )
-        self.student, self.settings = matrices.make_readable(student), settings
+        self.settings, self.shape, self.width = settings, student.shape[:-1], student.shape[-1]
+        self.student = matrices.make_readable(student)
         self.teachers = [matrices.make_readable(t) for t in inputs.teachers]
-        self.shape, self.width = student.shape[:-1], student.shape[-1]
+        _, labels, weights, normalizer, *temperatures = inputs
+        by_row = [None if each is None else flatten_rows(each) for each in (labels, weights, *temperatures)]
         summed = reduced and rows.sums_weights(inputs, settings)
-        self.prepared = prepared = prepare(self.student, self.teachers, inputs, settings, summed)
-        self.rows, self.vocab, self.gpu = prepared.rows, prepared.vocab, prepared.gpu
-        self.spec, self.columns, self.sweep = prepared.spec, prepared.columns, prepared.sweep
+        prepared = prepare(self.student, self.teachers, by_row, normalizer, settings, summed)
+        self.prepared, self.spec, self.gpu, self.sweep = prepared, prepared.spec, prepared.gpu, prepared.sweep
+        self.rows, self.vocab, self.columns = prepared.rows, prepared.vocab, prepared.columns
         self.segments, self.segment = prepared.segments, prepared.segment
-        self.logits = matrix(self.student), tuple(map(matrix, self.teachers))
+        self.logits = matrix(self.student), tuple([matrix(each) for each in self.teachers])
         self.losses = torch.empty(self.rows, dtype=rows.loss_dtype(student), device=student.device)
-
-        labels = None if inputs.labels is None else flatten_rows(inputs.labels)
-        columns = (inputs.row_weight, inputs.temperatures, inputs.teacher_temperatures)
-        weights, temperatures, teacher_temperatures = (None if c is None else flatten_rows(c) for c in columns)
         self.weights, number, divisor = None, 1.0, None
         if reduced and not self.spec.counted:
             if summed or settings.metrics:
@@ -48,18 +46,9 @@ class Call:
             number, divisor = rows.divisor(student, self.weights, inputs, settings)
         self.row_metrics = self.losses.new_empty(len(KDMetrics._fields), self.rows) if settings.metrics else None
         self.per_row = PerRow(
-            None, labels, weights, temperatures, teacher_temperatures, None, divisor, self.row_metrics
+            self.losses, by_row[0], by_row[1], by_row[2], by_row[3], None, divisor, self.row_metrics
         )  # fmt: skip
-        target, others = map(bits, settings.dkd_weights) if self.spec.dkd else (None, None)
-        self.numbers = Numbers(
-            bits(settings.temperature), bits(settings.teacher_temperature), bits(settings.alpha),
-            bits(settings.hard_weight), bits(1 / number), optional_bits(settings.beta),
-            optional_bits(settings.label_smoothing), optional_bits(settings.z_loss),
-            optional_bits(settings.logit_scale, 1), optional_bits(settings.teacher_logit_scale, 1),
-            optional_bits(settings.softcap),
-            optional_bits(settings.teacher_softcap) if self.teachers else None, target, others,
-            tuple(map(bits, settings.teacher_weights)) if self.teachers else (),
-        )  # fmt: skip
+        self.numbers = numbers_of(settings, self.spec.dkd, bool(self.teachers), number)
 
     # ---- the operators ----
 
@@ -126,10 +115,10 @@ class Call:
     # ---- the launches ----
 
     def _launch(
-        self, kernel: Any, programs: int, args: tuple[Any, ...], per_row: PerRow, plan: launch.Plan,
-        output: Tensor | None, tables: tuple[Any, ...] = (), constants: dict[str, Any] | None = None, **options: Any,
+        self, kernel: Any, programs: int, args: tuple[Any, ...], plan: launch.Plan, output: Tensor | None,
+        given: tuple[Tensor | None, ...] = (), constants: dict[str, Any] | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        """args: with per_row, output and tables in their places among them."""
+        """given: tensors among args that are neither the call's nor allocated here, where all are aligned."""
 
         def make_constants() -> dict[str, Any]:
             others = [self.student if output is None else output, *self.teachers]
@@ -138,27 +127,25 @@ class Call:
             return {**(constants or {}), "SPEC": spec}
 
         kind = (
-            plan, None if output is None else matrix_kind(output), *map(pointer_kind, per_row),
-            *map(pointer_kind, tables), *(constants or {}).values(), *options.values(),
+            plan, None if output is None else output.stride(), output is self.student,
+            *map(pointer_kind, given), *(constants or {}).values(), *options.values(),
         )  # fmt: skip
         self.prepared.launch(
             kernel, programs, args, kind, make_constants, lambda: {**plan.options(self.gpu), **options}
         )
 
     def _launch_loss_grad(self, output: Tensor) -> None:
-        per_row = self.per_row._replace(losses=self.losses)
-
         def run(choice: tuple[launch.Plan, int], output: Tensor) -> None:
             plan, programs = choice
             args = (
-                *self.logits, matrix(output), per_row, self.numbers,
+                *self.logits, matrix(output), self.per_row, self.numbers,
                 self.rows, self.vocab, self.width, self.settings.ignore_index,
             )  # fmt: skip
             kernel = row_kernels.loss_grad_short if plan.tiles else row_kernels.loss_grad_long
-            self._launch(kernel, programs, args, per_row, plan, output)
+            self._launch(kernel, programs, args, plan, output)
 
         choice = self.prepared.choice
-        if autotune.is_wanted():
+        if autotune.is_wanted:
             kind = (self.vocab, self.spec, [each.dtype for each in self.prepared.read])
             choice = autotune.choose(kind, self.rows, self.prepared.choices, output, run)
         run(choice, output)
@@ -167,28 +154,31 @@ class Call:
         self, kernel: Any, *tables: Any, losses: Tensor | None = None, plan: launch.Plan | None = None,
         numbers: tuple[int, ...] = (), **constants: Any,
     ) -> None:  # fmt: skip
-        """A kernel that writes the first of the tables, a row of it for each row or segment; numbers: its last."""
+        """A kernel that writes the first of the tables, a row of it for each row or segment; losses: too.
+
+        numbers: its last arguments.
+        """
         programs = min(tables[0].shape[0], 8 * self.gpu.multiprocessors)
         if programs:
-            per_row = self.per_row._replace(losses=losses)
+            per_row = self.per_row if losses is not None else self.per_row._replace(losses=None)
             args = (
                 *self.logits, *tables, per_row, self.numbers, self.rows, self.vocab, self.settings.ignore_index,
                 *numbers,
             )  # fmt: skip
             self._launch(
-                kernel, programs, args, per_row, plan or self.sweep, None, tables,
+                kernel, programs, args, plan or self.sweep, None, (*tables, losses),
                 {**constants, "COLUMNS": tables[-1].shape[1]},
                 enable_fp_fusion=False,  # or a product enters a sum unrounded in its own thread, rounded in the others
             )  # fmt: skip
 
     def _launch_grad(self, table: Tensor, grad_loss: Tensor | None, output: Tensor) -> None:
-        per_row = self.per_row._replace(grad_loss=grad_loss)
+        per_row = self.per_row._replace(losses=None, grad_loss=grad_loss)
         args = (
             *self.logits, matrix(output), table, per_row, self.numbers,
             self.vocab, self.width, self.settings.ignore_index, self.segments, self.segment,
         )  # fmt: skip
         self._launch(
-            row_kernels.grad, self.rows * self.segments, args, per_row, self.sweep, output, (table,),
+            row_kernels.grad, self.rows * self.segments, args, self.sweep, output, (table, grad_loss),
             {"COLUMNS": table.shape[1]},
         )  # fmt: skip
 
@@ -214,3 +204,15 @@ class Call:
 def optional_bits(number: float, unused: float = 0) -> int | None:
     """None in place of a number that changes nothing."""
     return None if number == unused else bits(number)
+
+
+def numbers_of(settings: Settings, dkd: bool, taught: bool, divisor: float) -> Numbers:
+    target, others = map(bits, settings.dkd_weights) if dkd else (None, None)
+    return Numbers(
+        bits(settings.temperature), bits(settings.teacher_temperature), bits(settings.alpha),
+        bits(settings.hard_weight), bits(1 / divisor), optional_bits(settings.beta),
+        optional_bits(settings.label_smoothing), optional_bits(settings.z_loss),
+        optional_bits(settings.logit_scale, 1), optional_bits(settings.teacher_logit_scale, 1),
+        optional_bits(settings.softcap), optional_bits(settings.teacher_softcap) if taught else None,
+        target, others, tuple(map(bits, settings.teacher_weights)) if taught else (),
+    )  # fmt: skip

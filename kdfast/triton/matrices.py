@@ -43,7 +43,8 @@ def layout(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, int, int] 
 
 
 def make_readable(tensor: Tensor) -> Tensor:
-    return tensor.contiguous() if layout(tensor.shape, tensor.stride()) is None else tensor
+    readable = tensor.is_contiguous() or layout(tensor.shape, tensor.stride()) is not None
+    return tensor if readable else tensor.contiguous()
 
 
 def matrix(tensor: Tensor) -> tuple[Tensor, int, int, int]:

@@ -24,7 +24,7 @@ for _module in (row_kernels, reductions, softmax_kernels):
 
 
 def loss_grad(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    grad = student.new_empty(student.shape)
+    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     loss, metrics = Call(student, inputs, settings).loss_grad(grad)
     return loss, grad, metrics
 
@@ -81,7 +81,7 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
     view = make_readable(grad)
     rows, width = matrices.row_count(view), view.shape[-1]
     if rows:
-        kind = ("scale", matrix_kind(view), pointer_kind(factor))
+        kind = ("scale", view.device, matrix_kind(view), pointer_kind(factor))
         kernels, gpu, plan = remember(kind, lambda: _prepare_scale(view))
         with matrices.device_guard(grad):
             kernels.launch(

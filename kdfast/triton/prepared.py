@@ -5,6 +5,7 @@ are; those settings that are no numbers, and of the numbers which are not used. 
 change at every step, are arguments of the kernels.
 """
 
+import operator
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kdfast.arguments import Inputs, Settings
+from kdfast.arguments import Settings
 from kdfast.row_math import table_columns
 from kdfast.triton import launch, matrices, row_kernels
 from kdfast.triton.divergences import DIVERGENCES, running_sums
@@ -23,10 +24,9 @@ ALIGNMENT = 64  # bytes of 8 classes in fp64: as many as a vector has where anot
 MOST_32_BITS = 2**31 - 1
 COUNTED_ROWS = 128  # as many rows' weights at most each program sums itself, which spares two launches
 
-UNUSED = {"logit_scale": 1, "teacher_logit_scale": 1}  # numbers that change nothing at another value than 0
-
 Kept = TypeVar("Kept")
 _kinds: dict[Hashable, Any] = {}
+_is_amd = torch.version.hip is not None
 _is_compiled = isinstance(row_kernels.stats, triton.JITFunction)  # else the interpreter's
 
 
@@ -46,12 +46,13 @@ def pointer_kind(tensor: Tensor | None) -> Hashable:
     """What a kernel is compiled for when it takes a pointer to this tensor, or None."""
     if tensor is None:
         return None
-    large = torch.version.hip is not None and tensor.untyped_storage().nbytes() > MOST_32_BITS
-    return tensor.dtype, tensor.data_ptr() % ALIGNMENT, large
+    if not _is_amd:
+        return tensor.dtype, tensor.data_ptr() % ALIGNMENT
+    return tensor.dtype, tensor.data_ptr() % ALIGNMENT, tensor.untyped_storage().nbytes() > MOST_32_BITS
 
 
 def matrix_kind(tensor: Tensor) -> Hashable:
-    return tensor.shape, tensor.stride(), tensor.device, pointer_kind(tensor)
+    return tensor.shape, tensor.stride(), pointer_kind(tensor)
 
 
 class Kernels:
@@ -89,16 +90,15 @@ class Prepared(Kernels):
     """A loss's kind."""
 
     def __init__(
-        self, student: Tensor, teachers: list[Tensor], inputs: Inputs, settings: Settings, summed: bool
-    ) -> None:
+        self, student: Tensor, teachers: list[Tensor], spec: Spec, settings: Settings, summed: bool
+    ) -> None:  # fmt: skip
         super().__init__()
         self.rows, self.width = matrices.row_count(student), student.shape[-1]
         self.vocab = self.width if settings.vocab_size < 0 else settings.vocab_size
         self.gpu = launch.gpu_properties(student.device)
         self.read = [torch.empty(0, dtype=each.dtype) for each in (student, *teachers)]  # what launch.py asks of them
-        self.spec = spec = make_spec(student, teachers, inputs, settings)._replace(
-            counted=summed and self.rows <= COUNTED_ROWS and not settings.metrics
-        )
+        counted = summed and self.rows <= COUNTED_ROWS and not settings.metrics
+        self.spec = spec = spec._replace(counted=counted)
         self.columns = table_columns("kdfast_triton", student.device.type, len(teachers))
         self.budget = launch.register_budget(self.spec, self.read)
         self.plan = launch.plan(self.vocab, self.read, self.gpu.warp, self.budget)
@@ -114,30 +114,43 @@ class Prepared(Kernels):
         return launch.candidates(self.rows, self.vocab, self.read, self.gpu, self.budget)
 
 
-def power_of(inputs: Inputs, settings: Settings) -> int:
+def _pick_fields(*types: Any) -> Callable[[Settings], tuple[Any, ...]]:
+    return operator.itemgetter(*(at for at, kind in enumerate(Settings.__annotations__.values()) if kind in types))
+
+
+# Lists have a number for each teacher, or are of a fixed length.
+_names, _numbers = _pick_fields(bool, int, str), _pick_fields(float)
+
+
+def power_of(settings: Settings, by_row: bool) -> int:
     """exp(s) as a power of exp(s / T); 0 where it is none."""
     t = settings.temperature
-    return int(t) if inputs.temperatures is None and t in (1, 2, 3, 4) and not settings.standardize else 0
+    return int(t) if not by_row and t in (1, 2, 3, 4) and not settings.standardize else 0
 
 
 def prepare(
-    student: Tensor, teachers: list[Tensor], inputs: Inputs, settings: Settings, summed: bool
+    student: Tensor, teachers: list[Tensor], by_row: list[Tensor | None], normalizer: Tensor | None,
+    settings: Settings, summed: bool,
 ) -> Prepared:  # fmt: skip
-    """summed: the losses' divisor is the sum of the rows' weights."""
-    names = tuple(
-        value != UNUSED.get(name, 0) if isinstance(value, float) else value
-        for name, value in zip(settings._fields, settings, strict=True)
-        if type(value) is not list
-    )  # fmt: skip
-    given = tuple(tensor is not None for tensor in inputs[1:])
-    divergence = id(DIVERGENCES.get(settings.divergence))  # a program may replace it; the one found is kept in a Spec
+    """by_row: labels, weights, temperatures, teacher_temperatures; summed: the divisor is the sum of rows' weights."""
+    labels, _, temperatures, _ = by_row
+    power = power_of(settings, temperatures is not None)
     kind = (
-        names, power_of(inputs, settings), given, summed, divergence, matrix_kind(student), *map(matrix_kind, teachers)
+        student.device, _names(settings), *map(bool, _numbers(settings)), power, summed,
+        settings.logit_scale == 1, settings.teacher_logit_scale == 1,  # unused, as other numbers are at 0
+        id(DIVERGENCES.get(settings.divergence)),  # a program may replace it; the one found is kept in a Spec
+        *map(pointer_kind, by_row), pointer_kind(normalizer), matrix_kind(student), *map(matrix_kind, teachers),
     )  # fmt: skip
-    return remember(kind, lambda: Prepared(student, teachers, inputs, settings, summed))
+
+    def make() -> Prepared:
+        return Prepared(
+            student, teachers, make_spec(student, teachers, labels is not None, power, settings), settings, summed
+        )
+
+    return remember(kind, make)
 
 
-def make_spec(student: Tensor, teachers: list[Tensor], inputs: Inputs, settings: Settings) -> Spec:
+def make_spec(student: Tensor, teachers: list[Tensor], labelled: bool, power: int, settings: Settings) -> Spec:
     several = len(teachers) > 1
     difference = bool(teachers) and settings.divergence == "logit_mse"
     divergence, teacher = None, "none"
@@ -158,8 +171,8 @@ def make_spec(student: Tensor, teachers: list[Tensor], inputs: Inputs, settings:
     )  # fmt: skip
     return Spec(
         matrices.arithmetic_dtype(student), teacher, divergence, linear, settings.target, joint,
-        hard=settings.hard_weight != 0 or settings.z_loss != 0 or (settings.metrics and inputs.labels is not None),
-        power=power_of(inputs, settings), t_squared=settings.t_squared,
+        hard=settings.hard_weight != 0 or settings.z_loss != 0 or (settings.metrics and labelled),
+        power=power, t_squared=settings.t_squared,
         running=running_sums(divergence if linear else None, settings.metrics, joint and teacher != "none"),
         labelled=settings.hard_weight != 0, difference=difference,
         dkd=bool(teachers) and settings.divergence == "dkd",

@@ -31,7 +31,8 @@ constexpr int kMostThreads = 1024, kPortableBlocks = 8, kMostBlocks = 16;
 struct Device {
   int capability;
   int most_blocks;  // that are neighbours: of the clusters that it has room for
-  int64_t shared() const { return capability >= 90 ? 227 << 10 : 163 << 10; }
+  bool is_small() const { return capability == 86 || capability == 89 || capability >= 120; }
+  int64_t shared() const { return (is_small() ? 99 : capability >= 90 ? 227 : 163) << 10; }
 };
 struct Function {
   std::string name;
@@ -161,6 +162,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device)
       return *value = 132, cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       return *value = (int)d.shared(), cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      return *value = (int)d.shared() + 1024, cudaSuccess;
     case cudaDevAttrL2CacheSize:
       return *value = 50 << 20, cudaSuccess;
     default:
