@@ -3,12 +3,14 @@
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from kdfast import rows
 from kdfast.arguments import Inputs, KDMetrics, Settings
 from kdfast.row_math import Sums, table_columns
-from kdfast.triton import launch, matrices, reductions, row_kernels
+from kdfast.triton import launch, matrices, reductions, row_kernels, tiny_rows
 from kdfast.triton.divergences import DIVERGENCES, running_sums
 from kdfast.triton.matrices import bits, flatten_rows, matrix
 from kdfast.triton.spec import Numbers, PerRow, Spec
@@ -105,6 +107,8 @@ class Call:
         with matrices.device_guard(output):
             if self.segments > 1:
                 self._launch_grad(self._stats_of_segments(), None, output)
+            elif self.rows and self._are_tiny():
+                self._launch_tiny(output)
             elif self.rows:
                 self._launch_loss_grad(output)
         return self.losses.sum(), self._metrics()
@@ -191,6 +195,21 @@ class Call:
         )
         run(choice, output)
 
+    def _are_tiny(self) -> bool:
+        """Whether a program takes several rows."""
+        spec, temperatures = self.spec, (self.per_row.temperatures, self.per_row.teacher_temperatures)
+        plain = not (spec.dkd or spec.standardize or spec.metrics) and temperatures == (None, None)
+        small = spec.dtype == tl.float32 and len(self.teachers) <= 2
+        return plain and small and self.width <= launch.TINY_CLASSES
+
+    def _launch_tiny(self, output: Tensor) -> None:
+        plan, classes = launch.tiny_plan(self.width, self.gpu.warp)
+        tiny_rows.loss_grad_tiny[(triton.cdiv(self.rows, plan.lanes),)](
+            *self.logits, matrix(output), self._pointers(None, self.losses), self.numbers,
+            self.rows, self.vocab, self.width, self.settings.ignore_index,
+            CLASSES=classes, SPEC=self.spec._replace(lanes=plan.lanes), **plan.options(self.gpu),
+        )  # fmt: skip
+
     def _launch_rows(
         self, kernel: Any, *tables: Any, losses: Tensor | None = None, plan: launch.Plan | None = None, **others: Any
     ) -> None:
@@ -224,6 +243,7 @@ class Call:
         table = self.losses.new_empty(self.rows, self.columns)
         self._launch_rows(
             reductions.merge_segments, table, pointwise, parts, losses=self.losses,
-            plan=launch.merging_plan(self.sweep.vec, self.gpu.warp), segments=self.segments, SEGMENTS=launch.SEGMENTS, WIDTH=self.columns,
+            plan=launch.merging_plan(self.sweep.vec, self.gpu.warp),
+            segments=self.segments, SEGMENTS=launch.SEGMENTS, WIDTH=self.columns,
         )  # fmt: skip
         return table
