@@ -10,7 +10,7 @@ import torch
 from cases import BF16, F16, F32, F64, KINDS, as_target, batch, name
 
 import kdfast
-from kdfast.triton import launch, prepared, reductions, row_kernels, softmax_kernels
+from kdfast.triton import launch, prepared, reductions, row_kernels, softmax_kernels, tiny_rows
 
 pytestmark = pytest.mark.skipif(not gpu.EMULATED, reason=gpu.NEEDS_EMULATOR)
 
@@ -20,6 +20,7 @@ FAST_AMD = ("gfx942", "gfx1100")
 KERNELS = [
     row_kernels.loss_grad_short, row_kernels.loss_grad_long, row_kernels.stats, row_kernels.grad,
     reductions.sums, reductions.pointwise_sums, reductions.merge_segments, reductions.scale,
+    tiny_rows.loss_grad_tiny,
     softmax_kernels.softmax_short, softmax_kernels.softmax_long,
 ]  # fmt: skip
 # Few threads of 4 tiles each; the longest rows in registers, of most tiles; and rows that are not kept.

@@ -61,6 +61,15 @@ def test_a_short_row_is_read_once(capability: int, vocab: int) -> None:
     assert per_pair(traffic(capability, vocab), vocab) <= 6.06
 
 
+@pytest.mark.parametrize("vocab, programs", [(10, 8), (100, 16)])
+def test_tiny_rows_share_a_program(capability: int, vocab: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("traffic.ROWS", 64)
+    (report,) = traffic(capability, vocab)
+    assert report.grid == (programs, 1, 1)
+    assert first(report) <= 64 * (6 * vocab + 8 + 4) + 32  # labels, losses and the divisor
+    assert report.warp_instructions <= 64 * 800  # a row in a program of its own takes 850
+
+
 @pytest.mark.parametrize("vocab", LONG)
 def test_a_long_row_is_read_twice_and_comes_from_dram_once(capability: int, vocab: int, rows: str) -> None:
     reports = traffic(capability, vocab)

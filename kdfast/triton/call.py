@@ -3,12 +3,13 @@
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from kdfast import rows
 from kdfast.arguments import Inputs, KDMetrics, Settings
 from kdfast.row_math import Sums
-from kdfast.triton import autotune, launch, matrices, reductions, row_kernels
+from kdfast.triton import autotune, launch, matrices, reductions, row_kernels, tiny_rows
 from kdfast.triton.matrices import bits, flatten_rows, matrix
 from kdfast.triton.prepared import pointer_kind, prepare
 from kdfast.triton.spec import Numbers, PerRow
@@ -57,6 +58,8 @@ class Call:
         with matrices.device_guard(output):
             if self.segments > 1:
                 self._launch_grad(self._stats_of_segments(), None, output)
+            elif self.rows and self.prepared.tiny is not None:
+                self._launch_tiny(*self.prepared.tiny, output)
             elif self.rows:
                 self._launch_loss_grad(output)
         return self.losses.sum(), self._metrics()
@@ -137,18 +140,25 @@ class Call:
     def _launch_loss_grad(self, output: Tensor) -> None:
         def run(choice: tuple[launch.Plan, int], output: Tensor) -> None:
             plan, programs = choice
-            args = (
-                *self.logits, matrix(output), self.per_row, self.numbers,
-                self.rows, self.vocab, self.width, self.settings.ignore_index,
-            )  # fmt: skip
             kernel = row_kernels.loss_grad_short if plan.tiles else row_kernels.loss_grad_long
-            self._launch(kernel, programs, args, plan, output)
+            self._launch(kernel, programs, self._loss_grad_args(output), plan, output)
 
         choice = self.prepared.choice
         if autotune.is_wanted:
             kind = (self.vocab, self.spec, [each.dtype for each in self.prepared.read])
             choice = autotune.choose(kind, self.rows, self.prepared.choices, output, run)
         run(choice, output)
+
+    def _launch_tiny(self, plan: launch.Plan, classes: int, output: Tensor) -> None:
+        programs = triton.cdiv(self.rows, plan.lanes)
+        args = self._loss_grad_args(output)
+        self._launch(tiny_rows.loss_grad_tiny, programs, args, plan, output, constants={"CLASSES": classes})
+
+    def _loss_grad_args(self, output: Tensor) -> tuple[Any, ...]:
+        return (
+            *self.logits, matrix(output), self.per_row, self.numbers,
+            self.rows, self.vocab, self.width, self.settings.ignore_index,
+        )  # fmt: skip
 
     def _launch_rows(
         self, kernel: Any, *tables: Any, losses: Tensor | None = None, plan: launch.Plan | None = None,

@@ -8,6 +8,9 @@ are read twice more, a quarter. fp64's rows are not kept, and 128 threads share 
 Threads are counted, not warps, of which AMD's have 64. Fewer threads with 4 tiles each come first, so that short rows
 leave room for other programs. Measured by ptxas (registers, no spills): tests/test_triton_static.py.
 
+Tiny rows, of at most 128 classes, are lanes themselves: a program has 4 or 8 of them, 4 or 8 numbers a thread. A row of
+10 in a program of its own takes 850 instructions of a warp, of which few threads have a class; so it takes 140.
+
 Sweeps. Longer rows are read twice, by two programs on each multiprocessor, which is what the registers of 256 threads
 with 96 to 128 each allow, and what it takes to have enough bytes in flight: sweep.py. The second sweep finds in the L2
 what of the rows in flight fits into it; the last half of each row, which is read again first, mostly does.
@@ -28,6 +31,8 @@ from torch import Tensor
 from kdfast.triton.spec import Spec
 
 LONG_LANES = 256
+TINY_CLASSES = 128  # of which a program takes several rows: a warp's lanes have vectors for 256 bf16 classes
+TINY_NUMBERS = 8  # of a tensor that a thread then has
 SPLIT_CLASSES = 32768  # rows with more than this
 SEGMENTS = 64  # at most; a row's sums are merged by one tile
 LEAST_TILES = 2  # in a segment: it costs 200 bytes of labels and sums
@@ -139,6 +144,13 @@ def sweep_plan(vocab: int, tensors: list[Tensor], warp: int, budget: RegisterBud
     vec = vector_classes(tensors)
     lanes = min(_sweeping_lanes(tensors, budget), max(warp, triton.next_power_of_2(triton.cdiv(vocab, vec)) // 4))
     return _sweeping_plan(lanes, vec, warp)
+
+
+def tiny_plan(width: int, warp: int) -> tuple[Plan, int]:
+    """For tiny rows, which are its lanes, and for how many classes each has room."""
+    classes = max(16, triton.next_power_of_2(width))
+    rows = max(4, 128 // classes)
+    return Plan(rows, 1, 1, max(1, rows * classes // (TINY_NUMBERS * warp)), 255), classes
 
 
 def merging_plan(vec: int, warp: int) -> Plan:

@@ -6,7 +6,8 @@ row_math.py have a row's mathematics, per_row.py what it has besides its logits.
     stats             pass A (and B), to the rows' coefficients
     grad              pass C alone, from the rows' coefficients
 
-Rows whose classes are divided, over programs or over devices, take passes A and B in reductions.py.
+Rows whose classes are divided, over programs or over devices, take passes A and B in reductions.py; tiny_rows.py has
+rows of which a program takes several.
 
 A program that keeps no row in registers reads it twice, or three times where B is there, and goes from row to row. Each
 sweep starts where the one before it ended, since the last classes read are those that the caches still hold; loads of
@@ -27,7 +28,12 @@ import triton.language as tl
 from kdfast.triton import metrics
 from kdfast.triton.classifiers import add_scalings, first_difference, load_scalings, moments_pass, no_moments
 from kdfast.triton.pass_a import accumulate, label_exponent, no_sums
-from kdfast.triton.pass_b_c import add_divergence, merge_divergence_sums, no_divergence_sums, write_gradient
+from kdfast.triton.pass_b_c import (
+    add_divergence,
+    merge_divergence_sums,
+    no_divergence_sums,
+    write_gradient,
+)
 from kdfast.triton.per_row import (
     divisor_of_lanes,
     gradient_factor,

@@ -1,6 +1,6 @@
 """Sums of lanes, or of segments, merged to those of a row, and what is known from them: pass A's row mathematics.
 
-Notation and the one rule of merging are those of pass_a.py. Scalars are a row's.
+Notation and the one rule of merging are those of pass_a.py. Scalars are a row's, or vectors of one per row.
 """
 
 from typing import Any, NamedTuple

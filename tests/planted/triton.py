@@ -123,6 +123,10 @@ OF_MEMORY = [
     Mutant("triton-dropped-split-row", KERNELS,
            "tl.where(kept, segments - 1, 0)", "segments - 1",
            "Of a dropped split row the first segments' gradient is what was in memory.", DROPPED),
+    # rows of at most 128 classes
+    Mutant("triton-tiny-rows-of-the-first-program", _in("tiny_rows"),
+           "at = tl.where(there, index, 0)[:, None]", "at = tl.where(there, index % SPEC.lanes, 0)[:, None]",
+           "The losses of tiny rows are those of the first few.", CALLS),
     # few and long rows under an ensemble
     Mutant("triton-table-of-several-teachers", _in("tables"),
            "offset, total, part = read_columns(line, ALL_SUMS",
@@ -172,6 +176,9 @@ OF_SPEED = [
     Mutant("triton-one-tile-in-flight", _in("sweep"),
            "2 + min(3, -(-12288 // tile))", "2",
            "Of long rows a program has too few bytes in flight to keep the memory busy.", STATIC),
+    Mutant("triton-a-program-for-a-tiny-row", LAUNCH,
+           "TINY_CLASSES = 128", "TINY_CLASSES = 0",
+           "Each row of ten classes has a program, of which most threads have nothing to do.", TRAFFIC),
     Mutant("triton-longest-kept-row-is-swept", LAUNCH,
            "if vectors > budget.lanes * most:", "if vectors >= budget.lanes * most:",
            "Rows that just fit into the registers are read twice.", TRAFFIC),
