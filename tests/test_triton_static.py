@@ -187,6 +187,8 @@ def test_every_kernel_is_launched_on_amd_without_spills_and_accesses_16_bytes(on
     for dtype in (BF16, F32) if full else (BF16,):
         for vocab in (2048, 32768, 40000) if full else (2048, 40000):
             everything(dtype, vocab, temperature=3.7)
+    everything(BF16, 10)
+    everything(BF16, 40000, divergence="jsd", temperature=3.7)
     p = torch.ops.kdfast_triton.tempered_softmax(batch(1, 1000, BF16).student, None, 2.0, False, BF16)
     torch.ops.kdfast_triton.tempered_softmax(batch(1, 40000, BF16).student, None, 2.0, False, BF16)
     torch.ops.kdfast_triton.tempered_softmax_backward(p, p, None, 2.0, False, BF16)
@@ -194,15 +196,25 @@ def test_every_kernel_is_launched_on_amd_without_spills_and_accesses_16_bytes(on
     assert {kernel.name for kernel in kernels} == {kernel.fn.__name__ for kernel in KERNELS}
     for kernel in kernels:
         assert_nothing_spills_on_amd(kernel)
-        if kernel.name not in ("stats", "sums", "merge_segments"):  # which write a number of each row, or some
+        assert kernel.asm["amdgcn"].count("v_div_scale_f32") <= 100, "no exact divisions of classes"
+        if kernel.name in ("loss_grad_short", "loss_grad_long", "grad", "scale", "softmax_short", "softmax_long"):
             assert_rows_are_stored_in_16_bytes(kernel)
+
+
+@pytest.mark.full
+def test_nor_does_what_takes_most_arithmetic_spill_on_amd(on_amd: Any) -> None:
+    everything(F64, 40000, divergence="jsd", temperature=3.7)
+    everything(BF16, 8192, divergence="jsd", temperature=3.7)
+    for vocab, settings in OPTIONS.values():
+        everything(BF16, vocab, temperature=3.7, **settings)
+    for kernel in on_amd():
+        assert_nothing_spills_on_amd(kernel)
 
 
 def assert_nothing_spills_on_amd(kernel: Any) -> None:
     """To memory; what scalar registers spill goes to lanes of vector registers."""
-    (vectors,), (scalars,) = (re.findall(rf"\.{x}gpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"]) for x in "vs")
-    assert int(vectors) == 0, f"{kernel.name}, {kernel.src.signature}"
-    assert int(scalars) <= 64, f"{kernel.name}, {kernel.src.signature}"
+    (spills,) = re.findall(r"\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])
+    assert int(spills) == 0, f"{kernel.name}, {kernel.src.signature}"
 
 
 def assert_rows_are_stored_in_16_bytes(kernel: Any) -> None:
