@@ -15,9 +15,9 @@ pytest.importorskip("triton")
 KEYS = """
 import json, sys
 import triton
-from kdfast.triton import ops, reductions, row_kernels, softmax_kernels
+from kdfast.triton import ops, reductions, row_kernels, softmax_kernels, tiny_rows
 
-functions = [f for module in (row_kernels, reductions, softmax_kernels) for f in vars(module).values()]
+functions = [f for module in (row_kernels, reductions, softmax_kernels, tiny_rows) for f in vars(module).values()]
 functions = [f for f in functions if isinstance(f, triton.JITFunction)][:: int(sys.argv[1])]
 print(json.dumps({f"{f.__module__}.{f.__name__}": f.cache_key for f in functions}))
 """

@@ -1,5 +1,6 @@
 """How often the Triton kernels are launched and compiled, and that the host never waits for them."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,14 @@ import gpu
 import pytest
 import torch
 import triton
-from cases import BF16, F16, F32, batch
+from cases import BF16, DIVERGENCES, F16, F32, batch
 from judge import judge, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdfast
 from kdfast import rows
 from kdfast.options import check_inputs, check_settings
-from kdfast.triton import autotune, launch, ops, prepared, row_kernels
+from kdfast.triton import autotune, call, launch, ops, prepared, reductions, row_kernels, tiny_rows
 
 pytestmark = pytest.mark.skipif(not gpu.EMULATED, reason=gpu.NEEDS_EMULATOR)
 SETTINGS: dict[str, Any] = {"backend": "triton", "temperature": 2}
@@ -35,11 +36,12 @@ def test_calls_of_four_kinds_compile_and_are_right(settings: dict[str, Any]) -> 
 
 
 def test_fifty_shapes_take_a_handful_of_kernels() -> None:
-    """One for each power of 2 from 256 to 32768 (512 for one tile), one for longer rows, two when few of them."""
+    """One for each power of 2 from 16 to 32768 (512 for one tile), one for longer rows, three when few of them."""
     shapes = [(1 + 7 * i % 13, 1 + int(1.27**i)) for i in range(2, 44)]
     shapes += [(1, 50257), (70, 33000), (2, 40000), (16, 32), (32, 16), (1, 1), (128, 128), (5, 151936)]
     assert len(set(shapes)) == 50
-    kernels = row_kernels.loss_grad_short, row_kernels.loss_grad_long, row_kernels.stats, row_kernels.grad
+    kernels = [row_kernels.loss_grad_short, row_kernels.loss_grad_long, row_kernels.grad, tiny_rows.loss_grad_tiny]
+    kernels += [reductions.sums, reductions.merge_segments]
 
     def caches() -> list[Any]:
         return [each[0] for kernel in kernels for each in kernel.device_caches.values()]
@@ -50,7 +52,7 @@ def test_fifty_shapes_take_a_handful_of_kernels() -> None:
         for rows, vocab in shapes:
             student, teacher, labels = batch(rows, vocab, BF16)
             kdfast.kd_loss(student.requires_grad_(), teacher, labels, **SETTINGS)
-    assert 0 < sum(map(len, caches())) <= 12
+    assert 0 < sum(map(len, caches())) <= 17
 
 
 class NoWaiting(TorchDispatchMode):
@@ -150,6 +152,8 @@ def test_what_is_remembered_of_one_kind_of_call_is_not_anothers(monkeypatch: pyt
         ((student, teacher, labels), {"row_weight": weight[1:], "alpha": 0.25}),
         ((student, teacher, labels), {"row_weight": weight[1:] != 0, "alpha": 0.0}),
         ((student, teacher, labels), {"temperature": 1.5, "reduction": "sum"}),
+        (batch(2, 40000, BF16), {}),  # rows that are split
+        (batch(2, 40000, BF16), {"divergence": "jsd", "beta": 0.5, "label_smoothing": 0.1}),
     ]
 
     def call(at: int) -> Any:
@@ -169,6 +173,23 @@ def test_what_is_remembered_of_one_kind_of_call_is_not_anothers(monkeypatch: pyt
         monkeypatch.setattr(prepared, "MOST_KINDS", kinds)
         run(student, teacher, labels, reduction="batchmean", **SETTINGS)
         assert len(prepared._kinds) < kinds
+
+
+def test_long_rows_are_split_until_the_device_is_full() -> None:
+    h100 = launch.Gpu("cuda", 32, 132)  # of fewer rows some have no number of whole tiles that fills it
+    for rows_, vocab in itertools.product((*range(43, 300), 420, 530, 1000), (50257, 151936, 262144)):
+        segments, segment = launch.split_row(rows_, vocab, 2048, h100)
+        assert (segments - 1) * segment < vocab <= segments * segment
+        assert segments <= launch.SEGMENTS
+        assert launch.busy_share(rows_ * segments, h100) >= 0.8, (rows_, segments)
+    options = kdfast.kd_loss.__kwdefaults__
+    student, labels = torch.empty(65, 151936, dtype=BF16), torch.zeros(65, dtype=torch.long)
+    with gpu.kernels():
+        for divergence in DIVERGENCES:
+            given = options | {"divergence": divergence, "label_smoothing": 0.1, "softcap": 30.0}
+            settings = check_settings(given, has_labels=True)
+            made = call.Call(student, *check_inputs(student, student, labels, given, settings))
+            assert launch.busy_share(65 * made.segments, made.gpu) >= 0.8, divergence
 
 
 def test_every_size_has_a_plan_that_fits() -> None:

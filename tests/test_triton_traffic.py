@@ -42,7 +42,7 @@ traffic = partial(traffic_of, "triton")
 def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Few and long rows are split over programs; here also as if they were many."""
     if request.param == "whole":
-        monkeypatch.setattr(launch, "SPLIT_ROWS", 0)
+        monkeypatch.setattr(launch, "SPLIT_CLASSES", 1 << 30)
     return request.param
 
 
@@ -59,6 +59,15 @@ def once(reports: Any) -> list[Any]:
 @pytest.mark.parametrize("vocab", SHORT)
 def test_a_short_row_is_read_once(capability: int, vocab: int) -> None:
     assert per_pair(traffic(capability, vocab), vocab) <= 6.06
+
+
+@pytest.mark.parametrize("vocab, programs", [(10, 8), (100, 16)])
+def test_tiny_rows_share_a_program(capability: int, vocab: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("traffic.ROWS", 64)
+    (report,) = traffic(capability, vocab)
+    assert report.grid == (programs, 1, 1)
+    assert first(report) <= 64 * (6 * vocab + 8 + 4) + 32  # labels, losses and the divisor
+    assert report.warp_instructions <= 64 * 800  # a row in a program of its own takes 850
 
 
 @pytest.mark.parametrize("vocab", LONG)
@@ -125,7 +134,7 @@ def test_in_place_nothing_of_the_logits_size_is_allocated(
 
 @pytest.mark.parametrize("vocab", (8192, 50257))  # the longest that stays in registers with metrics; one in two sweeps
 def test_metrics_add_bytes_per_row_alone(capability: int, vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "SPLIT_ROWS", 0)  # rows of which metrics are wanted stay whole
+    monkeypatch.setattr(launch, "SPLIT_CLASSES", 1 << 30)  # rows of which metrics are wanted stay whole
     without, measured = traffic(capability, vocab), traffic(capability, vocab, return_metrics=True)
     added = sum(map(asked, measured)) - sum(map(asked, without))
     assert 0 < added <= 1024 * ROWS

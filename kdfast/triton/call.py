@@ -9,11 +9,10 @@ from torch import Tensor
 from kdfast import rows
 from kdfast.arguments import Inputs, KDMetrics, Settings
 from kdfast.row_math import Sums
-from kdfast.triton import autotune, launch, matrices, reductions, row_kernels
+from kdfast.triton import autotune, launch, matrices, reductions, row_kernels, tiny_rows
 from kdfast.triton.matrices import bits, flatten_rows, matrix
 from kdfast.triton.prepared import pointer_kind, prepare
 from kdfast.triton.spec import Numbers, PerRow
-from kdfast.triton.tables import SEGMENT_SUMS
 
 MOST_TEACHERS = 8
 
@@ -58,20 +57,20 @@ class Call:
         """The reduced loss and the metrics; the loss's gradient goes to `output`."""
         with matrices.device_guard(output):
             if self.segments > 1:
-                table, loss = self._stats_of_segments()
-                self._launch_grad(table, None, output)
-                return loss, self._metrics()
-            if self.rows:
+                self._launch_grad(self._stats_of_segments(), None, output)
+            elif self.rows and self.prepared.tiny is not None:
+                self._launch_tiny(*self.prepared.tiny, output)
+            elif self.rows:
                 self._launch_loss_grad(output)
         return self.losses.sum(), self._metrics()
 
     def stats(self) -> tuple[Tensor, Tensor, Tensor]:
         """The loss under the reduction, the rows' coefficients, the metrics."""
-        table = self.losses.new_empty(self.rows, self.columns)
         with matrices.device_guard(self.losses):
             if self.segments > 1:
-                table, _ = self._stats_of_segments()
+                table = self._stats_of_segments()
             else:
+                table = self.losses.new_empty(self.rows, self.columns)
                 self._launch_rows(row_kernels.stats, table, losses=self.losses)
         return rows.reduce_losses(self.losses.view(self.shape), self.settings), table, self._metrics()
 
@@ -95,21 +94,21 @@ class Call:
         """row_math.Sums of this shard's classes, (rows, 13)."""
         table = self.losses.new_empty(self.rows, len(Sums._fields))
         with matrices.device_guard(table):
-            self._launch_rows(row_kernels.sums, table, segments=1, segment=self.vocab, WHOLE=True)
+            self._launch_rows(reductions.sums, table, numbers=(1, self.vocab), SHARD=True)
         return table
 
     def pointwise_sums(self, sums: Tensor) -> Tensor:
         """phi and psi of this shard's classes, (rows, 2), from the sums of all classes."""
         table = self.losses.new_empty(self.rows, 2)
         with matrices.device_guard(table):
-            self._launch_rows(row_kernels.pointwise_sums, table, sums.contiguous())
+            self._launch_rows(reductions.pointwise_sums, table, sums.contiguous(), numbers=(1, self.vocab), SEGMENTS=1)
         return table
 
     def losses_and_coefficients(self, sums: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the rows, from the sums of all classes."""
         table = self.losses.new_empty(self.rows, self.columns)
         with matrices.device_guard(table):
-            self._launch_rows(row_kernels.losses_and_coefficients, table, sums.contiguous(), losses=self.losses)
+            self._launch_rows(reductions.losses_and_coefficients, table, sums.contiguous(), losses=self.losses)
         return self.losses, table
 
     def copy_back(self, student: Tensor) -> None:
@@ -132,7 +131,7 @@ class Call:
 
         kind = (
             plan, None if output is None else output.stride(), output is self.student,
-            *map(pointer_kind, given), *(constants or {}).values(),
+            *map(pointer_kind, given), *(constants or {}).values(), *options.values(),
         )  # fmt: skip
         self.prepared.launch(
             kernel, programs, args, kind, make_constants, lambda: {**plan.options(self.gpu), **options}
@@ -141,12 +140,8 @@ class Call:
     def _launch_loss_grad(self, output: Tensor) -> None:
         def run(choice: tuple[launch.Plan, int], output: Tensor) -> None:
             plan, programs = choice
-            args = (
-                *self.logits, matrix(output), self.per_row, self.numbers,
-                self.rows, self.vocab, self.width, self.settings.ignore_index,
-            )  # fmt: skip
             kernel = row_kernels.loss_grad_short if plan.tiles else row_kernels.loss_grad_long
-            self._launch(kernel, programs, args, plan, output)
+            self._launch(kernel, programs, self._loss_grad_args(output), plan, output)
 
         choice = self.prepared.choice
         if autotune.is_wanted:
@@ -154,19 +149,35 @@ class Call:
             choice = autotune.choose(kind, self.rows, self.prepared.choices, output, run)
         run(choice, output)
 
-    def _launch_rows(self, kernel: Any, *tables: Tensor, losses: Tensor | None = None, **others: Any) -> None:
-        """A kernel that writes the first of the tables, a row of it for each row or segment; losses: too."""
+    def _launch_tiny(self, plan: launch.Plan, classes: int, output: Tensor) -> None:
+        programs = triton.cdiv(self.rows, plan.lanes)
+        args = self._loss_grad_args(output)
+        self._launch(tiny_rows.loss_grad_tiny, programs, args, plan, output, constants={"CLASSES": classes})
+
+    def _loss_grad_args(self, output: Tensor) -> tuple[Any, ...]:
+        return (
+            *self.logits, matrix(output), self.per_row, self.numbers,
+            self.rows, self.vocab, self.width, self.settings.ignore_index,
+        )  # fmt: skip
+
+    def _launch_rows(
+        self, kernel: Any, *tables: Any, losses: Tensor | None = None, plan: launch.Plan | None = None,
+        numbers: tuple[int, ...] = (), **constants: Any,
+    ) -> None:  # fmt: skip
+        """A kernel that writes the first of the tables, a row of it for each row or segment; losses: too.
+
+        numbers: its last arguments.
+        """
         programs = min(tables[0].shape[0], 8 * self.gpu.multiprocessors)
         if programs:
             per_row = self.per_row if losses is not None else self.per_row._replace(losses=None)
-            numbers = (others.pop("segments"), others.pop("segment")) if others else ()
             args = (
                 *self.logits, *tables, per_row, self.numbers, self.rows, self.vocab, self.settings.ignore_index,
                 *numbers,
             )  # fmt: skip
             self._launch(
-                kernel, programs, args, self.sweep, None, (*tables, losses),
-                {**others, "COLUMNS": tables[-1].shape[1]},
+                kernel, programs, args, plan or self.sweep, None, (*tables, losses),
+                {**constants, "COLUMNS": tables[-1].shape[1]},
                 enable_fp_fusion=False,  # or a product enters a sum unrounded in its own thread, rounded in the others
             )  # fmt: skip
 
@@ -181,19 +192,23 @@ class Call:
             {"COLUMNS": table.shape[1]},
         )  # fmt: skip
 
-    def _stats_of_segments(self) -> tuple[Tensor, Tensor]:
-        """The coefficients of few and long rows, whose losses are written too, and the sum of the losses."""
-        table, loss = self.losses.new_empty(self.rows, self.columns), self.losses.new_empty(())
-        parts = self.losses.new_empty(self.rows * self.segments, SEGMENT_SUMS.value + 3 * max(0, self.spec.members - 1))
-        split: dict[str, Any] = {"segments": self.segments, "segment": self.segment, "WHOLE": False}
-        self._launch_rows(row_kernels.sums, parts, **split)
-        reductions.merge_segments[(1,)](
-            matrix(self.student), parts, table, loss, self.per_row, self.numbers,
-            self.rows, self.vocab, self.settings.ignore_index, self.segments,
-            COLUMNS=self.columns, SUMS=parts.shape[1], ROWS=triton.next_power_of_2(self.rows),
-            SEGMENTS=triton.next_power_of_2(self.segments), SPEC=self.spec, num_warps=128 // self.gpu.warp,
+    def _stats_of_segments(self) -> Tensor:
+        """The rows' coefficients, from their segments; the losses are written too."""
+        programs, members = self.rows * self.segments, self.spec.members
+        split = self.segments, self.segment
+        parts = self.losses.new_empty(programs, len(Sums._fields) + 3 * max(0, members - 1))
+        self._launch_rows(reductions.sums, parts, numbers=split, SHARD=False)
+        pointwise = None
+        if not self.spec.linear:
+            pointwise = self.losses.new_empty(programs, 2)
+            self._launch_rows(reductions.pointwise_sums, pointwise, parts, numbers=split, SEGMENTS=launch.SEGMENTS)
+        table = self.losses.new_empty(self.rows, self.columns)
+        self._launch_rows(
+            reductions.merge_segments, table, pointwise, parts, losses=self.losses,
+            plan=launch.merging_plan(self.sweep.vec, self.gpu.warp), numbers=(self.segments,),
+            SEGMENTS=launch.SEGMENTS, WIDTH=self.columns,
         )  # fmt: skip
-        return table, loss
+        return table
 
 
 def optional_bits(number: float, unused: float = 0) -> int | None:

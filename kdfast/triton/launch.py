@@ -8,13 +8,15 @@ are read twice more, a quarter. fp64's rows are not kept, and 128 threads share 
 Threads are counted, not warps, of which AMD's have 64. Fewer threads with 4 tiles each come first, so that short rows
 leave room for other programs. Measured by ptxas (registers, no spills): tests/test_triton_static.py.
 
-Caches. Longer rows are read twice, and the second sweep finds them in the L2 only if all rows in flight fit into it. So
-there are as many programs as rows fit into three quarters of it, but not fewer than one for each multiprocessor and not
-more than two, which is what the registers of 256 threads with 96 to 128 each allow. On an H100 (50 MB, 132
-multiprocessors) rows of V = 50257 in bf16 take 201 KB with their teacher's: 186 programs; of V = 151,936 608 KB: 132
-programs, whose 80 MB do not fit any more, but the last half of each row, which is read again first, mostly does.
+Tiny rows, of at most 128 classes, are lanes themselves: a program has 4 or 8 of them, 4 or 8 numbers a thread. A row of
+10 in a program of its own takes 850 instructions of a warp, of which few threads have a class; so it takes 140.
 
-Few and long rows are split, so that every multiprocessor has a part of one.
+Sweeps. Longer rows are read twice, by two programs on each multiprocessor, which is what the registers of 256 threads
+with 96 to 128 each allow, and what it takes to have enough bytes in flight: sweep.py. The second sweep finds in the L2
+what of the rows in flight fits into it; the last half of each row, which is read again first, mostly does.
+
+Rows are split where whole ones would leave much of the device without work: few rows, or some more than the programs
+that it holds, of which the last are then alone.
 """
 
 from collections.abc import Iterator
@@ -29,9 +31,10 @@ from torch import Tensor
 from kdfast.triton.spec import Spec
 
 LONG_LANES = 256
-SPLIT_ROWS = 64  # with fewer rows than this
-SPLIT_CLASSES = 32768  # and more classes than this
-SEGMENTS = 64  # at most; a row's sums are merged by one tile of (SEGMENTS, rows)
+TINY_CLASSES = 128  # of which a program takes several rows: a warp's lanes have vectors for 256 bf16 classes
+TINY_NUMBERS = 8  # of a tensor that a thread then has
+SPLIT_CLASSES = 32768  # rows with more than this
+SEGMENTS = 64  # at most; a row's sums are merged by one tile
 LEAST_TILES = 2  # in a segment: it costs 200 bytes of labels and sums
 
 
@@ -39,7 +42,6 @@ class Gpu(NamedTuple):
     backend: str  # Triton's: "cuda" or "hip"
     warp: int  # threads
     multiprocessors: int
-    cache: int  # bytes of L2
 
 
 class RegisterBudget(NamedTuple):
@@ -80,7 +82,7 @@ def interpreted() -> bool:
 
 def gpu_properties(device: torch.device) -> Gpu:
     if interpreted():
-        return Gpu("cuda", 32, 1, 1 << 25)
+        return Gpu("cuda", 32, 1)
     driver = triton.runtime.driver.active
     target = driver.get_current_target()
     return _cached_properties(device, driver.get_current_device(), target.backend, target.warp_size, driver)
@@ -89,10 +91,8 @@ def gpu_properties(device: torch.device) -> Gpu:
 @lru_cache
 def _cached_properties(device: torch.device, number: int, backend: str, warp: int, driver: Any) -> Gpu:
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return Gpu(backend, warp, properties.multi_processor_count, properties.L2_cache_size)
-    multiprocessors = driver.utils.get_device_properties(number)["multiprocessor_count"]
-    return Gpu(backend, warp, multiprocessors, 40 << 20)
+        return Gpu(backend, warp, torch.cuda.get_device_properties(device).multi_processor_count)
+    return Gpu(backend, warp, driver.utils.get_device_properties(number)["multiprocessor_count"])
 
 
 def register_budget(spec: Spec, tensors: list[Tensor]) -> RegisterBudget:
@@ -146,12 +146,24 @@ def sweep_plan(vocab: int, tensors: list[Tensor], warp: int, budget: RegisterBud
     return _sweeping_plan(lanes, vec, warp)
 
 
+def tiny_plan(width: int, warp: int) -> tuple[Plan, int]:
+    """For tiny rows, which are its lanes, and for how many classes each has room."""
+    classes = max(16, triton.next_power_of_2(width))
+    rows = max(4, 128 // classes)
+    return Plan(rows, 1, 1, max(1, rows * classes // (TINY_NUMBERS * warp)), 255), classes
+
+
+def merging_plan(vec: int, warp: int) -> Plan:
+    """For the sums of a row's segments, which a program has in registers."""
+    return Plan(LONG_LANES, vec, 0, LONG_LANES // warp, 255)
+
+
 def candidates(
     rows: int, vocab: int, tensors: list[Tensor], gpu: Gpu, budget: RegisterBudget
 ) -> Iterator[tuple[Plan, int]]:
     """Plans and numbers of programs for a sweep over whole rows: the one that is taken, then others worth measuring."""
     first = plan(vocab, tensors, gpu.warp, budget)
-    yield first, rows if first.tiles else program_count(rows, vocab, tensors, gpu)
+    yield first, rows if first.tiles else program_count(rows, gpu)
     if first.tiles:
         for lanes, tiles in ((first.lanes // 2, first.tiles * 2), (first.lanes * 2, first.tiles // 2)):
             if tiles and gpu.warp <= lanes <= 1024:
@@ -162,17 +174,33 @@ def candidates(
             yield _sweeping_plan(lanes, first.vec, gpu.warp), min(rows, each * gpu.multiprocessors)
 
 
-def program_count(rows: int, vocab: int, tensors: list[Tensor], gpu: Gpu) -> int:
+def program_count(rows: int, gpu: Gpu) -> int:
     """For rows that are read twice."""
-    row = vocab * sum(t.element_size() for t in tensors)
-    fitting = gpu.cache * 3 // 4 // row
-    return max(1, min(rows, max(gpu.multiprocessors, min(2 * gpu.multiprocessors, fitting))))
+    return min(rows, 2 * gpu.multiprocessors)
+
+
+def busy_share(programs: int, gpu: Gpu) -> float:
+    """Of the device, while so many programs of a long row, or of segments, are worked off."""
+    at_once = 2 * gpu.multiprocessors
+    return programs / (triton.cdiv(programs, at_once) * at_once)
 
 
 def split_row(rows: int, vocab: int, tile: int, gpu: Gpu) -> tuple[int, int]:
-    """Into how many segments of how many classes, whole tiles, a row is split: (1, vocab) where it is not."""
-    if rows == 0 or rows > SPLIT_ROWS or vocab <= SPLIT_CLASSES:
+    """Into how many segments of how many classes, whole tiles, a row is split: (1, vocab) where it is not.
+
+    A fifth of the device may be idle before rows are split, for the second sweep over a whole row is from the L2 in
+    part.
+    """
+    if rows == 0 or vocab <= SPLIT_CLASSES or busy_share(rows, gpu) >= 0.8:
         return 1, vocab
-    wanted = min(SEGMENTS, triton.cdiv(2 * gpu.multiprocessors, rows), vocab // (LEAST_TILES * tile))
-    segment = triton.cdiv(triton.cdiv(vocab, wanted), tile) * tile
-    return triton.cdiv(vocab, segment), segment
+    tiles = triton.cdiv(vocab, tile)
+    in_segment = _tiles_in_segment(rows, tiles, gpu)
+    return triton.cdiv(tiles, in_segment), in_segment * tile
+
+
+@lru_cache(1024)
+def _tiles_in_segment(rows: int, tiles: int, gpu: Gpu) -> int:
+    """The most that keep nine tenths of the device busy, or as much of it as can be."""
+    least = max(LEAST_TILES, triton.cdiv(tiles, SEGMENTS))
+    shares = {n: busy_share(rows * triton.cdiv(tiles, n), gpu) for n in range(triton.cdiv(tiles, 2), least - 1, -1)}
+    return next((n for n, share in shares.items() if share >= 0.9), max(shares, key=shares.__getitem__))

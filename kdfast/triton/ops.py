@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.arguments import Inputs, Settings
-from kdfast.triton import launch, matrices, reductions, row_kernels, softmax_kernels
+from kdfast.triton import launch, matrices, reductions, row_kernels, softmax_kernels, tiny_rows
 from kdfast.triton.call import Call
 from kdfast.triton.matrices import arithmetic_dtype, make_readable, matrix
 from kdfast.triton.prepared import Kernels, matrix_kind, pointer_kind, remember
@@ -17,7 +17,7 @@ from kdfast.triton.spec import Spec
 # A kernel's key in Triton's cache on disk depends on which functions had theirs before: DependenciesFinder._update_hash
 # takes over a callee's global values first, and only then asks for the callee's key, which is what finds them. So all
 # are asked for here, in one order, before any launch; else a process would compile again what is in the cache.
-for _module in (row_kernels, reductions, softmax_kernels):
+for _module in (row_kernels, reductions, softmax_kernels, tiny_rows):
     for _function in vars(_module).values():
         if isinstance(_function, triton.JITFunction):  # the interpreter's functions have no keys
             hash(_function)  # asks for the key
@@ -122,6 +122,6 @@ def _softmax(
     with matrices.device_guard(output):
         kernel, programs = softmax_kernels.softmax_short, rows
         if not plan.tiles:
-            kernel, programs = softmax_kernels.softmax_long, launch.program_count(rows, vocab, inputs, gpu)
+            kernel, programs = softmax_kernels.softmax_long, launch.program_count(rows, gpu)
         kernel[(programs,)](*args, LOG=log, SPEC=spec, **plan.options(gpu))
     return output

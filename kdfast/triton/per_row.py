@@ -8,6 +8,8 @@ from kdfast.triton.spec import Caps, Factors, Row
 from kdfast.triton.sums import add_pair
 from kdfast.triton.tiles import fill_lanes, load_first_lane, prefix_length, row_value
 
+COUNTED_ROWS = tl.constexpr(128)  # as many rows' weights at most each program sums itself, which spares two launches
+
 
 @triton.jit
 def kept_row(per_row, row, ignore_index, vocab, LANES: tl.constexpr, SPEC: tl.constexpr):

@@ -11,18 +11,19 @@ from typing import Any, TypeVar
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from kdfast.arguments import Settings
 from kdfast.row_math import table_columns
 from kdfast.triton import launch, matrices, row_kernels
 from kdfast.triton.divergences import DIVERGENCES, running_sums
+from kdfast.triton.per_row import COUNTED_ROWS
 from kdfast.triton.spec import Spec
 
 MOST_KINDS = 512
 ALIGNMENT = 64  # bytes of 8 classes in fp64: as many as a vector has where another dtype has 16 bits
 MOST_32_BITS = 2**31 - 1
-COUNTED_ROWS = 128  # as many rows' weights at most each program sums itself, which spares two launches
 
 Kept = TypeVar("Kept")
 _kinds: dict[Hashable, Any] = {}
@@ -90,24 +91,28 @@ class Prepared(Kernels):
     """A loss's kind."""
 
     def __init__(
-        self, student: Tensor, teachers: list[Tensor], spec: Spec, settings: Settings, summed: bool
+        self, student: Tensor, teachers: list[Tensor], spec: Spec, settings: Settings, summed: bool,
+        one_temperature: bool,
     ) -> None:  # fmt: skip
         super().__init__()
         self.rows, self.width = matrices.row_count(student), student.shape[-1]
         self.vocab = self.width if settings.vocab_size < 0 else settings.vocab_size
         self.gpu = launch.gpu_properties(student.device)
         self.read = [torch.empty(0, dtype=each.dtype) for each in (student, *teachers)]  # what launch.py asks of them
-        counted = summed and self.rows <= COUNTED_ROWS and not settings.metrics
+        counted = summed and self.rows <= COUNTED_ROWS.value and not settings.metrics
         self.spec = spec = spec._replace(counted=counted)
         self.columns = table_columns("kdfast_triton", student.device.type, len(teachers))
         self.budget = launch.register_budget(self.spec, self.read)
         self.plan = launch.plan(self.vocab, self.read, self.gpu.warp, self.budget)
         self.sweep = launch.sweep_plan(self.vocab, self.read, self.gpu.warp, self.budget)
         self.segments, self.segment = 1, self.vocab
-        if spec.linear and not (self.plan.tiles or spec.dkd or spec.standardize or spec.metrics or spec.smoothed):
+        if not (self.plan.tiles or spec.standardize or spec.metrics):
             tile = self.sweep.lanes * self.sweep.vec
             self.segments, self.segment = launch.split_row(self.rows, self.vocab, tile, self.gpu)
         self.choice = next(self.choices())
+        tiny = self.width <= launch.TINY_CLASSES and spec.dtype == tl.float32 and len(teachers) <= 2
+        plain = one_temperature and not (spec.dkd or spec.standardize or spec.metrics)
+        self.tiny = launch.tiny_plan(self.width, self.gpu.warp) if tiny and plain else None
 
     def choices(self) -> Iterator[tuple[launch.Plan, int]]:
         """Plans and numbers of programs of the kernels that make loss and gradient at once."""
@@ -133,7 +138,7 @@ def prepare(
     settings: Settings, summed: bool,
 ) -> Prepared:  # fmt: skip
     """by_row: labels, weights, temperatures, teacher_temperatures; summed: the divisor is the sum of rows' weights."""
-    labels, _, temperatures, _ = by_row
+    labels, _, temperatures, teacher_temperatures = by_row
     power = power_of(settings, temperatures is not None)
     kind = (
         student.device, _names(settings), *map(bool, _numbers(settings)), power, summed,
@@ -143,9 +148,9 @@ def prepare(
     )  # fmt: skip
 
     def make() -> Prepared:
-        return Prepared(
-            student, teachers, make_spec(student, teachers, labels is not None, power, settings), settings, summed
-        )
+        spec = make_spec(student, teachers, labels is not None, power, settings)
+        one_temperature = temperatures is None and teacher_temperatures is None
+        return Prepared(student, teachers, spec, settings, summed, one_temperature)
 
     return remember(kind, make)
 

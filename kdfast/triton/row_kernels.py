@@ -4,15 +4,14 @@ row_math.py have a row's mathematics, per_row.py what it has besides its logits.
     loss_grad_short   a row and its teachers' stay in the registers of one program: each logit is read once
     loss_grad_long    pass A over the row, then pass C over it once more; pass B in between where there is one
     stats             pass A (and B), to the rows' coefficients
-    sums              pass A alone, of a shard's classes, or of segments, which reductions.py merges
-    pointwise_sums    pass B alone, of a shard's classes, from the sums of all shards
-    losses_and_coefficients    no pass: of rows, from the sums of all shards
     grad              pass C alone, from the rows' coefficients
 
-A program that keeps no row in registers reads it twice, or three times where B is there. Each sweep starts where the
-one before it ended, since the last classes read are those that the caches still hold; the first sweeps ask them to hold
-on to their lines, the last one's reads and the gradient's stores ask for no room. That helps as far as the rows in
-flight fit into the L2, so launch.py bounds how many programs there are, each of which goes from row to row.
+Rows whose classes are divided, over programs or over devices, take passes A and B in reductions.py; tiny_rows.py has
+rows of which a program takes several.
+
+A program that keeps no row in registers reads it twice, or three times where B is there, and goes from row to row. Each
+sweep starts where the one before it ended, since the last classes read are those that the caches still hold; loads of
+the first sweeps ask them to hold on to their lines, the last one's and the gradient's stores ask for no room.
 
 Arguments of all of them: student, output and each of teachers is a matrix as tiles.py has it; per_row and numbers are
 spec.PerRow and spec.Numbers.
@@ -29,7 +28,12 @@ import triton.language as tl
 from kdfast.triton import metrics
 from kdfast.triton.classifiers import add_scalings, first_difference, load_scalings, moments_pass, no_moments
 from kdfast.triton.pass_a import accumulate, label_exponent, no_sums
-from kdfast.triton.pass_b_c import add_divergence, merge_divergence_sums, no_divergence_sums, write_gradient
+from kdfast.triton.pass_b_c import (
+    add_divergence,
+    merge_divergence_sums,
+    no_divergence_sums,
+    write_gradient,
+)
 from kdfast.triton.per_row import (
     divisor_of_lanes,
     gradient_factor,
@@ -43,18 +47,14 @@ from kdfast.triton.per_row import (
     term_factors,
 )
 from kdfast.triton.row_math import loss_and_coefficients
-from kdfast.triton.sums import DivergenceSums, linear_divergence, merge, softmaxes
+from kdfast.triton.sums import linear_divergence, merge, softmaxes
 from kdfast.triton.sweep import open_span, sweep
 from kdfast.triton.tables import (
-    COEFFICIENTS,
     coefficient_columns,
     load_table_row,
-    read_all_sums,
     read_coefficients,
-    read_sums,
     scale_coefficients,
     store_table_row,
-    sum_columns,
 )
 from kdfast.triton.tiles import row_start, row_starts, row_value, zero
 
@@ -82,6 +82,14 @@ def store_row(per_row, index, rows, found, kept, label, share, SPEC: tl.constexp
         tl.store(per_row.losses + index, tl.where(kept, share * loss, 0))
     if SPEC.metrics:
         metrics.store(per_row, index, rows, found.metrics, kept, label, SPEC)
+
+
+@triton.jit
+def row_result(sums, divisors, found, at_label, row, numbers, per_row, share, vocab, SPEC: tl.constexpr):
+    """row_math.RowResult, from a row's sums; found: sums.DivergenceSums; share: of the row, of the loss."""
+    factors = term_factors(numbers, gradient_factor(per_row, row.label, share), SPEC)
+    y = label_exponent(at_label.student, sums.student_offset, row, SPEC)
+    return loss_and_coefficients(sums, divisors, found, y, at_label, row, factors, vocab.to(SPEC.dtype), SPEC)
 
 
 @triton.jit
@@ -113,9 +121,7 @@ def row_stats(
             )  # fmt: skip
             found = merge_divergence_sums(found, SPEC)
     share = share_of_row(weight, numbers.scale, divisor, SPEC)
-    factors = term_factors(numbers, gradient_factor(per_row, label, share), SPEC)
-    y = label_exponent(at_label.student, sums.student_offset, row, SPEC)
-    result = loss_and_coefficients(sums, divisors, found, y, at_label, row, factors, vocab.to(SPEC.dtype), SPEC)
+    result = row_result(sums, divisors, found, at_label, row, numbers, per_row, share, vocab, SPEC)
     store_row(per_row, index, rows, result, kept, label, share, SPEC)
     return RowStats(span, row, result.coefficients, result.further)
 
@@ -160,74 +166,6 @@ def stats(
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
         found = row_stats(student, teachers, per_row, numbers, index, rows, vocab, ignore_index, SPEC.lanes, SPEC)
         store_table_row(table, index, coefficient_columns(found.coefficients, found.further), COLUMNS, SPEC)
-
-
-@triton.jit(do_not_specialize=MATRICES + SIZES)
-def sums(
-    student, teachers, table, per_row, numbers,
-    rows: tl.int32, vocab: tl.int32, ignore_index: tl.int64, segments: tl.int32, segment: tl.int32,
-    WHOLE: tl.constexpr, COLUMNS: tl.constexpr, SPEC: tl.constexpr,
-):  # fmt: skip
-    """Each segment's sums of `segment` classes, (rows, segments, COLUMNS): WHOLE, or what split rows have."""
-    for at in range(tl.program_id(0), rows * segments, tl.num_programs(0)):
-        index = at // segments
-        kept, label, weight = kept_row(per_row, index, ignore_index, vocab, SPEC.lanes, SPEC)
-        row = load_row(per_row, index, numbers, label, SPEC)
-        s, ts = row_start(student, index), row_starts(teachers, index, 0)
-        begin, end = segment_range(s, at, segments, segment, vocab, kept, SPEC.vec)
-        span = open_span(s + begin, row_starts(teachers, index, begin), end - begin, kept, SPEC)
-        found = no_sums(first_difference(s, ts, row, SPEC), SPEC)
-        found = merge(sweep(accumulate, found, (), span, row, SPEC, KEEP_IN_CACHE=True), row, SPEC)
-        y = found.student_total
-        if WHOLE:
-            logit, divisor = label_and_divisor(s, label, None, SPEC)
-            y = label_exponent(label_logits(logit, (), row, SPEC).student, found.student_offset, row, SPEC)
-            y = tl.where(kept & (label >= 0), y, float("-inf"))
-        store_table_row(table, at, sum_columns(found, y, span.n, WHOLE, SPEC), COLUMNS, SPEC)
-
-
-@triton.jit(do_not_specialize=MATRICES + SIZES)
-def pointwise_sums(
-    student, teachers, table, of_all, per_row, numbers,
-    rows: tl.int32, vocab: tl.int32, ignore_index: tl.int64, COLUMNS: tl.constexpr, SPEC: tl.constexpr,
-):  # fmt: skip
-    """phi and psi of each row's classes, (rows, 2), from the sums of all of its classes, (rows, COLUMNS)."""
-    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
-        kept, label, weight = kept_row(per_row, index, ignore_index, vocab, SPEC.lanes, SPEC)
-        row = load_row(per_row, index, numbers, label, SPEC)
-        span = open_span(
-            row_start(student, index), row_starts(teachers, index, 0), tl.where(kept, vocab, 0), kept, SPEC
-        )  # fmt: skip
-        merged = read_sums(load_table_row(of_all, index, COLUMNS, SPEC), False, SPEC)
-        divisors = softmaxes(merged, (), row, SPEC)
-        found = sweep(add_divergence, no_divergence_sums(SPEC), divisors, span, row, SPEC, NUMBER=2)
-        found = merge_divergence_sums(found, SPEC)
-        store_table_row(table, index, (found.phi, found.psi), 2, SPEC)
-
-
-@triton.jit(do_not_specialize=MATRICES + SIZES)
-def losses_and_coefficients(
-    student, teachers, table, of_all, per_row, numbers,
-    rows: tl.int32, vocab: tl.int32, ignore_index: tl.int64, COLUMNS: tl.constexpr, SPEC: tl.constexpr,
-):  # fmt: skip
-    """Each row's loss and its coefficients, 0 where it is dropped, from the sums of all of its classes."""
-    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
-        kept, label, weight = kept_row(per_row, index, ignore_index, vocab, SPEC.lanes, SPEC)
-        row = load_row(per_row, index, numbers, label, SPEC)
-        line = load_table_row(of_all, index, COLUMNS, SPEC)
-        sums, columns = read_sums(line, True, SPEC), read_all_sums(line)
-        found = ()
-        if SPEC.divergence is not None:
-            if SPEC.linear:
-                found = linear_divergence(sums, row, SPEC)
-            else:
-                found = DivergenceSums(columns.phi, columns.psi, (), (), (), (), ())
-        divisors, factors = softmaxes(sums, (), row, SPEC), term_factors(numbers, weight, SPEC)
-        result = loss_and_coefficients(
-            sums, divisors, found, columns.label, (), row, factors, columns.classes, SPEC
-        )  # fmt: skip
-        tl.store(per_row.losses + index, tl.where(kept, weight * result.loss, 0))
-        store_table_row(table, index, coefficient_columns(result.coefficients, ()), COEFFICIENTS, SPEC, kept)
 
 
 @triton.jit(do_not_specialize=MATRICES + SIZES)

@@ -49,7 +49,7 @@ def soft_term(sums, found, at_label, row, factors, classes, SPEC: tl.constexpr):
     nothing = sums.student_total * 0
     loss, level, slope, teacher, soft, center = nothing, nothing, nothing, nothing, nothing, nothing
     with_z, of_label, kl = nothing, nothing, nothing
-    scale = factors.gradient * factors.alpha
+    scale = tl.where(classes == 1, 0, factors.gradient * factors.alpha)  # a single class always has q = 1
     if SPEC.standardize:
         scale *= row.scalings.student.unit
     if SPEC.difference:

@@ -49,30 +49,14 @@ def add_pair(a, b, c, d):
     return a + c, b + d
 
 
-@triton.constexpr_function
-def _log2(n):
-    return int(n).bit_length() - 1
-
-
 @triton.jit
 def sum_pair(a, b):
-    """Over the first axis; of segments of several rows by halves, or the number of rows would decide on the order."""
-    if len(a.shape) > 1:
-        SEGMENTS: tl.constexpr = a.shape[0]
-        ROWS: tl.constexpr = a.shape[1]
-        HALVINGS: tl.constexpr = _log2(SEGMENTS)
-        for k in tl.static_range(HALVINGS):
-            a = tl.reshape(a, 2, SEGMENTS >> (k + 1), ROWS)
-            b = tl.reshape(b, 2, SEGMENTS >> (k + 1), ROWS)
-            a, b = tl.reduce((a, b), 0, add_pair)
-        return tl.reshape(a, ROWS), tl.reshape(b, ROWS)
-    else:
-        return tl.reduce((a, b), 0, add_pair)
+    return tl.reduce((a, b), 0, add_pair)
 
 
 @triton.jit
-def sum_first_axis(values):
-    """Sums over the first axis, two at a time."""
+def sum_pairs(values):
+    """Two at a time."""
     out = ()
     for k in tl.static_range(0, len(values), 2):
         if k + 1 < len(values):
@@ -107,10 +91,10 @@ def merge(sums, row, SPEC: tl.constexpr):
         else:
             teacher_highest, dt, total = tl.max(teacher.offset, 0), teacher.offset, teacher.total
         running = rescale(teacher.over_teacher, SPEC.running.over_teacher, teacher.total, dt, dt, ds, row.beta)
-        added = sum_first_axis((total,) + running)
+        added = sum_pairs((total,) + running)
         teachers = teachers + (TeacherSums(teacher_highest, added[0], added[1:]),)
     running = rescale(sums.over_student, SPEC.running.over_student, sums.student_total, ds, dt, ds, row.beta)
-    added = sum_first_axis((scaled(sums.student_total, ds), hard) + running)
+    added = sum_pairs((scaled(sums.student_total, ds), hard) + running)
     exponents, classes, differences, best = sums.exponents, sums.classes, sums.differences, sums.best
     if SPEC.smoothed:
         change = hard_offset_change(old, new, row, SPEC)

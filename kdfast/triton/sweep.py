@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language import target_info
 
 from kdfast.triton.logits import adjust_logits
 from kdfast.triton.tiles import Tile, body_classes, end_classes, load_body, prefix_length, widen
@@ -78,6 +79,18 @@ def _end_tile(span, loaded, row, SPEC: tl.constexpr):
     return Tile(s, ts, ends, mask, 0)
 
 
+@triton.constexpr_function
+def pipeline_stages(lanes: Any, teachers: Any) -> int:
+    """Of the loop over tiles in memory: the tiles that are loaded ahead while one is computed, and two more.
+
+    On NVIDIA's devices copies to shared memory: 12 KB or more of each of two programs, which is what a multiprocessor
+    of an H100 needs for its bandwidth (25 bytes a ns for 0.7 us are 17 KB), but not more than 3 tiles. They carry no
+    hints for the caches. On AMD's to registers, all of which an iteration waits for before it loads more: one tile.
+    """
+    tile = int(lanes) * 16 * (1 + int(teachers))
+    return 2 if target_info.is_hip() else 2 + min(3, -(-12288 // tile))
+
+
 @triton.jit
 def sweep(
     PASS: tl.constexpr, state, context, span, row, SPEC: tl.constexpr,
@@ -104,7 +117,7 @@ def sweep(
         state = PASS(state, _end_tile(span, ends, row, SPEC), context, row, SPEC)
         body = span.n - span.prefix
         last = (tl.cdiv(body, BLOCK) - 1) * BLOCK
-        for i in range(0, body, BLOCK):
+        for i in tl.range(0, body, BLOCK, num_stages=pipeline_stages(SPEC.lanes, len(span.teachers))):
             at = last - i if REVERSED else i
             loaded = _load_body(span.student, span.teachers, span.prefix, at, span.n, KEEP_IN_CACHE, SPEC)
             state = PASS(state, _body_tile(span, loaded, at, 0, row, SPEC), context, row, SPEC)

@@ -10,10 +10,10 @@ from kdfast.row_math import Coefficients
 from kdfast.triton.classifiers import Differences
 from kdfast.triton.pass_a import Sums, TeacherSums
 from kdfast.triton.spec import Further
+from kdfast.triton.sums import DivergenceSums
 
 COEFFICIENTS = tl.constexpr(len(Coefficients._fields))
 ALL_SUMS = tl.constexpr(len(row_math.Sums._fields))
-SEGMENT_SUMS = tl.constexpr(row_math.Sums._fields.index("label"))
 
 
 @triton.constexpr_function
@@ -97,8 +97,8 @@ def scale_coefficients(c, factor):
     )  # fmt: skip
 
 
-# Sums of a segment: row_math.Sums up to what the rows that are split have, and for each further teacher its offset, its
-# total and its over_teacher. logit_mse, without a teacher's distribution, has its sums of differences in their places.
+# Sums of a segment: row_math.Sums, and for each further teacher its offset, its total and its over_teacher. logit_mse,
+# without a teacher's distribution, has its sums of differences in their places.
 
 
 @triton.jit
@@ -107,24 +107,19 @@ def read_all_sums(line):
 
 
 @triton.jit
-def read_sums(line, WHOLE: tl.constexpr, SPEC: tl.constexpr):
-    """WHOLE: from all of row_math.Sums, of one teacher."""
-    COUNT: tl.constexpr = ALL_SUMS if WHOLE else SEGMENT_SUMS
-    columns = read_columns(line, 0, COUNT)
-    nothing = column(line, 0) * 0
-    for _ in tl.static_range(COUNT, ALL_SUMS):
-        columns = columns + (nothing,)
-    s = row_math.Sums(*columns)
+def read_sums(line, SPEC: tl.constexpr):
+    """pass_a.Sums."""
+    s = read_all_sums(line)
     teachers, differences, exponents, classes = (), (), (), ()
     MEMBERS: tl.constexpr = SPEC.members
     for k in tl.static_range(MEMBERS):
         offset, total, part = s.teacher_offset, s.teacher_total, s.over_teacher
         if k > 0:
-            offset, total, part = read_columns(line, SEGMENT_SUMS + 3 * (k - 1), 3)
+            offset, total, part = read_columns(line, ALL_SUMS + 3 * (k - 1), 3)
         teachers = teachers + (TeacherSums(offset, total, (part,)[: len(SPEC.running.over_teacher)]),)
     if SPEC.difference:
         differences = Differences(s.teacher_offset, s.teacher_total, s.over_teacher, ())
-    if SPEC.smoothed and WHOLE:
+    if SPEC.smoothed:
         exponents, classes = s.exponents, s.classes
     over_student = (s.over_student,)[: len(SPEC.running.over_student)]
     return Sums(
@@ -134,8 +129,28 @@ def read_sums(line, WHOLE: tl.constexpr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def sum_columns(sums, label, classes, WHOLE: tl.constexpr, SPEC: tl.constexpr):
-    """label: its log2 E; classes: how many; WHOLE: all of row_math.Sums, of one teacher."""
+def load_parts(parts, index, segments, COLUMNS: tl.constexpr, SEGMENTS: tl.constexpr, SPEC: tl.constexpr):
+    """pass_a.Sums of a row's segments, (SEGMENTS,) each, for sums.merge; there are only `segments` of them."""
+    part = tl.arange(0, SEGMENTS)[:, None]
+    at = tl.arange(0, padded_width(COLUMNS))[None, :]
+    is_offset = (at == 0) | (at == 2) | ((at >= ALL_SUMS) & ((at - ALL_SUMS) % 3 == 0))
+    cells = ((index + tl.zeros((), tl.int64)) * segments + part) * COLUMNS + at
+    nothing = tl.where(is_offset, float("-inf"), 0)
+    return read_sums(tl.load(parts + cells, mask=(part < segments) & (at < COLUMNS), other=nothing), SPEC)
+
+
+@triton.jit
+def load_pointwise(pointwise, index, segments, SEGMENTS: tl.constexpr, SPEC: tl.constexpr):
+    """sums.DivergenceSums of a row, from phi and psi of its segments."""
+    part = tl.arange(0, SEGMENTS)[:, None]
+    cells = ((index + tl.zeros((), tl.int64)) * segments + part) * 2 + tl.arange(0, 2)[None, :]
+    line = tl.sum(tl.load(pointwise + cells, mask=part < segments, other=0), 0)
+    return DivergenceSums(column(line, 0), column(line, 1), (), (), (), (), ())
+
+
+@triton.jit
+def sum_columns(sums, label, classes, SPEC: tl.constexpr):
+    """label: its log2 E; classes: how many."""
     nothing = sums.student_total * 0
     offset, total, over_teacher, over_student, exponents = nothing, nothing, nothing, nothing, nothing
     further = ()
@@ -158,6 +173,6 @@ def sum_columns(sums, label, classes, WHOLE: tl.constexpr, SPEC: tl.constexpr):
         over_teacher, over_student, label, exponents, nothing + classes, nothing, nothing,
     )  # fmt: skip
     columns = ()
-    for k in tl.static_range(len(s) if WHOLE else SEGMENT_SUMS):
+    for k in tl.static_range(len(s)):
         columns = columns + (s[k],)
     return columns + further
