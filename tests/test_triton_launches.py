@@ -84,14 +84,14 @@ def test_the_host_never_waits(vocab: int, monkeypatch: pytest.MonkeyPatch) -> No
 def test_autotuning_where_it_is_wanted_measures_once_and_stays_right(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, inplace: bool
 ) -> None:
-    monkeypatch.delenv("KDFAST_AUTOTUNE", raising=False)
+    monkeypatch.setattr(autotune, "is_wanted", False)
     monkeypatch.setattr(autotune, "_places", {})
     monkeypatch.setattr(autotune, "_file", lambda: tmp_path / "choices.json")
     inputs, settings = batch(2, 3000, F32), {"inplace": inplace, "reduction": "sum", **SETTINGS}
     with gpu.kernels() as reports:
         run(*inputs, **settings)
         assert not autotune._places
-        monkeypatch.setenv("KDFAST_AUTOTUNE", "1")
+        monkeypatch.setattr(autotune, "is_wanted", True)
         judge(*inputs, **settings)
         (choices,) = autotune._places.values()
         assert len(choices) == 1

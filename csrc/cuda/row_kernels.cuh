@@ -110,13 +110,19 @@ __global__ void __launch_bounds__(kWarpThreads, 5) warp_rows(const __grid_consta
   compute_rows<WarpTeam, S, D, true>(a, kept + (threadIdx.x >> 5) * 2 * (a.vocab / kVec<S>), unused);
 }
 
-// Blocks of a multiprocessor, whose registers are shared out accordingly: with 80 each jsd and symmetric_kl
-// spill.
-template <class D>
-constexpr int kBlocksAtOnce = D::kPointwise || (D::kTeacher && D::kStudent) ? 2 : 3;
+// With the registers of 3 forward_kl spills from sm_100 on, and on sm_120 cross_entropy.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kMostAtOnce = 2;
+#else
+constexpr int kMostAtOnce = 3;
+#endif
+// Blocks of a multiprocessor, whose registers are shared out accordingly. With 80 each jsd and symmetric_kl
+// spill, and sweeps, of which two run at once. They are given as one of so many threads, which it may be.
+template <class D, bool kKeep>
+constexpr int kBlocksAtOnce = D::kPointwise || (D::kTeacher && D::kStudent) || !kKeep ? 2 : kMostAtOnce;
 
 template <class S, class D, bool kKeep>
-__global__ void __launch_bounds__(kBlockThreads* kBlocksAtOnce<D>)
+__global__ void __launch_bounds__(kBlockThreads* kBlocksAtOnce<D, kKeep>, 1)
     block_rows(const __grid_constant__ RowsArgs a) {
   extern __shared__ uint4 kept[];
   __shared__ Shared<D> shared;

@@ -1,5 +1,6 @@
 // A team's part of a row: packs of 16 bytes, which come from global memory by way of shared memory, where
-// they stay (kKeep), or each time from global memory. Each thread reads only what it has copied itself.
+// they stay (kKeep), or again in each sweep, through a few slots. Each thread reads only what it has copied
+// itself.
 #pragma once
 
 #include "row_numbers.cuh"

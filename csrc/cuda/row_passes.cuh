@@ -80,7 +80,7 @@ __device__ inline Sums<float> to_sums(const RowSums<D>& x, const PointwiseSums& 
   sums.over_teacher = x.over_teacher;
   sums.over_student = x.over_student;
   sums.label = exponent(label_logit);
-  sums.exponents = classes * exponent(row.first_logit) + x.logits * row.logit_scale * kLog2E;
+  sums.exponents = classes * exponent(row.first_logit) + x.logits * (row.exp2_scale * t);
   sums.classes = classes;
   sums.phi = pointwise.phi;
   sums.psi = pointwise.psi;

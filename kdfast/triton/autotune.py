@@ -1,4 +1,4 @@
-"""KDFAST_AUTOTUNE=1: plans chosen by measurement, not by launch.py's rules.
+"""KDFAST_AUTOTUNE=1, set before the first call: plans chosen by measurement, not by launch.py's rules.
 
 Rows of one kind are measured once for all their numbers up to the same power of 2. The choices are kept in Triton's
 folder of compiled kernels, for this device, this Triton and this kdfast, so that the next process measures nothing.
