@@ -143,6 +143,7 @@ def check_vocab(vocab_size: Any) -> int:
 def check_logits(name: str, logits: Any) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name}: must be a tensor, not {kind(logits)}")
+    check_dense(name, logits)
     check_floating(name, logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"{name}: has shape {tuple(logits.shape)}, but it must be (..., V) with V >= 1")
@@ -154,6 +155,12 @@ def check_rows(
     """A tensor with one value per row of the logits, which the caller knows under the name `of`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: must be a tensor, not {kind(value)}")
+    if integer and value.is_floating_point() and value.shape == logits.shape and value.dim() > len(shape):
+        raise RuntimeError(
+            f"{name}: has dtype {value.dtype} and the shape of {of}, but it must be torch.int64 class indices; "
+            'probabilities, as mixup and cutmix make them, are a teacher: kd_loss(s, labels, target="probs"), with '
+            "alpha=1 - a and added to kd_loss(s, teacher, alpha=a, hard_weight=0) where there is another teacher"
+        )
     if integer and value.dtype != torch.int64:
         raise RuntimeError(f"{name}: has dtype {value.dtype}, but it must be torch.int64 class indices")
     if value.is_complex():
@@ -179,6 +186,7 @@ def check_temperatures(
     if not isinstance(value, Tensor):
         return None
     check_rows(name, value, shape, logits, of=of)
+    check_constant(name, value)
     return value.detach()
 
 
@@ -191,15 +199,14 @@ def check_normalizer(value: Any, reduction: str, student: Tensor) -> tuple[float
             f"normalizer: given with reduction={reduction!r}; it takes the place of the mean's denominator"
         )
     if isinstance(value, Tensor):
-        if value.dim() != 0 or value.is_complex():
+        if value.numel() != 1 or value.dim() > 1 or value.is_complex():
             raise ValueError(
-                f"normalizer: must be a number or a real 0-dim tensor, not {value.dtype} of shape {tuple(value.shape)}"
+                f"normalizer: must be a number or a real tensor of one, not {value.dtype} of shape {tuple(value.shape)}"
             )
         if value.device != student.device:
             raise RuntimeError(f"normalizer: is on {value.device}, but student_logits is on {student.device}")
-        if value.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("normalizer: requires grad, but kd_loss has no derivative for it; detach() it")
-        return 0.0, value
+        check_constant("normalizer", value)
+        return 0.0, value.reshape(())
     return check_positive("normalizer", value), None
 
 
@@ -217,6 +224,24 @@ def check_inplace(student: Tensor) -> None:
             "inplace: student_logits is expanded, so more than one of its elements refers to a single memory location; "
             "clone() it first"
         )
+
+
+def check_constant(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{name}: requires grad, but kdfast has no derivative for it; detach() it")
+
+
+def check_dense(name: str, tensor: Tensor, parts: str = "pass to_local() of logits that are split by rows") -> None:
+    """Not a DTensor, nor nested. parts: what to do with a DTensor."""
+    if type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_nested:
+        return
+    if tensor.is_nested:
+        raise TypeError(f"{name}: is a nested tensor; pass its values(), and labels and teacher of the same rows")
+    if torch.distributed.is_available():
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(tensor, DTensor):
+            raise TypeError(f"{name}: is a DTensor, of which each process holds a part; {parts}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

@@ -7,6 +7,12 @@ from torch import Tensor
 
 from kdfast import checks, chunks
 
+# full_tensor() would give each process the gradient of its own rows alone.
+_PARTS_OF_A_HEAD = (
+    "call the loss inside the forward of the module that fully_shard was applied to, where its parameters are whole, "
+    "or between unshard() and reshard() of that module"
+)
+
 
 def check_head(side: str, hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """One side's hidden states, weight and bias, cast as autocast casts F.linear's."""
@@ -16,11 +22,7 @@ def check_head(side: str, hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, 
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: must be a tensor, not {checks.kind(tensor)}")
         checks.check_floating(name, tensor)
-        if _is_distributed(tensor):
-            raise TypeError(
-                f"{name}: is a DTensor, of which each process holds a part; call the loss inside the forward of the "
-                "module that fully_shard was applied to, where its parameters are whole, or pass full_tensor()"
-            )
+        checks.check_dense(name, tensor, parts=_PARTS_OF_A_HEAD)
         if tensor.device != hidden.device:
             raise RuntimeError(f"{name}: is on {tensor.device}, but {side}_hidden is on {hidden.device}")
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
@@ -46,14 +48,6 @@ def check_head(side: str, hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, 
         if tensor.dtype != tensors[f"{side}_hidden"].dtype:
             raise RuntimeError(f"{name}: has dtype {tensor.dtype}, but {side}_hidden has {hidden.dtype}")
     return tensors[f"{side}_hidden"], tensors[f"{side}_weight"], tensors.get(f"{side}_bias")
-
-
-def _is_distributed(tensor: Tensor) -> bool:
-    if type(tensor) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
 
 
 def product_like(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -148,8 +148,7 @@ def check_inputs(
     row_weight = options["row_weight"]
     if row_weight is not None:
         checks.check_rows("row_weight", row_weight, shape, student)
-        if row_weight.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("row_weight: requires grad, but kd_loss has no derivative for it; detach() it")
+        checks.check_constant("row_weight", row_weight)
     temperatures = checks.check_temperatures("temperature", options["temperature"], shape, student)
     teacher_temperatures = temperatures
     if options["teacher_temperature"] is not None:

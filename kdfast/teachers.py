@@ -1,12 +1,11 @@
 """Checks of the teacher: one tensor or an ensemble of them; logits, probabilities or log-probabilities."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from kdfast.checks import check_floating, kind
+from kdfast.checks import check_constant, check_dense, check_floating, kind
 
 
 def check_teachers(
@@ -17,18 +16,18 @@ def check_teachers(
         if teacher_weights is not None:
             raise ValueError("teacher_weights: given with one tensor as the teacher; it is for a sequence of teachers")
         teachers, weights = [teacher], [1.0]
-    elif isinstance(teacher, Sequence) and not isinstance(teacher, str):
+    elif type(teacher) in (list, tuple):  # and no named tuple, which is a model's output
         teachers = list(teacher)
         weights = check_weights(teacher_weights, len(teachers))
     else:
-        raise TypeError(
-            f"teacher: must be a tensor or a sequence of tensors (or None with alpha=0), not {kind(teacher)}"
-        )
+        what = kind(teacher) + ("; pass its logits" if hasattr(teacher, "logits") else "")
+        raise TypeError(f"teacher: must be a tensor, or a list or tuple of tensors (or None with alpha=0), not {what}")
     several = len(teachers) > 1
     for index, each in enumerate(teachers):
         name = f"teacher[{index}]" if several else "teacher"
         if not isinstance(each, Tensor):
             raise TypeError(f"{name}: must be a tensor, not {kind(each)}")
+        check_dense(name, each)
         check_floating(name, each)
         if each.device != student.device:
             raise RuntimeError(f"{name}: is on {each.device}, but student_logits is on {student.device}")
@@ -49,6 +48,9 @@ def check_weights(teacher_weights: Any, count: int) -> list[float]:
     try:
         if isinstance(teacher_weights, str):
             raise TypeError
+        for each in (teacher_weights, *teacher_weights):
+            if isinstance(each, Tensor):
+                check_constant("teacher_weights", each)
         weights = [float(w) for w in teacher_weights]
     except (TypeError, ValueError):
         raise TypeError(f"teacher_weights: must be a sequence of {count} numbers, not {teacher_weights!r}") from None

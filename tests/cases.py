@@ -84,7 +84,7 @@ def to_device(value: Any, device: torch.device | str) -> Any:
     """Copies the tensors in dicts, lists and tuples to a device; meta tensors and all else stay as they are."""
     if isinstance(value, dict):
         return {k: to_device(v, device) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
+    if type(value) in (list, tuple):
         return type(value)([to_device(v, device) for v in value])
     return value.to(device) if isinstance(value, Tensor) and value.device.type != "meta" else value
 

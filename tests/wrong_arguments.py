@@ -5,7 +5,7 @@ message begins with the argument's name and a colon.
 """
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,17 +16,32 @@ NAN, INF = float("nan"), float("inf")
 CAPS = ("softcap", "teacher_softcap")
 SCALES = ("logit_scale", "teacher_logit_scale")
 NOT_NONE = ("temperature", "label_smoothing", "z_loss", *SCALES)  # arguments that cannot be None
+NESTED = torch.nested.nested_tensor([S[0, :2], S[1]], layout=torch.jagged)
 META = torch.empty(3, 5, device="meta")  # another device than the logits'
+
+
+class ModelOutput(NamedTuple):
+    """As torchvision's GoogLeNet returns it."""
+
+    logits: torch.Tensor
+    aux_logits: torch.Tensor
+
 
 WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     # --- tensors: a wrong Python type is a TypeError, as PyTorch's own arguments raise it
     ("student_logits", [1.0], {}, TypeError, "must be a tensor, not list"),
     ("student_logits", None, {}, TypeError, "must be a tensor, not None"),
     ("student_logits", np.zeros((3, 5)), {}, TypeError, "must be a tensor, not ndarray"),
-    ("teacher", None, {}, TypeError, "must be a tensor or a sequence of tensors.*, not None"),
-    ("teacher", "logits", {}, TypeError, "must be a tensor or a sequence of tensors.*, not str"),
-    ("teacher", {0: T}, {}, TypeError, "must be a tensor or a sequence of tensors.*, not dict"),
-    ("teacher", (t for t in [T]), {}, TypeError, "must be a tensor or a sequence of tensors.*, not generator"),
+    *(
+        ("teacher", value, {}, TypeError, f"must be a tensor, or a list or tuple of tensors.*, not {type_}")
+        for value, type_ in (
+            (None, "None"),
+            ("logits", "str"),
+            ({0: T}, "dict"),
+            ((t for t in [T]), "generator"),
+            (ModelOutput(T, T), "ModelOutput; pass its logits"),
+        )
+    ),  # fmt: skip
     ("teacher[1]", [T, None], {}, TypeError, "must be a tensor, not None"),
     ("labels", [0, 1, 2], {}, TypeError, "must be a tensor, not list"),
     ("row_weight", [1.0, 1.0, 1.0], {}, TypeError, "must be a tensor, not list"),
@@ -47,7 +62,13 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("row_weight", torch.empty(3, device="meta"), {}, RuntimeError, "is on meta, but student_logits is on (cpu|cuda)"),
     ("temperature", torch.empty(3, device="meta"), {}, RuntimeError, "is on meta, but student_logits is on (cpu|cuda)"),
     ("normalizer", torch.empty((), device="meta"), {}, RuntimeError, "is on meta, but student_logits is on (cpu|cuda)"),
-    ("row_weight", torch.ones(3, requires_grad=True), {}, RuntimeError, "requires grad, but .* no derivative.*detach"),
+    *(
+        (name, torch.ones(3, requires_grad=True), {}, RuntimeError, "requires grad, but .* no derivative.*detach")
+        for name in ("row_weight", "temperature", "teacher_temperature")
+    ),
+    ("student_logits", NESTED, {}, TypeError, r"is a nested tensor; pass its values\(\)"),
+    ("teacher", NESTED, {}, TypeError, r"is a nested tensor; pass its values\(\)"),
+    ("labels", T.softmax(-1), {}, RuntimeError, r"torch.float32 and the shape of .*target=\"probs\""),
     # a shape is a ValueError
     ("student_logits", torch.tensor(1.0), {}, ValueError, r"has shape \(\), but it must be \(..., V\) with V >= 1"),
     ("student_logits", torch.empty(3, 0), {}, ValueError, r"has shape \(3, 0\), but it must be \(..., V\) with V >= 1"),
@@ -61,7 +82,7 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("row_weight", torch.ones(3, 5), {}, ValueError, r"has shape \(3, 5\), but .* of shape \(3, 5\) it must be \(3,\)"),
     ("temperature", torch.tensor(2.0), {}, ValueError, r"has shape \(\), but .* of shape \(3, 5\) it must be \(3,\)"),
     ("teacher_temperature", torch.ones(2), {}, ValueError, r"has shape \(2,\), but .* it must be \(3,\)"),
-    ("normalizer", torch.ones(1), {}, ValueError, r"a number or a real 0-dim tensor, not .* of shape \(1,\)"),
+    ("normalizer", torch.ones(2), {}, ValueError, r"a number or a real tensor of one, not .* of shape \(2,\)"),
     # --- labels: out of range is an IndexError with label, row and V
     ("labels", torch.tensor([0, 5, 1]), {}, IndexError, r"label 5 in row 1 .*V = 5 .*\[0, 4\] or .*\(-100\)"),
     ("labels", torch.tensor([0, 1, -1]), {}, IndexError, r"label -1 in row 2 .*V = 5 .*\[0, 4\]"),
@@ -169,4 +190,5 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
         ("teacher_weights", value, {"teacher": [T, T]}, TypeError, "must be a sequence of 2 numbers, not ")
         for value in (0.5, [None, 1.0], "12")
     ),
+    ("teacher_weights", torch.ones(2, requires_grad=True), {"teacher": [T, T]}, RuntimeError, "no derivative"),
 ]
