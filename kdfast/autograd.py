@@ -53,8 +53,10 @@ class GradInForward(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> Any:
         _forbid_double_backward()
+        if grad_loss is None:  # autograd's undefined gradient, which is 0
+            return None, None, None, None, None
         (grad,) = ctx.saved_tensors
         if torch.compiler.is_compiling():
             return grad * grad_loss, None, None, None, None
@@ -86,8 +88,10 @@ class GradInBackward(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> Any:
         _forbid_double_backward()
+        if grad_loss is None:
+            return None, None, None, None, None
         student, stats, *rest = _saved(ctx)
         inputs = _inputs(rest)
         if not ctx.inplace:

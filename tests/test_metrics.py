@@ -131,8 +131,11 @@ def test_nan_or_infinity_affects_the_metrics_of_its_row_alone(backend: str) -> N
 
 def _same_kernel(backend: str, reduction: str, dtype: torch.dtype, vocab: int) -> bool:
     """With metrics the CPU goes row by row, as for a gradient: not by columns, as for short rows, and not with several
-    threads a row."""
-    return backend != "cpu" or (reduction == "mean" and dtype != F16 and 64 < vocab < 32_768)
+    threads a row. Triton has a row in a program, as by reduction "none", and not several short ones."""
+    in_forward = reduction == "mean" and dtype != F16
+    if backend == "cpu":
+        return in_forward and 64 < vocab < 32_768
+    return backend != "triton" or not in_forward or vocab > 128
 
 
 @pytest.mark.parametrize("dtype", (F32, F16), ids=name)  # gradients computed in forward, and in backward

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast import row_math
 from kdfast.arguments import Inputs, Settings
 from kdfast.triton import launch, matrices, reductions, row_kernels, softmax_kernels, tiny_rows
 from kdfast.triton.call import Call
@@ -69,6 +70,8 @@ def pointwise_sums(student: Tensor, sums: Tensor, inputs: Inputs, settings: Sett
 
 
 def losses_and_coefficients(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+    if len(inputs.teachers) > 1 or settings.divergence in ("dkd", "logit_mse"):  # the kernel wants sums of their own
+        return row_math.losses_and_coefficients(sums, inputs, settings)
     return _shard(student, inputs, settings).losses_and_coefficients(sums)
 
 
