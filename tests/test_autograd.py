@@ -195,10 +195,8 @@ def test_a_teacher_from_inference_mode_is_accepted(reduction, backend):
 def test_a_teacher_that_requires_grad_is_accepted_and_gets_no_grad(reduction, backend):
     s, t, y = data()
     teacher = t.clone().requires_grad_()
-    temperature = torch.full((ROWS,), 2.0, requires_grad=True)
-    kd_loss(s, teacher * 1, y, reduction=reduction, temperature=temperature, backend=backend).sum().backward()
+    kd_loss(s, teacher * 1, y, reduction=reduction, temperature=2.0, backend=backend).sum().backward()
     assert teacher.grad is None
-    assert temperature.grad is None
     with torch.no_grad():
         unasked = kd_loss(s.detach(), teacher, y, reduction=reduction, backend=backend)
     assert not unasked.requires_grad

@@ -28,7 +28,7 @@ OF_ARGUMENTS = [
            "        base = student._base\n", "        pass\n",
            "inplace=True overwrites a leaf through its view.", INPLACE),
     Mutant("normalizer-may-require-grad", CHECKS,
-           "if value.requires_grad and torch.is_grad_enabled():",
+           "if tensor.requires_grad and torch.is_grad_enabled():",
            "if value.requires_grad and not torch.is_grad_enabled():",
            "A normalizer that requires grad silently gets none.", ARGUMENTS),
     Mutant("metrics-without-a-teacher", "kdfast/arguments.py",
