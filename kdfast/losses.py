@@ -103,7 +103,7 @@ def kd_loss(
         teacher: (..., V) of any of these dtypes, or a sequence of such tensors, an ensemble. It never gets a gradient.
             May be None where ``alpha`` is 0.
         labels: (...) int64 class indices, already shifted. None: no hard term.
-        temperature: T > 0, a number or a tensor (...) with one per row, which must not require grad. Its values are checked
+        temperature: T > 0, a number or a tensor (...) with one per row, detached. Its values are checked
             on a CPU only.
         teacher_temperature: the teacher's; None: ``temperature``. T^2 stays the student's.
         alpha: the weight of the soft term. None: 0.9 with labels, 1 without. In [0, 1] unless ``hard_weight`` is given.

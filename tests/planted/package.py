@@ -29,7 +29,7 @@ OF_ARGUMENTS = [
            "inplace=True overwrites a leaf through its view.", INPLACE),
     Mutant("normalizer-may-require-grad", CHECKS,
            "if tensor.requires_grad and torch.is_grad_enabled():",
-           "if value.requires_grad and not torch.is_grad_enabled():",
+           "if tensor.requires_grad and not torch.is_grad_enabled():",
            "A normalizer that requires grad silently gets none.", ARGUMENTS),
     Mutant("metrics-without-a-teacher", "kdfast/arguments.py",
            "return self.alpha != 0 or self.metrics", "return self.alpha != 0",
