@@ -70,7 +70,7 @@ def pointwise_sums(student: Tensor, sums: Tensor, inputs: Inputs, settings: Sett
 
 
 def losses_and_coefficients(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
-    if len(inputs.teachers) > 1 or settings.divergence in ("dkd", "logit_mse"):  # the kernel wants sums of their own
+    if len(inputs.teachers) > 1 or settings.divergence in ("dkd", "logit_mse"):  # theirs are not Sums
         return row_math.losses_and_coefficients(sums, inputs, settings)
     return _shard(student, inputs, settings).losses_and_coefficients(sums)
 
