@@ -16,9 +16,11 @@
 //
 // The others get a pass over p and q, once the sums are known. phi leaves out a term of first order in q -
 // p, which would drown the rest where p is near q; its sum, beta's multiple of 1 - sum p, is added by
-// `constant`. ratio(a, b) is 0 where both are 0. log_ratio(a, b, a - b) is log(a / b), exact to first order
-// where a is near b, and finite where a is 0, since it is multiplied by a. Comparisons see p and q rounded:
-// where the compiler makes one operation of a product and a difference, q - p may not be 0 though p == q.
+// `constant`. rest is 1 - beta, rounded once. A mixture is a sum of numbers >= 0, right to its last digits at
+// every beta; p + rest (q - p) would cancel. ratio(a, b) is 0 where both are 0. log_ratio(a, b, a - b) is
+// log(a / b), exact to first order where a is near b, and finite where a is 0, since it is multiplied by a.
+// Comparisons see p and q rounded: where the compiler makes one operation of a product and a difference,
+// q - p may not be 0 though p == q.
 #pragma once
 
 #ifdef __CUDACC__
@@ -122,26 +124,26 @@ struct Pointwise : NoSums {
 
 struct JSD : Pointwise {  // beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (1 - beta) q
   template <class V>
-  KDFAST_HD static V phi(V p, V q, V beta) {
-    const V m = beta * p + (1 - beta) * q, d = q - p;
-    return beta * p * log_ratio(p, m, (beta - 1) * d) + (1 - beta) * q * log_ratio(q, m, beta * d);
+  KDFAST_HD static V phi(V p, V q, V beta, V rest) {
+    const V m = beta * p + rest * q, d = q - p;
+    return beta * p * log_ratio(p, m, -rest * d) + rest * q * log_ratio(q, m, beta * d);
   }
   template <class V>
-  KDFAST_HD static V psi(V p, V q, V beta) {
-    return (1 - beta) * q * log_ratio(q, beta * p + (1 - beta) * q, beta * (q - p));
+  KDFAST_HD static V psi(V p, V q, V beta, V rest) {
+    return rest * q * log_ratio(q, beta * p + rest * q, beta * (q - p));
   }
 };
 
 struct SkewForwardKL : Pointwise {  // KL(p, m), m = beta p + (1 - beta) q
   template <class V>
-  KDFAST_HD static V phi(V p, V q, V beta) {
-    const V d = (1 - beta) * (q - p);
-    return p * log_ratio(p, p + d, -d) + d;
+  KDFAST_HD static V phi(V p, V q, V beta, V rest) {
+    const V m = beta * p + rest * q, d = rest * (q - p);
+    return p * log_ratio(p, m, -d) + d;
   }
   template <class V>
-  KDFAST_HD static V psi(V p, V q, V beta) {
-    const V m = p + (1 - beta) * (q - p);
-    return (beta - 1) * (p == q ? q : q * ratio(p, m));
+  KDFAST_HD static V psi(V p, V q, V beta, V rest) {
+    const V m = beta * p + rest * q;
+    return -rest * (p == q ? q : q * ratio(p, m));
   }
   template <class V>
   KDFAST_HD static V constant(V mass, V beta) {
@@ -151,13 +153,13 @@ struct SkewForwardKL : Pointwise {  // KL(p, m), m = beta p + (1 - beta) q
 
 struct SkewReverseKL : Pointwise {  // KL(q, m), m = beta q + (1 - beta) p
   template <class V>
-  KDFAST_HD static V phi(V p, V q, V beta) {
-    const V d = (1 - beta) * (p - q);
-    return q * log_ratio(q, q + d, -d) + d;
+  KDFAST_HD static V phi(V p, V q, V beta, V rest) {
+    const V m = beta * q + rest * p, d = rest * (p - q);
+    return q * log_ratio(q, m, -d) + d;
   }
   template <class V>
-  KDFAST_HD static V psi(V p, V q, V beta) {
-    const V d = (1 - beta) * (p - q), m = q + d;
+  KDFAST_HD static V psi(V p, V q, V beta, V rest) {
+    const V m = beta * q + rest * p, d = rest * (p - q);
     return q * (log_ratio(q, m, -d) + beta * ratio(d, m));
   }
   template <class V>
@@ -168,23 +170,23 @@ struct SkewReverseKL : Pointwise {  // KL(q, m), m = beta q + (1 - beta) p
 
 struct TVD : Pointwise {  // half the distance
   template <class V>
-  KDFAST_HD static V phi(V p, V q, V beta) {
+  KDFAST_HD static V phi(V p, V q, V beta, V rest) {
     return p == q ? V{} : (p < q ? q - p : p - q) / 2;
   }
   template <class V>
-  KDFAST_HD static V psi(V p, V q, V beta) {
+  KDFAST_HD static V psi(V p, V q, V beta, V rest) {
     return p > q ? -q / 2 : p < q ? q / 2 : p == q ? V{} : p - q;  // the last is NaN
   }
 };
 
 struct Hellinger : Pointwise {  // 1 - sum sqrt(p q)
   template <class V>
-  KDFAST_HD static V phi(V p, V q, V beta) {
+  KDFAST_HD static V phi(V p, V q, V beta, V rest) {
     const V d = p == q ? V{} : sqrt(q) - sqrt(p);
     return d * d / 2;
   }
   template <class V>
-  KDFAST_HD static V psi(V p, V q, V beta) {
+  KDFAST_HD static V psi(V p, V q, V beta, V rest) {
     return (p == q ? q : sqrt(q) * sqrt(p)) / -2;
   }
   template <class V>

@@ -20,20 +20,20 @@ constexpr bool kHasSoftmax = D::kPointwise || D::kTeacher || D::kStudent;
 
 template <class V>
 struct Sums {
-  V student_offset, student_total, teacher_offset, teacher_total, hard_offset, hard_total;
+  V student_offset, student_total, teacher_offset, teacher_total, hard_total;
   V over_teacher, over_student, label, exponents, classes, phi, psi;
 };
 
 template <class V>
 struct Coefficients {
-  V student_offset, student_total, teacher_offset, teacher_total, hard_offset, hard_total;
+  V student_offset, student_total, teacher_offset, teacher_total, hard_total;
   V level, slope, teacher, soft, center, hard, label, uniform;
   V mean, tilt, student_unit, teacher_unit, teacher_mean, at_label;
 };
 
 static_assert(sizeof(Sums<char>) == kSums && sizeof(Coefficients<char>) == kCoefficients);
 
-// An offset as exponents have it subtracted: 0 where every class is masked.
+// An offset as logits have it subtracted: 0 where every class is masked.
 KDFAST_ALWAYS_INLINE double finite(double offset) { return offset == -INFINITY ? 0 : offset; }
 
 // a * 2^d; 0 where 2^d is 2^-inf, and infinite where a is and 2^d only underflows. NaN stays.
@@ -48,13 +48,19 @@ KDFAST_ALWAYS_INLINE double offset_change(double old, double now) { return old =
 // fmax would do, but for NaN, which must stay
 KDFAST_ALWAYS_INLINE double higher(double a, double b) { return b < a ? a : b; }
 
+// What logits less their offsets are multiplied by to be exponents, as the sums' exps had it rounded.
+struct Exp2Scales {
+  double student, teacher, hard;
+};
+
 // Brings sums to other offsets, none of which is below its own.
 template <class D>
-void rescale(Sums<double>& x, double student_offset, double teacher_offset, double hard_offset) {
-  const double ds = offset_change(x.student_offset, student_offset);
-  const double dt = offset_change(x.teacher_offset, teacher_offset);
-  const double dh = offset_change(x.hard_offset, hard_offset);
-  const double exponent_change = finite(x.hard_offset) - finite(hard_offset);
+void rescale(Sums<double>& x, double student_offset, double teacher_offset, const Exp2Scales& scale) {
+  const double ds = offset_change(x.student_offset, student_offset) * scale.student;
+  const double dt =
+      offset_change(x.teacher_offset, teacher_offset) * (D::kDifference ? 1 : scale.teacher);
+  const double dh = offset_change(x.student_offset, student_offset) * scale.hard;
+  const double exponent_change = (finite(x.student_offset) - finite(student_offset)) * scale.hard;
   if constexpr (D::kDifference) {  // whose offset is what the differences have subtracted
     x.over_teacher += 2 * dt * x.teacher_total + x.classes * dt * dt;
     x.teacher_total += x.classes * dt;
@@ -70,22 +76,19 @@ void rescale(Sums<double>& x, double student_offset, double teacher_offset, doub
   x.exponents += x.classes * exponent_change;
   x.student_offset = student_offset;
   x.teacher_offset = teacher_offset;
-  x.hard_offset = hard_offset;
 }
 
 // Adds sums at common offsets: of a segment's blocks, of a row's segments, of a vocabulary's shards.
 template <class D>
-void merge(Sums<double>& total, Sums<double> more) {
+void merge(Sums<double>& total, Sums<double> more, const Exp2Scales& scale) {
   if (total.classes == 0) {
     total = more;
     return;
   }
   const double so = higher(total.student_offset, more.student_offset);
   const double to = higher(total.teacher_offset, more.teacher_offset);
-  const double ho = higher(total.hard_offset, more.hard_offset);
   for (Sums<double>* x : {&total, &more}) {
-    if (so != x->student_offset || to != x->teacher_offset || ho != x->hard_offset)
-      rescale<D>(*x, so, to, ho);
+    if (so != x->student_offset || to != x->teacher_offset) rescale<D>(*x, so, to, scale);
   }
   total.student_total += more.student_total;
   total.teacher_total += more.teacher_total;
@@ -108,6 +111,7 @@ struct RowTerms {
   V unit;                 // what logits were multiplied by before T divided them: 1 unless standardized
   V excess;  // of the sum of q over 1, as the kernel rounds 1 / student_total; the gradient's sum is to be 0
   N alpha, hard_weight, label_smoothing, z_loss, beta;
+  N logit_scale;   // the student's, 1 where softcapping takes it in
   bool t_squared;
   bool softmaxed;  // whether P becomes p by its own sum, and not as it is given
   bool labelled;   // whether there is a hard term to report
@@ -124,8 +128,7 @@ KDFAST_HD inline RowLoss<V> loss_and_coefficients(const Sums<V>& x, const RowTer
                                                   Coefficients<V>& c) {
   const V nan = V{} + (N)NAN;
   RowLoss<V> out{V{}, nan, nan, V{}, V{}};
-  c = Coefficients<V>{x.student_offset, x.student_total, x.teacher_offset,
-                      x.teacher_total,  x.hard_offset,   x.hard_total};
+  c = Coefficients<V>{x.student_offset, x.student_total, x.teacher_offset, x.teacher_total, x.hard_total};
   c.student_unit = r.unit;
   c.teacher_unit = V{} + 1;
   [[maybe_unused]] const V soft =
@@ -138,8 +141,8 @@ KDFAST_HD inline RowLoss<V> loss_and_coefficients(const Sums<V>& x, const RowTer
     c.center = out.soft == out.soft ? mean : out.soft;  // one infinity makes all of a row NaN
   } else if constexpr (kHasSoftmax<D>) {
     const V log_student = log2(x.student_total);
-    if (!r.softmaxed) c.teacher_total = exp2(-x.teacher_offset);
-    const V log_teacher = r.softmaxed ? log2(x.teacher_total) : -x.teacher_offset;
+    if (!r.softmaxed) c.teacher_total = V{} + 1;
+    const V log_teacher = r.softmaxed ? log2(x.teacher_total) : V{};
     out.log_student = log_student;
     out.log_teacher = log_teacher;
     const V mass = x.teacher_total / c.teacher_total;
@@ -171,6 +174,8 @@ KDFAST_HD inline RowLoss<V> loss_and_coefficients(const Sums<V>& x, const RowTer
       c.slope = weight * share;
     }
     if constexpr (!D::kPointwise) c.level = -weight * psi;
+    // a divergence of distributions, of which rounding may leave less than 0
+    if (r.softmaxed) divergence = divergence < 0 ? V{} : divergence;
     out.soft = r.t_squared ? divergence * r.temperature * r.temperature : divergence;
     out.loss = out.soft * r.alpha;
   }
@@ -187,7 +192,7 @@ KDFAST_HD inline RowLoss<V> loss_and_coefficients(const Sums<V>& x, const RowTer
     c.uniform = c.hard * r.label_smoothing / x.classes;
   }
   if (r.z_loss != 0) {
-    V lse = (log_hard + x.hard_offset) * kNatsPerBit<N>;
+    V lse = log_hard * kNatsPerBit<N> + x.student_offset * r.logit_scale;
     lse = lse == -(N)INFINITY ? nan : lse;  // every class is masked
     out.loss += lse * lse * r.z_loss;
     c.hard += lse * r.factor * (2 * r.z_loss);
@@ -197,16 +202,16 @@ KDFAST_HD inline RowLoss<V> loss_and_coefficients(const Sums<V>& x, const RowTer
 
 // ---- gradient ----
 
-// How exps become probabilities: the offsets that they are relative to, factors and their logarithms.
+// How exps become probabilities: the offsets that their logits are relative to, factors and their logarithms.
 template <class V>
 struct Scales {
-  V student_offset, teacher_offset, hard_offset;
+  V student_offset, teacher_offset;
   V to_q, to_p, to_q1;
   V log_to_q, log_to_p;
 };
 template <class V>  // whose logarithms may be known
 KDFAST_HD inline Scales<V> scales_with(const Coefficients<V>& c, V log_student, V log_teacher) {
-  return {c.student_offset,    c.teacher_offset, c.hard_offset, 1 / c.student_total,
+  return {c.student_offset,    c.teacher_offset, 1 / c.student_total,
           1 / c.teacher_total, 1 / c.hard_total, -log_student,  -log_teacher};
 }
 template <class V>

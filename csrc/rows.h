@@ -43,8 +43,8 @@ struct Matrix {
 };
 
 // Numbers of a row, see row_math.h: of its sums, and of its gradient's coefficients.
-constexpr int kSums = 13;
-constexpr int kCoefficients = 20;
+constexpr int kSums = 12;
+constexpr int kCoefficients = 19;
 // In place of a label that another shard of the vocabulary has.
 constexpr int64_t kOtherShard = INT64_MIN;
 

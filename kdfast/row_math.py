@@ -1,8 +1,9 @@
 """Row mathematics: a row's loss and its gradient's coefficients from its sums, and the merging of sums.
 
-In base 2, with Q_i = 2^(s_i log2(e) / T - student_offset), P_i = 2^(t_i log2(e) / T' - teacher_offset) and
-E_i = 2^(s_i log2(e) - hard_offset), or P_i a probability as it is given. An offset is any number near the largest
-exponent, -inf where every class is masked.
+In base 2, Q_i = 2^((s_i - student_offset) log2(e) / T), P_i = 2^((t_i - teacher_offset) log2(e) / T') or a probability
+as it is given, and E_i = 2^((s_i - student_offset) log2(e)). An offset is any number near the largest logit, -inf where
+every class is masked. It is subtracted from the logits themselves, which leaves no rounding error of its own however
+large they are. exp2_scales has the factors in full.
 """
 
 import math
@@ -26,7 +27,6 @@ class Sums(NamedTuple):
     student_total: Any  # sum Q
     teacher_offset: Any  # 0 where probabilities are given
     teacher_total: Any  # sum P
-    hard_offset: Any
     hard_total: Any  # sum E
     over_teacher: Any  # sum of the divergence's over_teacher(P, log2 Q, log2(Q / P)), where it is linear
     over_student: Any  # sum of its over_student(Q, log2(Q / P))
@@ -53,7 +53,6 @@ class Coefficients(NamedTuple):
     student_total: Any
     teacher_offset: Any
     teacher_total: Any  # the divisor of P: 1 for given probabilities
-    hard_offset: Any
     hard_total: Any
     level: Any
     slope: Any
@@ -119,25 +118,55 @@ def finite(offset: Tensor) -> Tensor:
     return torch.where(offset == -math.inf, 0, offset)
 
 
-def merge(shards: Sequence[Tensor], settings: Settings) -> Tensor:
+class Exp2Scales(NamedTuple):
+    """What logits less their offsets are multiplied by to be exponents to base 2, each 0-dim or (rows,)."""
+
+    student: Tensor
+    teacher: Tensor
+    hard: Tensor
+
+
+def exp2_scales(inputs: Inputs, settings: Settings, like: Tensor) -> Exp2Scales:
+    def of(values: Tensor | None, number: float, logit_scale: float) -> Tensor:
+        if values is None:
+            return torch.full((), logit_scale / number / LN2, dtype=like.dtype, device=like.device)
+        return logit_scale / LN2 / values.flatten().to(like.dtype)
+
+    hard = unit(settings)
+    teacher = 1.0 if settings.teacher_softcap else settings.teacher_logit_scale
+    temperatures, temperature = inputs.teacher_temperatures, settings.teacher_temperature
+    if settings.target != "logits":
+        temperatures, temperature, teacher = None, 1.0, 1.0
+    return Exp2Scales(
+        of(inputs.temperatures, settings.temperature, hard), of(temperatures, temperature, teacher), of(None, 1.0, hard)
+    )  # fmt: skip
+
+
+def unit(settings: Settings) -> float:
+    """The scale of the student's logits as the sums have them: softcapped ones are scaled already."""
+    return 1.0 if settings.softcap else settings.logit_scale
+
+
+def merge(shards: Sequence[Tensor], inputs: Inputs, settings: Settings) -> Tensor:
     """The sums of whole rows from those of their shards, each (rows, len(Sums._fields)).
 
-    With d = old - new offset, total' = total * 2^d and over' = (over + over_teacher(total, ...)) * 2^d.
+    With d = (old - new offset) * scale, total' = total * 2^d and over' = (over + over_teacher(total, ...)) * 2^d.
     """
     tables = [Sums(*shard.unbind(-1)) for shard in shards]
+    scale = exp2_scales(inputs, settings, shards[0])
     offsets = {}
-    for name in ("student_offset", "teacher_offset", "hard_offset"):
+    for name in ("student_offset", "teacher_offset"):
         offsets[name] = torch.stack([getattr(x, name) for x in tables]).amax(0)  # NaN stays
     rescaled = []
     for x in tables:
-        ds, dt, dh = (torch.where(old == new, 0, old - new) for old, new in (
+        student, teacher = (torch.where(old == new, 0, old - new) for old, new in (
             (x.student_offset, offsets["student_offset"]), (x.teacher_offset, offsets["teacher_offset"]),
-            (x.hard_offset, offsets["hard_offset"]),
         ))  # fmt: skip
-        exponents = finite(x.hard_offset) - finite(offsets["hard_offset"])
+        ds, dt = student * scale.student, teacher * scale.teacher
+        exponents = (finite(x.student_offset) - finite(offsets["student_offset"])) * scale.hard
         rescaled.append(x._replace(
             student_total=_rescale(x.student_total, ds), teacher_total=_rescale(x.teacher_total, dt),
-            hard_total=_rescale(x.hard_total, dh),
+            hard_total=_rescale(x.hard_total, student * scale.hard),
             over_teacher=_rescale(x.over_teacher + over_teacher(x.teacher_total, ds, ds - dt, settings), dt),
             over_student=_rescale(x.over_student + times(x.student_total, ds - dt), ds),
             label=x.label + exponents, exponents=x.exponents + x.classes * exponents,
@@ -168,8 +197,8 @@ def losses_and_coefficients(sums: Tensor, inputs: Inputs, settings: Settings) ->
     loss = nothing
     if inputs.teachers and settings.alpha:
         softmaxed = is_softmaxed(inputs, settings)
-        total = x.teacher_total if softmaxed else torch.exp2(-x.teacher_offset)
-        log_q, log_p = -x.student_total.log2(), -x.teacher_total.log2() if softmaxed else x.teacher_offset
+        total = x.teacher_total if softmaxed else nothing + 1
+        log_q, log_p = -x.student_total.log2(), -total.log2()
         mass, factor = (
             x.teacher_total / total,
             settings.alpha * (temperature if settings.t_squared else 1 / temperature),
@@ -191,6 +220,8 @@ def losses_and_coefficients(sums: Tensor, inputs: Inputs, settings: Settings) ->
                 divergence, psi = divergence + of_student, psi + of_student
             w = weight * factor
             c = c._replace(level=-w * psi, slope=w * parts[1], teacher=w * parts[0])
+        if softmaxed:  # a divergence of distributions, of which rounding may leave less than 0
+            divergence = divergence.clamp(min=0)
         loss = loss + settings.alpha * divergence * (temperature.square() if settings.t_squared else 1)
     log_hard, h, e = x.hard_total.log2(), settings.hard_weight, settings.label_smoothing
     if h:
@@ -198,7 +229,7 @@ def losses_and_coefficients(sums: Tensor, inputs: Inputs, settings: Settings) ->
         loss = loss + h * LN2 * hard
         c = c._replace(hard=weight * h, label=weight * h * (1 - e), uniform=weight * h * e / x.classes)
     if settings.z_loss:
-        lse = (log_hard + x.hard_offset) * LN2
+        lse = log_hard * LN2 + x.student_offset * unit(settings)
         lse = torch.where(lse == -math.inf, math.nan, lse)  # every class is masked
         loss = loss + settings.z_loss * lse.square()
         c = c._replace(hard=c.hard + weight * 2 * settings.z_loss * lse)
