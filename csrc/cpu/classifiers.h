@@ -177,7 +177,8 @@ KD_NOINLINE RowLoss<double> dkd_loss_and_coefficients(const LossArgs& a, const S
   RowLoss<double> out = loss_and_coefficients<NoDivergence>(with_label, r, c);
   const double hard_at_label = masked(c.hard, std::exp2(with_label.label) / with_label.hard_total) - c.label;
   c.student_offset = x.student_offset;
-  c.hard_total = x.hard_total == 0 ? 1 : with_label.hard_total * std::exp2(up);  // 1: of no exp at all
+  c.hard_total = with_label.hard_total;
+  if (x.hard_total != 0) c.hard_total *= std::exp2(up);  // else no class is multiplied by it
   const double divergence = decoupled_divergence(a, x, r, ys, yt, c);
   out.soft = r.distributions && divergence < 0 ? 0 : divergence;
   if (r.t_squared) out.soft *= r.temperature * r.temperature;
