@@ -91,7 +91,7 @@ class Call:
         )
 
     def sums(self) -> Tensor:
-        """row_math.Sums of this shard's classes, (rows, 13)."""
+        """row_math.Sums of this shard's classes, (rows, 12)."""
         table = self.losses.new_empty(self.rows, len(Sums._fields))
         with matrices.device_guard(table):
             self._launch_rows(reductions.sums, table, numbers=(1, self.vocab), SHARD=True)

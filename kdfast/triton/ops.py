@@ -59,7 +59,7 @@ def _shard(student: Tensor, inputs: Inputs, settings: Settings) -> Call:
 
 
 def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    """row_math.Sums of whatever classes are given, (rows, 13); a label that is not among them adds nothing."""
+    """row_math.Sums of whatever classes are given, (rows, 12); a label that is not among them adds nothing."""
     return _shard(student, inputs, settings).sums()
 
 

@@ -147,7 +147,7 @@ def gradient(tile, c, further, row, SPEC: tl.constexpr):
         e = tl.exp2(y)
         g = c.soft * (difference(s, tile.teachers, row, SPEC) - c.center) if SPEC.difference else tl.zeros_like(s)
     if SPEC.labelled or SPEC.z_loss:
-        g += c.hard * (1 / c.hard_total) * hard_exps(s, y, e, c.hard_offset, row, SPEC)
+        g += c.hard * (1 / c.hard_total) * hard_exps(s, e, c.student_offset, row, SPEC)
     if SPEC.standardize:
         g += c.tilt * row.scalings.student.d * s
     if SPEC.labelled and SPEC.smoothed:

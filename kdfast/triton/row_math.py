@@ -13,6 +13,7 @@ from kdfast.row_math import Coefficients
 from kdfast.triton import classifiers, metrics
 from kdfast.triton.divergences import masked
 from kdfast.triton.logits import finite
+from kdfast.triton.pass_a import hard_scale, logit_unit
 from kdfast.triton.spec import INF, LN2, Further
 from kdfast.triton.sums import sum_over_student, sum_over_teacher, teacher_mass
 
@@ -93,25 +94,25 @@ def soft_term(sums, found, at_label, row, factors, classes, SPEC: tl.constexpr):
 
 
 @triton.jit
-def hard_term(sums, label, row, factors, classes, SPEC: tl.constexpr):
+def hard_term(sums, label, at_label, row, factors, classes, SPEC: tl.constexpr):
     """label: log2 of its exp at temperature 1."""
-    total = sums.hard_total
-    d = total * 0
+    total, offset, exponents = sums.hard_total, sums.student_offset, sums.exponents
     of_label, divisor = label, total
     if SPEC.dkd:
-        total, d = classifiers.total_with_label(sums.hard_total, label)
-        of_label = label - d
-        divisor = tl.where(sums.hard_total == 0, INF, total * tl.exp2(d))
+        offset = tl.maximum(offset, at_label.student)
+        total, change, of_label = classifiers.add_label(
+            total, sums.student_offset, at_label.student, hard_scale(row, SPEC)
+        )
+        divisor = total * tl.exp2(-change)  # infinite where there is no rest
+        if SPEC.smoothed:
+            exponents = exponents + masked(sums.classes, change) + of_label
     log_total = tl.log2(total)
     if SPEC.smoothed:
         e = factors.smoothing
-        mean = sums.exponents
-        if SPEC.dkd:
-            mean += label
-        cross_entropy = log_total - (1 - e) * of_label - e * (mean / classes - d)
+        cross_entropy = log_total - (1 - e) * of_label - e * (exponents / classes)
     else:
         cross_entropy = log_total - of_label
-    lse = (log_total + (d + finite(sums.hard_offset))) * LN2
+    lse = log_total * LN2 + finite(offset) * logit_unit(row, SPEC)
     if SPEC.standardize:
         lse += row.scalings.student.mean
     lse = tl.where(lse == -INF, lse * 0, lse)  # NaN where all classes are masked
@@ -133,7 +134,7 @@ def loss_and_coefficients(sums, softmaxes, found, label, at_label, row, factors,
         nothing,
     )
     if SPEC.hard:
-        of_hard = hard_term(sums, label, row, factors, classes, SPEC)
+        of_hard = hard_term(sums, label, at_label, row, factors, classes, SPEC)
         cross_entropy, hard_total = of_hard.cross_entropy, of_hard.total
         if SPEC.labelled:
             loss += factors.hard_weight * cross_entropy
@@ -157,8 +158,7 @@ def loss_and_coefficients(sums, softmaxes, found, label, at_label, row, factors,
     first = teachers[0]
     coefficients = Coefficients(
         softmaxes.student_offset, softmaxes.student_total, first.offset, first.total,
-        nothing + finite(sums.hard_offset), hard_total,
-        term.level, term.slope, term.teacher, term.soft, term.center, hard, of_label, uniform,
+        hard_total, term.level, term.slope, term.teacher, term.soft, term.center, hard, of_label, uniform,
         mean, tilt, unit, first.unit, first.mean, whole,
     )  # fmt: skip
     of_metrics = ()

@@ -10,7 +10,7 @@ import triton.language as tl
 from kdfast.row_math import Coefficients
 from kdfast.triton.classifiers import difference
 from kdfast.triton.logits import Logits, adjust_logits
-from kdfast.triton.pass_a import Sums, accumulate, hard_offset, label_exponent, no_sums
+from kdfast.triton.pass_a import accumulate, label_exponent, no_sums
 from kdfast.triton.pass_b_c import add_divergence, gradient, no_divergence_sums
 from kdfast.triton.per_row import (
     COUNTED_ROWS,
@@ -59,8 +59,7 @@ def _row_sums(tile, row, SPEC: tl.constexpr):
     center = tl.zeros((), SPEC.dtype)
     if SPEC.difference:
         center = tl.sum(tl.where(tile.classes == 0, difference(tile.s, tile.teachers, row, SPEC), 0), 1)
-    sums = accumulate(no_sums(center, SPEC), tile, (), row, SPEC)
-    return Sums(sums.student_offset, sums.student_total, hard_offset(sums.student_offset, row, SPEC), *sums[3:])
+    return accumulate(no_sums(center, SPEC), tile, (), row, SPEC)
 
 
 @triton.jit

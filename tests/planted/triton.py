@@ -26,10 +26,10 @@ OF_NUMBERS = [
            "At a new offset the running sums take the student's for the teacher's.", CALLS),
     # rows of several tiles, where a later one is above the first
     Mutant("triton-total-at-an-old-offset", PASS_A,
-           "teacher.total * tl.exp2(dt) + tl.sum(p, 1)", "teacher.total + tl.sum(p, 1)",
+           "total = teacher.total * tl.exp2(dt)", "total = teacher.total",
            "A lane's sum of the teacher's exps stays at the offset that it had.", CALLS),
     Mutant("triton-lanes-hard-sums-unmoved", SUMS,
-           "hard = scaled(hard, hard_offset_change(old, new, row, SPEC))", "hard = scaled(hard, ds)",
+           "hard = scaled(hard, exponent(old, hard_scale(row, SPEC), new))", "hard = scaled(hard, ds)",
            "Lanes' sums at temperature 1 are merged as those at T.", CALLS),
     # T = 3 and 4 alone
     Mutant("triton-power-by-squaring", PASS_A,
