@@ -221,7 +221,7 @@ def numbers_of(settings: Settings, dkd: bool, taught: bool, divisor: float) -> N
     return Numbers(
         bits(settings.temperature), bits(settings.teacher_temperature), bits(settings.alpha),
         bits(settings.hard_weight), bits(1 / divisor), optional_bits(settings.beta),
-        optional_bits(settings.label_smoothing), optional_bits(settings.z_loss),
+        optional_bits(1 - settings.beta, 1), optional_bits(settings.label_smoothing), optional_bits(settings.z_loss),
         optional_bits(settings.logit_scale, 1), optional_bits(settings.teacher_logit_scale, 1),
         optional_bits(settings.softcap), optional_bits(settings.teacher_softcap) if taught else None,
         target, others, tuple(map(bits, settings.teacher_weights)) if taught else (),

@@ -1,7 +1,7 @@
 """Pass A over a row, tile by tile; csrc/cpu/row_sums.h has it in C++.
 
-Per row, in base 2, with scale = log2(e) / T and the offset o, the row's largest logit (-inf where every class is masked,
-and counted as 0 then):
+Per row, in base 2, with scale = log2(e) / T and the offset o, the row's largest logit (-inf where every class is
+masked, and counted as 0 then):
 
     y_i = (s_i - o) scale        Q_i = 2^y_i        q_i = Q_i / sum Q        the teacher's likewise
     hard term: exps at temperature 1 are Q_i^T for small whole T (SPEC.power), else computed from the logits

@@ -45,8 +45,14 @@ class RowResult(NamedTuple):
 
 
 @triton.jit
+def without_rounding(divergence, SPEC: tl.constexpr):
+    """A divergence of distributions, of which rounding may leave less than 0; NaN stays."""
+    return tl.where(divergence < 0, 0, divergence) if SPEC.teacher == "softmaxed" else divergence
+
+
+@triton.jit
 def soft_term(sums, found, at_label, row, factors, classes, SPEC: tl.constexpr):
-    beta = row.beta
+    beta, rest = row.beta, row.rest
     nothing = sums.student_total * 0
     loss, level, slope, teacher, soft, center = nothing, nothing, nothing, nothing, nothing, nothing
     with_z, of_label, kl = nothing, nothing, nothing
@@ -72,9 +78,9 @@ def soft_term(sums, found, at_label, row, factors, classes, SPEC: tl.constexpr):
             divergence, over_student = found.phi, found.psi
             of_p = nothing
             if SPEC.divergence.student_share is not None:
-                slope = scale * SPEC.divergence.student_share(beta)
+                slope = scale * SPEC.divergence.student_share(beta, rest)
             if SPEC.divergence.teacher_share is not None:
-                share = SPEC.divergence.teacher_share(beta)
+                share = SPEC.divergence.teacher_share(beta, rest)
                 teacher = scale * share
                 of_p = share * teacher_mass(sums, row, SPEC)
             level = scale * (of_p - over_student)
@@ -84,12 +90,12 @@ def soft_term(sums, found, at_label, row, factors, classes, SPEC: tl.constexpr):
             center -= center * tl.fma(1 / sums.student_total, sums.student_total, nothing - 1)
             soft = scale
             if SPEC.divergence.constant is not None:
-                divergence += SPEC.divergence.constant(teacher_mass(sums, row, SPEC), beta)
+                divergence += SPEC.divergence.constant(teacher_mass(sums, row, SPEC), beta, rest)
         if SPEC.standardize:
             with_z = psi_scale * found.psi_z + (level - soft * center) * found.q_z
             if SPEC.dkd:
                 with_z += of_label * at_label.student
-        loss = divergence * (row.temperature * row.temperature if SPEC.t_squared else 1)
+        loss = without_rounding(divergence, SPEC) * (row.temperature * row.temperature if SPEC.t_squared else 1)
     return SoftTerm(loss, level, slope, teacher, soft, center, with_z, of_label, kl)
 
 
@@ -222,4 +228,5 @@ def row_metrics(sums, found, at_label, row, term, cross_entropy, SPEC: tl.conste
         else:
             kl, teacher_entropy = found.kl, -found.p_log_p
             best = metrics.Bests(best.student, found.best)
+    kl = without_rounding(kl, SPEC)
     return metrics.RowMetrics(soft, cross_entropy, kl, student_entropy, teacher_entropy, best)

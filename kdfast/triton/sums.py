@@ -177,11 +177,16 @@ def teacher_mass(sums, row, SPEC: tl.constexpr):
 
 @triton.jit
 def linear_divergence(sums, row, SPEC: tl.constexpr):
-    """What pass B would find, from running sums."""
-    of_teacher = sums.student_total * 0
-    of_student = of_teacher
-    if SPEC.divergence.over_teacher is not None:
-        of_teacher = SPEC.divergence.teacher_share(row.beta) * sum_over_teacher(sums, 0, row, SPEC) * LN2
-    if SPEC.divergence.over_student is not None:
-        of_student = SPEC.divergence.student_share(row.beta) * sum_over_student(sums, 0, row, SPEC) * LN2
-    return DivergenceSums(of_teacher + of_student, of_student, (), (), (), (), ())
+    """What pass B would find, from running sums; () without a divergence."""
+    if SPEC.divergence is None:
+        return ()
+    else:
+        of_teacher = sums.student_total * 0
+        of_student = of_teacher
+        if SPEC.divergence.over_teacher is not None:
+            share = SPEC.divergence.teacher_share(row.beta, row.rest)
+            of_teacher = share * sum_over_teacher(sums, 0, row, SPEC) * LN2
+        if SPEC.divergence.over_student is not None:
+            share = SPEC.divergence.student_share(row.beta, row.rest)
+            of_student = share * sum_over_student(sums, 0, row, SPEC) * LN2
+        return DivergenceSums(of_teacher + of_student, of_student, (), (), (), (), ())

@@ -68,16 +68,14 @@ def _row_results(tile, label, row, factors, vocab, SPEC: tl.constexpr):
     sums = _row_sums(tile, row, SPEC)
     at_label = Logits(tl.sum(tl.where(tile.classes == label[:, None], tile.s, 0), 1), ())
     divisors = softmaxes(sums, at_label, row, SPEC)
-    found = ()
-    if SPEC.divergence is not None:
-        if SPEC.linear:
-            found = linear_divergence(sums, row, SPEC)
-        else:
-            teachers = ()
-            for k in tl.static_range(len(divisors.teachers)):
-                teachers = teachers + (TeacherSoftmax(*as_columns(divisors.teachers[k])),)
-            of_tile = Softmaxes(divisors.student_offset[:, None], divisors.student_total[:, None], teachers)
-            found = add_divergence(no_divergence_sums(SPEC), tile, of_tile, row, SPEC)
+    if SPEC.linear:
+        found = linear_divergence(sums, row, SPEC)
+    else:
+        teachers = ()
+        for k in tl.static_range(len(divisors.teachers)):
+            teachers = teachers + (TeacherSoftmax(*as_columns(divisors.teachers[k])),)
+        of_tile = Softmaxes(divisors.student_offset[:, None], divisors.student_total[:, None], teachers)
+        found = add_divergence(no_divergence_sums(SPEC), tile, of_tile, row, SPEC)
     y = label_exponent(at_label.student, sums.student_offset, row, SPEC)
     return loss_and_coefficients(sums, divisors, found, y, at_label, row, factors, vocab.to(SPEC.dtype), SPEC)
 
