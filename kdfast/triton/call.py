@@ -14,8 +14,6 @@ from kdfast.triton.matrices import bits, flatten_rows, matrix
 from kdfast.triton.prepared import pointer_kind, prepare
 from kdfast.triton.spec import Numbers, PerRow
 
-MOST_TEACHERS = 8
-
 
 class Call:
     def __init__(
@@ -24,10 +22,6 @@ class Call:
         """shard: of a row's classes; reduced: the losses are reduced as settings say, which in backward is done."""
         if not shard:  # most of its labels belong to other shards
             rows.check_values(student, inputs, settings)
-        if len(inputs.teachers) > MOST_TEACHERS:
-            raise ValueError(
-                f"teacher: {len(inputs.teachers)} teachers, but the Triton kernels take at most {MOST_TEACHERS}"
-            )
         self.settings, self.shape, self.width = settings, student.shape[:-1], student.shape[-1]
         self.student = matrices.make_readable(student)
         self.teachers = [matrices.make_readable(t) for t in inputs.teachers]

@@ -9,7 +9,7 @@ OPTIONS, FAULTS, LAYOUTS = (
     ("test_calls.py", "test_layouts.py"),
 )
 LAUNCHES, STATIC, TRAFFIC = ("test_triton_launches.py",), ("test_triton_static.py",), ("test_triton_traffic.py",)
-DROPPED, DIGITS = ("test_dropped_terms.py",), ("test_digits.py",)
+DROPPED, DIGITS, MANY = ("test_dropped_terms.py",), ("test_digits.py",), ("test_many_teachers.py",)
 
 
 def _in(name: str) -> str:
@@ -97,6 +97,13 @@ OF_NUMBERS = [
     Mutant("triton-mixture-by-a-difference", DIVERGENCES,
            "m, d = beta * p + rest * q, q - p", "m, d = p + rest * (q - p), q - p",
            "Where beta is near 0 jsd's mixture has no digits of a small q.", DIGITS),
+    # more than 8 teachers
+    Mutant("triton-many-teachers-scaled-twice", _in("many_teachers"),
+           "settings = settings._replace(teacher_logit_scale=1.0)", "pass",
+           "Of more teachers than a kernel takes the soft-capped logits are scaled once more.", MANY),
+    Mutant("triton-many-teachers-tempered-twice", _in("many_teachers"),
+           'target="logits", teacher_temperature=1.0', 'target="logits"',
+           "Of more teachers than a kernel takes the given log-probabilities are tempered once more.", MANY),
     Mutant("triton-softmax-gradient-without-t", _in("softmax_kernels"),
            "tile.s * (tile.teachers[0] - found) * (1 / row.temperature)", "tile.s * (tile.teachers[0] - found)",
            "The gradient of tempered_softmax lacks its 1 / T.", ("test_tempered_softmax.py",)),
