@@ -103,8 +103,7 @@ def add_moments(moments, x, mask):
     mean_x = tl.sum(tl.where(mask, x, 0), 1) / tl.maximum(n, 1)
     d = tl.where(mask, x - mean_x[:, None], 0)
     squares = tl.sum(d * d, 1)
-    count, mean, squares = merge_moments(moments.count, moments.mean, moments.squares, n, mean_x, squares)
-    return Moments(count, mean, squares)
+    return Moments(*merge_moments(moments.count, moments.mean, moments.squares, n, mean_x, squares))
 
 
 @triton.jit
@@ -179,11 +178,6 @@ class DkdTerms(NamedTuple):
     psi_scale: Any
     at_label: Any  # dD/ds_y
     kl: Any  # KL(p, q), for metrics
-
-
-@triton.jit
-def mask_label(x, nothing, classes, row, SPEC: tl.constexpr):
-    return tl.where(classes == row.label, nothing, x) if SPEC.dkd else x
 
 
 @triton.jit

@@ -79,6 +79,12 @@ def adjust_logits(s, ts, row, SPEC: tl.constexpr):
     return Logits(adjust_student(s, row, SPEC), teachers)
 
 
+@triton.jit
+def mask_label(x, nothing, classes, row, SPEC: tl.constexpr):
+    """dkd: without the label, which its sums leave out."""
+    return tl.where(classes == row.label, nothing, x) if SPEC.dkd else x
+
+
 # ---- exponents to base 2 ----
 
 

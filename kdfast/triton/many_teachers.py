@@ -33,7 +33,7 @@ def take_any_number(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def as_one(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:
-    """The ensemble as one teacher: sum w_k p_k as probabilities, or sum w_k z_k as logits, (..., V), a teacher at a time.
+    """The ensemble as one, (..., V), a teacher at a time: sum w_k p_k as probabilities, or sum w_k z_k as logits.
 
     z_k are a geometric ensemble's logits before T' divides them, or its log-probabilities.
     """

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from kdfast.triton import classifiers, metrics
-from kdfast.triton.logits import exponent, finite, teacher_logits, teacher_probabilities
+from kdfast.triton.logits import exponent, finite, mask_label, teacher_logits, teacher_probabilities
 from kdfast.triton.spec import INF, LOG2E
 from kdfast.triton.tiles import fill_lanes
 
@@ -160,7 +160,7 @@ def accumulate(sums, tile, context, row, SPEC: tl.constexpr):
     if SPEC.difference:
         differences = classifiers.add_differences(differences, tile, row, SPEC)
 
-    s = classifiers.mask_label(s, float("-inf"), classes, row, SPEC)
+    s = mask_label(s, float("-inf"), classes, row, SPEC)
     higher = tl.maximum(sums.student_offset, tl.max(s, 1))
     new = finite(higher)
     old = old_offset(sums.student_offset, new)
@@ -184,14 +184,14 @@ def accumulate(sums, tile, context, row, SPEC: tl.constexpr):
     dt, log_p = ds, y
     if SPEC.teacher == "given":
         p, log_p = teacher_probabilities(tile.teachers, row.weights, SPEC)
-        p = classifiers.mask_label(p, 0, classes, row, SPEC)
+        p = mask_label(p, 0, classes, row, SPEC)
         teacher = sums.teachers[0]
         dt = teacher.offset
         teachers = (add_teacher(teacher, teacher.offset, p, log_p, y, dt, ds, row, SPEC),)
     elif SPEC.teacher == "softmaxed":
         logits = teacher_logits(tile.teachers, row.weights, SPEC)
         for k in tl.static_range(len(logits)):
-            t = classifiers.mask_label(logits[k], float("-inf"), classes, row, SPEC)
+            t = mask_label(logits[k], float("-inf"), classes, row, SPEC)
             teacher = sums.teachers[k]
             teacher_higher = tl.maximum(teacher.offset, tl.max(t, 1))
             base = finite(teacher_higher)

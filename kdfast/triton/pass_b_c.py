@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 from kdfast.triton import metrics
-from kdfast.triton.classifiers import difference, mask_label
+from kdfast.triton.classifiers import difference
 from kdfast.triton.divergences import masked
-from kdfast.triton.logits import exponent, softcap_derivative, teacher_logits, teacher_probabilities
+from kdfast.triton.logits import exponent, mask_label, softcap_derivative, teacher_logits, teacher_probabilities
 from kdfast.triton.pass_a import hard_exps
 from kdfast.triton.spec import LN2
 from kdfast.triton.sums import DivergenceSums, Softmaxes, TeacherSoftmax, sum_pair

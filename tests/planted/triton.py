@@ -182,7 +182,7 @@ OF_SPEED = [
            "return (FULL_BUDGET, OPTIONS_BUDGET,", "return (FULL_BUDGET, FULL_BUDGET,",
            "Kernels with an option spill registers.", STATIC),
     Mutant("triton-pointwise-rows-are-whole", _in("prepared"),
-           "if not (self.plan.tiles or", "if spec.linear and not (self.plan.tiles or",
+           "if not self.plan.tiles and", "if spec.linear and not self.plan.tiles and",
            "Few and long rows of a divergence with a pass B have one program each.", LAUNCHES),
     Mutant("triton-nvidia-by-its-lanes", LAUNCH,
            'gpu.backend == "cuda"', "self.lanes == 32 * self.warps",
