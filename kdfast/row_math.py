@@ -73,11 +73,13 @@ class Coefficients(NamedTuple):
 
 
 FURTHER_COLUMNS = 4  # Triton's, for each teacher after the first: triton/spec.py's Further
+MOST_TEACHERS = 8  # that Triton's kernels take: more are one
 
 
 def table_columns(namespace: str, device: str, teachers: int) -> int:
     """The number of columns of the table that a namespace's `stats` returns and `grad` takes."""
-    further = max(0, teachers - 1) if namespace.endswith("triton") or device == "cuda" else 0
+    has_further = (namespace.endswith("triton") or device == "cuda") and teachers <= MOST_TEACHERS
+    further = max(0, teachers - 1) if has_further else 0
     return len(Coefficients._fields) + further * FURTHER_COLUMNS
 
 
