@@ -38,11 +38,10 @@ struct MetricSums {
     return x;
   }
 
-  template <int N>
-  __device__ void add(const float (&s)[N], const float (&t)[N], int first, const Scales<float>& scales,
-                      const RowScale& row) {
+  template <class P>
+  __device__ void add(const P& s, const P& t, int first, const Scales<float>& scales, const RowScale& row) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
+    for (int i = 0; i < P::kN; ++i) {
       const Probabilities x(s[i], t[i], scales, row);
       student_log += masked(x.q, x.log_q);
       update_max(student_max, student_argmax, s[i], __int_as_float(first + i));

@@ -66,7 +66,7 @@ __device__ inline Coefficients<float> loss_and_coefficients(const RowsArgs& a, c
 template <class D, class Packs>
 __device__ inline void write_gradient(const Gradient<D>& gradient, const RowScale& scale, Packs& packs) {
   packs.reread([&](int first, const auto& s, const auto& t) {
-    constexpr int kN = sizeof(s) / sizeof(s[0]);
+    constexpr int kN = std::decay_t<decltype(s)>::kN;
     float g[kN];
     gradient(s, t, scale, g);
     if ((unsigned)(scale.label - first) < (unsigned)kN) {  // one pack of the row has the label

@@ -57,8 +57,12 @@ struct Row {
       : index(i), share(x.share), is_kept(x.weight != 0) {
     const bool in_range = x.label >= 0 && x.label < a.vocab;
     is_bad = is_kept && a.labels && !in_range;
-    scale = {kLog2E * a.logit_scale / x.temperature, kLog2E * a.teacher_logit_scale / x.teacher_temperature,
-             x.temperature, a.beta};
+    scale = {kLog2E * a.logit_scale / x.temperature,
+             kLog2E * a.teacher_logit_scale / x.teacher_temperature,
+             kLog2E * a.logit_scale,
+             x.temperature,
+             a.beta,
+             a.rest};
     scale.logit_scale = a.logit_scale;
     scale.teacher_ratio = a.teacher_logit_scale / a.logit_scale;
     scale.shift = difference(x.first_logit, x.first_teacher_logit, 0, scale);
@@ -80,6 +84,7 @@ struct Row {
     terms.label_smoothing = a.label_smoothing;
     terms.z_loss = a.z_loss;
     terms.beta = a.beta;
+    terms.logit_scale = a.logit_scale;
     terms.t_squared = a.t_squared;
     terms.softmaxed = true;
     terms.labelled = a.labels;
@@ -89,19 +94,12 @@ struct Row {
 
 // ---- the table of coefficients, which every backend may read ----
 
-// T times the student's offset less the hard one. Exps at temperature 1 are relative to the hard offset in
-// the table, in the kernels to T times the student's.
-__device__ inline float hard_shift(const Coefficients<float>& c, float t) {
-  return __fmaf_rn(finite(c.student_offset), t, -finite(c.hard_offset));
-}
-
 // The row's loss and coefficients, by the lanes of the first warp.
 __device__ inline void write_row(const RowsArgs& a, const Row& row, float loss, Coefficients<float> c) {
   const int lane = threadIdx.x & 31;
   if (a.losses && lane == 0)
     a.losses[row.index] = row.is_kept ? (row.is_bad ? nanf("") : row.share * loss) : 0;
   if (!a.new_table) return;
-  c.hard_total *= exp2f(hard_shift(c, row.scale.temperature));
   float mine = 0;  // the lane's column
 #pragma unroll
   for (int i = 0; i < kCoefficients; ++i) mine = lane == i ? floats(c)[i] : mine;
@@ -112,7 +110,6 @@ __device__ inline Coefficients<float> load_coefficients(const RowsArgs& a, const
                                                         float (&shared)[kCoefficients]) {
   Coefficients<float> c;
   team.load(floats(c), shared, a.table + row.index * kCoefficients);
-  c.hard_total *= exp2f(-hard_shift(c, row.scale.temperature));
   return c;
 }
 

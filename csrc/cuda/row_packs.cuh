@@ -19,7 +19,7 @@ struct RowPacks {
   int prefix;             // classes before the row's first pack
   int first, count;       // the block's packs
   int end;                // the thread's class before or after all packs, -1: none
-  float end_s[1] = {-kInf}, end_t[1] = {-kInf};
+  End end_s{-kInf}, end_t{-kInf};
   uint4 *kept_student, *kept_teacher;
   // of the next sweep: whether it is from the end, and its rounds that are on the way already
   bool is_backwards = false;
@@ -40,8 +40,8 @@ struct RowPacks {
     kept_teacher = kept + (kKeep ? part : kAhead * team.threads());
     copy(team.thread(), team.thread());
     if (end < 0) return;
-    end_s[0] = widen(student[end]);
-    if (teacher) end_t[0] = widen(teacher[end]);
+    end_s.x = widen(student[end]);
+    if (teacher) end_t.x = widen(teacher[end]);
   }
   // Of a row that is not kept no class is looked at, and its gradient is 0.
   __device__ void drop() {
@@ -57,8 +57,7 @@ struct RowPacks {
   }
   __device__ float student_logit(int at) const { return widen(student[at]); }
 
-  // The first sweep: f(first class, student's, teacher's) of the thread's classes, as arrays of kVec<S>, or
-  // of 1.
+  // The first sweep: f(first class, student's, teacher's) of the thread's classes, each as a Pack or an End.
   template <class F>
   __device__ void read(F f) {
     copy_rounds(f);
@@ -98,10 +97,7 @@ struct RowPacks {
   }
   template <class F>
   __device__ void call(F f, int i, int slot) const {
-    float s[kN], t[kN];
-    widen<S>(kept_student[slot], s);
-    widen<S>(kept_teacher[slot], t);
-    f(class_of(i), s, t);
+    f(class_of(i), Pack<S>(kept_student[slot]), Pack<S>(kept_teacher[slot]));
   }
 
   // A group, empty where there is no such pack, so that the count of groups is right.

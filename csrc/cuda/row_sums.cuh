@@ -1,15 +1,15 @@
 // Pass A: sums over a row's classes, by threads, and how the lanes of a warp add theirs up.
 //
-// In base 2, with exp2_scale = logit_scale * log2(e) / T and an offset near the largest exponent (-inf where
-// every class is masked, and counted as 0 then):
+// In base 2, with exp2_scale = logit_scale * log2(e) / T and a logit as the offset:
 //
-//   y_i = exp2_scale * s_i - offset       Q_i = 2^y_i       exps at temperature 1 are 2^(T * y_i)
+//   y_i = (s_i - offset) * exp2_scale       Q_i = 2^y_i       exps at temperature 1 are 2^(T * y_i)
 //
 // At T = 1 these are Q, at 2 its squares, whose sum costs one instruction; at another T they are exps of
 // their own, if they are wanted.
 //
-// Each thread has an offset of its own, which grows as larger logits come by; row_math.h has the rule by
-// which sums are brought to another one.
+// Each thread has an offset of its own, the largest logit so far; row_math.h has the rule by which sums are
+// brought to another one. In the end it is the row's largest, whose exp is 1, with no rounding: so the sum
+// has the digits of what is not the largest class's.
 #pragma once
 
 #include "device_math.cuh"  // before divergences.h, which uses it
@@ -23,8 +23,8 @@ namespace {
 
 // What a thread knows of its row before it reads it.
 struct RowScale {
-  float exp2_scale, teacher_exp2_scale;  // logit_scale * log2(e) / T
-  float temperature, beta;
+  float exp2_scale, teacher_exp2_scale, hard_exp2_scale;  // logit_scale * log2(e) / T; hard: T = 1
+  float temperature, beta, rest;
   float logit_scale;
   float teacher_ratio;  // logit_mse: the teacher's logit_scale to the student's
   float shift;          // logit_mse: a difference near the mean one
@@ -34,22 +34,18 @@ struct RowScale {
   int label;            // -1: none
 };
 
-// Of exps at temperature 1: exponents are those at T times T, offsets too.
-__device__ inline float hard_exp(float y, const RowScale& row) { return fast_exp2(y * row.temperature); }
-
 struct Exp {
   float exp, log;  // to base 2
+  __device__ explicit Exp(float y) : exp(fast_exp2(y)), log(y) {}
 };
-__device__ inline float student_exponent(float s, float offset, const RowScale& row) {
-  return __fmaf_rn(s, row.exp2_scale, -offset);
-}
 __device__ inline Exp student_exp(float s, float offset, const RowScale& row) {
-  const float y = student_exponent(s, offset, row);
-  return {fast_exp2(y), y};
+  return Exp((s - offset) * row.exp2_scale);
 }
 __device__ inline Exp teacher_exp(float t, float offset, const RowScale& row) {
-  const float y = __fmaf_rn(t, row.teacher_exp2_scale, -offset);
-  return {fast_exp2(y), y};
+  return Exp((t - offset) * row.teacher_exp2_scale);
+}
+__device__ inline float hard_exp(float s, float offset, const RowScale& row) {  // at temperature 1
+  return fast_exp2((s - offset) * row.hard_exp2_scale);
 }
 
 // logit_mse's, of scaled logits, less the offset.
@@ -58,8 +54,9 @@ __device__ inline float difference(float s, float t, float offset, const RowScal
 }
 
 __device__ inline float finite(float offset) { return offset == -kInf ? 0 : offset; }
-__device__ inline float scaled(float sum, float d) {  // also where 2^d underflows and the sum is infinite
-  return fabsf(sum) == kInf ? sum : sum * fast_exp2(d);
+// sum * 2^d, infinite where the sum is; but where fp64 has no 2^d either it is 0.
+__device__ inline float scaled(float sum, float d) {
+  return fabsf(sum) == kInf ? (d < -1100 ? 0 : sum) : sum * fast_exp2(d);
 }
 
 // A number that masked() takes as it is: where p is 0 and x infinite, their product is NaN.
@@ -85,10 +82,10 @@ struct Parts {
   }
 };
 
-// Sums of one thread's classes, or of all. Exps at temperature 1 are relative to T times the student's
-// offset; hard_total has them, or the squares of Q. Without a teacher's softmax the teacher's are 0; for
-// LogitMSE its total and over_teacher are sums of d = difference - shift and of d^2. logits: sum of
-// s - first_logit, for label smoothing.
+// Sums of one thread's classes, or of all. Their offsets are numbers where every class is masked too, whose
+// totals are then 0. hard_total is of the exps at temperature 1, or of the squares of Q. Without a teacher's
+// softmax the teacher's are 0; for LogitMSE its total and over_teacher are sums of d = difference - shift and
+// of d^2. logits: sum of s - first_logit, for label smoothing.
 template <class D>
 struct RowSums {
   static constexpr bool kMSE = D::kDifference, kSoft = kHasSoftmax<D>;
@@ -97,40 +94,42 @@ struct RowSums {
 
   __device__ static RowSums identity() {
     RowSums x{};
-    x.student_offset = -kInf;
-    x.teacher_offset = kSoft ? -kInf : 0;
+    x.student_offset = -FLT_MAX;
+    x.teacher_offset = kSoft ? -FLT_MAX : 0;
     return x;
   }
 
-  // To other offsets, of which neither is below the present ones.
+  // To other offsets, of which neither is below the present ones. The parts are added at the new ones, where
+  // exps may be 0 that were multiplied by no number.
   __device__ void rescale(float new_student_offset, float new_teacher_offset, const RowScale& row) {
-    const float ds = student_offset == -kInf ? 0 : student_offset - finite(new_student_offset);
+    const Exp ds = student_exp(student_offset, new_student_offset, row);
+    student_total *= ds.exp;
     if constexpr (kSoft) {
-      const float dt = teacher_offset == -kInf ? 0 : teacher_offset - finite(new_teacher_offset);
+      const Exp dt = teacher_exp(teacher_offset, new_teacher_offset, row);
+      teacher_total *= dt.exp;
       if constexpr (D::kTeacher)
-        over_teacher = scaled(over_teacher + D::over_teacher(teacher_total, ds, ds - dt), dt);
+        over_teacher = scaled(over_teacher, dt.log) + D::over_teacher(teacher_total, ds.log, ds.log - dt.log);
       if constexpr (D::kStudent)
-        over_student = scaled(over_student + D::over_student(student_total, ds - dt), ds);
-      teacher_total *= fast_exp2(dt);
+        over_student = scaled(over_student, ds.log) + D::over_student(student_total, ds.log - dt.log);
       teacher_offset = new_teacher_offset;
     }
-    student_total *= fast_exp2(ds);
-    hard_total *= hard_exp(ds, row);
+    hard_total *= hard_exp(student_offset, new_student_offset, row);
     student_offset = new_student_offset;
   }
 
-  template <int N>
-  __device__ void add(const float (&s)[N], const float (&t)[N], const RowScale& row) {
-    float s_max = s[0], t_max = t[0];
+  template <class P>
+  __device__ void add(const P& s, const P& t, const RowScale& row) {
+    constexpr int N = P::kN;
+    if (__builtin_expect(s.exceeds(student_offset) || (kSoft && t.exceeds(teacher_offset)), 0)) {
+      float s_max = student_offset, t_max = teacher_offset;
 #pragma unroll
-    for (int i = 1; i < N; ++i) {
-      s_max = fmaxf(s_max, s[i]);
-      t_max = fmaxf(t_max, t[i]);
+      for (int i = 0; i < N; ++i) {
+        s_max = fmaxf(s_max, s[i]);
+        if constexpr (kSoft) t_max = fmaxf(t_max, t[i]);
+      }
+      rescale(s_max, t_max, row);
     }
-    s_max = fmaxf(student_offset, s_max * row.exp2_scale);
-    t_max = kSoft ? fmaxf(teacher_offset, t_max * row.teacher_exp2_scale) : 0;
-    if (__builtin_expect(s_max > student_offset || t_max > teacher_offset, 0)) rescale(s_max, t_max, row);
-    const float so = finite(s_max), to = finite(t_max);
+    const float so = student_offset, to = teacher_offset;
     float q_sum = 0, p_sum = 0, squares = 0, d1 = 0, d2 = 0;
     Parts<D> parts{};
 #pragma unroll
@@ -159,7 +158,7 @@ struct RowSums {
     if (row.powers) {
       squares = 0;
 #pragma unroll
-      for (int i = 0; i < N; ++i) squares += hard_exp(student_exponent(s[i], so_again, row), row);
+      for (int i = 0; i < N; ++i) squares += hard_exp(s[i], so_again, row);
     }
     student_total += q_sum;
     hard_total += squares;
