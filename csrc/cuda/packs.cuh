@@ -118,9 +118,15 @@ struct End {
 
 // 16 bytes from global to shared memory without a register in between; past the L1, which holds nothing that
 // is wanted twice.
+__device__ inline uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+// A pointer to shared memory that the compiler keeps in a register, and does not compute again.
+__device__ inline uint4* kept_pointer(uint4* p) {
+  uint32_t address = shared_address(p);
+  asm("" : "+r"(address));
+  return (uint4*)__cvta_shared_to_generic(address);
+}
 __device__ inline void copy_async(uint4* to, const uint4* from) {
-  const uint32_t shared = (uint32_t)__cvta_generic_to_shared(to);
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLeft>

@@ -37,6 +37,7 @@ __device__ inline Coefficients<float> loss_and_coefficients(const RowsArgs& a, c
   float label_logit = team.read_ahead([&] { return scale.label < 0 ? 0 : packs.student_logit(scale.label); });
   RowSums<D> sums = RowSums<D>::identity();
   packs.read([&](int, const auto& s, const auto& t) { sums.add(s, t, scale); });
+  if (row.index == team.first_row()) team.wait_for_start();
   team.publish(shared.label_logit, label_logit);
   sums = team.all_reduce(sums, shared.sums, scale);
   label_logit = team.published(shared.label_logit, label_logit);
@@ -80,8 +81,8 @@ __device__ inline void write_gradient(const Gradient<D>& gradient, const RowScal
 template <class Team, class S, class D, bool kKeep>
 __device__ inline void compute_rows(const RowsArgs& a, uint4* kept, Shared<D>& shared) {
   Team team;
-  for (int64_t index = team.first_row(); index < a.rows; index += team.row_stride()) {
-    RowPacks<Team, S, kKeep> packs(team, a, index, kept);
+  for (uint32_t index = team.first_row(); index < (uint32_t)a.rows; index += team.row_stride()) {
+    RowPacks<Team, S, D, kKeep> packs(team, a, index, kept);
     const RowInputs inputs = team.broadcast(shared.inputs, [&] { return load_inputs<S, D>(a, index); });
     const Row row(a, index, inputs);
     if (!row.is_kept) packs.drop();
@@ -98,8 +99,9 @@ __device__ inline void compute_rows(const RowsArgs& a, uint4* kept, Shared<D>& s
       write_zeros(packs.grad, a.vocab, a.width, team);
     }
     // before the next row's sums are written to the same buffers
-    if (index + team.row_stride() < a.rows) team.sync();
+    if (index + team.row_stride() < (uint32_t)a.rows) team.sync();
   }
+  if (a.table) team.wait_for_start();
 }
 
 // 5 blocks of a multiprocessor, which most divergences get without asking

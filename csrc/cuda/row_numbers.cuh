@@ -47,13 +47,13 @@ __device__ inline RowInputs load_inputs(const RowsArgs& a, int64_t index) {
 }
 
 struct Row {
-  int64_t index;
+  uint32_t index;
   float share;   // of the loss: what its loss and its gradient are multiplied by
   bool is_kept;  // whether it weighs anything
   bool is_bad;   // a label out of range: all of the row is NaN
   RowScale scale;
 
-  __device__ Row(const RowsArgs& a, int64_t i, const RowInputs& x)
+  __device__ Row(const RowsArgs& a, uint32_t i, const RowInputs& x)
       : index(i), share(x.share), is_kept(x.weight != 0) {
     const bool in_range = x.label >= 0 && x.label < a.vocab;
     is_bad = is_kept && a.labels && !in_range;
@@ -69,6 +69,7 @@ struct Row {
     scale.smoothed = a.label_smoothing != 0;
     const bool hard = a.hard_weight != 0 || a.z_loss != 0 || (a.metrics && a.labels);
     scale.powers = hard && x.temperature != 1 && x.temperature != 2;
+    scale.rare = scale.powers || scale.smoothed;
     scale.first_logit = x.first_logit == -kInf ? 0 : x.first_logit;
     scale.label = a.labels && is_kept && in_range ? (int)x.label : -1;
   }
@@ -103,13 +104,13 @@ __device__ inline void write_row(const RowsArgs& a, const Row& row, float loss, 
   float mine = 0;  // the lane's column
 #pragma unroll
   for (int i = 0; i < kCoefficients; ++i) mine = lane == i ? floats(c)[i] : mine;
-  if (lane < kCoefficients) a.new_table[row.index * kCoefficients + lane] = row.is_kept ? mine : 0;
+  if (lane < kCoefficients) a.new_table[(int64_t)row.index * kCoefficients + lane] = row.is_kept ? mine : 0;
 }
 template <class Team>
 __device__ inline Coefficients<float> load_coefficients(const RowsArgs& a, const Row& row, const Team& team,
                                                         float (&shared)[kCoefficients]) {
   Coefficients<float> c;
-  team.load(floats(c), shared, a.table + row.index * kCoefficients);
+  team.load(floats(c), shared, a.table + (int64_t)row.index * kCoefficients);
   return c;
 }
 

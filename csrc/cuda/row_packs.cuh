@@ -8,12 +8,12 @@
 namespace kdfast {
 namespace {
 
-template <class Team, class S, bool kKeep>
+template <class Team, class S, class D, bool kKeep>
 struct RowPacks {
   static constexpr int kN = kVec<S>;
   const Team& team;
   const S* student;
-  const uint4 *student_packs, *teacher_packs;  // the block's; null: no teacher is read
+  const uint4 *student_packs, *teacher_packs;  // the block's
   S* grad;
   bool has_grad_vectors;  // whether the gradient's are those of the logits
   int prefix;             // classes before the row's first pack
@@ -33,15 +33,15 @@ struct RowPacks {
         has_grad_vectors(((uintptr_t)grad - (uintptr_t)student) % 16 == 0),
         prefix(prefix_classes(student, sizeof(S), a.vocab)) {
     const int part = take_all(a);
-    const S* teacher = a.teacher.data ? row_data<const S>(a.teacher, index) : nullptr;
+    const S* teacher = kHasTeacher<D> ? row_data<const S>(a.teacher, index) : nullptr;
     student_packs = (const uint4*)(student + prefix) + first;
-    teacher_packs = teacher ? (const uint4*)(teacher + prefix) + first : nullptr;
-    kept_student = kept;
-    kept_teacher = kept + (kKeep ? part : kAhead * team.threads());
+    teacher_packs = (const uint4*)(teacher + prefix) + first;
+    kept_student = kept_pointer(kept);
+    kept_teacher = kept_student + (kKeep ? part : kAhead * team.threads());
     copy(team.thread(), team.thread());
     if (end < 0) return;
     end_s.x = widen(student[end]);
-    if (teacher) end_t.x = widen(teacher[end]);
+    if constexpr (kHasTeacher<D>) end_t.x = widen(teacher[end]);
   }
   // Of a row that is not kept no class is looked at, and its gradient is 0.
   __device__ void drop() {
@@ -104,26 +104,26 @@ struct RowPacks {
   __device__ void copy(int i, int slot) const {
     if ((unsigned)i < (unsigned)count) {
       copy_async(kept_student + slot, student_packs + i);
-      if (teacher_packs) copy_async(kept_teacher + slot, teacher_packs + i);
+      if constexpr (kHasTeacher<D>) copy_async(kept_teacher + slot, teacher_packs + i);
     }
     commit_copies();
   }
 
-  // All packs, a round of one per thread at a time, of which kAhead are on the way.
-  // What is not kept goes round through as many slots.
+  // All of the thread's packs, of which kAhead are on the way. What is not kept goes round through as many
+  // slots.
   template <class F>
   __device__ void copy_rounds(F f) {
-    const int threads = team.threads(), thread = team.thread(), rounds = (count + threads - 1) / threads;
-    const int step = is_backwards ? -threads : threads, slots = kAhead * threads;
-    int i = is_backwards ? (rounds - 1) * threads + thread : thread, slot = thread;
+    const int threads = team.threads(), thread = team.thread(), slots = kAhead * threads;
+    const int step = is_backwards ? -threads : threads;
+    int i = is_backwards ? thread + ((count - thread + threads - 1) / threads - 1) * threads : thread;
+    int slot = thread;
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       if (k >= begun) copy(i + k * step, kKeep ? i + k * step : slot + k * threads);
     }
-    for (int k = 0; k < rounds; ++k, i += step) {
+    for (; (unsigned)i < (unsigned)count; i += step) {
       wait_for_copies<kAhead - 1>();
-      const int at = kKeep ? i : slot;
-      if ((unsigned)i < (unsigned)count) call(f, i, at);
+      call(f, i, kKeep ? i : slot);
       copy(i + kAhead * step, kKeep ? i + kAhead * step : slot);
       slot = slot + threads < slots ? slot + threads : thread;
     }

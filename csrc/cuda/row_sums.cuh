@@ -21,6 +21,9 @@
 namespace kdfast {
 namespace {
 
+template <class D>
+constexpr bool kHasTeacher = kHasSoftmax<D> || D::kDifference;
+
 // What a thread knows of its row before it reads it.
 struct RowScale {
   float exp2_scale, teacher_exp2_scale, hard_exp2_scale;  // logit_scale * log2(e) / T; hard: T = 1
@@ -30,6 +33,7 @@ struct RowScale {
   float shift;          // logit_mse: a difference near the mean one
   bool smoothed;        // whether the sum of the logits is wanted
   bool powers;          // whether exps at temperature 1 are computed from the exponents
+  bool rare;
   float first_logit;    // the student's, or 0: near the mean one
   int label;            // -1: none
 };
@@ -120,7 +124,7 @@ struct RowSums {
   template <class P>
   __device__ void add(const P& s, const P& t, const RowScale& row) {
     constexpr int N = P::kN;
-    if (__builtin_expect(s.exceeds(student_offset) || (kSoft && t.exceeds(teacher_offset)), 0)) {
+    if (__builtin_expect(s.exceeds(student_offset) | (kSoft && t.exceeds(teacher_offset)), 0)) {
       float s_max = student_offset, t_max = teacher_offset;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
@@ -148,8 +152,9 @@ struct RowSums {
       }
     }
     // exponents are computed again, lest they take registers until it is known that they are not needed
+    if (__builtin_expect(row.rare | parts.is_nan(), 0)) {
     const float so_again = opaque(so), to_again = opaque(to);
-    if (__builtin_expect(parts.is_nan(), 0)) {  // a masked class, most likely
+    if (parts.is_nan()) {  // a masked class, most likely
       parts = {};
 #pragma unroll
       for (int i = 0; i < N; ++i)
@@ -160,15 +165,16 @@ struct RowSums {
 #pragma unroll
       for (int i = 0; i < N; ++i) squares += hard_exp(s[i], so_again, row);
     }
+    if (row.smoothed) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) logits += s[i] - row.first_logit;
+    }
+    }
     student_total += q_sum;
     hard_total += squares;
     teacher_total += kMSE ? d1 : p_sum;
     over_teacher += kMSE ? d2 : parts.over_teacher;
     over_student += parts.over_student;
-    if (row.smoothed) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) logits += s[i] - row.first_logit;
-    }
   }
 
   // NaN offsets are left out by max, and the sums are NaN.
