@@ -91,9 +91,7 @@ struct WarpTeam {
   __device__ int threads() const { return 32; }
   __device__ int rank() const { return 0; }
   __device__ int blocks() const { return 1; }
-  __device__ uint32_t first_row() const {
-    return blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
-  }
+  __device__ uint32_t first_row() const { return blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5); }
   __device__ uint32_t row_stride() const { return gridDim.x * (blockDim.x >> 5); }
   __device__ bool is_first_warp() const { return true; }
   __device__ bool is_first_thread() const { return thread() == 0; }

@@ -88,6 +88,8 @@ __device__ inline void compute_rows(const RowsArgs& a, uint4* kept, Shared<D>& s
     if (!row.is_kept) packs.drop();
     Gradient<D> gradient;
     if (a.table) {
+      if (index == team.first_row()) team.wait_for_start();
+      if constexpr (D::kDifference) team.sync();  // the gradient may go where other blocks read first logits
       gradient = {load_coefficients(a, row, team, shared.columns), inputs.grad_loss * a.logit_scale,
                   row.scale};
       if constexpr (kKeep) packs.read([](int, const auto&, const auto&) {});
@@ -101,7 +103,6 @@ __device__ inline void compute_rows(const RowsArgs& a, uint4* kept, Shared<D>& s
     // before the next row's sums are written to the same buffers
     if (index + team.row_stride() < (uint32_t)a.rows) team.sync();
   }
-  if (a.table) team.wait_for_start();
 }
 
 // 5 blocks of a multiprocessor, which most divergences get without asking

@@ -34,15 +34,15 @@ __device__ inline RowInputs load_inputs(const RowsArgs& a, int64_t index) {
   x.weight = load_weight(a, index);
   x.temperature = a.temperatures ? a.temperatures[index] : a.temperature;
   x.teacher_temperature = a.teacher_temperatures ? a.teacher_temperatures[index] : a.teacher_temperature;
+  const S* student = row_data<const S>(a.student, index);
+  if (D::kDifference) x.first_teacher_logit = widen(row_data<const S>(a.teacher, index)[0]);
+  if (D::kDifference || (a.label_smoothing != 0 && !a.table)) x.first_logit = widen(student[0]);
   if (a.table) {
     x.grad_loss = a.grad_loss[index * a.grad_loss_step];
-    return x;
+  } else {
+    x.share = x.weight / a.divisor;
+    if (a.normalizer) x.share *= *a.normalizer == 0 ? 0 : 1 / *a.normalizer;
   }
-  x.share = x.weight / a.divisor;
-  if (a.normalizer) x.share *= *a.normalizer == 0 ? 0 : 1 / *a.normalizer;
-  const S* student = row_data<const S>(a.student, index);
-  if (D::kDifference || a.label_smoothing != 0) x.first_logit = widen(student[0]);
-  if (D::kDifference) x.first_teacher_logit = widen(row_data<const S>(a.teacher, index)[0]);
   return x;
 }
 
@@ -65,12 +65,13 @@ struct Row {
              a.rest};
     scale.logit_scale = a.logit_scale;
     scale.teacher_ratio = a.teacher_logit_scale / a.logit_scale;
-    scale.shift = difference(x.first_logit, x.first_teacher_logit, 0, scale);
+    scale.shift = a.logit_scale * __fmaf_rn(-scale.teacher_ratio, x.first_teacher_logit, x.first_logit);
     scale.smoothed = a.label_smoothing != 0;
     const bool hard = a.hard_weight != 0 || a.z_loss != 0 || (a.metrics && a.labels);
     scale.powers = hard && x.temperature != 1 && x.temperature != 2;
     scale.rare = scale.powers || scale.smoothed;
     scale.first_logit = x.first_logit == -kInf ? 0 : x.first_logit;
+    scale.first_teacher_logit = x.first_teacher_logit;
     scale.label = a.labels && is_kept && in_range ? (int)x.label : -1;
   }
 

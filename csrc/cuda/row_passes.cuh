@@ -72,10 +72,12 @@ template <class D>
 __device__ inline Sums<float> to_sums(const RowSums<D>& x, const PointwiseSums& pointwise, float label_logit,
                                       float classes, const RowScale& row) {
   const auto exponent = [&](float s) { return (s - x.student_offset) * row.hard_exp2_scale; };
+  const auto known = [](float offset, float total) { return total == 0 ? -kInf : offset; };
   Sums<float> sums{};
-  sums.student_offset = x.student_total == 0 ? -kInf : x.student_offset;
+  sums.student_offset = known(x.student_offset, x.student_total);
   sums.student_total = x.student_total;
-  sums.teacher_offset = D::kDifference ? row.shift : x.teacher_total == 0 ? -kInf : x.teacher_offset;
+  const float teacher_offset = D::kDifference ? row.shift : x.teacher_offset;
+  sums.teacher_offset = known(teacher_offset, kHasSoftmax<D> ? x.teacher_total : 1);
   sums.teacher_total = x.teacher_total;
   sums.hard_total = row.temperature == 1 ? x.student_total : x.hard_total;
   sums.over_teacher = x.over_teacher;
@@ -102,7 +104,8 @@ struct Gradient {
   __device__ Gradient(Coefficients<float> c, float grad_loss, const RowScale& row)
       : student_offset(finite(c.student_offset)), teacher_offset(finite(c.teacher_offset)) {
     for (float* x : {&c.level, &c.slope, &c.teacher, &c.soft, &c.hard, &c.label, &c.uniform}) *x *= grad_loss;
-    if constexpr (D::kDifference) c.center += c.teacher_offset;
+    // another backend's table may have another offset
+    if (D::kDifference && c.teacher_offset != row.shift) c.center += c.teacher_offset - row.shift;
     label = c.label;
     // only these have the logarithms of the totals
     const Scales<float> scales = D::kStudent || D::kPointwise ? scales_of(c) : scales_with(c, 0.f, 0.f);

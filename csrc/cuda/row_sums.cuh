@@ -30,12 +30,13 @@ struct RowScale {
   float temperature, beta, rest;
   float logit_scale;
   float teacher_ratio;  // logit_mse: the teacher's logit_scale to the student's
-  float shift;          // logit_mse: a difference near the mean one
+  float shift;          // logit_mse: the first difference, near the mean one
   bool smoothed;        // whether the sum of the logits is wanted
   bool powers;          // whether exps at temperature 1 are computed from the exponents
-  bool rare;
+  bool rare;            // either
   float first_logit;    // the student's, or 0: near the mean one
-  int label;            // -1: none
+  float first_teacher_logit;
+  int label;  // -1: none
 };
 
 struct Exp {
@@ -52,9 +53,11 @@ __device__ inline float hard_exp(float s, float offset, const RowScale& row) {  
   return fast_exp2((s - offset) * row.hard_exp2_scale);
 }
 
-// logit_mse's, of scaled logits, less the offset.
+// logit_mse's, of scaled logits, less the first one and an offset. Each side's first logit is subtracted from
+// its others before they meet, lest large logits leave no digit of small ones.
 __device__ inline float difference(float s, float t, float offset, const RowScale& row) {
-  return __fmaf_rn(row.logit_scale, __fmaf_rn(-row.teacher_ratio, t, s), -offset);
+  const float from_first = __fmaf_rn(-row.teacher_ratio, t - row.first_teacher_logit, s - row.first_logit);
+  return __fmaf_rn(row.logit_scale, from_first, -offset);
 }
 
 __device__ inline float finite(float offset) { return offset == -kInf ? 0 : offset; }
@@ -146,29 +149,29 @@ struct RowSums {
         p_sum += p.exp;
         parts.template add<Unmasked>(p, q);
       } else if constexpr (kMSE) {
-        const float d = difference(s[i], t[i], row.shift, row);
+        const float d = difference(s[i], t[i], 0, row);
         d1 += d;
         d2 += d * d;
       }
     }
     // exponents are computed again, lest they take registers until it is known that they are not needed
     if (__builtin_expect(row.rare | parts.is_nan(), 0)) {
-    const float so_again = opaque(so), to_again = opaque(to);
-    if (parts.is_nan()) {  // a masked class, most likely
-      parts = {};
+      const float so_again = opaque(so), to_again = opaque(to);
+      if (parts.is_nan()) {  // a masked class, most likely
+        parts = {};
 #pragma unroll
-      for (int i = 0; i < N; ++i)
-        parts.template add<float>(teacher_exp(t[i], to_again, row), student_exp(s[i], so_again, row));
-    }
-    if (row.powers) {
-      squares = 0;
+        for (int i = 0; i < N; ++i)
+          parts.template add<float>(teacher_exp(t[i], to_again, row), student_exp(s[i], so_again, row));
+      }
+      if (row.powers) {
+        squares = 0;
 #pragma unroll
-      for (int i = 0; i < N; ++i) squares += hard_exp(s[i], so_again, row);
-    }
-    if (row.smoothed) {
+        for (int i = 0; i < N; ++i) squares += hard_exp(s[i], so_again, row);
+      }
+      if (row.smoothed) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) logits += s[i] - row.first_logit;
-    }
+        for (int i = 0; i < N; ++i) logits += s[i] - row.first_logit;
+      }
     }
     student_total += q_sum;
     hard_total += squares;
