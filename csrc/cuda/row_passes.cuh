@@ -12,9 +12,9 @@ constexpr bool kHasMixtureLogs = std::is_same_v<D, JSD>;
 
 template <class D>
 __device__ inline Scales<float> scales_of(const RowSums<D>& x) {
-  const float teacher_total = RowSums<D>::kSoft ? x.teacher_total : 1;
+  const float teacher_total = 1 + (kHasSoftmax<D> ? x.teacher_others : 0);
   return scales_of(
-      Coefficients<float>{x.student_offset, x.student_total, x.teacher_offset, teacher_total, 1});
+      Coefficients<float>{x.student_offset, 1 + x.student_others, x.teacher_offset, teacher_total, 1});
 }
 
 struct Probabilities {  // of one class
@@ -72,14 +72,13 @@ template <class D>
 __device__ inline Sums<float> to_sums(const RowSums<D>& x, const PointwiseSums& pointwise, float label_logit,
                                       float classes, const RowScale& row) {
   const auto exponent = [&](float s) { return (s - x.student_offset) * row.hard_exp2_scale; };
-  const auto known = [](float offset, float total) { return total == 0 ? -kInf : offset; };
+  const auto known = [](float offset, float others) { return others == -1 ? -kInf : offset; };
   Sums<float> sums{};
-  sums.student_offset = known(x.student_offset, x.student_total);
-  sums.student_total = x.student_total;
-  const float teacher_offset = D::kDifference ? row.shift : x.teacher_offset;
-  sums.teacher_offset = known(teacher_offset, kHasSoftmax<D> ? x.teacher_total : 1);
-  sums.teacher_total = x.teacher_total;
-  sums.hard_total = row.temperature == 1 ? x.student_total : x.hard_total;
+  sums.student_offset = known(x.student_offset, x.student_others);
+  sums.student_total = 1 + x.student_others;
+  sums.teacher_offset = D::kDifference ? row.shift : known(x.teacher_offset, x.teacher_others);
+  sums.teacher_total = x.teacher_others + (kHasSoftmax<D> ? 1 : 0);
+  sums.hard_total = 1 + (row.temperature == 1 ? x.student_others : x.hard_others);
   sums.over_teacher = x.over_teacher;
   sums.over_student = x.over_student;
   sums.label = exponent(label_logit);

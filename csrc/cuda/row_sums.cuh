@@ -89,39 +89,50 @@ struct Parts {
   }
 };
 
-// Sums of one thread's classes, or of all. Their offsets are numbers where every class is masked too, whose
-// totals are then 0. hard_total is of the exps at temperature 1, or of the squares of Q. Without a teacher's
-// softmax the teacher's are 0; for LogitMSE its total and over_teacher are sums of d = difference - shift and
-// of d^2. logits: sum of s - first_logit, for label smoothing.
+// Totals are sums of exps but for the largest logit's, which is 1: "others". Added to it, small ones would
+// lose the digits that all of a confident row's loss is. Of no class they are -1.
+__device__ inline float rescaled(float others, float factor) { return __fmaf_rn(others, factor, factor - 1); }
+// Over a warp; factor: 1 where the lane's largest logit is the warp's, or one of these.
+__device__ inline float warp_others(float others, float factor) {
+  const bool has_largest = factor == 1;
+  others = warp_sum(__fmaf_rn(others, factor, has_largest ? 0 : factor));
+  return others + (float)(__popc(__ballot_sync(~0u, has_largest)) - 1);
+}
+
+// Sums of one thread's classes, or of all. Offsets are numbers where every class is masked too. hard_others
+// is of the exps at temperature 1, or of the squares of Q. Without a teacher's softmax the teacher's are 0;
+// for LogitMSE teacher_others and over_teacher are sums of d = difference and of d^2. logits: sum of s -
+// first_logit, for label smoothing.
 template <class D>
 struct RowSums {
   static constexpr bool kMSE = D::kDifference, kSoft = kHasSoftmax<D>;
-  float student_offset, teacher_offset, student_total, teacher_total, hard_total;
+  float student_offset, teacher_offset, student_others, teacher_others, hard_others;
   float over_teacher, over_student, logits;
 
-  __device__ static RowSums identity() {
-    RowSums x{};
-    x.student_offset = -FLT_MAX;
-    x.teacher_offset = kSoft ? -FLT_MAX : 0;
-    return x;
-  }
+  __device__ static RowSums identity() { return {-FLT_MAX, kSoft ? -FLT_MAX : 0, -1, kSoft ? -1.f : 0, -1}; }
 
-  // To other offsets, of which neither is below the present ones. The parts are added at the new ones, where
-  // exps may be 0 that were multiplied by no number.
-  __device__ void rescale(float new_student_offset, float new_teacher_offset, const RowScale& row) {
+  // What totals are multiplied by at other offsets, of which neither is below the present ones. All else is
+  // brought to these; the parts where they are, since an exp may be 0 there that an infinite change
+  // multiplies.
+  struct Factors {
+    float student, teacher, hard;
+  };
+  __device__ Factors move_to(float new_student_offset, float new_teacher_offset, const RowScale& row) {
     const Exp ds = student_exp(student_offset, new_student_offset, row);
-    student_total *= ds.exp;
+    Factors factors{ds.exp, 1, hard_exp(student_offset, new_student_offset, row)};
     if constexpr (kSoft) {
       const Exp dt = teacher_exp(teacher_offset, new_teacher_offset, row);
-      teacher_total *= dt.exp;
+      factors.teacher = dt.exp;
+      const float above = ds.log - dt.log;
       if constexpr (D::kTeacher)
-        over_teacher = scaled(over_teacher, dt.log) + D::over_teacher(teacher_total, ds.log, ds.log - dt.log);
+        over_teacher =
+            scaled(over_teacher, dt.log) + D::over_teacher((1 + teacher_others) * dt.exp, ds.log, above);
       if constexpr (D::kStudent)
-        over_student = scaled(over_student, ds.log) + D::over_student(student_total, ds.log - dt.log);
+        over_student = scaled(over_student, ds.log) + D::over_student((1 + student_others) * ds.exp, above);
       teacher_offset = new_teacher_offset;
     }
-    hard_total *= hard_exp(student_offset, new_student_offset, row);
     student_offset = new_student_offset;
+    return factors;
   }
 
   template <class P>
@@ -134,7 +145,10 @@ struct RowSums {
         s_max = fmaxf(s_max, s[i]);
         if constexpr (kSoft) t_max = fmaxf(t_max, t[i]);
       }
-      rescale(s_max, t_max, row);
+      const Factors factors = move_to(s_max, t_max, row);
+      student_others = rescaled(student_others, factors.student);
+      if constexpr (kSoft) teacher_others = rescaled(teacher_others, factors.teacher);
+      hard_others = rescaled(hard_others, factors.hard);
     }
     const float so = student_offset, to = teacher_offset;
     float q_sum = 0, p_sum = 0, squares = 0, d1 = 0, d2 = 0;
@@ -173,9 +187,9 @@ struct RowSums {
         for (int i = 0; i < N; ++i) logits += s[i] - row.first_logit;
       }
     }
-    student_total += q_sum;
-    hard_total += squares;
-    teacher_total += kMSE ? d1 : p_sum;
+    student_others += q_sum;
+    hard_others += squares;
+    teacher_others += kMSE ? d1 : p_sum;
     over_teacher += kMSE ? d2 : parts.over_teacher;
     over_student += parts.over_student;
   }
@@ -183,10 +197,11 @@ struct RowSums {
   // NaN offsets are left out by max, and the sums are NaN.
   __device__ RowSums warp_reduce(const RowScale& row) const {
     RowSums x = *this;
-    x.rescale(warp_max(student_offset), kSoft ? warp_max(teacher_offset) : 0, row);
-    x.student_total = warp_sum(x.student_total);
-    if constexpr (kSoft || kMSE) x.teacher_total = warp_sum(x.teacher_total);
-    x.hard_total = warp_sum(x.hard_total);
+    const Factors factors = x.move_to(warp_max(student_offset), kSoft ? warp_max(teacher_offset) : 0, row);
+    x.student_others = warp_others(x.student_others, factors.student);
+    if constexpr (kSoft) x.teacher_others = warp_others(x.teacher_others, factors.teacher);
+    if constexpr (kMSE) x.teacher_others = warp_sum(x.teacher_others);
+    x.hard_others = warp_others(x.hard_others, factors.hard);
     if constexpr (D::kTeacher || kMSE) x.over_teacher = warp_sum(x.over_teacher);
     if constexpr (D::kStudent) x.over_student = warp_sum(x.over_student);
     if (row.smoothed) x.logits = warp_sum(x.logits);
