@@ -87,6 +87,7 @@ struct ReduceBuffer {
 // ---- teams: the threads that share a row ----
 
 struct WarpTeam {
+  static constexpr bool kShort = true;  // its rows
   __device__ int thread() const { return threadIdx.x & 31; }
   __device__ int threads() const { return 32; }
   __device__ int rank() const { return 0; }
@@ -128,6 +129,7 @@ struct WarpTeam {
 
 // A block, or the blocks of a cluster. All of them must have started before one writes into another.
 struct BlockTeam {
+  static constexpr bool kShort = false;
   __device__ BlockTeam() {
     if (blocks() > 1) cluster_arrive_relaxed();
   }

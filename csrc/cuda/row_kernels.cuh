@@ -36,7 +36,7 @@ __device__ inline Coefficients<float> loss_and_coefficients(const RowsArgs& a, c
   const RowScale& scale = row.scale;
   float label_logit = team.read_ahead([&] { return scale.label < 0 ? 0 : packs.student_logit(scale.label); });
   RowSums<D> sums = RowSums<D>::identity();
-  packs.read([&](int, const auto& s, const auto& t) { sums.add(s, t, scale); });
+  packs.read([&](int, const auto& s, const auto& t) { sums.template add<Team::kShort>(s, t, scale); });
   if (row.index == team.first_row()) team.wait_for_start();
   team.publish(shared.label_logit, label_logit);
   sums = team.all_reduce(sums, shared.sums, scale);

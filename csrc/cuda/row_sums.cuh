@@ -91,12 +91,25 @@ struct Parts {
 
 // Totals are sums of exps but for the largest logit's, which is 1: "others". Added to it, small ones would
 // lose the digits that all of a confident row's loss is. Of no class they are -1.
-__device__ inline float rescaled(float others, float factor) { return __fmaf_rn(others, factor, factor - 1); }
 // Over a warp; factor: 1 where the lane's largest logit is the warp's, or one of these.
 __device__ inline float warp_others(float others, float factor) {
   const bool has_largest = factor == 1;
   others = warp_sum(__fmaf_rn(others, factor, has_largest ? 0 : factor));
   return others + (float)(__popc(__ballot_sync(~0u, has_largest)) - 1);
+}
+
+// A pack's sum of exps without the largest logit's, which is 1; where that took their digits they are added
+// up again.
+template <class P, class F>
+__device__ inline float pack_others(const P& logits, float sum, F exp_of) {
+  if (sum - 1 > 0x1p-8f) return sum - 1;
+  float others = 0, largest = -1;
+#pragma unroll
+  for (int i = 0; i < P::kN; ++i) {
+    const float x = exp_of(logits[i]);
+    (x == 1 ? largest : others) += x;
+  }
+  return others + largest;
 }
 
 // Sums of one thread's classes, or of all. Offsets are numbers where every class is masked too. hard_others
@@ -135,9 +148,12 @@ struct RowSums {
     return factors;
   }
 
-  template <class P>
+  // kShort: of a row of which a pack may be the most. The largest logit's exp is left out of its pack's sum
+  // already.
+  template <bool kShort, class P>
   __device__ void add(const P& s, const P& t, const RowScale& row) {
     constexpr int N = P::kN;
+    bool is_students_new = false, is_teachers_new = false;
     if (__builtin_expect(s.exceeds(student_offset) | (kSoft && t.exceeds(teacher_offset)), 0)) {
       float s_max = student_offset, t_max = teacher_offset;
 #pragma unroll
@@ -145,10 +161,15 @@ struct RowSums {
         s_max = fmaxf(s_max, s[i]);
         if constexpr (kSoft) t_max = fmaxf(t_max, t[i]);
       }
+      is_students_new = kShort && s_max > student_offset;
+      is_teachers_new = kShort && kSoft && t_max > teacher_offset;
       const Factors factors = move_to(s_max, t_max, row);
-      student_others = rescaled(student_others, factors.student);
-      if constexpr (kSoft) teacher_others = rescaled(teacher_others, factors.teacher);
-      hard_others = rescaled(hard_others, factors.hard);
+      const auto rescaled = [](float others, float factor, bool is_new) {
+        return __fmaf_rn(others, factor, is_new ? factor : factor - 1);  // with the exp that was the largest
+      };
+      student_others = rescaled(student_others, factors.student, is_students_new);
+      if constexpr (kSoft) teacher_others = rescaled(teacher_others, factors.teacher, is_teachers_new);
+      hard_others = rescaled(hard_others, factors.hard, is_students_new);
     }
     const float so = student_offset, to = teacher_offset;
     float q_sum = 0, p_sum = 0, squares = 0, d1 = 0, d2 = 0;
@@ -187,6 +208,14 @@ struct RowSums {
         for (int i = 0; i < N; ++i) logits += s[i] - row.first_logit;
       }
     }
+    if (is_students_new) {
+      q_sum = pack_others(s, q_sum, [&](float x) { return student_exp(x, so, row).exp; });
+      squares = pack_others(s, squares, [&](float x) {
+        const float q = student_exp(x, so, row).exp;
+        return row.powers ? hard_exp(x, so, row) : q * q;
+      });
+    }
+    if (is_teachers_new) p_sum = pack_others(t, p_sum, [&](float x) { return teacher_exp(x, to, row).exp; });
     student_others += q_sum;
     hard_others += squares;
     teacher_others += kMSE ? d1 : p_sum;

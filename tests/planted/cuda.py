@@ -37,8 +37,7 @@ MUTANTS = [
            "if (lane < blocks()) {", "if (lane < warps) {",
            "Of more blocks than warps some are left out.", (*TRAFFIC, *CALLS)),
     Mutant("cuda-parts-offset-negated", SUMS,
-           "D::over_teacher(teacher_total, ds.log, ds.log - dt.log)",
-           "D::over_teacher(teacher_total, ds.log, dt.log - ds.log)",
+           "const float above = ds.log - dt.log;", "const float above = dt.log - ds.log;",
            "At a new offset a KL's running sum moves the wrong way.", CALLS),
     Mutant("cuda-teachers-new-maximum", SUMS,
            "(kSoft && t.exceeds(teacher_offset))", "false",
@@ -48,9 +47,15 @@ MUTANTS = [
            "A new largest logit is not seen in the second half of a pack of 16 bits.", DIGITS),
     # far below the others, and before them
     Mutant("cuda-padding-adds-to-a-divergence", SUMS,
-           "D::over_teacher(teacher_total, ds.log, ds.log - dt.log)",
-           "D::over_teacher(x.teacher_total, ds.log, ds.log - dt.log)",
+           "(1 + teacher_others) * dt.exp, ds.log", "1 + teacher_others, ds.log",
            "What classes far below the others have summed up is multiplied with how far, and infinite.", DIGITS),
+    # short rows alone
+    Mutant("cuda-a-packs-others-added-to-1", SUMS,
+           "if (sum - 1 > 0x1p-8f) return sum - 1;", "return sum - 1;",
+           "Of a confident row the classes in the label's pack are lost.", DIGITS),
+    Mutant("cuda-logit-mse-of-large-logits", SUMS,
+           "t - row.first_teacher_logit, s - row.first_logit)", "t, s - row.first_logit + row.first_teacher_logit)",
+           "A teacher's small logits are added to a student's large ones, and have no digits left.", DIGITS),
     # ---- memory ----
     Mutant("cuda-copies-not-awaited", ROW_PACKS,
            "wait_for_copies<kAhead - 1>();", "wait_for_copies<kAhead>();",
