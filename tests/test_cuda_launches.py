@@ -174,7 +174,7 @@ def by_formula(c: Coefficients, arguments: Batch, settings: Settings) -> tuple[T
     student, teacher, labels = arguments.student.double(), arguments.teacher.double(), arguments.labels
     bits = math.log2(math.e)
     y, y_teacher = (
-        x * bits / T - offset
+        (x - offset) * bits / T
         for x, T, offset in (
             (student, settings.temperature, c.student_offset),
             (teacher, settings.teacher_temperature, c.teacher_offset),
@@ -182,7 +182,7 @@ def by_formula(c: Coefficients, arguments: Batch, settings: Settings) -> tuple[T
     )
     q, p = torch.exp2(y) / c.student_total, torch.exp2(y_teacher) / c.teacher_total
     log_q, log_p = q.log(), p.log()
-    terms = [c.hard * torch.exp2(student * bits - c.hard_offset) / c.hard_total, -c.uniform.expand_as(student)]
+    terms = [c.hard * torch.exp2((student - c.student_offset) * bits) / c.hard_total, -c.uniform.expand_as(student)]
     terms.append(-c.label * torch.nn.functional.one_hot(labels, student.shape[-1]))
     if settings.divergence == "logit_mse":
         terms.append(c.soft * (student - teacher - c.teacher_offset - c.center))

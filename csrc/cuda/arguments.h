@@ -47,6 +47,7 @@ struct RowsArgs {
 #define KDFAST_FIELD(type, name) std::conditional_t<std::is_same_v<type, double>, float, type> name;
   KDFAST_NUMBERS(KDFAST_FIELD)
 #undef KDFAST_FIELD
+  float rest;  // 1 - beta
 };
 
 struct ScaleArgs {

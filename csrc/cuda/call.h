@@ -57,6 +57,7 @@ class Call {
 #define KDFAST_COPY(type, name) a.name = (decltype(a.name))s.name;
     KDFAST_NUMBERS(KDFAST_COPY)
 #undef KDFAST_COPY
+    a.rest = (float)(1 - s.beta);
     if (rows_of(student_) > INT32_MAX || classes_of(student_) > INT32_MAX) {
       fail<std::invalid_argument>("student_logits: more than 2^31 - 1 rows or classes");
     }

@@ -1,6 +1,7 @@
 // Powers and logarithms of two, and what divergences.h asks for beside arithmetic.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 namespace kdfast {
@@ -72,13 +73,13 @@ __device__ inline Probability log_ratio(Probability a, Probability b, Probabilit
   return log_near_1(difference.x * fast_reciprocal(divisor), __fmaf_rn(fast_log2(divisor), -kLn2, a.log));
 }
 
-// log(p / m) and log(q / m) of jsd's m = beta p + (1 - beta) q, from what they share.
+// log(p / m) and log(q / m) of jsd's m = beta p + rest q, from what they share.
 struct MixtureLogs {
   float of_p, of_q;
-  __device__ MixtureLogs(Probability p, Probability q, float beta) {
-    const float m = fmaxf(__fmaf_rn(beta, p.x, (1 - beta) * q.x), kNothing), log_m = fast_log2(m) * kLn2;
+  __device__ MixtureLogs(Probability p, Probability q, float beta, float rest) {
+    const float m = fmaxf(__fmaf_rn(beta, p.x, rest * q.x), kNothing), log_m = fast_log2(m) * kLn2;
     const float u = (q.x - p.x) * fast_reciprocal(m);
-    of_p = log_near_1((beta - 1) * u, p.log - log_m);
+    of_p = log_near_1(-rest * u, p.log - log_m);
     of_q = log_near_1(beta * u, q.log - log_m);
   }
 };

@@ -8,7 +8,6 @@ namespace {
 
 template <class D>
 struct MetricSums {
-  static constexpr bool kHasTeacher = kHasSoftmax<D> || D::kDifference;
   float divergence, teacher_log, student_log;  // sums of p (log p - log q), p log p and q log q, to base 2
   float student_max, student_argmax;           // of the logits; the class as the float's bits
   float teacher_max, teacher_argmax;
@@ -38,15 +37,14 @@ struct MetricSums {
     return x;
   }
 
-  template <int N>
-  __device__ void add(const float (&s)[N], const float (&t)[N], int first, const Scales<float>& scales,
-                      const RowScale& row) {
+  template <class P>
+  __device__ void add(const P& s, const P& t, int first, const Scales<float>& scales, const RowScale& row) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
+    for (int i = 0; i < P::kN; ++i) {
       const Probabilities x(s[i], t[i], scales, row);
       student_log += masked(x.q, x.log_q);
       update_max(student_max, student_argmax, s[i], __int_as_float(first + i));
-      if constexpr (kHasTeacher) {
+      if constexpr (kHasTeacher<D>) {
         divergence += masked(x.p, x.log_p - x.log_q);
         teacher_log += masked(x.p, x.log_p);
         update_max(teacher_max, teacher_argmax, t[i], __int_as_float(first + i));
@@ -59,12 +57,12 @@ struct MetricSums {
                                 const RowLoss<float>& row) const {
     const float nan = nanf("");
     const int argmax = __float_as_int(student_argmax);
-    const float metrics[kMetrics] = {kHasTeacher ? row.soft : nan,
+    const float metrics[kMetrics] = {kHasTeacher<D> ? row.soft : nan,
                                      a.labels ? row.hard : nan,
-                                     kHasTeacher ? divergence * kLn2 : nan,
+                                     kHasTeacher<D> ? divergence * kLn2 : nan,
                                      -student_log * kLn2,
-                                     kHasTeacher ? -teacher_log * kLn2 : nan,
-                                     kHasTeacher ? (float)(argmax == __float_as_int(teacher_argmax)) : nan,
+                                     kHasTeacher<D> ? -teacher_log * kLn2 : nan,
+                                     kHasTeacher<D> ? (float)(argmax == __float_as_int(teacher_argmax)) : nan,
                                      a.labels ? (float)(argmax == label) : nan};
 #pragma unroll
     for (int k = 0; k < (D::kDifference ? 1 : kMetrics); ++k)

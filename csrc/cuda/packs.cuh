@@ -54,28 +54,79 @@ __device__ inline void widen(uint4 pack, float (&x)[kVec<S>]) {
 }
 
 template <class S>
+__device__ inline uint32_t narrow_pair(float low, float high) {
+  if constexpr (std::is_same_v<S, __nv_bfloat16>) {
+    const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+    return *(const uint32_t*)&two;
+  } else {
+    const __half2 two = __floats2half2_rn(low, high);
+    return *(const uint32_t*)&two;
+  }
+}
+
+template <class S>
 __device__ inline uint4 narrow(const float (&x)[kVec<S>]) {
   uint32_t word[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(S) == 4) {
+    if constexpr (sizeof(S) == 4)
       word[i] = __float_as_uint(x[i]);
-    } else if constexpr (std::is_same_v<S, __nv_bfloat16>) {
-      const __nv_bfloat162 two = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
-      word[i] = *(const uint32_t*)&two;
-    } else {
-      const __half2 two = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
-      word[i] = *(const uint32_t*)&two;
-    }
+    else
+      word[i] = narrow_pair<S>(x[2 * i], x[2 * i + 1]);
   }
   return {word[0], word[1], word[2], word[3]};
 }
 
+// The larger ones of two pairs, as fmaxf has it.
+template <class S>
+__device__ inline uint32_t max_of_pairs(uint32_t a, uint32_t b) {
+  uint32_t max;
+  if constexpr (std::is_same_v<S, __nv_bfloat16>)
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(max) : "r"(a), "r"(b));
+  else
+    asm("max.f16x2 %0, %1, %2;" : "=r"(max) : "r"(a), "r"(b));
+  return max;
+}
+
+// A pack of logits, in fp32 too.
+template <class S>
+struct Pack {
+  static constexpr int kN = kVec<S>;
+  uint4 words;
+  float x[kN];
+  __device__ explicit Pack(uint4 pack) : words(pack) { widen<S>(pack, x); }
+  __device__ float operator[](int i) const { return x[i]; }
+
+  // Whether one is above a logit of this type. NaN never is.
+  __device__ bool exceeds(float logit) const {
+    if constexpr (sizeof(S) == 4) {
+      return fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])) > logit;
+    } else {
+      const uint32_t pair = narrow_pair<S>(logit, logit);
+      const uint32_t a = max_of_pairs<S>(words.x, words.y), b = max_of_pairs<S>(words.z, words.w);
+      return max_of_pairs<S>(max_of_pairs<S>(a, b), pair) != pair;
+    }
+  }
+};
+// A logit by itself.
+struct End {
+  static constexpr int kN = 1;
+  float x;
+  __device__ float operator[](int) const { return x; }
+  __device__ bool exceeds(float logit) const { return x > logit; }
+};
+
 // 16 bytes from global to shared memory without a register in between; past the L1, which holds nothing that
 // is wanted twice.
+__device__ inline uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+// A pointer to shared memory that the compiler keeps in a register, and does not compute again.
+__device__ inline uint4* kept_pointer(uint4* p) {
+  uint32_t address = shared_address(p);
+  asm("" : "+r"(address));
+  return (uint4*)__cvta_shared_to_generic(address);
+}
 __device__ inline void copy_async(uint4* to, const uint4* from) {
-  const uint32_t shared = (uint32_t)__cvta_generic_to_shared(to);
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLeft>

@@ -87,17 +87,17 @@ struct ReduceBuffer {
 // ---- teams: the threads that share a row ----
 
 struct WarpTeam {
+  static constexpr bool kShort = true;  // its rows
   __device__ int thread() const { return threadIdx.x & 31; }
   __device__ int threads() const { return 32; }
   __device__ int rank() const { return 0; }
   __device__ int blocks() const { return 1; }
-  __device__ int64_t first_row() const {
-    return (int64_t)blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
-  }
-  __device__ int64_t row_stride() const { return (int64_t)gridDim.x * (blockDim.x >> 5); }
+  __device__ uint32_t first_row() const { return blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5); }
+  __device__ uint32_t row_stride() const { return gridDim.x * (blockDim.x >> 5); }
   __device__ bool is_first_warp() const { return true; }
   __device__ bool is_first_thread() const { return thread() == 0; }
   __device__ void sync() const { __syncwarp(); }
+  __device__ void wait_for_start() const {}
 
   // What read() returns, in every thread; here each reads.
   template <class N, class F>
@@ -129,21 +129,18 @@ struct WarpTeam {
 
 // A block, or the blocks of a cluster. All of them must have started before one writes into another.
 struct BlockTeam {
-  bool has_started;
-
-  __device__ BlockTeam() : has_started(blocks() == 1) {
-    if (!has_started) cluster_arrive_relaxed();
+  static constexpr bool kShort = false;
+  __device__ BlockTeam() {
+    if (blocks() > 1) cluster_arrive_relaxed();
   }
-  __device__ ~BlockTeam() { wait_for_start(); }
   __device__ int thread() const { return threadIdx.x; }
   __device__ int threads() const { return blockDim.x; }
   __device__ int rank() const { return cluster_rank(); }
   __device__ int blocks() const { return cluster_blocks(); }
-  __device__ int64_t first_row() const { return blockIdx.x / blocks(); }
-  __device__ int64_t row_stride() const { return gridDim.x / blocks(); }
-  __device__ void wait_for_start() {
-    if (!has_started) cluster_wait();
-    has_started = true;
+  __device__ uint32_t first_row() const { return blockIdx.x / blocks(); }
+  __device__ uint32_t row_stride() const { return gridDim.x / blocks(); }
+  __device__ void wait_for_start() const {
+    if (blocks() > 1) cluster_wait();
   }
   __device__ bool is_first_thread() const { return rank() == 0 && thread() == 0; }
   __device__ bool is_first_warp() const { return rank() == 0 && thread() < 32; }
@@ -195,7 +192,6 @@ struct BlockTeam {
     }
     y = y.warp_reduce(row);
     if (blocks() == 1) return y;
-    wait_for_start();
     float mine = 0;  // the lane's of the floats
 #pragma unroll
     for (int i = 0; i < kCount; ++i) mine = lane == i ? floats(y)[i] : mine;

@@ -36,7 +36,8 @@ __device__ inline Coefficients<float> loss_and_coefficients(const RowsArgs& a, c
   const RowScale& scale = row.scale;
   float label_logit = team.read_ahead([&] { return scale.label < 0 ? 0 : packs.student_logit(scale.label); });
   RowSums<D> sums = RowSums<D>::identity();
-  packs.read([&](int, const auto& s, const auto& t) { sums.add(s, t, scale); });
+  packs.read([&](int, const auto& s, const auto& t) { sums.template add<Team::kShort>(s, t, scale); });
+  if (row.index == team.first_row()) team.wait_for_start();
   team.publish(shared.label_logit, label_logit);
   sums = team.all_reduce(sums, shared.sums, scale);
   label_logit = team.published(shared.label_logit, label_logit);
@@ -66,7 +67,7 @@ __device__ inline Coefficients<float> loss_and_coefficients(const RowsArgs& a, c
 template <class D, class Packs>
 __device__ inline void write_gradient(const Gradient<D>& gradient, const RowScale& scale, Packs& packs) {
   packs.reread([&](int first, const auto& s, const auto& t) {
-    constexpr int kN = sizeof(s) / sizeof(s[0]);
+    constexpr int kN = std::decay_t<decltype(s)>::kN;
     float g[kN];
     gradient(s, t, scale, g);
     if ((unsigned)(scale.label - first) < (unsigned)kN) {  // one pack of the row has the label
@@ -80,13 +81,15 @@ __device__ inline void write_gradient(const Gradient<D>& gradient, const RowScal
 template <class Team, class S, class D, bool kKeep>
 __device__ inline void compute_rows(const RowsArgs& a, uint4* kept, Shared<D>& shared) {
   Team team;
-  for (int64_t index = team.first_row(); index < a.rows; index += team.row_stride()) {
-    RowPacks<Team, S, kKeep> packs(team, a, index, kept);
+  for (uint32_t index = team.first_row(); index < (uint32_t)a.rows; index += team.row_stride()) {
+    RowPacks<Team, S, D, kKeep> packs(team, a, index, kept);
     const RowInputs inputs = team.broadcast(shared.inputs, [&] { return load_inputs<S, D>(a, index); });
     const Row row(a, index, inputs);
     if (!row.is_kept) packs.drop();
     Gradient<D> gradient;
     if (a.table) {
+      if (index == team.first_row()) team.wait_for_start();
+      if constexpr (D::kDifference) team.sync();  // the gradient may go where other blocks read first logits
       gradient = {load_coefficients(a, row, team, shared.columns), inputs.grad_loss * a.logit_scale,
                   row.scale};
       if constexpr (kKeep) packs.read([](int, const auto&, const auto&) {});
@@ -98,7 +101,7 @@ __device__ inline void compute_rows(const RowsArgs& a, uint4* kept, Shared<D>& s
       write_zeros(packs.grad, a.vocab, a.width, team);
     }
     // before the next row's sums are written to the same buffers
-    if (index + team.row_stride() < a.rows) team.sync();
+    if (index + team.row_stride() < (uint32_t)a.rows) team.sync();
   }
 }
 

@@ -8,18 +8,18 @@
 namespace kdfast {
 namespace {
 
-template <class Team, class S, bool kKeep>
+template <class Team, class S, class D, bool kKeep>
 struct RowPacks {
   static constexpr int kN = kVec<S>;
   const Team& team;
   const S* student;
-  const uint4 *student_packs, *teacher_packs;  // the block's; null: no teacher is read
+  const uint4 *student_packs, *teacher_packs;  // the block's
   S* grad;
   bool has_grad_vectors;  // whether the gradient's are those of the logits
   int prefix;             // classes before the row's first pack
   int first, count;       // the block's packs
   int end;                // the thread's class before or after all packs, -1: none
-  float end_s[1] = {-kInf}, end_t[1] = {-kInf};
+  End end_s{-kInf}, end_t{-kInf};
   uint4 *kept_student, *kept_teacher;
   // of the next sweep: whether it is from the end, and its rounds that are on the way already
   bool is_backwards = false;
@@ -33,15 +33,15 @@ struct RowPacks {
         has_grad_vectors(((uintptr_t)grad - (uintptr_t)student) % 16 == 0),
         prefix(prefix_classes(student, sizeof(S), a.vocab)) {
     const int part = take_all(a);
-    const S* teacher = a.teacher.data ? row_data<const S>(a.teacher, index) : nullptr;
+    const S* teacher = kHasTeacher<D> ? row_data<const S>(a.teacher, index) : nullptr;
     student_packs = (const uint4*)(student + prefix) + first;
-    teacher_packs = teacher ? (const uint4*)(teacher + prefix) + first : nullptr;
-    kept_student = kept;
-    kept_teacher = kept + (kKeep ? part : kAhead * team.threads());
+    teacher_packs = (const uint4*)(teacher + prefix) + first;
+    kept_student = kept_pointer(kept);
+    kept_teacher = kept_student + (kKeep ? part : kAhead * team.threads());
     copy(team.thread(), team.thread());
     if (end < 0) return;
-    end_s[0] = widen(student[end]);
-    if (teacher) end_t[0] = widen(teacher[end]);
+    end_s.x = widen(student[end]);
+    if constexpr (kHasTeacher<D>) end_t.x = widen(teacher[end]);
   }
   // Of a row that is not kept no class is looked at, and its gradient is 0.
   __device__ void drop() {
@@ -57,8 +57,7 @@ struct RowPacks {
   }
   __device__ float student_logit(int at) const { return widen(student[at]); }
 
-  // The first sweep: f(first class, student's, teacher's) of the thread's classes, as arrays of kVec<S>, or
-  // of 1.
+  // The first sweep: f(first class, student's, teacher's) of the thread's classes, each as a Pack or an End.
   template <class F>
   __device__ void read(F f) {
     copy_rounds(f);
@@ -98,36 +97,33 @@ struct RowPacks {
   }
   template <class F>
   __device__ void call(F f, int i, int slot) const {
-    float s[kN], t[kN];
-    widen<S>(kept_student[slot], s);
-    widen<S>(kept_teacher[slot], t);
-    f(class_of(i), s, t);
+    f(class_of(i), Pack<S>(kept_student[slot]), Pack<S>(kept_teacher[slot]));
   }
 
   // A group, empty where there is no such pack, so that the count of groups is right.
   __device__ void copy(int i, int slot) const {
     if ((unsigned)i < (unsigned)count) {
       copy_async(kept_student + slot, student_packs + i);
-      if (teacher_packs) copy_async(kept_teacher + slot, teacher_packs + i);
+      if constexpr (kHasTeacher<D>) copy_async(kept_teacher + slot, teacher_packs + i);
     }
     commit_copies();
   }
 
-  // All packs, a round of one per thread at a time, of which kAhead are on the way.
-  // What is not kept goes round through as many slots.
+  // All of the thread's packs, of which kAhead are on the way. What is not kept goes round through as many
+  // slots.
   template <class F>
   __device__ void copy_rounds(F f) {
-    const int threads = team.threads(), thread = team.thread(), rounds = (count + threads - 1) / threads;
-    const int step = is_backwards ? -threads : threads, slots = kAhead * threads;
-    int i = is_backwards ? (rounds - 1) * threads + thread : thread, slot = thread;
+    const int threads = team.threads(), thread = team.thread(), slots = kAhead * threads;
+    const int step = is_backwards ? -threads : threads;
+    int i = is_backwards ? thread + ((count - thread + threads - 1) / threads - 1) * threads : thread;
+    int slot = thread;
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       if (k >= begun) copy(i + k * step, kKeep ? i + k * step : slot + k * threads);
     }
-    for (int k = 0; k < rounds; ++k, i += step) {
+    for (; (unsigned)i < (unsigned)count; i += step) {
       wait_for_copies<kAhead - 1>();
-      const int at = kKeep ? i : slot;
-      if ((unsigned)i < (unsigned)count) call(f, i, at);
+      call(f, i, kKeep ? i : slot);
       copy(i + kAhead * step, kKeep ? i + kAhead * step : slot);
       slot = slot + threads < slots ? slot + threads : thread;
     }

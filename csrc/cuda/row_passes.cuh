@@ -6,22 +6,25 @@
 namespace kdfast {
 namespace {
 
+// psi is q's share of phi, and both are computed from what their logarithms have in common.
+template <class D>
+constexpr bool kHasMixtureLogs = std::is_same_v<D, JSD>;
+
 template <class D>
 __device__ inline Scales<float> scales_of(const RowSums<D>& x) {
-  const bool soft = RowSums<D>::kSoft;
-  return scales_of(Coefficients<float>{finite(x.student_offset), x.student_total,
-                                       soft ? finite(x.teacher_offset) : 0, soft ? x.teacher_total : 1, 0,
-                                       1});
+  const float teacher_total = 1 + (kHasSoftmax<D> ? x.teacher_others : 0);
+  return scales_of(
+      Coefficients<float>{x.student_offset, 1 + x.student_others, x.teacher_offset, teacher_total, 1});
 }
 
 struct Probabilities {  // of one class
   float q, p, log_q, log_p;
   __device__ Probabilities(float s, float t, const Scales<float>& x, const RowScale& row) {
-    const float y = __fmaf_rn(s, row.exp2_scale, -x.student_offset);
+    const Exp student = student_exp(s, x.student_offset, row);
     const Exp teacher = teacher_exp(t, x.teacher_offset, row);
-    q = fast_exp2(y) * x.to_q;
+    q = student.exp * x.to_q;
     p = teacher.exp * x.to_p;
-    log_q = y + x.log_to_q;
+    log_q = student.log + x.log_to_q;
     log_p = teacher.log + x.log_to_p;
   }
 };
@@ -40,26 +43,26 @@ struct PointwiseSums {
     return {warp_sum(phi), warp_sum(psi)};
   }
 
-  template <class D, int N>
-  __device__ void add(const float (&s)[N], const float (&t)[N], const Scales<float>& scales,
-                      const RowScale& row) {
+  template <class D, class P>
+  __device__ void add(const P& s, const P& t, const Scales<float>& scales, const RowScale& row) {
     float of_phi = 0, of_psi = 0;
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
+    for (int i = 0; i < P::kN; ++i) {
       const Exp student = student_exp(s[i], scales.student_offset, row);
       const Exp teacher = teacher_exp(t[i], scales.teacher_offset, row);
-      const Probability q = probability(student, scales.to_q, scales.log_to_q * kLn2), beta = row.beta;
+      const Probability q = probability(student, scales.to_q, scales.log_to_q * kLn2);
       const Probability p = probability(teacher, scales.to_p, scales.log_to_p * kLn2);
-      if constexpr (std::is_same_v<D, JSD>) {  // phi less psi
-        const MixtureLogs logs(p, q, row.beta);
+      if constexpr (kHasMixtureLogs<D>) {  // phi less psi
+        const MixtureLogs logs(p, q, row.beta, row.rest);
         of_phi = __fmaf_rn(row.beta * p.x, logs.of_p, of_phi);
-        of_psi = __fmaf_rn((1 - row.beta) * q.x, logs.of_q, of_psi);
+        of_psi = __fmaf_rn(row.rest * q.x, logs.of_q, of_psi);
       } else {
-        of_phi += D::phi(p, q, beta).x;
-        of_psi += D::psi(p, q, beta).x;
+        const Probability beta = row.beta, rest = row.rest;
+        of_phi += D::phi(p, q, beta, rest).x;
+        of_psi += D::psi(p, q, beta, rest).x;
       }
     }
-    phi += std::is_same_v<D, JSD> ? of_phi + of_psi : of_phi;
+    phi += kHasMixtureLogs<D> ? of_phi + of_psi : of_phi;
     psi += of_psi;
   }
 };
@@ -68,19 +71,19 @@ struct PointwiseSums {
 template <class D>
 __device__ inline Sums<float> to_sums(const RowSums<D>& x, const PointwiseSums& pointwise, float label_logit,
                                       float classes, const RowScale& row) {
-  const float offset = finite(x.student_offset), t = row.temperature;
-  const auto exponent = [&](float s) { return __fmaf_rn(s, row.exp2_scale, -offset) * t; };
+  const auto exponent = [&](float s) { return (s - x.student_offset) * row.hard_exp2_scale; };
+  const auto known = [](float offset, float others) { return others == -1 ? -kInf : offset; };
   Sums<float> sums{};
-  sums.student_offset = x.student_offset;
-  sums.student_total = x.student_total;
-  sums.teacher_offset = D::kDifference ? row.shift : x.teacher_offset;
-  sums.teacher_total = x.teacher_total;
-  sums.hard_offset = x.student_offset == -kInf ? -kInf : offset * t;
-  sums.hard_total = t == 1 ? x.student_total : x.hard_total;
+  sums.student_offset = known(x.student_offset, x.student_others);
+  sums.student_total = 1 + x.student_others;
+  sums.teacher_offset = D::kDifference ? row.shift : known(x.teacher_offset, x.teacher_others);
+  sums.teacher_total = x.teacher_others + (kHasSoftmax<D> ? 1 : 0);
+  sums.hard_total = 1 + (row.temperature == 1 ? x.student_others : x.hard_others);
   sums.over_teacher = x.over_teacher;
   sums.over_student = x.over_student;
   sums.label = exponent(label_logit);
-  sums.exponents = classes * exponent(row.first_logit) + x.logits * (row.exp2_scale * t);
+  // NaN of two infinities where a logit is too far from the others
+  sums.exponents = fmaxf(classes * exponent(row.first_logit) + x.logits * row.hard_exp2_scale, -kInf);
   sums.classes = classes;
   sums.phi = pointwise.phi;
   sums.psi = pointwise.psi;
@@ -100,7 +103,8 @@ struct Gradient {
   __device__ Gradient(Coefficients<float> c, float grad_loss, const RowScale& row)
       : student_offset(finite(c.student_offset)), teacher_offset(finite(c.teacher_offset)) {
     for (float* x : {&c.level, &c.slope, &c.teacher, &c.soft, &c.hard, &c.label, &c.uniform}) *x *= grad_loss;
-    if constexpr (D::kDifference) c.center += c.teacher_offset;
+    // another backend's table may have another offset
+    if (D::kDifference && c.teacher_offset != row.shift) c.center += c.teacher_offset - row.shift;
     label = c.label;
     // only these have the logarithms of the totals
     const Scales<float> scales = D::kStudent || D::kPointwise ? scales_of(c) : scales_with(c, 0.f, 0.f);
@@ -109,18 +113,16 @@ struct Gradient {
     ln_to_p = scales.log_to_p * kLn2;
     squares = row.temperature == 2 ? per.hard : 0;
     if constexpr (D::kPointwise) {
-      const bool is_jsd = std::is_same_v<D, JSD>;  // psi = (1 - beta) q log(q / m)
-      per.level = is_jsd ? -per.soft * per.center * per.to_q : 0;
-      per.slope = is_jsd ? per.soft * (1 - row.beta) * per.to_q : 0;
+      per.level = kHasMixtureLogs<D> ? -per.soft * per.center * per.to_q : 0;
+      per.slope = kHasMixtureLogs<D> ? per.soft * row.rest * per.to_q : 0;  // psi = rest q log(q / m)
     }
     if (row.temperature == 1) per.level += per.hard;
   }
 
-  template <int N>
-  __device__ void operator()(const float (&s)[N], const float (&t)[N], const RowScale& row,
-                             float (&g)[N]) const {
+  template <class P>
+  __device__ void operator()(const P& s, const P& t, const RowScale& row, float (&g)[P::kN]) const {
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
+    for (int i = 0; i < P::kN; ++i) {
       const Exp student = student_exp(s[i], student_offset, row);
       float per_exp = __fmaf_rn(student.exp, squares, per.level);
       g[i] = -per.uniform;
@@ -130,10 +132,11 @@ struct Gradient {
         if constexpr (D::kPointwise) {
           const Probability q = probability(student, per.to_q, ln_to_q);
           const Probability p = probability(teacher, per.to_p, ln_to_p);
-          if constexpr (std::is_same_v<D, JSD>) {
-            per_exp = __fmaf_rn(per.slope, MixtureLogs(p, q, row.beta).of_q, per_exp);
+          if constexpr (kHasMixtureLogs<D>) {
+            per_exp = __fmaf_rn(per.slope, MixtureLogs(p, q, row.beta, row.rest).of_q, per_exp);
           } else {
-            g[i] = __fmaf_rn(per.soft, D::psi(p, q, Probability(row.beta)).x - q.x * per.center, g[i]);
+            const Probability psi = D::psi(p, q, Probability(row.beta), Probability(row.rest));
+            g[i] = __fmaf_rn(per.soft, psi.x - q.x * per.center, g[i]);
           }
         }
         // finite, for where Q is 0 their product is to be 0
@@ -145,8 +148,8 @@ struct Gradient {
     }
     if (row.powers) {
 #pragma unroll
-      for (int i = 0; i < N; ++i)
-        g[i] = __fmaf_rn(hard_exp(student_exponent(s[i], opaque(student_offset), row), row), per.hard, g[i]);
+      for (int i = 0; i < P::kN; ++i)
+        g[i] = __fmaf_rn(hard_exp(s[i], opaque(student_offset), row), per.hard, g[i]);
     }
   }
 };

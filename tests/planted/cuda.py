@@ -4,7 +4,7 @@ from planted.mutant import Mutant
 
 CALLS, LIMITS, METRICS = ("test_calls.py", "test_limits.py"), ("test_limits.py",), ("test_metrics.py",)
 OPTIONS, LAYOUTS, DROPPED = ("test_calls.py",), ("test_layouts.py",), ("test_dropped_terms.py",)
-LAUNCHES, TRAFFIC = ("test_cuda_launches.py",), ("test_cuda_traffic.py",)
+LAUNCHES, TRAFFIC, DIGITS = ("test_cuda_launches.py",), ("test_cuda_traffic.py",), ("test_cuda_digits.py",)
 
 
 def _in(name: str) -> str:
@@ -37,11 +37,25 @@ MUTANTS = [
            "if (lane < blocks()) {", "if (lane < warps) {",
            "Of more blocks than warps some are left out.", (*TRAFFIC, *CALLS)),
     Mutant("cuda-parts-offset-negated", SUMS,
-           "D::over_teacher(teacher_total, ds, ds - dt)", "D::over_teacher(teacher_total, ds, dt - ds)",
+           "const float above = ds.log - dt.log;", "const float above = dt.log - ds.log;",
            "At a new offset a KL's running sum moves the wrong way.", CALLS),
     Mutant("cuda-teachers-new-maximum", SUMS,
-           "s_max > student_offset || t_max > teacher_offset", "s_max > student_offset",
+           "(kSoft && t.exceeds(teacher_offset))", "false",
            "Where the teacher alone has a new maximum its sums stay where they are.", CALLS),
+    Mutant("cuda-largest-logits-of-half-a-pack", PACKS,
+           "b = max_of_pairs<S>(words.z, words.w)", "b = a",
+           "A new largest logit is not seen in the second half of a pack of 16 bits.", DIGITS),
+    # far below the others, and before them
+    Mutant("cuda-padding-adds-to-a-divergence", SUMS,
+           "(1 + teacher_others) * dt.exp, ds.log", "1 + teacher_others, ds.log",
+           "What classes far below the others have summed up is multiplied with how far, and infinite.", DIGITS),
+    # short rows alone
+    Mutant("cuda-a-packs-others-added-to-1", SUMS,
+           "if (sum - 1 > 0x1p-8f) return sum - 1;", "return sum - 1;",
+           "Of a confident row the classes in the label's pack are lost.", DIGITS),
+    Mutant("cuda-logit-mse-of-large-logits", SUMS,
+           "t - row.first_teacher_logit, s - row.first_logit)", "t, s - row.first_logit + row.first_teacher_logit)",
+           "A teacher's small logits are added to a student's large ones, and have no digits left.", DIGITS),
     # ---- memory ----
     Mutant("cuda-copies-not-awaited", ROW_PACKS,
            "wait_for_copies<kAhead - 1>();", "wait_for_copies<kAhead>();",
@@ -81,7 +95,7 @@ MUTANTS = [
            "if (share != 0) {  // or there", "{  // or there",
            "Reverse KL is NaN where forward KL would be infinite.", LIMITS),
     Mutant("cuda-table-without-its-row", NUMBERS,
-           "a.table + row.index * kCoefficients", "a.table",
+           "a.table + (int64_t)row.index * kCoefficients", "a.table",
            "Every row's gradient in backward is of the first row's coefficients.", LAUNCHES),
     Mutant("cuda-z-loss-gradient-halved", MATH,
            "c.hard += lse * r.factor * (2 * r.z_loss);", "c.hard += lse * (2 * r.z_loss);",
@@ -90,7 +104,7 @@ MUTANTS = [
            "    a.beta = 0;", "    a.beta = 1;",
            "Reverse KL is forward KL.", CALLS),
     Mutant("cuda-masked-class-spoils-its-row", SUMS,
-           "if (__builtin_expect(parts.is_nan(), 0))", "if (false)",
+           "if (parts.is_nan()) {", "if (false) {",
            "0 times the infinite logarithm of a masked class is NaN.", LIMITS),
     Mutant("cuda-hard-exps-of-another-temperature", NUMBERS,
            "x.temperature != 1 && x.temperature != 2", "x.temperature != 1 && x.temperature < 2",
@@ -113,7 +127,7 @@ MUTANTS = [
            "if (factor == 1) return;", "",
            "backward() of the loss itself reads and writes the whole gradient.", TRAFFIC),
     Mutant("cuda-barrier-after-the-last-row", KERNELS,
-           "if (index + team.row_stride() < a.rows) team.sync();", "team.sync();",
+           "if (index + team.row_stride() < (uint32_t)a.rows) team.sync();", "team.sync();",
            "Blocks wait until all of the cluster have stored their gradients.", TRAFFIC),
     Mutant("cuda-exps-at-temperature-1-always", NUMBERS,
            "scale.powers = hard && x.temperature != 1", "scale.powers = x.temperature != 1",

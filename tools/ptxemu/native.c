@@ -334,6 +334,12 @@ WIDTHS(INT_CVT)
 #define HI(x) ((u16)((x) >> 16))
 #define PAIR(lo, hi) ((u32)(hi) << 16 | (lo))
 #define BF2(f) PAIR(f(LO(a), LO(b)), f(HI(a), HI(b)))
+#define MAX16(t, a, b) to_##t(max32(of_##t(a), of_##t(b)))
+#define MIN16(t, a, b) to_##t(min32(of_##t(a), of_##t(b)))
+#define MINMAX_OF_PAIRS(t)                                                                   \
+  K2(max_##t##x2, u32, u32, u32, PAIR(MAX16(t, LO(a), LO(b)), MAX16(t, HI(a), HI(b))))       \
+  K2(min_##t##x2, u32, u32, u32, PAIR(MIN16(t, LO(a), LO(b)), MIN16(t, HI(a), HI(b))))
+MINMAX_OF_PAIRS(bf16) MINMAX_OF_PAIRS(f16)
 K1(neg_bf16x2, u32, u32, a ^ 0x80008000) K1(abs_bf16x2, u32, u32, a & 0x7fff7fff) K1(neg_bf16, u16, u16, a ^ 0x8000) K1(abs_bf16, u16, u16, a & 0x7fff)
 #undef INT_OPS
 #undef BIT_OPS
@@ -397,6 +403,7 @@ const Entry entries[] = {
   E1(cvt_f32_f32_rni, f32, f32) E1(cvt_f32_f32_rzi, f32, f32) E1(cvt_f32_f32_rmi, f32, f32) E1(cvt_f32_f32_rpi, f32, f32)
   E1(cvt_f32_f32_sat, f32, f32) E1(cvt_f64_f64_rni, f64, f64) E1(cvt_f64_f64_rzi, f64, f64) E1(cvt_f64_f64_rmi, f64, f64)
   WIDTHS(INT_CVT_ENTRIES)
+  E2(max_bf16x2, u32, u32, u32) E2(min_bf16x2, u32, u32, u32) E2(max_f16x2, u32, u32, u32) E2(min_f16x2, u32, u32, u32)
   E1(neg_bf16x2, u32, u32) E1(abs_bf16x2, u32, u32) E1(neg_bf16, u16, u16) E1(abs_bf16, u16, u16)
 };
 // clang-format on

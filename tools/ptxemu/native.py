@@ -583,6 +583,10 @@ def _recipe(ins):
             if "ftz" in mods or t == "f64" and "NaN" in mods:
                 raise Unfit
             return f"{op}_{t}" + ("_NaN" if "NaN" in mods else ""), (t, t)
+        if t in ("bf16x2", "f16x2"):
+            if "NaN" in mods or "ftz" in mods:
+                raise Unfit
+            return f"{op}_{t}", ("b32", "b32")
         return f"{op}_{INT[t]}", (t, t)
     if "sat" in mods or "ftz" in mods:
         raise Unfit

@@ -114,6 +114,24 @@ def test_minmax(op):
     assert np.isnan(d[1]) and np.isnan(d[4]) and d.view(np.uint32)[1] == 0x7FFFFFFF
 
 
+@pytest.mark.parametrize("op", ["min", "max"])
+@pytest.mark.parametrize(
+    ("kind", "one", "three", "nan", "infinity"),
+    [("f16", 0x3C00, 0x4200, 0x7E01, 0x7C00), ("bf16", 0x3F80, 0x4040, 0x7FC1, 0x7F80)],
+)
+def test_minmax_of_pairs(op, kind, one, three, nan, infinity):
+    """As of single numbers: one NaN is left out, two are the canonical one, and -0 < +0."""
+    a = [one, three, nan, 0x8000, nan, infinity | 0x8000, 0x0000]
+    b = [three, one | 0x8000, one, 0x0000, nan, one, 0x8000]
+    want = [three, three, one, 0, 0x7FFF, one, 0]
+    if op == "min":
+        want = [one, one | 0x8000, one, 0x8000, 0x7FFF, infinity | 0x8000, 0x8000]
+    pairs = [np.array([low | high << 16 for low, high in zip(x, x[1:] + x[:1])], np.uint32) for x in (a, b, want)]
+    code = f"{op}.{kind}x2 %d0, %a0, %a1;"
+    d = run(code, [("b32", pairs[0]), ("b32", pairs[1])], [("b32", np.uint32)])
+    assert (d == pairs[2]).all()
+
+
 @pytest.mark.parametrize(
     "op,fn,tol",
     [
