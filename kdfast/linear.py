@@ -15,6 +15,7 @@ from kdfast.modules import LossModule
 from kdfast.options import CallOptions, Options, check_inputs, check_names, check_settings
 
 _DEFAULTS = dict(kd_loss.__kwdefaults__ or {})
+del _DEFAULTS["dim"]  # the logits are the heads'
 
 
 @overload
@@ -129,7 +130,7 @@ def _checked_loss(
     teacher_hidden, teacher_weight, teacher_bias = teacher_head
     like = teacher_hidden
     teacher: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    has_head = teacher_weight is not None and not (teacher_hidden is None and options["alpha"] == 0)
+    has_head = teacher_weight is not None and not (teacher_hidden is None and settings.alpha == 0)
     if has_head:
         if settings.target != "logits":
             raise ValueError(f"target: {settings.target!r} with a teacher_weight, whose product gives 'logits'")
@@ -174,6 +175,7 @@ class LinearKDLoss(LossModule):
     """
 
     defaults: ClassVar[dict[str, Any]] = KDLoss.defaults | {"chunk_rows": None, "accumulate_dtype": torch.float32}
+    del defaults["dim"]
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from typing_extensions import Unpack
 from kdfast import checks, choice
 from kdfast.arguments import KDMetrics, Settings
 from kdfast.autograd import row_loss
+from kdfast.classes_last import classes_last
 from kdfast.modules import LossModule
 from kdfast.options import (
     DKD_WEIGHTS,
@@ -22,6 +23,7 @@ from kdfast.options import (
     check_names,
     check_settings,
 )
+from kdfast.overlap import check_inplace
 
 Teacher = Tensor | Sequence[Tensor] | None
 
@@ -32,6 +34,7 @@ def kd_loss(
     teacher: Teacher,
     labels: Tensor | None = None,
     *,
+    dim: int = -1,
     inplace: bool = False,
     return_metrics: Literal[False] = False,
     **options: Unpack[CallOptions],
@@ -42,6 +45,7 @@ def kd_loss(
     teacher: Teacher,
     labels: Tensor | None = None,
     *,
+    dim: int = -1,
     inplace: bool = False,
     return_metrics: Literal[True],
     **options: Unpack[CallOptions],
@@ -52,6 +56,7 @@ def kd_loss(
     teacher: Teacher,
     labels: Tensor | None = None,
     *,
+    dim: int = -1,
     inplace: bool = False,
     return_metrics: bool,
     **options: Unpack[CallOptions],
@@ -63,8 +68,8 @@ def kd_loss(
     *,
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
-    alpha: float | None = None,
-    hard_weight: float | None = None,
+    alpha: float | Tensor | None = None,
+    hard_weight: float | Tensor | None = None,
     divergence: str = "cross_entropy",
     beta: float | None = None,
     target: Target = "logits",
@@ -74,6 +79,7 @@ def kd_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
+    dim: int = -1,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     logit_scale: float = 1.0,
@@ -208,6 +214,7 @@ def kd_loss(
         "ignore_index": ignore_index,
         "reduction": reduction,
         "normalizer": normalizer,
+        "dim": dim,
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
         "logit_scale": logit_scale,
@@ -232,8 +239,9 @@ def checked_loss(
     """kd_loss with the settings that check_settings made of the options."""
     inputs, settings = check_inputs(student, teacher, labels, options, settings)
     inplace = options["inplace"]
+    student = classes_last(student, options["dim"], inplace)
     if inplace:
-        checks.check_inplace(student)
+        check_inplace(student, inputs)
     loss, metrics = row_loss(student, inputs, settings, choice.namespace(options["backend"], student), inplace)
     return (loss, KDMetrics(*metrics.unbind())) if settings.metrics else loss
 
@@ -256,8 +264,11 @@ class KDLoss(LossModule):
     defaults: ClassVar[dict[str, Any]] = dict(kd_loss.__kwdefaults__ or {})
     del defaults["row_weight"], defaults["normalizer"]
 
-    def __init__(self, *, inplace: bool = False, return_metrics: bool = False, **options: Unpack[Options]) -> None:
-        super().__init__({"inplace": inplace, "return_metrics": return_metrics, **options})
+    def __init__(
+        self, *, dim: int = -1, inplace: bool = False, return_metrics: bool = False, **options: Unpack[Options]
+    ) -> None:
+        checks.as_integer("dim", dim)
+        super().__init__({"dim": dim, "inplace": inplace, "return_metrics": return_metrics, **options})
 
     def forward(
         self,

@@ -3,7 +3,7 @@
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdfast.arguments import Settings
 from kdfast.options import check_names, check_settings
@@ -30,13 +30,17 @@ class LossModule(nn.Module):
         return {name: getattr(self, name) for name in self.defaults}
 
     def checked_settings(self, has_labels: bool) -> Settings:
-        """The settings of a call; checks them only after an option has changed."""
+        """The settings of a call; checks them only after an option has changed, or may have, as a tensor may."""
         if torch.compiler.is_compiling():
             return check_settings(self.options(), has_labels)
         checked = self.__dict__.setdefault("_checked", {})
-        if has_labels not in checked:
-            checked[has_labels] = check_settings(self.options(), has_labels)
-        return checked[has_labels]
+        if has_labels in checked:
+            return checked[has_labels]
+        options = self.options()
+        settings = check_settings(options, has_labels)
+        if not any(isinstance(value, Tensor) for value in options.values()):
+            checked[has_labels] = settings
+        return settings
 
     def extra_repr(self) -> str:
         # identity first: comparing a tensor of temperatures gives a tensor

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from kdfast.autograd import TemperedSoftmax
-from kdfast.checks import FLOATS, check_bool, check_logits, check_temperature, check_temperatures
+from kdfast.checks import check_bool
+from kdfast.tensor_checks import FLOATS, check_logits, check_temperature, check_temperatures
 
 
 def tempered_softmax(
