@@ -100,7 +100,8 @@ def hide_dynamic(inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:
         return inputs, settings
     one = torch.ones((), dtype=torch.float64, device="cpu")
     numbers = torch.stack([one * getattr(settings, name) for name in names])
-    return inputs._replace(dynamic_numbers=numbers), settings._replace(**dict.fromkeys(names, math.nan))
+    hidden: dict[str, Any] = dict.fromkeys(names, math.nan)
+    return inputs._replace(dynamic_numbers=numbers), settings._replace(**hidden)
 
 
 def with_numbers(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -86,7 +86,7 @@ def linear_kd_loss(
         accumulate_dtype: the dtype in which the weight's gradient is summed over chunks, where it is wider than the
             weight's. The sum is rounded to the weight's dtype once, at the end. bfloat16 avoids the wider tensor for a
             bfloat16 weight. float16 gradients stay float32 until backward applies a loss scaler's factor.
-        **options: every other keyword of :func:`kd_loss`, with the same meaning, but ``inplace``.
+        **options: every other keyword of :func:`kd_loss`, with the same meaning, but ``inplace`` and ``dim``.
 
     Logits are float32 (float64 for float64 heads) and are not rounded before the softmax, on any device. Autocast casts
     hidden states, weights and biases as it does for F.linear. Errors call the heads' products ``student_logits`` and

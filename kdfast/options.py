@@ -90,8 +90,9 @@ def _check_settings(options: Mapping[str, Any], has_labels: bool) -> Settings:
         checks.check_choice(name, options[name])
     for name in ("t_squared", "return_metrics", "standardize", "inplace"):
         checks.check_bool(name, options[name])
-    mix = (tensor_checks.as_scalar(name, options[name]) for name in ("alpha", "hard_weight"))
-    alpha, hard_weight = checks.check_mix(*mix, has_labels)
+    alpha = tensor_checks.as_scalar("alpha", options["alpha"])
+    hard_weight = tensor_checks.as_scalar("hard_weight", options["hard_weight"])
+    alpha, hard_weight = checks.check_mix(alpha, hard_weight, has_labels)
     temperature = teacher_temperature = tensor_checks.check_temperature("temperature", options["temperature"])
     if options["teacher_temperature"] is not None:
         if target != "logits":

@@ -82,7 +82,7 @@ def overlap(a: Tensor, b: Tensor) -> bool:
         for stride, size in _dimensions(x):
             reach = reaches.setdefault(stride * x.element_size(), [0, 0])
             reach[end] += size - 1 if end else 1 - size
-    terms = sorted(((stride, *reach) for stride, reach in reaches.items()), reverse=True)
+    terms = sorted(((stride, least, most) for stride, (least, most) in reaches.items()), reverse=True)
     return _has_sum(terms, b.data_ptr() - a.data_ptr())
 
 

@@ -147,9 +147,11 @@ def test_labels_that_fit_dimension_1_say_so() -> None:
 
 def test_wrong_dimensions_and_shapes_raise() -> None:
     s, t, y = images()
-    for dim, error, words in ((4, IndexError, r"4 must lie in \[-4, 3\]"), (-5, IndexError, "-5"), (1.0, TypeError, "int")):
-        with pytest.raises(error, match=f"^dim: .*{words}"):
+    for dim in (4, -5):
+        with pytest.raises(IndexError, match=rf"^dim: {dim} must lie in \[-4, 3\], the dimensions of student_logits"):
             kd_loss(s, t, y, dim=dim)
+    with pytest.raises(TypeError, match="^dim: must be an int, not 1.0"):
+        kd_loss(s, t, y, dim=1.0)
     with pytest.raises(ValueError, match=r"^teacher: has shape \(2, 21, 3\), .* it must be \(2, V, 3, 5\)"):
         kd_loss(s, t[..., 0], y, dim=1)
     with pytest.raises(ValueError, match="^teacher: has 20 classes, but student_logits has 21"):

@@ -75,7 +75,8 @@ def test_a_tensor_changed_in_place_between_calls_takes_effect():
 
 
 def test_the_module_checks_its_options_when_it_is_built():
-    for options in ({"temperature": 0}, {"alpha": 1.5}, {"divergence": "kl"}, {"beta": 0.5}, {"inplace": 1}, {"dim": 1.0}):
+    wrong = {"temperature": 0, "alpha": 1.5, "divergence": "kl", "beta": 0.5, "inplace": 1, "dim": 1.0}
+    for options in ({name: value} for name, value in wrong.items()):
         (name,) = options
         with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
             KDLoss(**options)

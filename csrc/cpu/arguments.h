@@ -99,9 +99,9 @@ struct Loss {
   void check_label(int64_t row) const {
     const int64_t label = args.labels[row];
     if ((label < 0 || label >= args.vocab) && label != kOtherShard) {
-      fail<std::out_of_range>("labels: label ", label, " in row ", row, " is out of range: with V = ",
-                              args.vocab, " it must be in [0, ", args.vocab - 1, "] or ignore_index (",
-                              args.ignore_index, ")");
+      fail<std::out_of_range>("labels: label ", label, " in row ", row,
+                              " is out of range: with V = ", args.vocab, " it must be in [0, ",
+                              args.vocab - 1, "] or ignore_index (", args.ignore_index, ")");
     }
   }
 
