@@ -10,8 +10,8 @@ from kdfast import choice
 from kdfast.arguments import Heads, KDMetrics, Settings
 from kdfast.autograd import linear_loss
 from kdfast.linear_checks import check_accumulate_dtype, check_chunk_rows, check_head, product_like
-from kdfast.losses import KDLoss, Teacher, kd_loss
-from kdfast.modules import LossModule
+from kdfast.losses import Teacher, kd_loss
+from kdfast.modules import KDLoss, LossModule
 from kdfast.options import CallOptions, Options, check_inputs, check_names, check_settings
 
 _DEFAULTS = dict(kd_loss.__kwdefaults__ or {})

@@ -1,22 +1,20 @@
-"""kd_loss and KDLoss: a loss from logits, as a function and as a module."""
+"""kd_loss: a loss from logits."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NoReturn, overload
+from typing import Any, Literal, NoReturn, overload
 
 from torch import Tensor
 from typing_extensions import Unpack
 
-from kdfast import checks, choice
+from kdfast import choice
 from kdfast.arguments import KDMetrics, Settings
 from kdfast.autograd import row_loss
 from kdfast.classes_last import classes_last
-from kdfast.modules import LossModule
 from kdfast.options import (
     DKD_WEIGHTS,
     Backend,
     CallOptions,
     Ensemble,
-    Options,
     Reduction,
     Target,
     check_inputs,
@@ -253,41 +251,3 @@ def checked_loss(
         check_inplace(student, inputs)
     loss, metrics = row_loss(student, inputs, settings, choice.namespace(options["backend"], student), inplace)
     return (loss, KDMetrics(*metrics.unbind())) if settings.metrics else loss
-
-
-class KDLoss(LossModule):
-    """:func:`kd_loss` as a module. It takes and checks the options once; ``forward`` takes the tensors.
-
-    Takes every keyword of :func:`kd_loss` except ``row_weight`` and ``normalizer``, which ``forward`` takes. It has no
-    parameters and no buffers. The options are plain attributes and can be changed between calls.
-
-    Example::
-
-        >>> loss = KDLoss(temperature=4.0, alpha=0.9, divergence="jsd")
-        >>> loss
-        KDLoss(temperature=4.0, alpha=0.9, divergence='jsd')
-        >>> loss(torch.randn(8, 10), torch.randn(8, 10), torch.randint(10, (8,))).shape
-        torch.Size([])
-    """
-
-    defaults: ClassVar[dict[str, Any]] = dict(kd_loss.__kwdefaults__ or {})
-    del defaults["row_weight"], defaults["normalizer"]
-
-    def __init__(
-        self, *, dim: int = -1, inplace: bool = False, return_metrics: bool = False, **options: Unpack[Options]
-    ) -> None:
-        checks.as_integer("dim", dim)
-        super().__init__({"dim": dim, "inplace": inplace, "return_metrics": return_metrics, **options})
-
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher: Teacher,
-        labels: Tensor | None = None,
-        *,
-        row_weight: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
-    ) -> Any:  # as kd_loss
-        options = self.options() | {"row_weight": row_weight, "normalizer": normalizer}
-        settings = self.checked_settings(labels is not None)
-        return checked_loss(student_logits, teacher, labels, options, settings)

@@ -68,7 +68,7 @@ OF_ARGUMENTS = [
     Mutant("teachers-temperature-is-1", OPTIONS,
            "teacher_temperatures = temperatures\n", "teacher_temperatures = None\n",
            "Temperatures per row are the student's alone.", CALLS),
-    Mutant("module-without-normalizer", "kdfast/losses.py",
+    Mutant("module-without-normalizer", "kdfast/modules.py",
            'self.options() | {"row_weight": row_weight, "normalizer": normalizer}',
            'self.options() | {"row_weight": row_weight, "normalizer": None}',
            "KDLoss ignores its normalizer.", ("test_module.py",)),
