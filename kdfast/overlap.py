@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdfast.arguments import Inputs
 
+_ARGUMENTS = {"temperatures": "temperature", "teacher_temperatures": "teacher_temperature"}
 _MOST_STEPS = 10_000  # of a search; layouts that need more are refused
 
 
@@ -24,7 +25,7 @@ def check_inplace(student: Tensor, inputs: Inputs) -> None:
         base = student._base
     if base.is_leaf and base.requires_grad:
         raise RuntimeError("inplace: student_logits is a leaf (or a view of one) that requires grad")
-    if overlaps_itself(student):
+    if not student.is_contiguous() and overlaps_itself(student):
         raise RuntimeError(
             "inplace: more than one element of student_logits refers to a single memory location; clone() it first"
         )
@@ -33,16 +34,15 @@ def check_inplace(student: Tensor, inputs: Inputs) -> None:
     memory = storage_of(student)
     if memory is None:
         return
-    others = [("teacher", each) for each in inputs.teachers]
-    others += [(name, each) for name, each in zip(Inputs._fields[1:], inputs[1:], strict=True) if each is not None]
-    for name, other in others:
-        if storage_of(other) != memory or (name == "teacher" and is_same(student, other)):
+    for other in (*inputs.teachers, *inputs[1:]):
+        if other is None or storage_of(other) != memory:
             continue
-        if overlap(student, other):
-            name = name.removesuffix("s") if name.endswith("temperatures") else name
+        is_teacher = any(other is teacher for teacher in inputs.teachers)
+        if overlap(student, other) and not (is_teacher and is_same(student, other)):
+            name = "teacher" if is_teacher else next(k for k, v in inputs._asdict().items() if v is other)
             raise RuntimeError(
-                f"inplace: some elements of student_logits and {name} refer to a single memory location; clone() one "
-                "of them first"
+                f"inplace: some elements of student_logits and {_ARGUMENTS.get(name, name)} refer to a single memory "
+                "location; clone() one of them first"
             )
 
 

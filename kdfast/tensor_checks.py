@@ -12,7 +12,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def without(shape: torch.Size, dim: int) -> torch.Size:
     """The shape without a dimension, counted from the first."""
-    return shape[:dim] + shape[dim + 1 :]
+    return shape[:-1] if dim == len(shape) - 1 else shape[:dim] + shape[dim + 1 :]
 
 
 def check_logits(name: str, logits: Any, dim: int = -1) -> int:

@@ -28,7 +28,7 @@ OF_ARGUMENTS = [
            "        base = student._base\n", "        pass\n",
            "inplace=True overwrites a leaf through its view.", INPLACE),
     Mutant("inplace-over-any-teacher", OVERLAP,
-           "        if overlap(student, other):", "        if False:",
+           "        if overlap(student, other) and", "        if False and",
            "inplace=True overwrites what it has yet to read.", ("test_overlap.py",)),
     Mutant("inplace-refuses-what-lies-between", OVERLAP,
            "if not below[at][0] <= rest <= below[at][1]:\n            continue",
