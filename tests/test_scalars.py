@@ -10,6 +10,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from kdfast import KDLoss, kd_loss, linear_kd_loss, tempered_softmax
+from kdfast.choice import namespace
+from kdfast.options import check_inputs, check_settings
 
 NAN = float("nan")
 
@@ -94,6 +96,25 @@ def test_a_float_that_changes_compiles_twice(name: str) -> None:
         args = s, t, y, 1.5 + step
         torch.testing.assert_close(loss_and_gradient(call, *args), loss_and_gradient(SCHEDULES[name], *args))
     assert counter.frame_count == 2, "for the first value, and for all others"
+
+
+def test_operators_take_numbers_as_a_tensor(backend: str) -> None:
+    """A compiled graph's: in place of settings that are NaN, in the order of the settings."""
+    s, t, y = batch(6, 9)
+    numbers = {"temperature": 2.0, "alpha": 0.25, "hard_weight": 0.5, "beta": 0.3, "z_loss": 0.0}
+    options = kd_loss.__kwdefaults__ | numbers | {"divergence": "symmetric_kl", "return_metrics": True}
+    inputs, settings = check_inputs(s, t, y, options, check_settings(options, True))
+    ops = namespace(backend, s)
+    for reduction in ("mean", "none"):
+        settings = settings._replace(reduction=reduction)
+        hidden = settings._replace(**dict.fromkeys(numbers, NAN))
+        given = inputs._replace(dynamic_numbers=torch.tensor(list(numbers.values()), dtype=F64, device="cpu"))
+        found, want = ops.stats(s, *given, *hidden), ops.stats(s, *inputs, *settings)
+        torch.testing.assert_close(found, want, rtol=0, atol=0)
+        assert torch.equal(
+            ops.grad(s, found[1], torch.ones_like(found[0]), *given, *hidden),
+            ops.grad(s, want[1], torch.ones_like(want[0]), *inputs, *settings),
+        )
 
 
 def test_inductor_takes_a_float_that_changes() -> None:
