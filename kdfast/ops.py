@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kdfast import choice, cuda_ops, gpu_choice, linear_ops, reference, reference_sums
-from kdfast.arguments import Heads, Inputs, Settings, take_flat, take_flat_heads
+from kdfast.arguments import Heads, Inputs, Settings, take_flat, take_flat_heads, with_numbers
 from kdfast.fakes import fake
 
 _TYPES = {
@@ -138,9 +138,9 @@ def _linear(name: str, namespace: str) -> Callable[..., Any]:
 
 def _implement(namespace: str, name: str, function: Callable[..., Any], device: str = "") -> None:
     if name.startswith("linear_"):
-        function = take_flat_heads(function)
+        function = take_flat_heads(with_numbers(function))
     elif name not in _TENSORS_ONLY:
-        function = take_flat(function)
+        function = take_flat(with_numbers(function))
     _libraries[namespace].impl(name, function, device or "CompositeExplicitAutograd")
 
 

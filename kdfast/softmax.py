@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from kdfast.autograd import TemperedSoftmax
-from kdfast.checks import FLOATS, check_bool, check_logits, check_temperature, check_temperatures
+from kdfast.checks import check_bool
+from kdfast.tensor_checks import FLOATS, check_logits, check_temperature, check_temperatures
 
 
 def tempered_softmax(
@@ -14,7 +15,7 @@ def tempered_softmax(
 
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64. The sums are float32, for float64 logits float64.
-        temperature: T > 0, a number or a tensor (...) of one per row, which must not require grad.
+        temperature: T > 0, a number, a 0-dim tensor, or one per row, (...); a tensor must not require grad.
         log: True returns its logarithm instead.
         out_dtype: the result's dtype, one of the above; None: the logits' own.
 

@@ -9,7 +9,7 @@ from cases import BF16, F32, F64
 
 from kdfast import choice, gpu_choice
 from kdfast.arguments import Settings
-from kdfast.losses import KDLoss
+from kdfast.modules import KDLoss
 
 BOTH = ("cuda", "triton")
 

@@ -25,7 +25,7 @@ class Call:
         self.settings, self.shape, self.width = settings, student.shape[:-1], student.shape[-1]
         self.student = matrices.make_readable(student)
         self.teachers = [matrices.make_readable(t) for t in inputs.teachers]
-        _, labels, weights, normalizer, *temperatures = inputs
+        labels, weights, normalizer, *temperatures = inputs[1:6]
         by_row = [None if each is None else flatten_rows(each) for each in (labels, weights, *temperatures)]
         summed = reduced and rows.sums_weights(inputs, settings)
         prepared = prepare(self.student, self.teachers, by_row, normalizer, settings, summed)

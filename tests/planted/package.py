@@ -10,7 +10,7 @@ CHECKS, TEACHERS, FUNCTIONS = "kdfast/checks.py", "kdfast/teachers.py", "kdfast/
 OPERATORS, FAKES, CHOICE = "kdfast/ops.py", "kdfast/fakes.py", "kdfast/choice.py"
 TRUTH, CLASSIFIERS = "kdfast/reference.py", "kdfast/classifiers.py"
 GPU_CHOICE = "kdfast/gpu_choice.py"
-OPTIONS, ROWS = "kdfast/options.py", "kdfast/rows.py"
+OPTIONS, ROWS, OVERLAP = "kdfast/options.py", "kdfast/rows.py", "kdfast/overlap.py"
 
 OF_ARGUMENTS = [
     Mutant("default-alpha", CHECKS,
@@ -24,10 +24,24 @@ OF_ARGUMENTS = [
            'number = as_number("beta", beta)\n    if not 0 <= number <= 1:',
            'number = as_number("beta", beta)\n    if not 0 < number <= 1:',
            "beta=0 is an error and not the divergence that it stands for.", REFERENCE),
-    Mutant("inplace-on-a-view-of-a-leaf", CHECKS,
+    Mutant("inplace-on-a-view-of-a-leaf", OVERLAP,
            "        base = student._base\n", "        pass\n",
            "inplace=True overwrites a leaf through its view.", INPLACE),
-    Mutant("normalizer-may-require-grad", CHECKS,
+    Mutant("inplace-over-any-teacher", OVERLAP,
+           "        if overlap(student, other) and", "        if False and",
+           "inplace=True overwrites what it has yet to read.", ("test_overlap.py",)),
+    Mutant("inplace-refuses-what-lies-between", OVERLAP,
+           "if not below[at][0] <= rest <= below[at][1]:\n            continue",
+           "if not below[at][0] <= rest <= below[at][1]:\n            continue\n        return True",
+           "A teacher in the gaps of the student's memory is refused.", ("test_overlap.py",)),
+    Mutant("gradient-of-moved-classes", "kdfast/classes_last.py",
+           "grad.movedim(-1, ctx.dim).contiguous()", "grad.movedim(-1, ctx.dim)",
+           "The gradient of (N, C, H, W) logits lies in another order than they.", ("test_dim.py",)),
+    Mutant("floats-compile-again", OPTIONS,
+           "return hide_dynamic(inputs, settings) if torch.compiler.is_compiling() else (inputs, settings)",
+           "return inputs, settings",
+           "Under torch.compile each new float compiles again.", ("test_scalars.py",)),
+    Mutant("normalizer-may-require-grad", "kdfast/tensor_checks.py",
            "if tensor.requires_grad and torch.is_grad_enabled():",
            "if tensor.requires_grad and not torch.is_grad_enabled():",
            "A normalizer that requires grad silently gets none.", ARGUMENTS),
@@ -46,7 +60,7 @@ OF_ARGUMENTS = [
            "A teacher of weight 0 is read if it is not the first.", ("test_dropped_terms.py",)),
     # a teacher of just as many classes as there are
     Mutant("teacher-of-vocab-size", TEACHERS,
-           "teacher.shape[-1] < vocab_size", "teacher.shape[-1] <= vocab_size",
+           "classes < vocab_size", "classes <= vocab_size",
            "A teacher without padding beside a padded student is an error.", CALLS),
     Mutant("ends-of-jsd", "kdfast/divergences.py",
            'at_0="forward_kl",\n        at_1="reverse_kl",', 'at_0="reverse_kl",\n        at_1="forward_kl",',
@@ -54,7 +68,7 @@ OF_ARGUMENTS = [
     Mutant("teachers-temperature-is-1", OPTIONS,
            "teacher_temperatures = temperatures\n", "teacher_temperatures = None\n",
            "Temperatures per row are the student's alone.", CALLS),
-    Mutant("module-without-normalizer", "kdfast/losses.py",
+    Mutant("module-without-normalizer", "kdfast/modules.py",
            'self.options() | {"row_weight": row_weight, "normalizer": normalizer}',
            'self.options() | {"row_weight": row_weight, "normalizer": None}',
            "KDLoss ignores its normalizer.", ("test_module.py",)),
