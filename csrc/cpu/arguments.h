@@ -16,7 +16,8 @@ struct Loss {
   LossArgs args{};
   Tensor student;
   std::vector<Tensor> owned;  // copies and conversions
-  std::vector<double> losses;
+  std::vector<Matrix> teachers;
+  std::vector<double> teacher_weights, losses;
   std::vector<RowMetrics> metrics;
   std::string reduction;
   double divisor;  // of the sum of the row losses
@@ -34,16 +35,14 @@ struct Loss {
     a.width = classes_of(student);
     a.vocab = settings.vocab_size < 0 ? a.width : settings.vocab_size;
     a.rows = rows_of(student);
-    if (inputs.teachers.size() > kMaxTeachers) {
-      fail<std::invalid_argument>("teacher: ", inputs.teachers.size(),
-                                  " teachers, but the CPU kernels take at most ", kMaxTeachers);
+    for (const Tensor& teacher : inputs.teachers) {
+      owned.push_back(readable(teacher));
+      teachers.push_back(matrix(owned.back()));
     }
-    a.n_teachers = (int)inputs.teachers.size();
-    for (int k = 0; k < a.n_teachers; ++k) {
-      owned.push_back(readable(inputs.teachers[k]));
-      a.teachers[k] = matrix(owned.back());
-      a.teacher_weights[k] = settings.teacher_weights[k];
-    }
+    teacher_weights = settings.teacher_weights;
+    a.n_teachers = (int)teachers.size();
+    a.teachers = teachers.data();
+    a.teacher_weights = teacher_weights.data();
     a.divergence = a.n_teachers ? divergence_of(settings.divergence, "CPU") : Divergence::kNone;
     a.target = target_of(settings.target);
     a.geometric = settings.ensemble == "geometric";
