@@ -61,6 +61,18 @@ def _excess(p: Tensor, q: Tensor, log_p: Tensor, own: float, other: float) -> Te
     return torch.where(is_near, p * (u * u * series), torch.where(is_near, 0, excess))
 
 
+def _log_excess(p: Tensor, q: Tensor, log_p: Tensor, own: float, other: float) -> Tensor:
+    """log(p / m) - (p - m) / m, likewise."""
+    difference = other * (q - p)
+    excess = _log_to_mixture(p, q, log_p, own, other) + _share(difference, own * p + other * q)
+    if p.dtype == torch.float64:
+        return excess
+    is_near = difference.abs() < p / 32
+    u = torch.where(is_near, difference, 0) / torch.where(is_near, p, 1)
+    series = -1 / 2 + u * (2 / 3 - u * (3 / 4 - u * (4 / 5 - u * (5 / 6))))
+    return torch.where(is_near, u * u * series, excess)
+
+
 def _share(p: Tensor, m: Tensor) -> Tensor:
     """p / m; 0 where both are 0, or so small that the derivative of p / m overflows."""
     return p / torch.where(m < torch.finfo(m.dtype).tiny, 1, m)
@@ -117,8 +129,8 @@ DIVERGENCES = {
     # KL(q, beta q + (1 - beta) p)
     "skew_reverse_kl": Divergence(
         phi=lambda p, q, log_p, log_q, beta: _excess(q, p, log_q, beta, 1 - beta),
-        psi=lambda p, q, log_p, log_q, beta: (
-            _excess(q, p, log_q, beta, 1 - beta) + (1 - beta) ** 2 * p * _share(q - p, _mixture(q, p, beta))
+        psi=lambda p, q, log_p, log_q, beta: times(
+            q, _log_excess(q, p, log_q, beta, 1 - beta) + (1 - beta) ** 2 * _share(q - p, _mixture(q, p, beta))
         ),
         beta=0.1,
         at_0="reverse_kl",

@@ -125,10 +125,10 @@ struct Exponents {
 
   // log2 of the label's exp at temperature 1 as the sum of these has it, which a confident row's loss is the
   // difference to; of its exponent where that exp is next to nothing.
-  KD_INLINE double label_exponent(C s) const {
+  KD_INLINE double label_exponent(C s, const RowScale& scale) const {
     const V logit = splat(s);
     const double e = hard_exp(logit, exp2((logit - student_offset) * student_scale))[0];
-    return e > 0x1p-100 && e < kInfinity ? std::log2(e) : (double)hard(logit)[0];
+    return e > 0x1p-100 && e < kInfinity ? std::log2(e) : ((double)s - student_offset[0]) * scale.hard;
   }
 
   KD_INLINE Lanes<P> operator()(V s, V t) const {
