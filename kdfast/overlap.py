@@ -48,11 +48,11 @@ def check_inplace(student: Tensor, inputs: Inputs) -> None:
 
 def overlaps_itself(x: Tensor) -> bool:
     """Whether two elements are at one place; also True where the strides do not tell."""
-    reach = 0  # of the smaller strides
-    for stride, size in sorted(_dimensions(x)):
-        if stride <= reach:
+    dimensions = _dimensions(x)
+    for at, (stride, _) in enumerate(dimensions):
+        others = dimensions[:at] + dimensions[at + 1 :]
+        if stride <= sum(smaller * (size - 1) for smaller, size in others if smaller <= stride):
             return True
-        reach += stride * (size - 1)
     return False
 
 

@@ -110,6 +110,21 @@ def test_logits_that_overlap_themselves_raise() -> None:
     kd_loss(student, torch.zeros(student.shape), inplace=True)
 
 
+def test_a_compiled_call_takes_a_view_of_any_layout_and_refuses_an_expanded_one() -> None:
+    def transposed(x: Tensor, teacher: Tensor) -> Tensor:
+        return kd_loss((x * 1).transpose(1, 2)[:, :, ::2], teacher, inplace=True)
+
+    compiled = torch.compile(transposed, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (4, 5):
+        x, teacher = torch.randn(n, 12, n + 2, requires_grad=True), torch.randn(n, n + 2, 6)
+        torch.testing.assert_close(compiled(x, teacher), transposed(x, teacher))
+    expanded = torch.compile(
+        lambda x, teacher: kd_loss((x * 1).expand(3, 12), teacher, inplace=True), fullgraph=True, backend="aot_eager"
+    )
+    with pytest.raises(Exception, match="inplace: more than one element of student_logits"):
+        expanded(torch.randn(1, 12, requires_grad=True), torch.randn(3, 12))
+
+
 def test_without_a_gradient_nothing_is_written_and_nothing_raises() -> None:
     x = memory()
     before = x.detach().clone()
