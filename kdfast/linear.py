@@ -8,7 +8,7 @@ from typing_extensions import Unpack
 
 from kdfast import choice
 from kdfast.arguments import Heads, KDMetrics, Settings
-from kdfast.autograd import linear_loss
+from kdfast.linear_autograd import linear_loss
 from kdfast.linear_checks import check_accumulate_dtype, check_chunk_rows, check_head, product_like
 from kdfast.losses import KDLoss, Teacher, kd_loss
 from kdfast.modules import LossModule

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from kdfast import choice, cuda_ops, gpu_choice, linear_ops, reference, reference_sums
 from kdfast.arguments import Heads, Inputs, Settings, take_flat, take_flat_heads
+from kdfast.derivatives import first_derivative
 from kdfast.fakes import fake
+from kdfast.operator_autograd import autograd
 
 _TYPES = {
     list[Tensor]: "Tensor[]",
@@ -152,6 +154,7 @@ for _name, _schema in SCHEMAS.items():
     for _namespace, _library in _libraries.items():
         _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{_namespace}::{_name}", fake(_name, _namespace), lib=_library)
+        _library.impl(_name, autograd(_namespace, _name), "Autograd")
     if _name.startswith("linear_"):
         for _namespace in _NAMESPACES:
             _implement(_namespace, _name, _linear(_name, _namespace))
@@ -163,5 +166,8 @@ for _name, _schema in SCHEMAS.items():
         if not _name.startswith("tempered_softmax"):
             _implement("kdfast_cuda", _name, _cuda(_name))
 
+_libraries["kdfast"].define("first_derivative(Tensor grad_loss) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_libraries["kdfast"].impl("first_derivative", torch.clone, "CompositeExplicitAutograd")
+_libraries["kdfast"].impl("first_derivative", first_derivative, "Autograd")
 
 choice.load()  # a compiled library registers its kernels for the operators defined here

@@ -6,6 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# The dispatcher calls an operator's own kernel, without the one that autograd has for it. torch.library needs it too.
+below_autograd: Callable[[], AbstractContextManager[Any]] = torch._C._AutoDispatchBelowAutograd
 
 
 def _missing(name: str, consequence: str) -> None:
@@ -36,3 +41,33 @@ def mark_constant_in_graphs(function: Callable[..., Any]) -> None:
     assume_constant_result would import all of Dynamo with kdfast. A torch without this mark traces the function.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def forward_ad_is_active() -> bool:
+    """Whether tensors may have tangents now: inside of forward_ad.dual_level(), torch.func.jvp or jacfwd."""
+    return forward_ad._current_level >= 0
+
+
+def has_tangent(x: Tensor) -> bool:
+    return forward_ad_is_active() and forward_ad.unpack_dual(x).tangent is not None
+
+
+def functorch_is_active() -> bool:
+    """Whether this is called inside of a transform of torch.func."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether torch.vmap, or autograd's is_grads_batched=True, has given x one more dimension."""
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
+
+
+def in_backward() -> bool:
+    """Whether autograd's engine is running now."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def jvp_depth() -> int:
+    """How many torch.func.jvp are active, one inside of another."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return sum(interpreter.key() == torch._C._functorch.TransformType.Jvp for interpreter in stack)
