@@ -6,6 +6,7 @@ Function, not `fast`: its gradient is an output, which raises if it is different
 torch.func and in forward-mode AD. linear_autograd.py has the Functions of the linear losses.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,14 +16,12 @@ from torch.autograd.graph import increment_version
 from kdfast.arguments import Inputs, Settings, metrics_of_unweighted_terms
 from kdfast.derivatives import (
     FusedFunction,
-    NotDifferentiable,
     check_backward,
     check_jvp,
-    forbid_tangents_of_constants,
     is_transformed,
 )
 from kdfast.rows import loss_dtype
-from kdfast.torch_private import below_autograd, forward_ad_is_active, graph_is_kept
+from kdfast.torch_private import below_autograd, forward_ad_is_active, graph_is_kept, next_level
 
 
 def row_loss(student: Tensor, inputs: Inputs, settings: Settings, ops: Any, inplace: bool) -> tuple[Tensor, Tensor]:
@@ -31,18 +30,20 @@ def row_loss(student: Tensor, inputs: Inputs, settings: Settings, ops: Any, inpl
     wants_grad = student.requires_grad and torch.is_grad_enabled()
     # fp16: a gradient computed before the loss scaler's factor is known would underflow to 0
     in_backward = settings.reduction == "none" or student.dtype == torch.float16
+    calls_operator = torch.compiler.is_compiling()
+    if not calls_operator and is_transformed():
+        calls_operator, inplace, wants_grad = True, False, wants_grad or forward_ad_is_active()
+        if student.dtype == torch.float16:
+            student, in_backward = student.float(), settings.reduction == "none"
     results: tuple[Tensor, ...]
-    if torch.compiler.is_compiling():
-        operator = ops.stats if in_backward or not wants_grad else ops.loss_grad_ if inplace else ops.loss_grad
+    if calls_operator:
+        if wants_grad and not in_backward:
+            operator = ops.loss_grad_ if inplace else ops.loss_grad
+        else:
+            operator = ops.stats_for_inplace if inplace and wants_grad else ops.stats
         results = operator(student, *inputs, *settings)
-    elif is_transformed():
-        forbid_tangents_of_constants(inputs)
-        wants_grad = wants_grad or forward_ad_is_active()
-        function = LossGrad if wants_grad and settings.reduction != "none" else Stats
-        student = student.float() if student.dtype == torch.float16 else student
-        results = function.apply(student, inputs, settings, ops, False, False)
     elif wants_grad:
-        results = (Stats if in_backward else LossGrad).apply_eager(student, inputs, settings, ops, inplace, True)
+        results = (Stats if in_backward else LossGrad).apply_here(student, inputs, settings, ops, inplace, True)
     else:
         with below_autograd():
             results = ops.stats(student, *inputs, *settings)
@@ -56,7 +57,7 @@ class LossGrad(FusedFunction):
     def forward(
         student: Tensor, inputs: Inputs, settings: Settings, ops: Any, inplace: bool, fast: bool
     ) -> tuple[Tensor, ...]:  # 0-dim, the gradient unless it is in-place, and the metrics
-        with below_autograd():
+        with below_autograd() if fast else next_level():
             if not inplace:
                 return ops.loss_grad(student, *inputs, *settings)
             results = ops.loss_grad_(student, *inputs, *settings)
@@ -72,8 +73,9 @@ class LossGrad(FusedFunction):
         if ctx.fast:
             ctx.mark_non_differentiable(*output[1:])
         else:
-            ctx.save_for_forward(grad)
             ctx.mark_non_differentiable(output[-1])
+        if ctx.transformed:
+            ctx.save_for_forward(grad)
         ctx.set_materialize_grads(False)  # of the metrics: zeros that nobody reads
 
     @staticmethod
@@ -113,7 +115,7 @@ class Stats(FusedFunction):
     def forward(
         student: Tensor, inputs: Inputs, settings: Settings, ops: Any, inplace: bool, fast: bool
     ) -> tuple[Tensor, Tensor, Tensor]:  # (...) or 0-dim, the table, and the metrics
-        with below_autograd():
+        with below_autograd() if fast else next_level():
             return ops.stats(student, *inputs, *settings)
 
     @staticmethod
@@ -131,9 +133,7 @@ class Stats(FusedFunction):
             return None, None, None, None, None, None
         student, stats, *rest = saved(ctx)
         arguments = (stats, grad_loss, *saved_inputs(rest), *ctx.settings)
-        if not ctx.fast:
-            return NotDifferentiable.apply(ctx.ops.grad, student, *arguments), None, None, None, None, None
-        with below_autograd():
+        with below_autograd() if ctx.fast else nullcontext():
             if not ctx.inplace:
                 return ctx.ops.grad(student, *arguments), None, None, None, None, None
             student = student.detach()
@@ -147,7 +147,7 @@ class Stats(FusedFunction):
         by_row = ctx.settings.reduction == "none"
         one = stats.new_ones(student.shape[:-1] if by_row else ())
         arguments = (stats, one, *saved_inputs(rest), *ctx.settings)
-        grad = NotDifferentiable.apply(ctx.ops.grad, student.detach(), *arguments)
+        grad = ctx.ops.grad(student.detach(), *arguments)
         return (grad * tangent).sum(-1 if by_row else None, dtype=stats.dtype), *check_jvp(stats), None
 
 
@@ -156,7 +156,7 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.unsaved = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
     tensors = tuple(None if i in ctx.unsaved else t for i, t in enumerate(tensors))
     ctx.save_for_backward(*tensors)
-    if not ctx.fast:
+    if ctx.transformed:
         ctx.save_for_forward(*tensors)
 
 

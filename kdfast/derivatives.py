@@ -6,15 +6,12 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
-from kdfast.arguments import Inputs
 from kdfast.torch_private import (
-    below_autograd,
     forward_ad_is_active,
     functorch_is_active,
-    has_tangent,
-    in_backward,
     is_batched,
     jvp_depth,
+    next_level,
 )
 
 TWICE = (
@@ -32,13 +29,6 @@ def is_transformed() -> bool:
     return functorch_is_active() or forward_ad_is_active()
 
 
-def forbid_tangents_of_constants(inputs: Inputs) -> None:
-    """Raises if a tensor that the loss treats as a constant has a tangent. Teachers may: they are detached."""
-    for name, value in zip(Inputs._fields[1:], inputs[1:], strict=True):
-        if isinstance(value, Tensor) and has_tangent(value):
-            raise RuntimeError(f"{name}: has a tangent of forward-mode AD, but the loss treats it as a constant")
-
-
 def check_backward(ctx: Any, grad_loss: Tensor | None, others: tuple[Tensor | None, ...]) -> Tensor | None:
     """grad_loss, if this backward is a first derivative of a whole call; others: of the Function's other outputs."""
     if any(other is not None for other in others) or forward_ad_is_active():
@@ -47,11 +37,8 @@ def check_backward(ctx: Any, grad_loss: Tensor | None, others: tuple[Tensor | No
         return None
     if is_batched(grad_loss):
         raise RuntimeError(VMAP)
-    if ctx.fast:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(TWICE)
-    elif not ctx.transformed:
-        return torch.ops.kdfast.first_derivative(grad_loss)
+    if torch.is_grad_enabled() and not (ctx.transformed or torch.compiler.is_compiling()):
+        raise RuntimeError(TWICE)  # under a transform, if the gradient is differentiated: grad is always create_graph
     return grad_loss
 
 
@@ -62,25 +49,18 @@ def check_jvp(*results: Tensor) -> list[Tensor]:
     return [result.new_full((), torch.nan).expand_as(result) for result in results]
 
 
-def first_derivative(grad_loss: Tensor) -> Tensor:
-    """The operator of that name: a copy. Backward of a compiled graph raises by it under create_graph=True."""
-    if torch.is_grad_enabled() and in_backward():
-        raise RuntimeError(TWICE)
-    with below_autograd():
-        return grad_loss.clone()
-
-
 class FusedFunction(torch.autograd.Function):
-    """A Function that torch.vmap refuses to map."""
+    """A Function that is applied without torch.func's machinery: the operators have kernels for each transform."""
 
     @classmethod
-    def apply_eager(cls, *args: Any) -> Any:
-        """apply() outside of transforms, without its inspect.signature, which takes as long as a kernel."""
+    def apply_here(cls, *args: Any) -> Any:
+        """apply(), but at one level of transforms, and without its inspect.signature, which takes as long as a kernel."""
         return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        raise RuntimeError(VMAP)
+
+def refuse_vmap(*args: Any) -> Any:
+    """An operator's kernel for tensors that torch.vmap has given one more dimension."""
+    raise RuntimeError(VMAP)
 
 
 class NotDifferentiable(FusedFunction):
@@ -88,7 +68,7 @@ class NotDifferentiable(FusedFunction):
 
     @staticmethod
     def forward(operator: Any, *args: Any) -> Any:
-        with below_autograd():
+        with next_level():
             return operator(*args)
 
     @staticmethod

@@ -1,5 +1,6 @@
 """The autograd Functions of the linear losses. autograd.py says when each is applied, and what `fast` means."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,14 +10,12 @@ from kdfast.arguments import Heads, Inputs, Settings, drop_unused
 from kdfast.autograd import save, saved, saved_inputs
 from kdfast.derivatives import (
     FusedFunction,
-    NotDifferentiable,
     check_backward,
     check_jvp,
-    forbid_tangents_of_constants,
     is_transformed,
 )
 from kdfast.rows import loss_dtype
-from kdfast.torch_private import below_autograd, forward_ad_is_active, graph_is_kept
+from kdfast.torch_private import below_autograd, forward_ad_is_active, graph_is_kept, next_level
 
 NO_ROW_TANGENTS = (
     "linear_kd_loss(reduction='none') does not support forward-mode AD; a scalar reduction does, and so does kd_loss"
@@ -25,22 +24,21 @@ NO_ROW_TANGENTS = (
 
 def linear_loss(heads: Heads, inputs: Inputs, settings: Settings, ops: Any) -> tuple[Tensor, Tensor]:
     """autograd.row_loss for hidden states and heads."""
-    transformed = not torch.compiler.is_compiling() and is_transformed()
-    if transformed and forward_ad_is_active():  # what has a tangent need not require grad
-        heads = heads._replace(grad_hidden=True, grad_weight=True, grad_bias=heads.student_bias is not None)
+    calls_operator = torch.compiler.is_compiling()
+    if not calls_operator and is_transformed():
+        calls_operator = True
+        if forward_ad_is_active():  # what has a tangent need not require grad
+            heads = heads._replace(grad_hidden=True, grad_weight=True, grad_bias=heads.student_bias is not None)
     wants_grad = heads.grad_hidden or heads.grad_weight or heads.grad_bias
     in_forward = wants_grad and settings.reduction != "none"
     results: tuple[Tensor, ...]
-    if torch.compiler.is_compiling():
-        results = (ops.linear_loss_grad if in_forward else ops.linear_stats)(*heads, *inputs, *settings)
-    elif transformed or wants_grad:
-        forbid_tangents_of_constants(inputs)
+    if wants_grad and not calls_operator:
         function = LinearLossGrad if in_forward else LinearStats
-        apply = function.apply if transformed else function.apply_eager
-        results = apply(*heads[:3], heads[3:], inputs, settings, ops, not transformed)
+        results = function.apply_here(*heads[:3], heads[3:], inputs, settings, ops, True)
     else:
-        with below_autograd():
-            results = ops.linear_stats(*heads, *inputs, *settings)
+        operator = ops.linear_loss_grad if in_forward else ops.linear_stats
+        with nullcontext() if calls_operator else below_autograd():
+            results = operator(*heads, *inputs, *settings)
     return results[0], results[-1]
 
 
@@ -61,7 +59,7 @@ class LinearLossGrad(FusedFunction):
         ops: Any,
         fast: bool,
     ) -> tuple[Tensor, ...]:  # 0-dim, three gradients, and the metrics
-        with below_autograd():
+        with below_autograd() if fast else next_level():
             return ops.linear_loss_grad(hidden, weight, bias, *heads, *inputs, *settings)
 
     @staticmethod
@@ -69,7 +67,8 @@ class LinearLossGrad(FusedFunction):
         ctx.dtype, ctx.wanted, ctx.ops, ctx.fast = inputs[0].dtype, inputs[3][-3:], *inputs[-2:]
         ctx.transformed = not ctx.fast and is_transformed()
         ctx.save_for_backward(*output[1:-1])
-        ctx.save_for_forward(*output[1:-1])
+        if ctx.transformed:
+            ctx.save_for_forward(*output[1:-1])
         ctx.mark_non_differentiable(*output[1 if ctx.fast else -1 :])
         ctx.set_materialize_grads(False)
 
@@ -111,7 +110,7 @@ class LinearStats(FusedFunction):
         ops: Any,
         fast: bool,
     ) -> tuple[Tensor, ...]:  # (...), the table, and the metrics
-        with below_autograd():
+        with below_autograd() if fast else next_level():
             return ops.linear_stats(hidden, weight, bias, *heads, *inputs, *settings)
 
     @staticmethod
@@ -133,9 +132,9 @@ class LinearStats(FusedFunction):
         heads = (hidden, weight, bias, *rest[:3], *ctx.numbers, *wanted)
         call = (*saved_inputs(rest[3:]), *ctx.settings)
         if ctx.settings.reduction == "none":
-            grads = NotDifferentiable.apply(ctx.ops.linear_grad, *heads, stats, grad_loss, *call)
+            grads = ctx.ops.linear_grad(*heads, stats, grad_loss, *call)
         else:  # of a graph that was exported without gradients
-            grads = [grad * grad_loss for grad in NotDifferentiable.apply(ctx.ops.linear_loss_grad, *heads, *call)[1:-1]]
+            grads = [grad * grad_loss for grad in ctx.ops.linear_loss_grad(*heads, *call)[1:-1]]
         grads = [grad.to(hidden.dtype) if want else None for grad, want in zip(grads, wanted, strict=True)]
         return *grads, None, None, None, None, None
 

@@ -1,8 +1,8 @@
 """What kdfast uses of PyTorch's private API, and what it does where a later torch lacks it."""
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -62,12 +62,23 @@ def is_batched(x: Tensor) -> bool:
     return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
-def in_backward() -> bool:
-    """Whether autograd's engine is running now."""
-    return torch._C._current_graph_task_id() != -1
-
-
 def jvp_depth() -> int:
     """How many torch.func.jvp are active, one inside of another."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     return sum(interpreter.key() == torch._C._functorch.TransformType.Jvp for interpreter in stack)
+
+
+def single_level_functions() -> AbstractContextManager[Any]:
+    """Lets an operator's kernel for autograd apply a Function inside of a transform of torch.func."""
+    return torch._functorch.autograd_function.enable_single_level_autograd_function()
+
+
+@contextmanager
+def next_level() -> Iterator[None]:
+    """below_autograd, but the transforms outside of this one, if there are any, see the operator."""
+    if not functorch_is_active():
+        with below_autograd():
+            yield
+        return
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), below_autograd():
+        yield
