@@ -1,9 +1,9 @@
 """The autograd Functions of the row losses: when a gradient is computed, and what is saved until then.
 
-In eager mode the public calls apply a Function, `fast`: nobody else sees its gradient, so that backward scales it
-in-place. Under torch.compile and torch.export they call the operator, and operator_autograd.py applies the same
-Function, not `fast`: its gradient is an output, which raises if it is differentiated. So it is under transforms of
-torch.func and in forward-mode AD. linear_autograd.py has the Functions of the linear losses.
+In eager mode a public call applies a Function itself. It is `fast`: nobody else sees the gradient, so backward scales
+it in-place. Under torch.compile, torch.export, torch.func and forward-mode AD a public call calls the operator, whose
+kernel for autograd (operator_autograd.py) applies the same Function. It is not `fast`: the gradient is one of the
+operator's results, and raises if it is differentiated. linear_autograd.py has the Functions of the linear losses.
 """
 
 from contextlib import nullcontext
@@ -14,14 +14,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from kdfast.arguments import Inputs, Settings, metrics_of_unweighted_terms
-from kdfast.derivatives import (
-    FusedFunction,
-    check_backward,
-    check_jvp,
-    is_transformed,
-)
+from kdfast.derivatives import check_backward, check_jvp, is_transformed
 from kdfast.rows import loss_dtype
-from kdfast.torch_private import below_autograd, forward_ad_is_active, graph_is_kept, next_level
+from kdfast.torch_private import apply_function, below_autograd, forward_ad_is_active, graph_is_kept, next_level
 
 
 def row_loss(student: Tensor, inputs: Inputs, settings: Settings, ops: Any, inplace: bool) -> tuple[Tensor, Tensor]:
@@ -30,27 +25,28 @@ def row_loss(student: Tensor, inputs: Inputs, settings: Settings, ops: Any, inpl
     wants_grad = student.requires_grad and torch.is_grad_enabled()
     # fp16: a gradient computed before the loss scaler's factor is known would underflow to 0
     in_backward = settings.reduction == "none" or student.dtype == torch.float16
-    calls_operator = torch.compiler.is_compiling()
-    if not calls_operator and is_transformed():
-        calls_operator, inplace, wants_grad = True, False, wants_grad or forward_ad_is_active()
-        if student.dtype == torch.float16:
-            student, in_backward = student.float(), settings.reduction == "none"
     results: tuple[Tensor, ...]
-    if calls_operator:
-        if wants_grad and not in_backward:
-            operator = ops.loss_grad_ if inplace else ops.loss_grad
-        else:
-            operator = ops.stats_for_inplace if inplace and wants_grad else ops.stats
+    if torch.compiler.is_compiling():
+        results = _operator(ops, wants_grad, in_backward, inplace)(student, *inputs, *settings)
+    elif is_transformed():
+        student = student.float() if student.dtype == torch.float16 else student  # a tangent has no loss scaler
+        operator = _operator(ops, wants_grad or forward_ad_is_active(), settings.reduction == "none", False)
         results = operator(student, *inputs, *settings)
     elif wants_grad:
-        results = (Stats if in_backward else LossGrad).apply_here(student, inputs, settings, ops, inplace, True)
+        results = apply_function(Stats if in_backward else LossGrad, student, inputs, settings, ops, inplace, True)
     else:
         with below_autograd():
             results = ops.stats(student, *inputs, *settings)
     return results[0], results[-1] if own_metrics is None else own_metrics
 
 
-class LossGrad(FusedFunction):
+def _operator(ops: Any, wants_grad: bool, in_backward: bool, inplace: bool) -> Any:
+    if wants_grad and not in_backward:
+        return ops.loss_grad_ if inplace else ops.loss_grad
+    return ops.stats_for_inplace if wants_grad and inplace else ops.stats
+
+
+class LossGrad(torch.autograd.Function):
     """loss_grad and loss_grad_: forward computes the loss and its gradient, and backward at most scales that."""
 
     @staticmethod
@@ -105,7 +101,7 @@ class LossGrad(FusedFunction):
         return (grad * tangent).sum(dtype=loss_dtype(grad)), *check_jvp(grad), None
 
 
-class Stats(FusedFunction):
+class Stats(torch.autograd.Function):
     """stats: forward saves a few numbers per row, and backward computes the gradient from them.
 
     For reduction "none", whose grad_loss is known in backward only, and for fp16.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kdfast.divergences import DIVERGENCES, names, resolve_beta
+from kdfast.torch_private import has_tangent
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -229,6 +230,8 @@ def check_inplace(student: Tensor) -> None:
 def check_constant(name: str, tensor: Tensor) -> None:
     if tensor.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{name}: requires grad, but kdfast has no derivative for it; detach() it")
+    if not torch.compiler.is_compiling() and has_tangent(tensor):
+        raise RuntimeError(f"{name}: has a tangent, but kdfast has no derivative for it; detach() it")
 
 
 def check_dense(name: str, tensor: Tensor, parts: str = "pass to_local() of logits that are split by rows") -> None:

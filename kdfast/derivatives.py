@@ -1,18 +1,11 @@
-"""Which derivatives there are: the first, by backward and by forward-mode AD, of whole calls. Others raise here."""
+"""Which derivatives there are: the first, by backward or forward-mode AD, of a whole call. All others raise here."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 
-from kdfast.torch_private import (
-    forward_ad_is_active,
-    functorch_is_active,
-    is_batched,
-    jvp_depth,
-    next_level,
-)
+from kdfast.torch_private import forward_ad_is_active, functorch_is_active, is_batched, jvp_depth, next_level
 
 TWICE = (
     "kdfast's losses are differentiable once: a fused kernel computes their gradient, which has no derivative of its "
@@ -49,21 +42,12 @@ def check_jvp(*results: Tensor) -> list[Tensor]:
     return [result.new_full((), torch.nan).expand_as(result) for result in results]
 
 
-class FusedFunction(torch.autograd.Function):
-    """A Function that is applied without torch.func's machinery: the operators have kernels for each transform."""
-
-    @classmethod
-    def apply_here(cls, *args: Any) -> Any:
-        """apply(), but at one level of transforms, and without its inspect.signature, which takes as long as a kernel."""
-        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))
-
-
 def refuse_vmap(*args: Any) -> Any:
     """An operator's kernel for tensors that torch.vmap has given one more dimension."""
     raise RuntimeError(VMAP)
 
 
-class NotDifferentiable(FusedFunction):
+class NotDifferentiable(torch.autograd.Function):
     """An operator whose results raise when they are differentiated."""
 
     @staticmethod
@@ -82,3 +66,16 @@ class NotDifferentiable(FusedFunction):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         raise RuntimeError(TWICE)
+
+
+class OverwritesFirst(NotDifferentiable):
+    """An operator that overwrites its first tensor, which raises from then on, and returns nothing."""
+
+    @staticmethod
+    def forward(operator: Any, *args: Any) -> Tensor:
+        NotDifferentiable.forward(operator, *args)
+        return args[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_dirty(output)

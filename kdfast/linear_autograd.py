@@ -8,33 +8,26 @@ from torch import Tensor
 
 from kdfast.arguments import Heads, Inputs, Settings, drop_unused
 from kdfast.autograd import save, saved, saved_inputs
-from kdfast.derivatives import (
-    FusedFunction,
-    check_backward,
-    check_jvp,
-    is_transformed,
-)
+from kdfast.derivatives import check_backward, check_jvp, is_transformed
 from kdfast.rows import loss_dtype
-from kdfast.torch_private import below_autograd, forward_ad_is_active, graph_is_kept, next_level
+from kdfast.torch_private import apply_function, below_autograd, forward_ad_is_active, graph_is_kept, next_level
 
 NO_ROW_TANGENTS = (
-    "linear_kd_loss(reduction='none') does not support forward-mode AD; a scalar reduction does, and so does kd_loss"
+    "linear_kd_loss with reduction='none' does not support forward-mode AD. Take a scalar reduction, or kd_loss"
 )
 
 
 def linear_loss(heads: Heads, inputs: Inputs, settings: Settings, ops: Any) -> tuple[Tensor, Tensor]:
     """autograd.row_loss for hidden states and heads."""
-    calls_operator = torch.compiler.is_compiling()
-    if not calls_operator and is_transformed():
-        calls_operator = True
-        if forward_ad_is_active():  # what has a tangent need not require grad
-            heads = heads._replace(grad_hidden=True, grad_weight=True, grad_bias=heads.student_bias is not None)
+    calls_operator = torch.compiler.is_compiling() or is_transformed()
+    if not torch.compiler.is_compiling() and forward_ad_is_active():  # what has a tangent need not require grad
+        heads = heads._replace(grad_hidden=True, grad_weight=True, grad_bias=heads.student_bias is not None)
     wants_grad = heads.grad_hidden or heads.grad_weight or heads.grad_bias
     in_forward = wants_grad and settings.reduction != "none"
     results: tuple[Tensor, ...]
     if wants_grad and not calls_operator:
         function = LinearLossGrad if in_forward else LinearStats
-        results = function.apply_here(*heads[:3], heads[3:], inputs, settings, ops, True)
+        results = apply_function(function, *heads[:3], heads[3:], inputs, settings, ops, True)
     else:
         operator = ops.linear_loss_grad if in_forward else ops.linear_stats
         with nullcontext() if calls_operator else below_autograd():
@@ -42,7 +35,7 @@ def linear_loss(heads: Heads, inputs: Inputs, settings: Settings, ops: Any) -> t
     return results[0], results[-1]
 
 
-class LinearLossGrad(FusedFunction):
+class LinearLossGrad(torch.autograd.Function):
     """linear_loss_grad: forward computes the loss and its gradients, and backward scales them.
 
     float16 gradients stay fp32 until then, so that a loss scaler's factor is applied before they are rounded.
@@ -90,13 +83,13 @@ class LinearLossGrad(FusedFunction):
         return *grads, None, None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+    def jvp(ctx: Any, *tangents: Any) -> Any:
         grads = _computed(ctx.saved_tensors, [t is not None for t in tangents[:3]], ctx.wanted)
         terms = [(g * t).sum(dtype=loss_dtype(g)) for g, t in zip(grads, tangents, strict=False) if g is not None]
         return sum(terms), *check_jvp(*ctx.saved_tensors), None
 
 
-class LinearStats(FusedFunction):
+class LinearStats(torch.autograd.Function):
     """linear_stats: for reduction "none", grad_loss is known in backward only, which computes the logits again."""
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""Autograd of the operators: what a graph of torch.compile, torch.export or make_fx calls, and who calls them directly.
+"""The operators' kernels for autograd, which graphs of torch.compile and torch.export run, and transforms.
 
-Each is differentiated once, in what the public call takes a gradient of. All else raises: in backward, or at once
-where nothing is returned that backward could start from.
+The loss that an operator returns can be differentiated once, in the student. All else that it returns, or writes to,
+raises in backward.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,13 @@ from torch import Tensor
 from kdfast import reference
 from kdfast.arguments import Heads, Inputs, Settings, take_flat, take_flat_heads
 from kdfast.autograd import LossGrad, Stats
-from kdfast.derivatives import NotDifferentiable, is_transformed
+from kdfast.checks import check_constant
+from kdfast.derivatives import NotDifferentiable, OverwritesFirst, is_transformed
 from kdfast.linear_autograd import LinearLossGrad, LinearStats
 from kdfast.softmax import TemperedSoftmax
 from kdfast.torch_private import (
+    apply_function,
     below_autograd,
-    forward_ad_is_active,
     functorch_is_active,
     has_tangent,
     single_level_functions,
@@ -35,7 +36,7 @@ def autograd(namespace: str, name: str) -> Callable[..., Any]:
         if functorch_is_active():
             with single_level_functions():
                 return differentiable(*args)
-        if forward_ad_is_active() or any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        if any(map(_asks_for_derivative, args)):
             return differentiable(*args)
         with below_autograd():
             return operator(*args)
@@ -51,8 +52,8 @@ def _differentiable(ops: Any, name: str) -> Callable[..., Any]:
         def row_call(student: Tensor, inputs: Inputs, settings: Settings) -> Any:
             _check_constants(inputs)
             if inplace and is_transformed():
-                raise RuntimeError("inplace: must be False under torch.compile of a transform of torch.func")
-            return function.apply_here(student, inputs, settings, ops, inplace, False)
+                raise RuntimeError("inplace: must be False under a transform of torch.func and in forward-mode AD")
+            return apply_function(function, student, inputs, settings, ops, inplace, False)
 
         return take_flat(row_call)
     if name in ("linear_loss_grad", "linear_stats"):
@@ -60,7 +61,7 @@ def _differentiable(ops: Any, name: str) -> Callable[..., Any]:
 
         def linear_call(heads: Heads, inputs: Inputs, settings: Settings) -> Any:
             _check_constants(inputs)
-            return linear_function.apply_here(*heads[:3], heads[3:], inputs, settings, ops, False)
+            return apply_function(linear_function, *heads[:3], heads[3:], inputs, settings, ops, False)
 
         return take_flat_heads(linear_call)
     if name == "tempered_softmax":
@@ -68,27 +69,21 @@ def _differentiable(ops: Any, name: str) -> Callable[..., Any]:
     if name == "tempered_softmax_backward":
         return reference.tempered_softmax_backward
     operator = getattr(ops, name)
-    return _refuse(operator) if name.endswith("_") else lambda *args: NotDifferentiable.apply_here(operator, *args)
+    if not name.endswith("_"):
+        return lambda *args: apply_function(NotDifferentiable, operator, *args)
+
+    def overwrite(*args: Any) -> None:
+        apply_function(OverwritesFirst, operator, *args)
+
+    return overwrite
 
 
 def _check_constants(inputs: Inputs) -> None:
     """Raises if a tensor that the loss treats as a constant asks for a derivative. Teachers may: they are detached."""
     for name, value in zip(Inputs._fields[1:], inputs[1:], strict=True):
-        if value is not None and _asks_for_derivative(value):
-            raise RuntimeError(f"{name}: requires grad or has a tangent, but the loss treats it as a constant; detach() it")
+        if isinstance(value, Tensor):
+            check_constant(name, value)
 
 
 def _asks_for_derivative(x: Any) -> bool:
     return isinstance(x, Tensor) and ((x.requires_grad and torch.is_grad_enabled()) or has_tangent(x))
-
-
-def _refuse(operator: Any) -> Callable[..., Any]:
-    """An operator that returns nothing that backward could start from."""
-
-    def call(*args: Any) -> Any:
-        if any(map(_asks_for_derivative, args)):
-            raise RuntimeError(f"{operator}: writes to its first argument, for which autograd has no formula")
-        with below_autograd():
-            return operator(*args)
-
-    return call
