@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor, unwrap_if_dead
 from torch.autograd import forward_ad
 
 # Inside of it an operator runs without its kernel for autograd. torch.library is made of it.
 below_autograd: Callable[[], AbstractContextManager[Any]] = torch._C._AutoDispatchBelowAutograd
+_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def _missing(name: str, consequence: str) -> None:
@@ -60,7 +61,7 @@ def functorch_is_active() -> bool:
 
 def is_batched(x: Tensor) -> bool:
     """Whether torch.vmap, or autograd's is_grads_batched=True, has given x one more dimension."""
-    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
+    return is_batchedtensor(x) or is_legacy_batchedtensor(x)
 
 
 def jvp_depth() -> int:
@@ -86,4 +87,5 @@ def next_level() -> Iterator[None]:
 
 def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(), but at one level of transforms, and without inspect.signature, which takes 50 us."""
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+    args = tuple(unwrap_if_dead(x) if type(x) in _TENSORS else x for x in args)  # of a transform that has ended
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
