@@ -93,7 +93,8 @@ def linear_kd_loss(
 
     Returns:
         As kd_loss. A scalar loss computes its gradients in forward, and backward at most scales them. Reduction
-        ``"none"`` computes the logits again in backward. Not twice differentiable.
+        ``"none"`` computes the logits again in backward. Differentiable once, as kd_loss, but forward-mode AD does
+        not support reduction ``"none"``.
 
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: as kd_loss, before any matrix product.

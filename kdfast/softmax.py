@@ -24,6 +24,8 @@ def tempered_softmax(
 
     Returns:
         (..., V) of ``out_dtype``. Soft targets for :func:`kdfast.kd_loss` with ``target="probs"`` or ``"log_probs"``.
+        Twice differentiable. Under transforms of torch.func and in forward-mode AD, all of which it supports, it is
+        computed by plain PyTorch.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`kdfast.kd_loss` for its arguments of these names.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import F64
-from test_transforms import (
+from derivative_cases import (
     FORWARD,
     HEADS,
     HIDDEN,
@@ -22,7 +22,7 @@ from test_transforms import (
     VOCAB,
     T,
     plain,
-)
+)  # fmt: skip
 from torch import Tensor, func, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
