@@ -129,7 +129,7 @@ class Stats(torch.autograd.Function):
             return None, None, None, None, None, None
         student, stats, *rest = saved(ctx)
         arguments = (stats, grad_loss, *saved_inputs(rest), *ctx.settings)
-        with below_autograd() if ctx.fast else nullcontext():
+        with below_autograd() if ctx.fast and not torch.compiler.is_compiling() else nullcontext():
             if not ctx.inplace:
                 return ctx.ops.grad(student, *arguments), None, None, None, None, None
             student = student.detach()

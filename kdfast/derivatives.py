@@ -24,13 +24,15 @@ def is_transformed() -> bool:
 
 def check_backward(ctx: Any, grad_loss: Tensor | None, others: tuple[Tensor | None, ...]) -> Tensor | None:
     """grad_loss, if this backward is a first derivative of a whole call; others: of the Function's other outputs."""
+    if torch.compiler.is_compiling():  # compiled autograd, whose graph has first derivatives alone
+        return grad_loss
     if any(other is not None for other in others) or forward_ad_is_active():
         raise RuntimeError(TWICE)
     if grad_loss is None:  # autograd's undefined gradient, which is 0
         return None
     if is_batched(grad_loss):
         raise RuntimeError(VMAP)
-    if torch.is_grad_enabled() and not (ctx.transformed or torch.compiler.is_compiling()):
+    if torch.is_grad_enabled() and not ctx.transformed:
         raise RuntimeError(TWICE)  # under a transform, if the gradient is differentiated: grad is always create_graph
     return grad_loss
 

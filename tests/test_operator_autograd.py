@@ -24,6 +24,7 @@ from derivative_cases import (
     plain,
 )  # fmt: skip
 from torch import Tensor, func, nn
+from torch._dynamo import compiled_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kdfast import kd_loss, linear_kd_loss, tempered_softmax
@@ -238,3 +239,12 @@ def test_a_compiled_transform_agrees_with_plain_pytorch(compiler, transform, red
 
     found = torch.compile(lambda: transform(ours), backend=compiler)()
     torch.testing.assert_close(found, transform(lambda s: plain(s, reduction)))
+
+
+@pytest.mark.parametrize("name", ["mean", "none", "inplace none", "linear mean", "linear none"])
+def test_compiled_autograd_traces_backward_to_one_graph_with_the_same_gradients(name):
+    torch._dynamo.reset()
+    kind, settings = MODELS[name]
+    model = Model(kind, **settings)
+    with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager", fullgraph=True)):
+        torch.testing.assert_close(trained(model, model), expected_gradients(name))

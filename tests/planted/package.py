@@ -81,7 +81,7 @@ OF_AUTOGRAD = [
            'settings.reduction == "none" or student.dtype == torch.float16', 'settings.reduction == "none"',
            "Small fp16 gradients are 0 before a loss scaler can save them.", ("test_training.py",)),
     Mutant("double-backward-is-silent", DERIVATIVES,
-           "is_grad_enabled() and not (ctx.transformed or", "is_grad_enabled() and (ctx.transformed and",
+           "if torch.is_grad_enabled() and not ctx.transformed:", "if torch.is_grad_enabled() and ctx.transformed:",
            "With create_graph=True the gradient looks like a constant.", AUTOGRAD),
     Mutant("softmaxs-double-backward-is-silent", "kdfast/softmax.py",
            "args = (grad, output,", "args = (grad, output.detach(),",
