@@ -8,7 +8,7 @@ from typing_extensions import Unpack
 
 from kdfast import choice
 from kdfast.arguments import Heads, KDMetrics, Settings
-from kdfast.autograd import linear_loss
+from kdfast.linear_autograd import linear_loss
 from kdfast.linear_checks import check_accumulate_dtype, check_chunk_rows, check_head, product_like
 from kdfast.losses import Teacher, kd_loss
 from kdfast.modules import KDLoss, LossModule
@@ -94,7 +94,8 @@ def linear_kd_loss(
 
     Returns:
         As kd_loss. A scalar loss computes its gradients in forward, and backward at most scales them. Reduction
-        ``"none"`` computes the logits again in backward. Not twice differentiable.
+        ``"none"`` computes the logits again in backward. Differentiable once, as kd_loss, but forward-mode AD does
+        not support reduction ``"none"``.
 
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: as kd_loss, before any matrix product.

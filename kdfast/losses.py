@@ -187,7 +187,11 @@ def kd_loss(
     Returns:
         0-dim, or (...) with reduction ``"none"``; float32, for float64 logits float64. With ``return_metrics`` a pair
         of it and KDMetrics, whose fields have the same shape and dtype. For a scalar loss the gradient is computed in
-        forward (not for float16), and backward scales it where grad_output is not 1. Not twice differentiable.
+        forward (not for float16), and backward scales it where grad_output is not 1.
+
+        Differentiable once: by backward, by torch.func.grad and vjp, and by forward-mode AD (torch.func.jvp, jacfwd,
+        forward_ad). A derivative of the gradient (create_graph=True, torch.func.hessian) and torch.vmap, on which
+        torch.func.jacrev is built, raise a RuntimeError.
 
     Raises:
         TypeError: an argument of a wrong Python type.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kdfast.checks import check_positive
+from kdfast.torch_private import has_tangent
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -118,6 +119,8 @@ def as_scalar(name: str, value: Any) -> Any:
 def check_constant(name: str, tensor: Tensor) -> None:
     if tensor.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{name}: requires grad, but kdfast has no derivative for it; detach() it")
+    if not torch.compiler.is_compiling() and has_tangent(tensor):
+        raise RuntimeError(f"{name}: has a tangent, but kdfast has no derivative for it; detach() it")
 
 
 def check_dense(name: str, tensor: Tensor, parts: str = "pass to_local() of logits that are split by rows") -> None:

@@ -257,8 +257,8 @@ def test_every_operator_matches_its_schema_and_fake_on_every_backend(name, backe
     check_operator(name, backend, kind, "test_schema", "test_faketensor")
 
 
-# Code that all backends share: no operator has a derivative of its own, and AOTAutograd with dynamic sizes is eager.
+# Code that all backends share: the operators' kernels for autograd, and AOTAutograd with dynamic sizes.
 @pytest.mark.parametrize("kind", [*KINDS[:2], *(pytest.param(kind, marks=pytest.mark.full) for kind in KINDS[2:])])
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", [*SCHEMAS, "stats_for_inplace"])
 def test_every_operator_passes_opcheck_at_dynamic_sizes(name, kind):
     check_operator(name, None, kind, "test_autograd_registration", "test_aot_dispatch_dynamic")

@@ -78,17 +78,43 @@ def quotient(a, b):
 
 
 @triton.jit
-def log_ratio(a, b, difference):
-    """log(a / b) from a - b too, whose digits it has near equality; 0 where b, and with it a, is next to nothing."""
-    TERMS: tl.constexpr = 9 if a.dtype == tl.float64 else 4  # |w| < 1/8: what the first left out adds is rounded away
+def split_log_ratio(a, b, difference):
+    """w and a series with log(a / b) = 2 w (1 + series) for |w| < 1/8, and that logarithm for others."""
+    TERMS: tl.constexpr = 9 if a.dtype == tl.float64 else 4  # what the first left out adds is rounded away
     w = quotient(difference, a + b)
     series = w * w * (1.0 / (2 * TERMS + 1))
     for k in tl.static_range(1, TERMS):
         series = w * w * (series + 1.0 / (2 * (TERMS - k) + 1))
-    far = tl.log2(quotient(a, b)) * 0.6931471805599453
-    ratio = tl.where(tl.abs(w) < 0.125, 2 * (w + w * series), far)  # 2 atanh(w)
+    return w, series, tl.log2(quotient(a, b)) * 0.6931471805599453
+
+
+@triton.jit
+def select(w, near, far, a, b):
+    """By whether a and b are close; 0 where b, and with it a, is next to nothing."""
     NOTHING: tl.constexpr = 1e-300 if a.dtype == tl.float64 else 1e-37
-    return tl.where(b < NOTHING, 0, ratio)
+    return tl.where(b < NOTHING, 0, tl.where(tl.abs(w) < 0.125, near, far))
+
+
+@triton.jit
+def log_ratio(a, b, difference):
+    """log(a / b) from a - b too, whose digits it has near equality."""
+    w, series, far = split_log_ratio(a, b, difference)
+    return select(w, 2 * (w + w * series), far, a, b)
+
+
+@triton.jit
+def log_excess(a, b, difference):
+    """log(a / b) - (a - b) / b: the first-order terms cancel."""
+    w, series, far = split_log_ratio(a, b, difference)
+    u = quotient(difference, b)
+    return select(w, 2 * w * series - w * u, far - u, a, b)
+
+
+@triton.jit
+def kl_term(a, b, difference):
+    """a log(a / b) - (a - b), likewise."""
+    w, series, far = split_log_ratio(a, b, difference)
+    return select(w, difference * w + 2 * a * w * series, masked(a, far) - difference, a, b)
 
 
 # ---- linear ones ----
@@ -140,8 +166,7 @@ def student_log(q, log_p, log_q, beta):
 @triton.jit
 def jsd(p, q, beta, rest):
     m, d = beta * p + rest * q, q - p
-    of_p = masked(p, log_ratio(p, m, -rest * d))
-    return beta * of_p + rest * masked(q, log_ratio(q, m, beta * d))
+    return beta * kl_term(p, m, -rest * d) + rest * kl_term(q, m, beta * d)
 
 
 @triton.jit
@@ -151,14 +176,13 @@ def jsd_psi(p, q, beta, rest):
 
 @triton.jit
 def skew_forward_kl(p, q, beta, rest):
-    d = rest * (q - p)
-    return masked(p, log_ratio(p, beta * p + rest * q, -d)) + d
+    return kl_term(p, beta * p + rest * q, rest * (p - q))
 
 
 @triton.jit
 def skew_forward_psi(p, q, beta, rest):
     m = beta * p + rest * q
-    return -rest * tl.where(p == q, q, tl.where(m == 0, m, q * (p / m)))
+    return rest * masked(q, quotient(rest * (q - p), m))
 
 
 @triton.jit
@@ -168,14 +192,13 @@ def skew_forward_constant(mass, beta, rest):
 
 @triton.jit
 def skew_reverse_kl(p, q, beta, rest):
-    d = rest * (p - q)
-    return masked(q, log_ratio(q, beta * q + rest * p, -d)) + d
+    return kl_term(q, beta * q + rest * p, rest * (q - p))
 
 
 @triton.jit
 def skew_reverse_psi(p, q, beta, rest):
-    d, m = rest * (p - q), beta * q + rest * p
-    return tl.where(m == 0, m, masked(q, log_ratio(q, m, -d) + beta * d / m))
+    d, m = rest * (q - p), beta * q + rest * p
+    return masked(q, log_excess(q, m, d) + rest * quotient(d, m))
 
 
 @triton.jit
