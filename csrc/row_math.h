@@ -57,8 +57,7 @@ struct Exp2Scales {
 template <class D>
 void rescale(Sums<double>& x, double student_offset, double teacher_offset, const Exp2Scales& scale) {
   const double ds = offset_change(x.student_offset, student_offset) * scale.student;
-  const double dt =
-      offset_change(x.teacher_offset, teacher_offset) * (D::kDifference ? 1 : scale.teacher);
+  const double dt = offset_change(x.teacher_offset, teacher_offset) * (D::kDifference ? 1 : scale.teacher);
   const double dh = offset_change(x.student_offset, student_offset) * scale.hard;
   const double exponent_change = (finite(x.student_offset) - finite(student_offset)) * scale.hard;
   if constexpr (D::kDifference) {  // whose offset is what the differences have subtracted
@@ -111,12 +110,12 @@ struct RowTerms {
   V unit;                 // what logits were multiplied by before T divided them: 1 unless standardized
   V excess;  // of the sum of q over 1, as the kernel rounds 1 / student_total; the gradient's sum is to be 0
   N alpha, hard_weight, label_smoothing, z_loss, beta;
-  N rest;          // 1 - beta
-  N logit_scale;   // the student's, 1 where softcapping takes it in
+  N rest;         // 1 - beta
+  N logit_scale;  // the student's, 1 where softcapping takes it in
   bool t_squared;
   bool softmaxed;      // whether P becomes p by its own sum, and not as it is given
   bool distributions;  // whether p sums to 1, which given probabilities need not
-  bool labelled;   // whether there is a hard term to report
+  bool labelled;       // whether there is a hard term to report
 };
 
 // A row's loss without its weight, its two terms without theirs, and the base-2 logarithms of its totals.
@@ -212,8 +211,8 @@ struct Scales {
 };
 template <class V>  // whose logarithms may be known
 KDFAST_HD inline Scales<V> scales_with(const Coefficients<V>& c, V log_student, V log_teacher) {
-  return {c.student_offset,    c.teacher_offset, 1 / c.student_total,
-          1 / c.teacher_total, 1 / c.hard_total, -log_student,  -log_teacher};
+  return {c.student_offset, c.teacher_offset, 1 / c.student_total, 1 / c.teacher_total,
+          1 / c.hard_total, -log_student,     -log_teacher};
 }
 template <class V>
 KDFAST_HD inline Scales<V> scales_of(const Coefficients<V>& c) {

@@ -13,10 +13,10 @@ from torch import Tensor
 from kdfast import reference
 from kdfast.arguments import Heads, Inputs, Settings, take_flat, take_flat_heads
 from kdfast.autograd import LossGrad, Stats
-from kdfast.checks import check_constant
 from kdfast.derivatives import NotDifferentiable, OverwritesFirst, is_transformed
 from kdfast.linear_autograd import LinearLossGrad, LinearStats
 from kdfast.softmax import TemperedSoftmax
+from kdfast.tensor_checks import check_constant
 from kdfast.torch_private import (
     apply_function,
     below_autograd,

@@ -24,7 +24,7 @@ from kdfast.reference import (
     teacher_distribution,
 )
 from kdfast.row_math import LN2, Coefficients, Exp2Scales, Sums, finite, over_teacher
-from kdfast.rows import as_matrix, check_values, denominator, loss_dtype
+from kdfast.rows import as_matrix, check_values, denominator
 
 
 def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:

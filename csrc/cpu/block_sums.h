@@ -101,8 +101,16 @@ KD_NOINLINE Sums<double> block_sums(const typename P::S* s, const typename P::T*
     if (i / P::kStep % 8 == 7) flush();
   }
   flush();
-  return {student_offset, sum(total.student), teacher_offset, sum(total.teacher), sum(total.hard),
-          sum(total.over_teacher), sum(total.over_student), -kInfinity, 0, (double)n};
+  return {student_offset,
+          sum(total.student),
+          teacher_offset,
+          sum(total.teacher),
+          sum(total.hard),
+          sum(total.over_teacher),
+          sum(total.over_student),
+          -kInfinity,
+          0,
+          (double)n};
 }
 
 template <class S>

@@ -119,7 +119,8 @@ KD_INLINE FloatV log_ratio(FloatV a, FloatV b, FloatV difference) {
   return log.exponent + (log.s + log.s + log.more);
 }
 
-// log(a / b) - (a - b) / b, as log_ratio. Its first-order terms cancel: 2 s - difference / b is -s difference / b.
+// log(a / b) - (a - b) / b, as log_ratio. Its first-order terms cancel: 2 s - difference / b is -s difference
+// / b.
 KD_INLINE FloatV log_excess(FloatV a, FloatV b, FloatV difference) {
   const LogRatio log = split_log_ratio(a, b, difference);
   const FloatV u = ratio(difference, b);

@@ -9,7 +9,8 @@ namespace {
 
 // Adds to the sums what they have of all logits, for label smoothing.
 void add_logits(const LossArgs& a, const RowScale& scale, const Label& label, Sums<double>& x) {
-  if (a.label_smoothing != 0) x.exponents = (label.logits - x.classes * finite(x.student_offset)) * scale.hard;
+  if (a.label_smoothing != 0)
+    x.exponents = (label.logits - x.classes * finite(x.student_offset)) * scale.hard;
 }
 
 // The label's exponents to base 2.

@@ -63,7 +63,8 @@ KD_NOINLINE Sums<double> row_sums(const typename P::S* row_s, const typename P::
       if constexpr (P::kSoft && !P::kProbs) to = own_offset ? block_max(t, m) : 0;
       more = block_sums<P, kKeep>(s, t, m, scale, so, to, scratch, near);
     }
-    if (labelled) more.label = Exponents<P>(scale, so, to).label_exponent(load_one(row_s + options.label), scale);
+    if (labelled)
+      more.label = Exponents<P>(scale, so, to).label_exponent(load_one(row_s + options.label), scale);
     if (options.logits) *options.logits += block_sum(row_s + at, m, about) + m * (double)about;
     if constexpr (kKeep && !P::kMSE) {
       if (options.metrics) {

@@ -115,8 +115,8 @@ struct ShortRows {
     if constexpr (P::kPointwise) {
       dispatch_pointwise(a, [&](auto d) {
         V phi{}, psi{};
-        add_phi_and_psi<C, decltype(d)>(g.es, g.et, a.vocab, 1 / c.student_total, 1 / c.teacher_total,
-                                        a.beta, phi, psi);
+        add_phi_and_psi<C, decltype(d)>(g.es, g.et, a.vocab, 1 / c.student_total, 1 / c.teacher_total, a.beta,
+                                        phi, psi);
       });
     }
   }

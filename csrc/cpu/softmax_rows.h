@@ -30,9 +30,7 @@ void softmax_rows(const SoftmaxArgs& a, int64_t begin, int64_t end) {
         total += sum(block);
       }
       const C log_total = std::log2(total);
-      for_vectors(z, a.vocab, [&](V v, int64_t) {
-        return ((v - offset) * scale - log_total) * (C)kLn2;
-      });
+      for_vectors(z, a.vocab, [&](V v, int64_t) { return ((v - offset) * scale - log_total) * (C)kLn2; });
     } else {
       softmax_row(z, a.vocab, exp2_scale);
     }
