@@ -50,7 +50,7 @@ __device__ inline Coefficients<float> loss_and_coefficients(const RowsArgs& a, c
 
   const Sums<float> of_row = to_sums(sums, pointwise, label_logit, (float)a.vocab, scale);
   Coefficients<float> c;
-  const RowLoss<float> loss = loss_and_coefficients<D>(of_row, row.terms(a, sums.student_others), c);
+  const RowLoss<float> loss = loss_and_coefficients<D>(of_row, row.terms(a, of_row), c);
   if (team.is_first_warp()) write_row(a, row, loss.loss, c);
   if (a.metrics) {
     MetricSums<D> metrics = MetricSums<D>::identity();

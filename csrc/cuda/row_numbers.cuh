@@ -75,14 +75,12 @@ struct Row {
     scale.label = a.labels && is_kept && in_range ? (int)x.label : -1;
   }
 
-  // others: of the sum of Q, which is 1 more, and is rounded.
-  __device__ RowTerms<float, float> terms(const RowsArgs& a, float others) const {
-    const float total = 1 + others, to_q = 1 / total;
+  __device__ RowTerms<float, float> terms(const RowsArgs& a, const Sums<float>& sums) const {
     RowTerms<float, float> terms{};
     terms.temperature = scale.temperature;
     terms.factor = is_bad ? nanf("") : share;
     terms.unit = 1;
-    terms.excess = __fmaf_rn(to_q, total, -1.f) + (others - (total - 1)) * to_q;
+    terms.excess = __fmaf_rn(1 / sums.student_total, sums.student_total, -1.f);
     terms.alpha = a.alpha;
     terms.hard_weight = a.hard_weight;
     terms.label_smoothing = a.label_smoothing;

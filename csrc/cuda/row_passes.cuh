@@ -34,20 +34,13 @@ __device__ inline Probability probability(Exp x, float to, float ln_to) {
   return {x.exp * to, __fmaf_rn(x.log, kLn2, ln_to)};
 }
 
-// Pass B: sums of phi and psi by threads. Near equality all of the gradient is what psi differs from its sum
-// by, so what rounding the sum has lost is kept.
+// Pass B: sums of phi and psi by threads.
 struct PointwiseSums {
-  float phi, psi, lost;
+  float phi, psi;
   __device__ static PointwiseSums identity() { return {}; }
   template <class R>
   __device__ PointwiseSums warp_reduce(const R&) const {
-    PointwiseSums x{warp_sum(phi), psi, lost};
-    for (int d = 16; d; d >>= 1) {
-      const float other = __shfl_xor_sync(~0u, x.psi, d), sum = x.psi + other, added = sum - x.psi;
-      x.lost += __shfl_xor_sync(~0u, x.lost, d) + ((x.psi - (sum - added)) + (other - added));
-      x.psi = sum;
-    }
-    return x;
+    return {warp_sum(phi), warp_sum(psi)};
   }
 
   template <class D, class P>
@@ -93,7 +86,7 @@ __device__ inline Sums<float> to_sums(const RowSums<D>& x, const PointwiseSums& 
   sums.exponents = fmaxf(classes * exponent(row.first_logit) + x.logits * row.hard_exp2_scale, -kInf);
   sums.classes = classes;
   sums.phi = pointwise.phi;
-  sums.psi = pointwise.psi + pointwise.lost;
+  sums.psi = pointwise.psi;
   return sums;
 }
 
