@@ -15,10 +15,12 @@
 // and but for a multiple of q psi is -p from the first and q * above from the second, with their shares.
 //
 // The others get a pass over p and q, once the sums are known. phi leaves out a term of first order in q -
-// p, which would drown the rest where p is near q; its sum, beta's multiple of 1 - sum p, is added by
-// `constant`. rest is 1 - beta, rounded once. A mixture is a sum of numbers >= 0, right to its last digits at
-// every beta; p + rest (q - p) would cancel. ratio(a, b) is 0 where both are 0. log_ratio(a, b, a - b) is
-// log(a / b), exact to first order where a is near b, and finite where a is 0, since it is multiplied by a.
+// p, which would drown the rest where p is near q; its sum, a multiple of 1 - sum p, is added by `constant`.
+// rest is 1 - beta, rounded once. A mixture is a sum of numbers >= 0, right to its last digits at every beta;
+// p + rest (q - p) would cancel. ratio(a, b) is 0 where both are 0. log_ratio(a, b, a - b) is log(a / b),
+// exact to first order where a is near b, and finite where a is 0, since it is multiplied by a.
+// kl_term(a, b, a - b) is a log(a / b) - (a - b), and log_excess(a, b, a - b) is log(a / b) - (a - b) / b, both
+// exact to second order.
 // Comparisons see p and q rounded: where the compiler makes one operation of a product and a difference,
 // q - p may not be 0 though p == q.
 #pragma once
@@ -117,7 +119,7 @@ struct SymmetricKL : Linear {  // beta * forward_kl + (1 - beta) * reverse_kl
 struct Pointwise : NoSums {
   static constexpr bool kPointwise = true;
   template <class V>
-  KDFAST_HD static V constant(V mass, V beta) {
+  KDFAST_HD static V constant(V mass, V rest) {
     return V{};
   }
 };
@@ -126,7 +128,7 @@ struct JSD : Pointwise {  // beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (
   template <class V>
   KDFAST_HD static V phi(V p, V q, V beta, V rest) {
     const V m = beta * p + rest * q, d = q - p;
-    return beta * p * log_ratio(p, m, -rest * d) + rest * q * log_ratio(q, m, beta * d);
+    return beta * kl_term(p, m, -rest * d) + rest * kl_term(q, m, beta * d);
   }
   template <class V>
   KDFAST_HD static V psi(V p, V q, V beta, V rest) {
@@ -137,34 +139,31 @@ struct JSD : Pointwise {  // beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (
 struct SkewForwardKL : Pointwise {  // KL(p, m), m = beta p + (1 - beta) q
   template <class V>
   KDFAST_HD static V phi(V p, V q, V beta, V rest) {
-    const V m = beta * p + rest * q, d = rest * (q - p);
-    return p * log_ratio(p, m, -d) + d;
+    return kl_term(p, beta * p + rest * q, rest * (p - q));
   }
   template <class V>
   KDFAST_HD static V psi(V p, V q, V beta, V rest) {
-    const V m = beta * p + rest * q;
-    return -rest * (p == q ? q : q * ratio(p, m));
+    return rest * q * ratio(rest * (q - p), beta * p + rest * q);
   }
   template <class V>
-  KDFAST_HD static V constant(V mass, V beta) {
-    return (1 - beta) * (mass - 1);
+  KDFAST_HD static V constant(V mass, V rest) {
+    return rest * (mass - 1);
   }
 };
 
 struct SkewReverseKL : Pointwise {  // KL(q, m), m = beta q + (1 - beta) p
   template <class V>
   KDFAST_HD static V phi(V p, V q, V beta, V rest) {
-    const V m = beta * q + rest * p, d = rest * (p - q);
-    return q * log_ratio(q, m, -d) + d;
+    return kl_term(q, beta * q + rest * p, rest * (q - p));
   }
   template <class V>
   KDFAST_HD static V psi(V p, V q, V beta, V rest) {
-    const V m = beta * q + rest * p, d = rest * (p - q);
-    return q * (log_ratio(q, m, -d) + beta * ratio(d, m));
+    const V m = beta * q + rest * p, d = rest * (q - p);
+    return q * (log_excess(q, m, d) + rest * ratio(d, m));
   }
   template <class V>
-  KDFAST_HD static V constant(V mass, V beta) {
-    return (1 - beta) * (1 - mass);
+  KDFAST_HD static V constant(V mass, V rest) {
+    return rest * (1 - mass);
   }
 };
 
@@ -190,7 +189,7 @@ struct Hellinger : Pointwise {  // 1 - sum sqrt(p q)
     return (p == q ? q : sqrt(q) * sqrt(p)) / -2;
   }
   template <class V>
-  KDFAST_HD static V constant(V mass, V beta) {
+  KDFAST_HD static V constant(V mass, V rest) {
     return (1 - mass) / 2;
   }
 };

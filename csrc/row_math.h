@@ -111,9 +111,11 @@ struct RowTerms {
   V unit;                 // what logits were multiplied by before T divided them: 1 unless standardized
   V excess;  // of the sum of q over 1, as the kernel rounds 1 / student_total; the gradient's sum is to be 0
   N alpha, hard_weight, label_smoothing, z_loss, beta;
+  N rest;          // 1 - beta
   N logit_scale;   // the student's, 1 where softcapping takes it in
   bool t_squared;
-  bool softmaxed;  // whether P becomes p by its own sum, and not as it is given
+  bool softmaxed;      // whether P becomes p by its own sum, and not as it is given
+  bool distributions;  // whether p sums to 1, which given probabilities need not
   bool labelled;   // whether there is a hard term to report
 };
 
@@ -149,7 +151,7 @@ KDFAST_HD inline RowLoss<V> loss_and_coefficients(const Sums<V>& x, const RowTer
     const V weight = soft * (r.t_squared ? r.temperature : 1 / r.temperature);
     V divergence{}, psi{};
     if constexpr (D::kPointwise) {
-      divergence = x.phi + D::constant(mass, V{} + r.beta);
+      divergence = x.phi + D::constant(mass, V{} + r.rest);
       c.soft = weight;
       c.center = x.psi - x.psi * r.excess + 0 * x.phi;  // NaN where phi is
     }
@@ -174,8 +176,7 @@ KDFAST_HD inline RowLoss<V> loss_and_coefficients(const Sums<V>& x, const RowTer
       c.slope = weight * share;
     }
     if constexpr (!D::kPointwise) c.level = -weight * psi;
-    // a divergence of distributions, of which rounding may leave less than 0
-    if (r.softmaxed) divergence = divergence < 0 ? V{} : divergence;
+    if (r.distributions) divergence = divergence < 0 ? V{} : divergence;  // which rounding may leave
     out.soft = r.t_squared ? divergence * r.temperature * r.temperature : divergence;
     out.loss = out.soft * r.alpha;
   }

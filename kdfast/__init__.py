@@ -4,7 +4,8 @@ import kdfast.ops  # noqa: F401 - defines the operators
 from kdfast.arguments import KDMetrics
 from kdfast.choice import backends
 from kdfast.linear import LinearKDLoss, linear_kd_loss
-from kdfast.losses import KDLoss, kd_loss
+from kdfast.losses import kd_loss
+from kdfast.modules import KDLoss
 from kdfast.softmax import tempered_softmax
 
 __version__ = "0.1.0"

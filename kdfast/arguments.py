@@ -1,5 +1,6 @@
 """The arguments of a loss's operators next to the student's logits, from which their schemas are made."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ class Inputs(NamedTuple):
     normalizer: Tensor | None  # 0-dim
     temperatures: Tensor | None  # (...)
     teacher_temperatures: Tensor | None  # (...)
+    dynamic_numbers: Tensor | None = None  # (n,), on the CPU: for settings that are NaN; see hide_dynamic
 
 
 class Settings(NamedTuple):
@@ -81,6 +83,39 @@ def drop_unused(inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:
     if settings.label_smoothing and not (settings.hard_weight or settings.metrics):
         settings = settings._replace(label_smoothing=0.0)
     return inputs, settings
+
+
+_NUMBERS = [name for name, kind in Settings.__annotations__.items() if kind is float]
+
+
+def hide_dynamic(inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:
+    """Under torch.compile: moves the floats that change between calls from the settings into a tensor.
+
+    An operator's argument that is a float is a constant of the graph, so each new value of it would compile again.
+    """
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    names = [name for name in _NUMBERS if not has_static_value(getattr(settings, name))]
+    if not names:
+        return inputs, settings
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    numbers = torch.stack([one * getattr(settings, name) for name in names])
+    hidden: dict[str, Any] = dict.fromkeys(names, math.nan)
+    return inputs._replace(dynamic_numbers=numbers), settings._replace(**hidden)
+
+
+def with_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a function of (..., inputs, settings) take the numbers of hide_dynamic; reading them needs no sync."""
+
+    def call(*args: Any) -> Any:
+        *first, inputs, settings = args
+        if inputs.dynamic_numbers is not None:
+            names = [name for name in _NUMBERS if math.isnan(getattr(settings, name))]
+            settings = settings._replace(**dict(zip(names, inputs.dynamic_numbers.tolist(), strict=True)))
+            inputs = inputs._replace(dynamic_numbers=None)
+        return function(*first, inputs, settings)
+
+    return call
 
 
 def metrics_of_unweighted_terms(

@@ -1,4 +1,4 @@
-"""What the public calls check of their arguments: an error names the argument, what it was, and what it may be."""
+"""Checks of numbers and names: an error names the argument, what it was, and what it may be."""
 
 import math
 from typing import Any
@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 
 from kdfast.divergences import DIVERGENCES, names, resolve_beta
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 CHOICES = {
     "target": ("logits", "probs", "log_probs"),
@@ -138,116 +136,3 @@ def check_vocab(vocab_size: Any) -> int:
     if number < 1:
         raise ValueError(f"vocab_size: {number} must be at least 1")
     return number
-
-
-def check_logits(name: str, logits: Any) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name}: must be a tensor, not {kind(logits)}")
-    check_dense(name, logits)
-    check_floating(name, logits)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"{name}: has shape {tuple(logits.shape)}, but it must be (..., V) with V >= 1")
-
-
-def check_rows(
-    name: str, value: Any, shape: torch.Size, logits: Tensor, integer: bool = False, of: str = "student_logits"
-) -> None:
-    """A tensor with one value per row of the logits, which the caller knows under the name `of`."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: must be a tensor, not {kind(value)}")
-    if integer and value.is_floating_point() and value.shape == logits.shape and value.dim() > len(shape):
-        raise RuntimeError(
-            f"{name}: has dtype {value.dtype} and the shape of {of}, but it must be torch.int64 class indices; "
-            'probabilities, as mixup and cutmix make them, are a teacher: kd_loss(s, labels, target="probs"), with '
-            "alpha=1 - a and added to kd_loss(s, teacher, alpha=a, hard_weight=0) where there is another teacher"
-        )
-    if integer and value.dtype != torch.int64:
-        raise RuntimeError(f"{name}: has dtype {value.dtype}, but it must be torch.int64 class indices")
-    if value.is_complex():
-        raise RuntimeError(f"{name}: has dtype {value.dtype}, but it must be real")
-    if value.shape != shape:
-        raise ValueError(
-            f"{name}: has shape {tuple(value.shape)}, but with {of} of shape {tuple(logits.shape)} it must "
-            f"be {tuple(shape)}"
-        )
-    if value.device != logits.device:
-        raise RuntimeError(f"{name}: is on {value.device}, but {of} is on {logits.device}")
-
-
-def check_temperature(name: str, value: Any) -> float:
-    """A temperature that is a number; 1 where a tensor holds one per row."""
-    return 1.0 if isinstance(value, Tensor) else check_positive(name, value)
-
-
-def check_temperatures(
-    name: str, value: Any, shape: torch.Size, logits: Tensor, of: str = "student_logits"
-) -> Tensor | None:
-    """One temperature per row; None where it is a number."""
-    if not isinstance(value, Tensor):
-        return None
-    check_rows(name, value, shape, logits, of=of)
-    check_constant(name, value)
-    return value.detach()
-
-
-def check_normalizer(value: Any, reduction: str, student: Tensor) -> tuple[float, Tensor | None]:
-    """The normalizer as a number (0: none) or as a tensor."""
-    if value is None:
-        return 0.0, None
-    if reduction != "mean":
-        raise ValueError(
-            f"normalizer: given with reduction={reduction!r}; it takes the place of the mean's denominator"
-        )
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or value.dim() > 1 or value.is_complex():
-            raise ValueError(
-                f"normalizer: must be a number or a real tensor of one, not {value.dtype} of shape {tuple(value.shape)}"
-            )
-        if value.device != student.device:
-            raise RuntimeError(f"normalizer: is on {value.device}, but student_logits is on {student.device}")
-        check_constant("normalizer", value)
-        return 0.0, value.reshape(())
-    return check_positive("normalizer", value), None
-
-
-def check_inplace(student: Tensor) -> None:
-    """The errors of PyTorch's own in-place operations."""
-    if not (student.requires_grad and torch.is_grad_enabled()):
-        return
-    base = student
-    if not torch.compiler.is_compiling() and student._base is not None:
-        base = student._base
-    if base.is_leaf and base.requires_grad:
-        raise RuntimeError("inplace: student_logits is a leaf (or a view of one) that requires grad")
-    if any(size > 1 and stride == 0 for size, stride in zip(student.shape, student.stride(), strict=True)):
-        raise RuntimeError(
-            "inplace: student_logits is expanded, so more than one of its elements refers to a single memory location; "
-            "clone() it first"
-        )
-
-
-def check_constant(name: str, tensor: Tensor) -> None:
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"{name}: requires grad, but kdfast has no derivative for it; detach() it")
-
-
-def check_dense(name: str, tensor: Tensor, parts: str = "pass to_local() of logits that are split by rows") -> None:
-    """Not a DTensor, nor nested. parts: what to do with a DTensor."""
-    if type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_nested:
-        return
-    if tensor.is_nested:
-        raise TypeError(f"{name}: is a nested tensor; pass its values(), and labels and teacher of the same rows")
-    if torch.distributed.is_available():
-        from torch.distributed.tensor import DTensor
-
-        if isinstance(tensor, DTensor):
-            raise TypeError(f"{name}: is a DTensor, of which each process holds a part; {parts}")
-
-
-def check_floating(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in FLOATS:
-        raise RuntimeError(f"{name}: has dtype {tensor.dtype}, but it must be one of {', '.join(map(str, FLOATS))}")
-
-
-def kind(value: Any) -> str:
-    return "None" if value is None else type(value).__name__

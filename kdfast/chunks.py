@@ -103,8 +103,7 @@ class Chunks:
         self.divisor: Tensor | None = None
         if settings.reduction != "none":
             total = rows.denominator(hidden, inputs, settings)
-            if inputs.normalizer is None:
-                total = torch.where(total == 0, 1, total)  # no row is kept
+            total = torch.where(total == 0, math.inf, total)  # no row is kept, and the loss is 0
             if hidden.dtype == torch.float16:
                 # a mean's gradient or a row's weight may overflow or underflow as a float16 factor of a product
                 if self.inputs.row_weight is not None and len(self.inputs.row_weight):

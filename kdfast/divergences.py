@@ -15,7 +15,8 @@ from torch import Tensor
 class Divergence(NamedTuple):
     """Two elementwise functions of (p, q, log p, log q, beta); zero probabilities add 0.
 
-    psi may leave out a multiple of q, which cancels in the gradient.
+    phi leaves out first_order(beta) * (p - q), which would round the rest away near p = q; over all classes it is
+    first_order(beta) * (sum p - 1). psi may leave out a multiple of q, which cancels in the gradient.
     """
 
     phi: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
@@ -23,6 +24,7 @@ class Divergence(NamedTuple):
     beta: float | None = None  # the default; None: it has no parameter
     at_0: str | None = None  # the divergence that it is at beta = 0, infinities included
     at_1: str | None = None
+    first_order: Callable[[float], float] = lambda beta: 0.0
 
 
 def times(p: Tensor, x: Tensor) -> Tensor:
@@ -37,6 +39,38 @@ def _log(x: Tensor) -> Tensor:
 
 def _mixture(p: Tensor, q: Tensor, beta: float) -> Tensor:
     return beta * p + (1 - beta) * q
+
+
+def _log_to_mixture(p: Tensor, q: Tensor, log_p: Tensor, own: float, other: float) -> Tensor:
+    """log(p / m) for m = own p + other q, own + other = 1, with the digits of p - m where p and m are close."""
+    difference = other * (q - p)
+    is_near = difference.abs() < p / 2
+    near = -torch.log1p(torch.where(is_near, difference, 0) / torch.where(is_near, p, 1))
+    return torch.where(is_near, near, torch.where(is_near, 0, log_p - _log(own * p + other * q)))
+
+
+def _excess(p: Tensor, q: Tensor, log_p: Tensor, own: float, other: float) -> Tensor:
+    """p log(p / m) - (p - m), whose first-order terms cancel: in fp32 by its series where p and m are close."""
+    difference = other * (q - p)
+    excess = times(p, _log_to_mixture(p, q, log_p, own, other)) + difference
+    if p.dtype == torch.float64:
+        return excess
+    is_near = difference.abs() < p / 32
+    u = torch.where(is_near, difference, 0) / torch.where(is_near, p, 1)
+    series = 1 / 2 - u * (1 / 3 - u * (1 / 4 - u * (1 / 5 - u / 6)))
+    return torch.where(is_near, p * (u * u * series), torch.where(is_near, 0, excess))
+
+
+def _log_excess(p: Tensor, q: Tensor, log_p: Tensor, own: float, other: float) -> Tensor:
+    """log(p / m) - (p - m) / m, likewise."""
+    difference = other * (q - p)
+    excess = _log_to_mixture(p, q, log_p, own, other) + _share(difference, own * p + other * q)
+    if p.dtype == torch.float64:
+        return excess
+    is_near = difference.abs() < p / 32
+    u = torch.where(is_near, difference, 0) / torch.where(is_near, p, 1)
+    series = -1 / 2 + u * (2 / 3 - u * (3 / 4 - u * (4 / 5 - u * (5 / 6))))
+    return torch.where(is_near, u * u * series, excess)
 
 
 def _share(p: Tensor, m: Tensor) -> Tensor:
@@ -77,39 +111,41 @@ DIVERGENCES = {
     # beta KL(p, m) + (1 - beta) KL(q, m) with m = beta p + (1 - beta) q
     "jsd": Divergence(
         phi=lambda p, q, log_p, log_q, beta: (
-            beta * times(p, log_p - _log(_mixture(p, q, beta)))
-            + (1 - beta) * times(q, log_q - _log(_mixture(p, q, beta)))
+            beta * _excess(p, q, log_p, beta, 1 - beta) + (1 - beta) * _excess(q, p, log_q, 1 - beta, beta)
         ),
-        psi=lambda p, q, log_p, log_q, beta: (1 - beta) * times(q, log_q - _log(_mixture(p, q, beta))),
+        psi=lambda p, q, log_p, log_q, beta: (1 - beta) * times(q, _log_to_mixture(q, p, log_q, 1 - beta, beta)),
         beta=0.5,
         at_0="forward_kl",
         at_1="reverse_kl",
     ),
     # KL(p, beta p + (1 - beta) q)
     "skew_forward_kl": Divergence(
-        phi=lambda p, q, log_p, log_q, beta: times(p, log_p - _log(_mixture(p, q, beta))),
-        psi=lambda p, q, log_p, log_q, beta: -(1 - beta) * p * _share(q, _mixture(p, q, beta)),
+        phi=lambda p, q, log_p, log_q, beta: _excess(p, q, log_p, beta, 1 - beta),
+        psi=lambda p, q, log_p, log_q, beta: (1 - beta) ** 2 * q * _share(q - p, _mixture(p, q, beta)),
         beta=0.1,
         at_0="forward_kl",
+        first_order=lambda beta: 1 - beta,
     ),
     # KL(q, beta q + (1 - beta) p)
     "skew_reverse_kl": Divergence(
-        phi=lambda p, q, log_p, log_q, beta: times(q, log_q - _log(_mixture(q, p, beta))),
+        phi=lambda p, q, log_p, log_q, beta: _excess(q, p, log_q, beta, 1 - beta),
         psi=lambda p, q, log_p, log_q, beta: times(
-            q, log_q - _log(_mixture(q, p, beta)) + 1 - beta * _share(q, _mixture(q, p, beta))
+            q, _log_excess(q, p, log_q, beta, 1 - beta) + (1 - beta) ** 2 * _share(q - p, _mixture(q, p, beta))
         ),
         beta=0.1,
         at_0="reverse_kl",
+        first_order=lambda beta: beta - 1,
     ),
     # half the L1 distance of p and q
     "tvd": Divergence(
         phi=lambda p, q, log_p, log_q, beta: 0.5 * (q - p) * _sign(q - p),
         psi=lambda p, q, log_p, log_q, beta: 0.5 * q * _sign(q - p),
     ),
-    # 1 - sum sqrt(p q), with sum q in place of 1
+    # 1 - sum sqrt(p q)
     "hellinger": Divergence(
-        phi=lambda p, q, log_p, log_q, beta: q.detach() - ((log_p + log_q) / 2).exp(),
+        phi=lambda p, q, log_p, log_q, beta: (p + q.detach()) / 2 - ((log_p + log_q) / 2).exp(),
         psi=lambda p, q, log_p, log_q, beta: -0.5 * ((log_p + log_q) / 2).exp(),
+        first_order=lambda beta: -0.5,
     ),
 }
 OTHERS = ("logit_mse", "dkd")  # not sums of phi over the classes; see classifiers.py

@@ -11,6 +11,7 @@ from kdfast.arguments import Settings
 from kdfast.divergences import names
 
 LEAST_CAPABILITY = 80
+SPLIT_CLASSES = 32768  # Triton's kernels split rows with more than this
 
 
 class Case(NamedTuple):
@@ -24,6 +25,7 @@ class Case(NamedTuple):
     rows: int
     vocab: int
     capability: int  # 90: sm_90
+    multiprocessors: int
 
 
 class Rule(NamedTuple):
@@ -35,6 +37,20 @@ class Rule(NamedTuple):
 
 def _setting(check: Callable[[Settings], bool], needs_teacher: bool = False) -> Callable[[Case], bool]:
     return lambda c: c.settings is not None and (c.teachers > 0 or not needs_teacher) and check(c.settings)
+
+
+def busy_share(programs: int, multiprocessors: int) -> float:
+    """Of a device, while so many programs of a long row, or of a part of one, are worked off: two a multiprocessor."""
+    at_once = 2 * multiprocessors
+    return programs / (-(-programs // at_once) * at_once)
+
+
+def are_split(rows: int, vocab: int, multiprocessors: int) -> bool:
+    """Whether Triton's kernels split rows over programs.
+
+    A fifth of the device may be idle before they do, for the second sweep over a whole row is from the L2 in part.
+    """
+    return rows > 0 and vocab > SPLIT_CLASSES and busy_share(rows, multiprocessors) < 0.8
 
 
 _IN_CUDA = frozenset(names()) - {"dkd"}  # kdfast's own divergences, and no program's
@@ -63,9 +79,9 @@ RULES = (
     ),
     Rule(
         "triton",
-        lambda c: c.capability < 90 and c.rows <= 64 and c.vocab > 32768,
-        "before sm_90, at most 64 rows of more than 32768 classes: Triton's kernels split them over the device, "
-        "a CUDA kernel's row has one block where there are no clusters",
+        lambda c: c.capability < 90 and are_split(c.rows, c.vocab, c.multiprocessors),
+        "before sm_90, rows of more than 32768 classes that leave a fifth of the device idle or more, two of them to a "
+        "multiprocessor: Triton's kernels split them, a CUDA kernel's row has one block where there are no clusters",
     ),
     Rule(
         "cuda",
@@ -111,7 +127,7 @@ def _find_rule(operator: str, first: Tensor, teachers: Sequence[Tensor], setting
         all(_alignment(t) == _alignment(first) for t in teachers),
         first.shape[:-1].numel(),
         first.shape[-1],
-        capability(first.device) if first.is_cuda else 90,  # without a device: tests/emulated.py
+        *((capability(first.device), multiprocessors(first.device)) if first.is_cuda else (90, 132)),  # none: tests
     )
     return next(rule for rule in RULES if rule.applies(case))
 
@@ -123,6 +139,11 @@ def _alignment(x: Tensor) -> tuple[int, ...]:
     size = x.element_size()
     steps = (stride * size % 16 for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1)
     return (x.data_ptr() % 16, *steps)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @lru_cache

@@ -8,13 +8,14 @@ from typing_extensions import Unpack
 
 from kdfast import choice
 from kdfast.arguments import Heads, KDMetrics, Settings
-from kdfast.autograd import linear_loss
+from kdfast.linear_autograd import linear_loss
 from kdfast.linear_checks import check_accumulate_dtype, check_chunk_rows, check_head, product_like
-from kdfast.losses import KDLoss, Teacher, kd_loss
-from kdfast.modules import LossModule
+from kdfast.losses import Teacher, kd_loss
+from kdfast.modules import KDLoss, LossModule
 from kdfast.options import CallOptions, Options, check_inputs, check_names, check_settings
 
 _DEFAULTS = dict(kd_loss.__kwdefaults__ or {})
+del _DEFAULTS["dim"]  # the logits are the heads'
 
 
 @overload
@@ -85,7 +86,7 @@ def linear_kd_loss(
         accumulate_dtype: the dtype in which the weight's gradient is summed over chunks, where it is wider than the
             weight's. The sum is rounded to the weight's dtype once, at the end. bfloat16 avoids the wider tensor for a
             bfloat16 weight. float16 gradients stay float32 until backward applies a loss scaler's factor.
-        **options: every other keyword of :func:`kd_loss`, with the same meaning, but ``inplace``.
+        **options: every other keyword of :func:`kd_loss`, with the same meaning, but ``inplace`` and ``dim``.
 
     Logits are float32 (float64 for float64 heads) and are not rounded before the softmax, on any device. Autocast casts
     hidden states, weights and biases as it does for F.linear. Errors call the heads' products ``student_logits`` and
@@ -93,7 +94,8 @@ def linear_kd_loss(
 
     Returns:
         As kd_loss. A scalar loss computes its gradients in forward, and backward at most scales them. Reduction
-        ``"none"`` computes the logits again in backward. Not twice differentiable.
+        ``"none"`` computes the logits again in backward. Differentiable once, as kd_loss, but forward-mode AD does
+        not support reduction ``"none"``.
 
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: as kd_loss, before any matrix product.
@@ -129,7 +131,7 @@ def _checked_loss(
     teacher_hidden, teacher_weight, teacher_bias = teacher_head
     like = teacher_hidden
     teacher: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    has_head = teacher_weight is not None and not (teacher_hidden is None and options["alpha"] == 0)
+    has_head = teacher_weight is not None and not (teacher_hidden is None and settings.alpha == 0)
     if has_head:
         if settings.target != "logits":
             raise ValueError(f"target: {settings.target!r} with a teacher_weight, whose product gives 'logits'")
@@ -174,6 +176,7 @@ class LinearKDLoss(LossModule):
     """
 
     defaults: ClassVar[dict[str, Any]] = KDLoss.defaults | {"chunk_rows": None, "accumulate_dtype": torch.float32}
+    del defaults["dim"]
 
     def __init__(
         self,

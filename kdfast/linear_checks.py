@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import checks, chunks
+from kdfast import checks, chunks, tensor_checks
 
 # full_tensor() would give each process the gradient of its own rows alone.
 _PARTS_OF_A_HEAD = (
@@ -20,9 +20,9 @@ def check_head(side: str, hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, 
     tensors |= {} if bias is None else {f"{side}_bias": bias}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: must be a tensor, not {checks.kind(tensor)}")
-        checks.check_floating(name, tensor)
-        checks.check_dense(name, tensor, parts=_PARTS_OF_A_HEAD)
+            raise TypeError(f"{name}: must be a tensor, not {tensor_checks.kind(tensor)}")
+        tensor_checks.check_floating(name, tensor)
+        tensor_checks.check_dense(name, tensor, parts=_PARTS_OF_A_HEAD)
         if tensor.device != hidden.device:
             raise RuntimeError(f"{name}: is on {tensor.device}, but {side}_hidden is on {hidden.device}")
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
@@ -65,6 +65,6 @@ def check_chunk_rows(chunk_rows: Any, vocab: int, device: str) -> int:
 
 
 def check_accumulate_dtype(dtype: Any) -> torch.dtype:
-    if dtype not in checks.FLOATS:
-        raise ValueError(f"accumulate_dtype: {dtype!r} is not one of {', '.join(map(str, checks.FLOATS))}")
+    if dtype not in tensor_checks.FLOATS:
+        raise ValueError(f"accumulate_dtype: {dtype!r} is not one of {', '.join(map(str, tensor_checks.FLOATS))}")
     return dtype

@@ -22,6 +22,7 @@ from torch import Tensor
 from kdfast.arguments import Heads, Inputs, KDMetrics, Settings, metrics_of_unweighted_terms
 from kdfast.chunks import Chunk, Chunks
 from kdfast.row_math import table_columns
+from kdfast.rows import as_matrix
 
 
 def loss_grad(
@@ -76,12 +77,12 @@ class Gradients:
 
     def __init__(self, heads: Heads) -> None:
         hidden, weight = heads.student_hidden, heads.student_weight
-        self.like, self.shape = hidden, hidden.shape
+        self.like = hidden
         self.hidden = self.weight = self.bias = None
         self.dtypes = [grad_dtype(x.dtype) for x in (hidden, weight, weight)]
         wide = torch.promote_types(grad_dtype(weight.dtype), heads.accumulate_dtype)
         if heads.grad_hidden:
-            self.hidden = hidden.new_zeros((math.prod(self.shape[:-1]), self.shape[-1]), dtype=self.dtypes[0])
+            self.hidden = hidden.new_zeros(hidden.shape, dtype=self.dtypes[0])
         if heads.grad_weight:
             self.weight = weight.new_empty(weight.shape, dtype=wide)
         if heads.grad_bias:
@@ -97,7 +98,7 @@ class Gradients:
             return
         gradient = chunk.logits.to(student.operand_dtype)
         if self.hidden is not None:
-            self.hidden[chunk.rows] = student.to_hidden(gradient).to(self.hidden.dtype)
+            as_matrix(self.hidden)[chunk.rows] = student.to_hidden(gradient).to(self.hidden.dtype)
         if self.weight is not None:
             student.add_to_weight(gradient, chunk.hidden, self.weight[: chunks.vocab], self.first)
             if self.first:
@@ -114,8 +115,6 @@ class Gradients:
                 continue
             total = total if divisor is None else total.div_(divisor)
             results.append(total.to(dtype))
-        if self.hidden is not None:
-            results[0] = results[0].view(self.shape)
         return results[0], results[1], results[2]
 
 

@@ -1,27 +1,27 @@
-"""kd_loss and KDLoss: a loss from logits, as a function and as a module."""
+"""kd_loss: a loss from logits."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NoReturn, overload
+from typing import Any, Literal, NoReturn, overload
 
 from torch import Tensor
 from typing_extensions import Unpack
 
-from kdfast import checks, choice
+from kdfast import choice
 from kdfast.arguments import KDMetrics, Settings
 from kdfast.autograd import row_loss
-from kdfast.modules import LossModule
+from kdfast.classes_last import classes_last
 from kdfast.options import (
     DKD_WEIGHTS,
     Backend,
     CallOptions,
     Ensemble,
-    Options,
     Reduction,
     Target,
     check_inputs,
     check_names,
     check_settings,
 )
+from kdfast.overlap import check_inplace
 
 Teacher = Tensor | Sequence[Tensor] | None
 
@@ -32,6 +32,7 @@ def kd_loss(
     teacher: Teacher,
     labels: Tensor | None = None,
     *,
+    dim: int = -1,
     inplace: bool = False,
     return_metrics: Literal[False] = False,
     **options: Unpack[CallOptions],
@@ -42,6 +43,7 @@ def kd_loss(
     teacher: Teacher,
     labels: Tensor | None = None,
     *,
+    dim: int = -1,
     inplace: bool = False,
     return_metrics: Literal[True],
     **options: Unpack[CallOptions],
@@ -52,6 +54,7 @@ def kd_loss(
     teacher: Teacher,
     labels: Tensor | None = None,
     *,
+    dim: int = -1,
     inplace: bool = False,
     return_metrics: bool,
     **options: Unpack[CallOptions],
@@ -63,8 +66,8 @@ def kd_loss(
     *,
     temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
-    alpha: float | None = None,
-    hard_weight: float | None = None,
+    alpha: float | Tensor | None = None,
+    hard_weight: float | Tensor | None = None,
     divergence: str = "cross_entropy",
     beta: float | None = None,
     target: Target = "logits",
@@ -74,6 +77,7 @@ def kd_loss(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     normalizer: float | Tensor | None = None,
+    dim: int = -1,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     logit_scale: float = 1.0,
@@ -99,15 +103,17 @@ def kd_loss(
     (2015), section 2, extended. T^2 keeps the size of the soft gradients independent of T.
 
     Args:
-        student_logits: (..., V), float32, bfloat16, float16 or float64.
+        student_logits: (..., V), float32, bfloat16, float16 or float64. V = 1 has loss 0, since one class alone has
+            probability 1. A sigmoid's logit z stands for two classes, ``torch.stack((torch.zeros_like(z), z), -1)``,
+            with labels 0 and 1: for one output, and for each of several (multi-label) ones.
         teacher: (..., V) of any of these dtypes, or a sequence of such tensors, an ensemble. It never gets a gradient.
             May be None where ``alpha`` is 0.
         labels: (...) int64 class indices, already shifted. None: no hard term.
-        temperature: T > 0, a number or a tensor (...) with one per row, detached. Its values are checked
-            on a CPU only.
+        temperature: T > 0, a number, a 0-dim tensor, or a tensor (...) with one per row, detached. A tensor's values
+            are checked on a CPU only; none of them needs a sync.
         teacher_temperature: the teacher's; None: ``temperature``. T^2 stays the student's.
         alpha: the weight of the soft term. None: 0.9 with labels, 1 without. In [0, 1] unless ``hard_weight`` is given.
-            The paper found more than 0.5 best.
+            The paper found more than 0.5 best. A number, or a 0-dim tensor on the CPU; so is ``hard_weight``.
         hard_weight: the weight of the hard term, a finite number >= 0. None: 1 - alpha.
         divergence: the name of D; see the table below.
         beta: the parameter of the divergences that have one, in [0, 1]. None: 0.5 for ``"jsd"`` and
@@ -118,12 +124,17 @@ def kd_loss(
             are left out, and their gradient is 0.
         t_squared: False leaves T^2 out.
         row_weight: (...) weights of rows, >= 0, of any real dtype or bool. A row of weight 0 is treated as ignored.
-        ignore_index: rows with this label are left out of both terms and of the mean, and get zero gradient.
+        ignore_index: rows with this label are left out of both terms and of the mean, and get zero gradient, whatever
+            they hold in any argument.
         reduction: ``"none"``: (...) row losses; ``"sum"``; ``"mean"``: the sum of l over the sum of w, rows that are
             not ignored only, and 0 if there are none; ``"batchmean"``: the sum of l over the size of the first
-            dimension.
+            dimension (of the first one that is not ``dim``).
         normalizer: a number > 0 or a 0-dim tensor that divides the sum of l in place of the mean's denominator, such as
-            the number of tokens over all micro-batches and ranks.
+            the number of tokens over all micro-batches and ranks. A tensor of 0, where no row is kept, gives loss 0.
+        dim: where the classes are, in the student's and the teacher's logits: 1 for the (N, C, H, W) and (N, C, L) of
+            F.cross_entropy. (...) is then the shape without this dimension. Channels-last logits are read where they
+            lie, others are copied; the gradient has the layout of the logits. Where all sizes are alike and there
+            are no labels, a wrong ``dim`` cannot be noticed.
         label_smoothing: in [0, 1], as in F.cross_entropy: this part of the hard term is the mean of CE over all
             classes. Needs labels.
         z_loss: the weight >= 0 of the square of logsumexp(s), which keeps logits from drifting (PaLM, Chowdhery et al.
@@ -141,7 +152,8 @@ def kd_loss(
         ensemble: ``"arithmetic"``: the weighted mean of the teachers' probabilities; ``"geometric"``: the softmax of
             the weighted mean of their logits / T (the paper, sections 2 and 5).
         inplace: the gradient overwrites the storage of ``student_logits``, which saves a tensor of that size. The
-            logits must not be a leaf that requires grad.
+            logits must not be a leaf that requires grad, nor overlap themselves or another argument; a teacher that is
+            the student's memory is fine, as each class is read before it is overwritten.
         return_metrics: also return :class:`KDMetrics`, computed in the same pass. ``soft`` is there whenever there is a
             teacher, though alpha is 0, and ``hard`` whenever there are labels, though hard_weight is 0; these may take
             another pass.
@@ -175,14 +187,19 @@ def kd_loss(
     Returns:
         0-dim, or (...) with reduction ``"none"``; float32, for float64 logits float64. With ``return_metrics`` a pair
         of it and KDMetrics, whose fields have the same shape and dtype. For a scalar loss the gradient is computed in
-        forward (not for float16), and backward scales it where grad_output is not 1. Not twice differentiable.
+        forward (not for float16), and backward scales it where grad_output is not 1.
+
+        Differentiable once: by backward, by torch.func.grad and vjp, and by forward-mode AD (torch.func.jvp, jacfwd,
+        forward_ad). A derivative of the gradient (create_graph=True, torch.func.hessian) and torch.vmap, on which
+        torch.func.jacrev is built, raise a RuntimeError.
 
     Raises:
         TypeError: an argument of a wrong Python type.
         ValueError: a shape, a number or a name that is not allowed, or arguments that exclude each other.
-        RuntimeError: a wrong dtype or device, a backend that is not usable here, ``inplace`` on a leaf.
-        IndexError: a label outside [0, V) that is not ``ignore_index``. On a GPU, to avoid a sync, the loss and the
-            gradient of its row become NaN instead, and no other row changes.
+        RuntimeError: a wrong dtype or device, a backend that is not usable here, ``inplace`` on a leaf or on memory
+            that overlaps.
+        IndexError: a label outside [0, V) of a row that is kept. On a GPU, to avoid a sync, the loss and the gradient
+            of its row become NaN instead, and no other row changes. A ``dim`` that the logits do not have.
 
     Example::
 
@@ -208,6 +225,7 @@ def kd_loss(
         "ignore_index": ignore_index,
         "reduction": reduction,
         "normalizer": normalizer,
+        "dim": dim,
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
         "logit_scale": logit_scale,
@@ -232,42 +250,8 @@ def checked_loss(
     """kd_loss with the settings that check_settings made of the options."""
     inputs, settings = check_inputs(student, teacher, labels, options, settings)
     inplace = options["inplace"]
+    student = classes_last(student, options["dim"], inplace)
     if inplace:
-        checks.check_inplace(student)
+        check_inplace(student, inputs)
     loss, metrics = row_loss(student, inputs, settings, choice.namespace(options["backend"], student), inplace)
     return (loss, KDMetrics(*metrics.unbind())) if settings.metrics else loss
-
-
-class KDLoss(LossModule):
-    """:func:`kd_loss` as a module. It takes and checks the options once; ``forward`` takes the tensors.
-
-    Takes every keyword of :func:`kd_loss` except ``row_weight`` and ``normalizer``, which ``forward`` takes. It has no
-    parameters and no buffers. The options are plain attributes and can be changed between calls.
-
-    Example::
-
-        >>> loss = KDLoss(temperature=4.0, alpha=0.9, divergence="jsd")
-        >>> loss
-        KDLoss(temperature=4.0, alpha=0.9, divergence='jsd')
-        >>> loss(torch.randn(8, 10), torch.randn(8, 10), torch.randint(10, (8,))).shape
-        torch.Size([])
-    """
-
-    defaults: ClassVar[dict[str, Any]] = dict(kd_loss.__kwdefaults__ or {})
-    del defaults["row_weight"], defaults["normalizer"]
-
-    def __init__(self, *, inplace: bool = False, return_metrics: bool = False, **options: Unpack[Options]) -> None:
-        super().__init__({"inplace": inplace, "return_metrics": return_metrics, **options})
-
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher: Teacher,
-        labels: Tensor | None = None,
-        *,
-        row_weight: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
-    ) -> Any:  # as kd_loss
-        options = self.options() | {"row_weight": row_weight, "normalizer": normalizer}
-        settings = self.checked_settings(labels is not None)
-        return checked_loss(student_logits, teacher, labels, options, settings)

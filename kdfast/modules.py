@@ -1,12 +1,15 @@
-"""A loss as a module: its options are attributes, checked when the module is built and after each change."""
+"""KDLoss, and losses as modules: options are attributes, checked when a module is built and after each change."""
 
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from typing_extensions import Unpack
 
+from kdfast import checks
 from kdfast.arguments import Settings
-from kdfast.options import check_names, check_settings
+from kdfast.losses import Teacher, checked_loss, kd_loss
+from kdfast.options import Options, check_names, check_settings
 
 
 class LossModule(nn.Module):
@@ -30,13 +33,17 @@ class LossModule(nn.Module):
         return {name: getattr(self, name) for name in self.defaults}
 
     def checked_settings(self, has_labels: bool) -> Settings:
-        """The settings of a call; checks them only after an option has changed."""
+        """The settings of a call; checks them only after an option has changed, or may have, as a tensor may."""
         if torch.compiler.is_compiling():
             return check_settings(self.options(), has_labels)
         checked = self.__dict__.setdefault("_checked", {})
-        if has_labels not in checked:
-            checked[has_labels] = check_settings(self.options(), has_labels)
-        return checked[has_labels]
+        if has_labels in checked:
+            return checked[has_labels]
+        options = self.options()
+        settings = check_settings(options, has_labels)
+        if not any(isinstance(value, Tensor) for value in options.values()):
+            checked[has_labels] = settings
+        return settings
 
     def extra_repr(self) -> str:
         # identity first: comparing a tensor of temperatures gives a tensor
@@ -44,3 +51,41 @@ class LossModule(nn.Module):
         changed = {k: v for k, v in self.options().items() if v is not default[k] and (v == default[k]) is not True}
         shown = {name: getattr(self, name) for name in ("temperature", "alpha", "divergence")} | changed
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+class KDLoss(LossModule):
+    """:func:`kd_loss` as a module. It takes and checks the options once; ``forward`` takes the tensors.
+
+    Takes every keyword of :func:`kd_loss` except ``row_weight`` and ``normalizer``, which ``forward`` takes. It has no
+    parameters and no buffers. The options are plain attributes and can be changed between calls.
+
+    Example::
+
+        >>> loss = KDLoss(temperature=4.0, alpha=0.9, divergence="jsd")
+        >>> loss
+        KDLoss(temperature=4.0, alpha=0.9, divergence='jsd')
+        >>> loss(torch.randn(8, 10), torch.randn(8, 10), torch.randint(10, (8,))).shape
+        torch.Size([])
+    """
+
+    defaults: ClassVar[dict[str, Any]] = dict(kd_loss.__kwdefaults__ or {})
+    del defaults["row_weight"], defaults["normalizer"]
+
+    def __init__(
+        self, *, dim: int = -1, inplace: bool = False, return_metrics: bool = False, **options: Unpack[Options]
+    ) -> None:
+        checks.as_integer("dim", dim)
+        super().__init__({"dim": dim, "inplace": inplace, "return_metrics": return_metrics, **options})
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher: Teacher,
+        labels: Tensor | None = None,
+        *,
+        row_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Any:  # as kd_loss
+        options = self.options() | {"row_weight": row_weight, "normalizer": normalizer}
+        settings = self.checked_settings(labels is not None)
+        return checked_loss(student_logits, teacher, labels, options, settings)

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from kdfast import choice, cuda_ops, gpu_choice, linear_ops, reference, reference_sums
-from kdfast.arguments import Heads, Inputs, Settings, take_flat, take_flat_heads
+from kdfast.arguments import Heads, Inputs, Settings, take_flat, take_flat_heads, with_numbers
+from kdfast.derivatives import refuse_vmap
 from kdfast.fakes import fake
+from kdfast.operator_autograd import autograd
 
 _TYPES = {
     list[Tensor]: "Tensor[]",
@@ -138,9 +140,9 @@ def _linear(name: str, namespace: str) -> Callable[..., Any]:
 
 def _implement(namespace: str, name: str, function: Callable[..., Any], device: str = "") -> None:
     if name.startswith("linear_"):
-        function = take_flat_heads(function)
+        function = take_flat_heads(with_numbers(function))
     elif name not in _TENSORS_ONLY:
-        function = take_flat(function)
+        function = take_flat(with_numbers(function))
     _libraries[namespace].impl(name, function, device or "CompositeExplicitAutograd")
 
 
@@ -152,6 +154,8 @@ for _name, _schema in SCHEMAS.items():
     for _namespace, _library in _libraries.items():
         _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{_namespace}::{_name}", fake(_name, _namespace), lib=_library)
+        _library.impl(_name, autograd(_namespace, _name), "Autograd")
+        _library.impl(_name, refuse_vmap, "FuncTorchBatched")
     if _name.startswith("linear_"):
         for _namespace in _NAMESPACES:
             _implement(_namespace, _name, _linear(_name, _namespace))
@@ -163,5 +167,12 @@ for _name, _schema in SCHEMAS.items():
         if not _name.startswith("tempered_softmax"):
             _implement("kdfast_cuda", _name, _cuda(_name))
 
+# stats whose backward writes the gradient over the logits: what a compiled graph calls for inplace=True
+for _namespace, _library in _libraries.items():
+    _library.define("stats_for_inplace" + SCHEMAS["stats"], tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"{_namespace}::stats_for_inplace", fake("stats", _namespace), lib=_library)
+    _library.impl("stats_for_inplace", getattr(torch.ops, _namespace).stats, "CompositeExplicitAutograd")
+    _library.impl("stats_for_inplace", autograd(_namespace, "stats_for_inplace"), "Autograd")
+    _library.impl("stats_for_inplace", refuse_vmap, "FuncTorchBatched")
 
 choice.load()  # a compiled library registers its kernels for the operators defined here

@@ -7,8 +7,8 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from kdfast import checks, divergences
-from kdfast.arguments import Inputs, Settings, drop_unused
+from kdfast import checks, divergences, tensor_checks
+from kdfast.arguments import Inputs, Settings, drop_unused, hide_dynamic
 from kdfast.teachers import check_teachers
 
 DKD_WEIGHTS = (1.0, 8.0)  # as published for CIFAR-100
@@ -24,8 +24,8 @@ class Options(TypedDict, total=False):
 
     temperature: float | Tensor
     teacher_temperature: float | Tensor | None
-    alpha: float | None
-    hard_weight: float | None
+    alpha: float | Tensor | None
+    hard_weight: float | Tensor | None
     divergence: str  # a built-in one, or one that a program has added
     beta: float | None
     target: Target
@@ -90,12 +90,14 @@ def _check_settings(options: Mapping[str, Any], has_labels: bool) -> Settings:
         checks.check_choice(name, options[name])
     for name in ("t_squared", "return_metrics", "standardize", "inplace"):
         checks.check_bool(name, options[name])
-    alpha, hard_weight = checks.check_mix(options["alpha"], options["hard_weight"], has_labels)
-    temperature = teacher_temperature = checks.check_temperature("temperature", options["temperature"])
+    alpha = tensor_checks.as_scalar("alpha", options["alpha"])
+    hard_weight = tensor_checks.as_scalar("hard_weight", options["hard_weight"])
+    alpha, hard_weight = checks.check_mix(alpha, hard_weight, has_labels)
+    temperature = teacher_temperature = tensor_checks.check_temperature("temperature", options["temperature"])
     if options["teacher_temperature"] is not None:
         if target != "logits":
             raise ValueError(f"teacher_temperature: given with target={target!r}, which is at its temperature already")
-        teacher_temperature = checks.check_temperature("teacher_temperature", options["teacher_temperature"])
+        teacher_temperature = tensor_checks.check_temperature("teacher_temperature", options["teacher_temperature"])
     for name, unset in (("standardize", False), ("teacher_softcap", None), ("teacher_logit_scale", 1)):
         if options[name] != unset and target != "logits":
             raise ValueError(f"{name}: needs target='logits', not {target!r}")
@@ -136,32 +138,36 @@ def _check_settings(options: Mapping[str, Any], has_labels: bool) -> Settings:
 def check_inputs(
     student: Tensor, teacher: Any, labels: Tensor | None, options: Mapping[str, Any], settings: Settings
 ) -> tuple[Inputs, Settings]:
-    """Checks the tensors of a call, and completes its settings. Uses only shape, dtype and device of the student."""
-    checks.check_logits("student_logits", student)
-    shape, vocab_size = student.shape[:-1], options["vocab_size"]
-    if settings.vocab_size > student.shape[-1]:
+    """Checks the tensors of a call, and completes its settings. Uses only shape, dtype and device of the student.
+
+    The teachers' classes are moved to the last dimension.
+    """
+    dim = tensor_checks.check_logits("student_logits", student, checks.as_integer("dim", options.get("dim", -1)))
+    shape, vocab_size = tensor_checks.without(student.shape, dim), options["vocab_size"]
+    if settings.vocab_size > student.shape[dim]:
         raise ValueError(
-            f"vocab_size: {vocab_size} must lie in [1, {student.shape[-1]}], the classes of student_logits"
+            f"vocab_size: {vocab_size} must lie in [1, {student.shape[dim]}], the classes of student_logits"
         )
     if labels is not None:
-        checks.check_rows("labels", labels, shape, student, integer=True)
+        tensor_checks.check_rows("labels", labels, shape, student, integer=True)
     row_weight = options["row_weight"]
     if row_weight is not None:
-        checks.check_rows("row_weight", row_weight, shape, student)
-        checks.check_constant("row_weight", row_weight)
-    temperatures = checks.check_temperatures("temperature", options["temperature"], shape, student)
+        tensor_checks.check_rows("row_weight", row_weight, shape, student)
+        tensor_checks.check_constant("row_weight", row_weight)
+    temperatures = tensor_checks.check_temperatures("temperature", options["temperature"], shape, student)
     teacher_temperatures = temperatures
     if options["teacher_temperature"] is not None:
         value = options["teacher_temperature"]
-        teacher_temperatures = checks.check_temperatures("teacher_temperature", value, shape, student)
+        teacher_temperatures = tensor_checks.check_temperatures("teacher_temperature", value, shape, student)
     teachers: list[Tensor] = []
     weights: list[float] = []
     if teacher is not None or settings.alpha != 0:
-        teachers, weights = check_teachers(teacher, options["teacher_weights"], student, vocab_size)
+        teachers, weights = check_teachers(teacher, options["teacher_weights"], student, vocab_size, dim)
     if settings.divergence == "logit_mse":
         if len(teachers) > 1 and settings.ensemble != "geometric":
             raise ValueError("divergence: 'logit_mse' with several teachers needs ensemble='geometric'")
         temperatures = teacher_temperatures = None
-    divisor, normalizer = checks.check_normalizer(options["normalizer"], settings.reduction, student)
+    divisor, normalizer = tensor_checks.check_normalizer(options["normalizer"], settings.reduction, student)
     inputs = Inputs(teachers, labels, row_weight, normalizer, temperatures, teacher_temperatures)
-    return drop_unused(inputs, settings._replace(teacher_weights=weights, divisor=divisor))
+    inputs, settings = drop_unused(inputs, settings._replace(teacher_weights=weights, divisor=divisor))
+    return hide_dynamic(inputs, settings) if torch.compiler.is_compiling() else (inputs, settings)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kdfast import row_math
 from kdfast.arguments import Inputs, KDMetrics, Settings
 from kdfast.classifiers import dkd, logit_mse, standardize
 from kdfast.divergences import DIVERGENCES, times
@@ -44,12 +45,9 @@ def teacher_distribution(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """p, log p, and log p before a constant of the row is subtracted, each (..., V): one teacher's or an ensemble's."""
     weights = settings.teacher_weights
-    if settings.target == "logits":
-        logs = [t / temperature for t in teachers]
-    else:
-        logs = [t.log() if settings.target == "probs" else t for t in teachers]
+    logs = [_less_maximum(t) / temperature for t in teachers] if settings.target == "logits" else teachers
     if len(teachers) == 1 or settings.ensemble == "geometric":
-        z = logs[0] if len(teachers) == 1 else _weighted_sum(weights, logs)
+        z = joint_logits(logs, settings)
         is_given = len(teachers) == 1 and settings.target != "logits"
         log_p = z if is_given else torch.log_softmax(z, -1)
         return (teachers[0] if is_given and settings.target == "probs" else log_p.exp()), log_p, z
@@ -57,6 +55,17 @@ def teacher_distribution(
         logs = [torch.log_softmax(x, -1) for x in logs]
     p = _weighted_sum(weights, teachers if settings.target == "probs" else [x.exp() for x in logs])
     return p, p.log(), p.log()
+
+
+def _less_maximum(z: Tensor) -> Tensor:
+    """The row's logits less their maximum, which softmax has no need of: T may make infinities of large ones."""
+    return z - row_math.finite(z.detach().amax(-1, keepdim=True))
+
+
+def joint_logits(teachers: list[Tensor], settings: Settings) -> Tensor:
+    """Of one teacher or a geometric ensemble; the logarithms of probabilities."""
+    logs = [t.log() for t in teachers] if settings.target == "probs" else teachers
+    return logs[0] if len(logs) == 1 else _weighted_sum(settings.teacher_weights, logs)
 
 
 def softcap(z: Tensor, cap: float) -> Tensor:
@@ -125,15 +134,19 @@ def _soft_losses(rows: Rows, inputs: Inputs, settings: Settings) -> Tensor:
     if settings.divergence == "dkd":
         divergence = dkd(*x, rows.labels, settings.dkd_weights)  # type: ignore[arg-type]
     else:
-        phi = DIVERGENCES[settings.divergence].phi
-        divergence = phi(x.p, x.log_q.exp(), x.log_p, x.log_q, settings.beta).sum(-1)
+        of = DIVERGENCES[settings.divergence]
+        divergence = of.phi(x.p, x.log_q.exp(), x.log_p, x.log_q, settings.beta).sum(-1)
+        if not row_math.is_distribution(inputs, settings):
+            divergence = divergence + of.first_order(settings.beta) * (x.p.sum(-1) - 1)
+    if row_math.is_distribution(inputs, settings):  # rounding may leave less than 0
+        divergence = divergence - divergence.detach().clamp(max=0)
     return divergence * temperature.square().squeeze(-1) if settings.t_squared else divergence
 
 
 def student_exponents(rows: Rows, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
-    """T, as a column or a number, and the student's logits / T."""
+    """T, as a column or a number, and the student's logits / T, less their maximum."""
     temperature = as_column(inputs.temperatures, settings.temperature, rows.s)
-    return temperature, (standardize(rows.s) if settings.standardize else rows.s) / temperature
+    return temperature, _less_maximum(standardize(rows.s) if settings.standardize else rows.s) / temperature
 
 
 class _Distributions(NamedTuple):

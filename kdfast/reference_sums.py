@@ -5,6 +5,7 @@ that go through row_math.py: `stats`, `grad`, and the operators of vocabulary sh
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +17,13 @@ from kdfast.reference import (
     Rows,
     as_column,
     differentiate,
+    joint_logits,
     prepare_rows,
     reduced_loss,
     reduced_metrics,
-    student_exponents,
     teacher_distribution,
 )
-from kdfast.row_math import LN2, Coefficients, Sums, finite, over_teacher
+from kdfast.row_math import LN2, Coefficients, Exp2Scales, Sums, finite, over_teacher
 from kdfast.rows import as_matrix, check_values, denominator, loss_dtype
 
 
@@ -41,44 +42,41 @@ def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, 
 
 def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """row_math.Sums of the classes that are here, (rows, columns), phi and psi not among them."""
-    rows, y_s, y_t = _exponents(student, inputs, settings)
-    y_1, nothing = rows.s / LN2, rows.s.new_zeros(len(rows.s))
-    dtype = loss_dtype(student)
-    so, ho = (_offset(y, dtype) for y in (y_s, y_1))
-    log_q, log_e = y_s - finite(so), y_1 - finite(ho)
+    logits = _logits(student, inputs, settings)
+    so = logits.student.amax(-1)
+    log_q, log_e = logits.student_exponents(so)
+    nothing = torch.zeros_like(so)
     x = Sums(*[nothing] * len(Sums._fields))
     x = x._replace(
-        student_offset=so.squeeze(-1), student_total=torch.exp2(log_q).sum(-1), label=nothing - math.inf,
-        hard_offset=ho.squeeze(-1), hard_total=torch.exp2(log_e).sum(-1), exponents=log_e.sum(-1),
-        classes=nothing + y_s.shape[-1],
+        student_offset=so, student_total=torch.exp2(log_q).sum(-1), label=nothing - math.inf,
+        hard_total=torch.exp2(log_e).sum(-1), exponents=log_e.sum(-1), classes=nothing + log_q.shape[-1],
     )  # fmt: skip
-    if rows.labels is not None:
-        x = x._replace(label=torch.where(_is_label(rows.labels, log_e.shape[-1]), log_e, -math.inf).amax(-1))
-    if y_t is not None:
-        to = _offset(y_t, dtype) if row_math.is_softmaxed(inputs, settings) else torch.zeros_like(so)
-        log_p = y_t - finite(to)
+    labels = logits.rows.labels
+    if labels is not None:
+        x = x._replace(label=torch.where(_is_label(labels, log_e.shape[-1]), log_e, -math.inf).amax(-1))
+    if logits.teacher is not None:
+        to = logits.teacher.amax(-1) if row_math.is_softmaxed(inputs, settings) else nothing
+        log_p = logits.teacher_exponents(to)
         p, above = torch.exp2(log_p), log_q - log_p
-        x = x._replace(teacher_offset=to.squeeze(-1), teacher_total=p.sum(-1))
+        x = x._replace(teacher_offset=to, teacher_total=p.sum(-1))
         if row_math.shares(settings) is not None:
             x = x._replace(
                 over_teacher=over_teacher(p, log_q, above, settings).sum(-1),
                 over_student=times(torch.exp2(log_q), above).sum(-1),
             )
-    return torch.stack(x, -1).to(dtype)
+    return torch.stack(x, -1)
 
 
 def pointwise_sums(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """Sums of all shards with phi and psi of the classes that are here."""
-    _, y_s, y_t = _exponents(student, inputs, settings)
-    if y_t is None or row_math.shares(settings) is not None or settings.divergence in OTHERS:
+    if not inputs.teachers or row_math.shares(settings) is not None or settings.divergence in OTHERS:
         return sums.clone()
-    x = Sums(*sums.double().unbind(-1))
+    x = Sums(*sums.unbind(-1))
     if not row_math.is_softmaxed(inputs, settings):
-        x = x._replace(teacher_total=torch.exp2(-x.teacher_offset))
-    p, q, log_p, log_q = _distributions(x, y_s, y_t)
+        x = x._replace(teacher_total=torch.ones_like(x.teacher_total))
+    p, q, log_p, log_q = _distributions(x, _logits(student, inputs, settings))
     phi, psi = (f(p, q, log_p, log_q, settings.beta) for f in DIVERGENCES[settings.divergence][:2])
-    phi = phi - row_math.first_order(settings) * (p - q)
-    return torch.cat([sums[:, :-2], torch.stack((phi.sum(-1), psi.sum(-1)), -1).to(sums.dtype)], -1)
+    return torch.cat([sums[:, :-2], torch.stack((phi.sum(-1), psi.sum(-1)), -1)], -1)
 
 
 def losses_and_coefficients(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -92,13 +90,14 @@ def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, sett
         return differentiate(student, inputs, settings, grad_loss)[1]
     check_values(student, inputs, settings)
     student = student.detach()
-    rows, y_s, y_t = _exponents(student, inputs, settings)
-    flat = Coefficients(*stats.double().unbind(-1))
+    logits = _logits(student, inputs, settings)
+    rows = logits.rows
+    flat = Coefficients(*stats.unbind(-1))
     c = Coefficients(*(column.unsqueeze(-1) for column in flat))
-    q1 = torch.exp2(rows.s / LN2 - finite(c.hard_offset)) / c.hard_total
+    q1 = torch.exp2(logits.student_exponents(flat.student_offset)[1]) / c.hard_total
     g = times(c.hard + torch.zeros_like(q1), q1) - c.uniform
-    if y_t is not None and settings.alpha:
-        p, q, log_p, log_q = _distributions(flat, y_s, y_t)
+    if logits.teacher is not None and settings.alpha:
+        p, q, log_p, log_q = _distributions(flat, logits)
         if row_math.shares(settings) is None:
             psi = DIVERGENCES[settings.divergence].psi(p, q, log_p, log_q, settings.beta)
             g = g + c.soft * (psi - q * c.center)
@@ -136,26 +135,40 @@ def _flatten(inputs: Inputs) -> Inputs:
     )
 
 
-def _exponents(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Rows, Tensor, Tensor | None]:
-    """The rows, flattened, and the exponents to base 2 of q and p, each (rows, V), before any offset.
+class _Logits(NamedTuple):
+    """The rows, flattened, and what exponents to base 2 are made of, as row_math.Sums has them."""
 
-    Those of p are log2 p where it is given, or a mixture. In fp64: an offset may be large, and its subtraction is not
-    fused with the product.
-    """
+    rows: Rows
+    student: Tensor  # (rows, V), of Rows but for the logit scale
+    teacher: Tensor | None  # the same of the joint distribution, or its logarithm where it is not softmaxed again
+    scale: Exp2Scales  # columns
+
+    def student_exponents(self, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """At T and at 1, each (rows, V); offset is (rows,)."""
+        z = self.student - finite(offset).unsqueeze(-1)
+        return z * self.scale.student, z * self.scale.hard
+
+    def teacher_exponents(self, offset: Tensor) -> Tensor:
+        return (self.teacher - finite(offset).unsqueeze(-1)) * self.scale.teacher  # type: ignore[operator]
+
+
+def _logits(student: Tensor, inputs: Inputs, settings: Settings) -> _Logits:
     inputs = _flatten(inputs)
     rows = prepare_rows(as_matrix(student), inputs, settings)
-    rows = rows._replace(s=rows.s.double(), teachers=[t.double() for t in rows.teachers])
-    y_s = student_exponents(rows, inputs, settings)[1] / LN2
+    scale = row_math.exp2_scales(inputs, settings, rows.s)
+    scale = Exp2Scales(*(x.unsqueeze(-1) if x.dim() else x for x in scale))
+    bare = settings if settings.softcap else settings._replace(logit_scale=1.0)
+    bare = bare if settings.teacher_softcap else bare._replace(teacher_logit_scale=1.0)
+    x = prepare_rows(as_matrix(student), inputs, bare)
     if not rows.teachers:
-        return rows, y_s, None
-    temperature = as_column(inputs.teacher_temperatures, settings.teacher_temperature, rows.s)
-    _, log_p, z = teacher_distribution(rows.teachers, temperature, settings)
-    return rows, y_s, (z if row_math.is_softmaxed(inputs, settings) else log_p) / LN2
-
-
-def _offset(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest exponent of a row, (rows, 1), as a table of this dtype has it."""
-    return y.amax(-1, keepdim=True).to(dtype).to(y.dtype)
+        return _Logits(rows, x.s, None, scale)
+    if row_math.is_softmaxed(inputs, settings):
+        z = joint_logits(x.teachers, settings)
+    else:
+        temperature = as_column(inputs.teacher_temperatures, settings.teacher_temperature, rows.s)
+        z = teacher_distribution(rows.teachers, temperature, settings)[1]
+        scale = scale._replace(teacher=torch.full_like(scale.hard, 1 / LN2))
+    return _Logits(rows, x.s, z, scale)
 
 
 def _is_label(labels: Tensor, classes: int) -> Tensor:
@@ -163,10 +176,8 @@ def _is_label(labels: Tensor, classes: int) -> Tensor:
     return torch.arange(classes, device=labels.device).eq(labels)
 
 
-def _distributions(x: Sums | Coefficients, y_s: Tensor, y_t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """p, q, log p, log q from exponents, and from the rows' offsets and totals."""
-    columns = (c.unsqueeze(-1) for c in (x.student_offset, x.student_total, x.teacher_offset, x.teacher_total))
-    student_offset, student_total, teacher_offset, teacher_total = columns
-    log_q = (y_s - finite(student_offset) - student_total.log2()) * LN2
-    log_p = (y_t - finite(teacher_offset) - teacher_total.log2()) * LN2
+def _distributions(x: Sums | Coefficients, logits: _Logits) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """p, q, log p, log q by the rows' offsets and totals."""
+    log_q = (logits.student_exponents(x.student_offset)[0] - x.student_total.log2().unsqueeze(-1)) * LN2
+    log_p = (logits.teacher_exponents(x.teacher_offset) - x.teacher_total.log2().unsqueeze(-1)) * LN2
     return log_p.exp(), log_q.exp(), log_p, log_q

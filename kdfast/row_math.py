@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdfast.arguments import Inputs, Settings
-from kdfast.divergences import times
+from kdfast.divergences import DIVERGENCES, times
 from kdfast.rows import row_weights
 
 LN2 = math.log(2)
@@ -33,7 +33,7 @@ class Sums(NamedTuple):
     label: Any  # log2 E of the label; -inf where the label is not among these classes
     exponents: Any  # sum of log2 E, for label smoothing
     classes: Any  # their number
-    phi: Any  # sum of phi(p, q) less first_order, where D is not linear; needs the other sums of all classes
+    phi: Any  # sum of phi(p, q), where D is not linear; needs the other sums of all classes
     psi: Any
 
 
@@ -73,11 +73,13 @@ class Coefficients(NamedTuple):
 
 
 FURTHER_COLUMNS = 4  # Triton's, for each teacher after the first: triton/spec.py's Further
+MOST_TEACHERS = 8  # that Triton's kernels take: more are one
 
 
 def table_columns(namespace: str, device: str, teachers: int) -> int:
     """The number of columns of the table that a namespace's `stats` returns and `grad` takes."""
-    further = max(0, teachers - 1) if namespace.endswith("triton") or device == "cuda" else 0
+    has_further = (namespace.endswith("triton") or device == "cuda") and teachers <= MOST_TEACHERS
+    further = max(0, teachers - 1) if has_further else 0
     return len(Coefficients._fields) + further * FURTHER_COLUMNS
 
 
@@ -86,13 +88,6 @@ def shares(settings: Settings) -> tuple[float, float] | None:
     beta = settings.beta
     linear = {"cross_entropy": (1.0, 0.0), "forward_kl": (1.0, 0.0), "reverse_kl": (0.0, 1.0)}
     return (beta, 1 - beta) if settings.divergence == "symmetric_kl" else linear.get(settings.divergence)
-
-
-def first_order(settings: Settings) -> float:
-    """The factor of p - q in phi. The sum of phi leaves this term out: near p = q it would round the rest away."""
-    beta = settings.beta
-    factors = {"skew_forward_kl": 1 - beta, "skew_reverse_kl": beta - 1, "hellinger": -0.5}
-    return factors.get(settings.divergence, 0.0)
 
 
 def over_teacher(p: Tensor, log_q: Tensor, above: Tensor, settings: Settings) -> Tensor:
@@ -105,6 +100,11 @@ def is_softmaxed(inputs: Inputs, settings: Settings) -> bool:
     if len(inputs.teachers) > 1:
         return settings.ensemble == "geometric"
     return settings.target == "logits"
+
+
+def is_distribution(inputs: Inputs, settings: Settings) -> bool:
+    """Whether p sums to 1, which given probabilities need not: then no divergence is below 0."""
+    return settings.target == "logits" or is_softmaxed(inputs, settings)
 
 
 def _rescale(total: Tensor, d: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ def losses_and_coefficients(sums: Tensor, inputs: Inputs, settings: Settings) ->
         parts = shares(settings)
         c = c._replace(teacher_total=total)
         if parts is None:
-            divergence = x.phi + first_order(settings) * (mass - 1)
+            divergence = x.phi + DIVERGENCES[settings.divergence].first_order(settings.beta) * (mass - 1)
             c = c._replace(soft=weight * factor, center=x.psi)
         else:
             divergence, psi = nothing, nothing
@@ -220,7 +220,7 @@ def losses_and_coefficients(sums: Tensor, inputs: Inputs, settings: Settings) ->
                 divergence, psi = divergence + of_student, psi + of_student
             w = weight * factor
             c = c._replace(level=-w * psi, slope=w * parts[1], teacher=w * parts[0])
-        if softmaxed:  # a divergence of distributions, of which rounding may leave less than 0
+        if is_distribution(inputs, settings):  # rounding may leave less than 0
             divergence = divergence.clamp(min=0)
         loss = loss + settings.alpha * divergence * (temperature.square() if settings.t_squared else 1)
     log_hard, h, e = x.hard_total.log2(), settings.hard_weight, settings.label_smoothing

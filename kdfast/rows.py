@@ -106,9 +106,10 @@ def check_values(student: Tensor, inputs: Inputs, settings: Settings) -> None:
     if student.device.type != "cpu":
         return
     vocab = settings.vocab_size if settings.vocab_size >= 0 else student.shape[-1]
+    kept = kept_rows(student, inputs, settings).flatten()  # other rows may hold anything
     if inputs.labels is not None:
         labels = inputs.labels.flatten()
-        bad = ((labels < 0) | (labels >= vocab)) & (labels != settings.ignore_index) & (labels != OTHER_SHARD)
+        bad = kept & ((labels < 0) | (labels >= vocab)) & (labels != OTHER_SHARD)
         if bad.any():
             row = int(bad.nonzero()[0])
             raise IndexError(
@@ -122,7 +123,7 @@ def check_values(student: Tensor, inputs: Inputs, settings: Settings) -> None:
     ):
         if value is not None:
             value = value.flatten().double()
-            bad = ~(((value >= 0) if zero else (value > 0)) & value.isfinite())
+            bad = kept & ~(((value >= 0) if zero else (value > 0)) & value.isfinite())
             if bad.any():
                 row = int(bad.nonzero()[0])
                 rule = ">= 0" if zero else "> 0"

@@ -5,13 +5,16 @@ from typing import Any
 
 from torch import Tensor
 
-from kdfast.checks import check_constant, check_dense, check_floating, kind
+from kdfast.tensor_checks import check_constant, check_dense, check_floating, kind, without
 
 
 def check_teachers(
-    teacher: Any, teacher_weights: Any, student: Tensor, vocab_size: int | None
+    teacher: Any, teacher_weights: Any, student: Tensor, vocab_size: int | None, dim: int
 ) -> tuple[list[Tensor], list[float]]:
-    """The teachers whose weight is not 0, each (..., V), and their weights, which sum to 1."""
+    """The teachers whose weight is not 0, and their weights, which sum to 1.
+
+    dim: of the classes, in the student's logits and in each teacher's. The teachers returned are (..., V).
+    """
     if isinstance(teacher, Tensor):
         if teacher_weights is not None:
             raise ValueError("teacher_weights: given with one tensor as the teacher; it is for a sequence of teachers")
@@ -32,8 +35,10 @@ def check_teachers(
         if each.device != student.device:
             raise RuntimeError(f"{name}: is on {each.device}, but student_logits is on {student.device}")
         if each.shape != student.shape:
-            _check_shape(name, each, student, vocab_size)
+            _check_shape(name, each, student, vocab_size, dim)
     teachers = [t.detach() if t.requires_grad else t for t in teachers]
+    if dim != student.dim() - 1:
+        teachers = [t.movedim(dim, -1) for t in teachers]
     if several and 0.0 in weights:
         teachers = [t for t, w in zip(teachers, weights, strict=True) if w]
         weights = [w for w in weights if w]
@@ -62,16 +67,18 @@ def check_weights(teacher_weights: Any, count: int) -> list[float]:
     return [w / total for w in weights]
 
 
-def _check_shape(name: str, teacher: Tensor, student: Tensor, vocab_size: int | None) -> None:
-    if teacher.dim() != student.dim() or teacher.shape[:-1] != student.shape[:-1]:
+def _check_shape(name: str, teacher: Tensor, student: Tensor, vocab_size: int | None, dim: int) -> None:
+    rows = without(student.shape, dim)
+    if teacher.dim() != student.dim() or without(teacher.shape, dim) != rows:
         raise ValueError(
             f"{name}: has shape {tuple(teacher.shape)}, but with student_logits of shape {tuple(student.shape)} it "
-            f"must be ({', '.join(str(n) for n in (*student.shape[:-1], 'V'))})"
+            f"must be ({', '.join(map(str, (*rows[:dim], 'V', *rows[dim:])))})"
         )
+    classes = teacher.shape[dim]
     if vocab_size is None:
         raise ValueError(
-            f"{name}: has {teacher.shape[-1]} classes, but student_logits has {student.shape[-1]}; where the last ones "
+            f"{name}: has {classes} classes, but student_logits has {student.shape[dim]}; where the last ones "
             "are padding, set vocab_size to the number of real classes"
         )
-    if teacher.shape[-1] < vocab_size:
-        raise ValueError(f"vocab_size: {vocab_size} is more than the {teacher.shape[-1]} classes of {name}")
+    if classes < vocab_size:
+        raise ValueError(f"vocab_size: {vocab_size} is more than the {classes} classes of {name}")

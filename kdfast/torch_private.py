@@ -1,11 +1,18 @@
 """What kdfast uses of PyTorch's private API, and what it does where a later torch lacks it."""
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor, unwrap_if_dead
+from torch.autograd import forward_ad
+
+# Inside of it an operator runs without its kernel for autograd. torch.library is made of it.
+below_autograd: Callable[[], AbstractContextManager[Any]] = torch._C._AutoDispatchBelowAutograd
+_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def _missing(name: str, consequence: str) -> None:
@@ -36,3 +43,49 @@ def mark_constant_in_graphs(function: Callable[..., Any]) -> None:
     assume_constant_result would import all of Dynamo with kdfast. A torch without this mark traces the function.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def forward_ad_is_active() -> bool:
+    """Whether tensors may have tangents now: inside of forward_ad.dual_level(), torch.func.jvp or jacfwd."""
+    return forward_ad._current_level >= 0
+
+
+def has_tangent(x: Tensor) -> bool:
+    return forward_ad_is_active() and forward_ad.unpack_dual(x).tangent is not None
+
+
+def functorch_is_active() -> bool:
+    """Whether this is called inside of a transform of torch.func."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether torch.vmap, or autograd's is_grads_batched=True, has given x one more dimension."""
+    return is_batchedtensor(x) or is_legacy_batchedtensor(x)
+
+
+def jvp_depth() -> int:
+    """How many torch.func.jvp are active, one inside of another."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return sum(interpreter.key() == torch._C._functorch.TransformType.Jvp for interpreter in stack)
+
+
+def single_level_functions() -> AbstractContextManager[Any]:
+    """Lets an operator's kernel for autograd apply a Function inside of a transform of torch.func."""
+    return torch._functorch.autograd_function.enable_single_level_autograd_function()
+
+
+@contextmanager
+def next_level() -> Iterator[None]:
+    """below_autograd, but transforms of torch.func around the one that is being applied see the operator."""
+    outer = (torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True)) if functorch_is_active() else ()
+    with ExitStack() as stack:
+        for context in (*outer, below_autograd()):
+            stack.enter_context(context)
+        yield
+
+
+def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(), but at one level of transforms, and without inspect.signature, which takes 50 us."""
+    args = tuple(unwrap_if_dead(x) if type(x) in _TENSORS else x for x in args)  # of a transform that has ended
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]

@@ -369,7 +369,7 @@ def call(**values: str) -> Call:
 
 # Calls that need more than a pair of values.
 SPECIAL = (
-    # Triton splits at most 64 rows, of more than 32768 classes: here are more rows
+    # more rows than a warp has lanes, which Triton splits too, until the device is full
     call(shape="65x33000", dtypes="bfloat16", temperature="T 2"),
     # the most classes of the CPU's short rows, and one more
     call(shape="17x64", temperature="T 2"),

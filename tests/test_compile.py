@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable
+from math import nan
 
 import pytest
 import torch
@@ -180,6 +181,7 @@ KINDS = (
     "padded bfloat16",
     "transposed float64",  # the gradient has another layout
     "no rows",
+    "dynamic numbers",  # a CPU tensor in place of settings
 )
 
 
@@ -195,9 +197,14 @@ def op_arguments(kind: str) -> tuple[Tensor, Inputs, Settings]:
         "padded bfloat16": (s.bfloat16(), t[:, :9], y, padded),
         "transposed float64": (s.double()[:4].T.contiguous().T, None, y[:4], {"alpha": 0}),
         "no rows": (s[:0], t[:0], None, {"reduction": "sum"}),
+        "dynamic numbers": (s, t, y, {"temperature": 2.0}),
     }[kind]
     options = kdfast.kd_loss.__kwdefaults__ | settings
-    return student, *check_inputs(student, teacher, labels, options, check_settings(options, labels is not None))
+    inputs, settings = check_inputs(student, teacher, labels, options, check_settings(options, labels is not None))
+    if kind == "dynamic numbers":
+        numbers = torch.tensor([settings.temperature, settings.alpha], dtype=torch.float64, device="cpu")
+        inputs, settings = inputs._replace(dynamic_numbers=numbers), settings._replace(temperature=nan, alpha=nan)
+    return student, inputs, settings
 
 
 def heads_for(logits: Tensor, inputs: Inputs, of_teacher: bool) -> tuple[Heads, Inputs]:
@@ -250,8 +257,8 @@ def test_every_operator_matches_its_schema_and_fake_on_every_backend(name, backe
     check_operator(name, backend, kind, "test_schema", "test_faketensor")
 
 
-# Code that all backends share: no operator has a derivative of its own, and AOTAutograd with dynamic sizes is eager.
+# Code that all backends share: the operators' kernels for autograd, and AOTAutograd with dynamic sizes.
 @pytest.mark.parametrize("kind", [*KINDS[:2], *(pytest.param(kind, marks=pytest.mark.full) for kind in KINDS[2:])])
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", [*SCHEMAS, "stats_for_inplace"])
 def test_every_operator_passes_opcheck_at_dynamic_sizes(name, kind):
     check_operator(name, None, kind, "test_autograd_registration", "test_aot_dispatch_dynamic")

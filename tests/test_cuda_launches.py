@@ -19,7 +19,7 @@ import kdfast
 from kdfast import divergences
 from kdfast.arguments import Settings
 from kdfast.gpu_choice import gpu_backend
-from kdfast.losses import KDLoss
+from kdfast.modules import KDLoss
 from kdfast.options import check_inputs, check_settings
 from kdfast.row_math import Coefficients, Sums
 

@@ -68,6 +68,24 @@ def test_dropped_rows_have_no_effect_under_any_dtype_or_option(backend: str) -> 
     assert is_equal(run(student, teacher, row_weight=weight, backend=backend), want)
 
 
+def test_the_row_values_of_dropped_rows_have_no_effect(backend: str, full: bool) -> None:
+    """Not even where they are not allowed: a temperature of 0, a negative weight, a label that no class has."""
+    for vocab in (7, 100) if backend not in ON_GPU or full else (100,):
+        student, teacher, labels = batch(ROWS, vocab)
+        labels[IGNORED] = -100
+        weight, temperature = torch.full((ROWS,), 0.5), torch.linspace(1, 2, ROWS)
+        weight[WEIGHTLESS] = 0
+        bad_labels, bad_weight, bad = labels.clone(), weight.clone(), temperature.clone()
+        bad_labels[WEIGHTLESS] = torch.tensor([-1, vocab, 2**40])
+        bad_weight[IGNORED] = torch.tensor([NAN, INF, -1.0])
+        bad[DROPPED] = torch.tensor([0.0, NAN, -1.0, 0.0, INF, NAN])
+        for settings in ({}, {"reduction": "none"}, {"return_metrics": True}, {"inplace": True}):
+            want = {"row_weight": weight, "temperature": temperature, "teacher_temperature": temperature * 2}
+            given = {"row_weight": bad_weight, "temperature": bad, "teacher_temperature": bad * 2}
+            found = run(student, teacher, bad_labels, backend=backend, **given, **settings)
+            assert is_equal(found, run(student, teacher, labels, backend=backend, **want, **settings))
+
+
 def test_alpha_0_reads_no_teacher(backend: str) -> None:
     for dtype in dtypes_for(backend):
         student, teacher, labels = batch(5, 100, dtype)
@@ -111,6 +129,17 @@ def test_a_loss_without_kept_rows_is_0_with_a_graph(backend: str, reduction: str
             (some_ignored, torch.tensor([1.0, 1, 1, 0, 0])),  # rows of weight 0, and ignored ones
         ):
             assert is_0(run(student, teacher, y, row_weight=weight, reduction=reduction, backend=backend))
+
+
+def test_a_normalizer_of_0_without_kept_rows_gives_loss_and_gradient_0(backend: str) -> None:
+    """As of the tokens in all micro-batches, of which this one has none, and nor has any other."""
+    for dtype in (F32, F16):
+        student, teacher, labels = batch(5, 100, dtype)
+        for zero in (torch.tensor(0.0), torch.tensor(0)):
+            settings = {"normalizer": zero, "backend": backend}
+            assert is_0(run(student, teacher, torch.full_like(labels, -100), **settings))
+            assert is_0(run(student, teacher, row_weight=torch.zeros(5), **settings))
+            assert is_0(run(student[:0], teacher[:0], labels[:0], **settings))
 
 
 @pytest.mark.beyond_cuda

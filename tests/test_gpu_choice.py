@@ -9,7 +9,7 @@ from cases import BF16, F32, F64
 
 from kdfast import choice, gpu_choice
 from kdfast.arguments import Settings
-from kdfast.losses import KDLoss
+from kdfast.modules import KDLoss
 
 BOTH = ("cuda", "triton")
 
@@ -21,6 +21,10 @@ BOTH = ("cuda", "triton")
         (BOTH, 90, 8, 151936, {}, "cuda"),
         (BOTH, 80, 4096, 151936, {}, "cuda"),
         (BOTH, 80, 8, 151936, {}, "triton"),  # rows are split over the device
+        (BOTH, 80, 65, 151936, {}, "triton"),
+        (BOTH, 80, 172, 151936, {}, "triton"),  # of 216 that are worked off at once
+        (BOTH, 80, 173, 151936, {}, "cuda"),
+        (BOTH, 80, 300, 151936, {}, "triton"),  # the last 84 would be alone
         (["cuda"], 80, 8, 151936, {}, "cuda"),  # the only choice
         (BOTH, 80, 8, 32000, {}, "cuda"),
         (BOTH, 90, 4096, 32000, {"dtype": F64}, "triton"),
@@ -57,6 +61,7 @@ def test_one_table_chooses_cuda_or_triton_for_cuda_tensors(
     usable, capability, rows, vocab, change, expected, monkeypatch
 ):
     monkeypatch.setattr(gpu_choice, "capability", lambda device: capability)
+    monkeypatch.setattr(gpu_choice, "multiprocessors", lambda device: 108)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: x.device.type == "meta"))
     about = {"name": "loss_grad", "dtype": BF16, "divergence": "jsd", "teachers": 1} | change
     logits = torch.empty(rows, vocab, dtype=about["dtype"], device="meta")

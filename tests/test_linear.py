@@ -104,6 +104,27 @@ def test_a_batch_of_ignored_rows_has_loss_and_gradient_0(backend: str) -> None:
     assert all(m.isnan() for m in metrics)
 
 
+@pytest.mark.parametrize("dtype", [F32, F16])  # the divisor inside of the kernels, and at the end
+def test_a_normalizer_of_0_without_kept_rows_gives_loss_and_gradients_0(backend: str, dtype: torch.dtype) -> None:
+    case = Case(dtype)
+    ignored = torch.full_like(case.labels, -100)
+    loss, grads, _ = fused_results(case, ignored, normalizer=torch.tensor(0.0), backend=backend)
+    assert loss == 0
+    assert not any(g.count_nonzero() for g in grads)  # counts NaN too
+
+
+def test_bad_row_values_of_dropped_rows_have_no_effect(backend: str) -> None:
+    case = Case()
+    weight, temperature = torch.linspace(0, 2, ROWS), torch.linspace(1, 2, ROWS)
+    want = fused_results(case, case.labels, row_weight=weight, temperature=temperature, chunk_rows=4, backend=backend)
+    labels, bad_weight, bad = case.labels.clone(), weight.clone(), temperature.clone()
+    labels[0] = 10**6  # of weight 0
+    bad_weight[labels < 0] = math.nan
+    bad[(labels < 0) | (weight == 0)] = 0
+    got = fused_results(case, labels, row_weight=bad_weight, temperature=bad, chunk_rows=4, backend=backend)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
 def test_the_values_of_ignored_rows_have_no_effect(backend: str) -> None:
     case = Case()
     want = fused_results(case, case.labels, chunk_rows=4, return_metrics=True, backend=backend)

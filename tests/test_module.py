@@ -65,8 +65,18 @@ def test_a_setting_changed_between_calls_takes_effect():
         loss(s, t, y)
 
 
+def test_a_tensor_changed_in_place_between_calls_takes_effect():
+    s, t, y = batch(5, 100)
+    loss = KDLoss(temperature=torch.tensor(2.0), alpha=torch.tensor(0.5))
+    loss(s, t, y)
+    loss.temperature.fill_(4.0)
+    loss.alpha.fill_(0.25)
+    assert torch.equal(loss(s, t, y), kd_loss(s, t, y, temperature=4.0, alpha=0.25))
+
+
 def test_the_module_checks_its_options_when_it_is_built():
-    for options in ({"temperature": 0}, {"alpha": 1.5}, {"divergence": "kl"}, {"beta": 0.5}, {"inplace": 1}):
+    wrong = {"temperature": 0, "alpha": 1.5, "divergence": "kl", "beta": 0.5, "inplace": 1, "dim": 1.0}
+    for options in ({name: value} for name, value in wrong.items()):
         (name,) = options
         with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
             KDLoss(**options)
@@ -86,7 +96,7 @@ def test_the_module_has_the_functions_keywords_and_defaults():
     of_call = KDLoss.forward.__kwdefaults__
     assert set(of_call) == {"row_weight", "normalizer"}, "they are arguments of a call"
     assert KDLoss.defaults | of_call == kd_loss.__kwdefaults__
-    typed = {*Options.__annotations__, "inplace", "return_metrics"}  # what a type checker accepts
+    typed = {*Options.__annotations__, "dim", "inplace", "return_metrics"}  # what a type checker accepts
     assert typed == KDLoss.defaults.keys()
     assert CallOptions.__annotations__.keys() | typed == kd_loss.__kwdefaults__.keys()
 

@@ -181,7 +181,7 @@ def test_long_rows_are_split_until_the_device_is_full() -> None:
         segments, segment = launch.split_row(rows_, vocab, 2048, h100)
         assert (segments - 1) * segment < vocab <= segments * segment
         assert segments <= launch.SEGMENTS
-        assert launch.busy_share(rows_ * segments, h100) >= 0.8, (rows_, segments)
+        assert launch.busy_share(rows_ * segments, h100.multiprocessors) >= 0.8, (rows_, segments)
     options = kdfast.kd_loss.__kwdefaults__
     student, labels = torch.empty(65, 151936, dtype=BF16), torch.zeros(65, dtype=torch.long)
     with gpu.kernels():
@@ -189,7 +189,7 @@ def test_long_rows_are_split_until_the_device_is_full() -> None:
             given = options | {"divergence": divergence, "label_smoothing": 0.1, "softcap": 30.0}
             settings = check_settings(given, has_labels=True)
             made = call.Call(student, *check_inputs(student, student, labels, given, settings))
-            assert launch.busy_share(65 * made.segments, made.gpu) >= 0.8, divergence
+            assert launch.busy_share(65 * made.segments, made.gpu.multiprocessors) >= 0.8, divergence
 
 
 def test_every_size_has_a_plan_that_fits() -> None:

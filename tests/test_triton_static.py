@@ -10,6 +10,7 @@ import torch
 from cases import BF16, F16, F32, F64, KINDS, as_target, batch, name
 
 import kdfast
+from kdfast import gpu_choice
 from kdfast.triton import launch, prepared, reductions, row_kernels, softmax_kernels, tiny_rows
 
 pytestmark = pytest.mark.skipif(not gpu.EMULATED, reason=gpu.NEEDS_EMULATOR)
@@ -75,10 +76,10 @@ def everything(dtype: torch.dtype, vocab: int, *teachers: torch.dtype, **setting
     student, _, labels = batch(1, vocab, dtype)
     several = [batch(1, vocab, each, seed=i).teacher for i, each in enumerate(teachers or (dtype,))]
     teacher = several if len(several) > 1 else as_target(several[0], settings.get("target", "logits"), 2)
-    long = vocab > launch.SPLIT_CLASSES
-    for classes in (1 << 30, launch.SPLIT_CLASSES) if long else (1 << 30,):
+    long = vocab > gpu_choice.SPLIT_CLASSES
+    for classes in (1 << 30, gpu_choice.SPLIT_CLASSES) if long else (1 << 30,):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(launch, "SPLIT_CLASSES", classes)
+            patch.setattr(gpu_choice, "SPLIT_CLASSES", classes)
             patch.setattr(prepared, "_kinds", {})
             for reduction in ("mean", "none") if long else ("mean",):
                 leaf = student.clone().requires_grad_()

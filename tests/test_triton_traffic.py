@@ -11,7 +11,7 @@ from traffic import ROWS, asked, assert_the_same_bits_without_atomics, per_pair,
 from traffic import traffic as traffic_of
 
 import kdfast
-from kdfast.triton import launch
+from kdfast import gpu_choice
 
 pytestmark = [
     pytest.mark.skipif(not gpu.EMULATED, reason=gpu.NEEDS_EMULATOR),
@@ -42,7 +42,7 @@ traffic = partial(traffic_of, "triton")
 def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Few and long rows are split over programs; here also as if they were many."""
     if request.param == "whole":
-        monkeypatch.setattr(launch, "SPLIT_CLASSES", 1 << 30)
+        monkeypatch.setattr(gpu_choice, "SPLIT_CLASSES", 1 << 30)
     return request.param
 
 
@@ -136,7 +136,7 @@ def test_in_place_nothing_of_the_logits_size_is_allocated(
 
 @pytest.mark.parametrize("vocab", (8192, 50257))  # the longest that stays in registers with metrics; one in two sweeps
 def test_metrics_add_bytes_per_row_alone(capability: int, vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "SPLIT_CLASSES", 1 << 30)  # rows of which metrics are wanted stay whole
+    monkeypatch.setattr(gpu_choice, "SPLIT_CLASSES", 1 << 30)  # rows of which metrics are wanted stay whole
     without, measured = traffic(capability, vocab), traffic(capability, vocab, return_metrics=True)
     added = sum(map(asked, measured)) - sum(map(asked, without))
     assert 0 < added <= 1024 * ROWS

@@ -80,7 +80,7 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("labels", Y[:2], {}, ValueError, r"has shape \(2,\), but .* of shape \(3, 5\) it must be \(3,\)"),
     ("labels", Y[:, None], {}, ValueError, r"has shape \(3, 1\), but .* of shape \(3, 5\) it must be \(3,\)"),
     ("row_weight", torch.ones(3, 5), {}, ValueError, r"has shape \(3, 5\), but .* of shape \(3, 5\) it must be \(3,\)"),
-    ("temperature", torch.tensor(2.0), {}, ValueError, r"has shape \(\), but .* of shape \(3, 5\) it must be \(3,\)"),
+    ("temperature", torch.ones(1), {}, ValueError, r"has shape \(1,\), but .* of shape \(3, 5\) it must be \(3,\)"),
     ("teacher_temperature", torch.ones(2), {}, ValueError, r"has shape \(2,\), but .* it must be \(3,\)"),
     ("normalizer", torch.ones(2), {}, ValueError, r"a number or a real tensor of one, not .* of shape \(2,\)"),
     # --- labels: out of range is an IndexError with label, row and V
@@ -89,7 +89,7 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("labels", torch.tensor([-100, 1, 2]), {"ignore_index": 7}, IndexError, r"label -100 in row 0 .*\(7\)"),
     ("labels", torch.tensor([4, 0, 0]), {"vocab_size": 4}, IndexError, r"label 4 in row 0 .*V = 4 .*\[0, 3\]"),
     ("labels", torch.tensor([2**40, 0, 0]), {}, IndexError, f"label {2**40} in row 0"),
-    ("labels", torch.tensor([9, 0, 0]), {"row_weight": torch.tensor([0.0, 1, 1])}, IndexError, "label 9 in row 0"),
+    ("labels", torch.tensor([0, 9, 0]), {"row_weight": torch.tensor([0.0, 1, 1])}, IndexError, "label 9 in row 1"),
     ("labels", torch.tensor([9, 0, 0]), {"alpha": 1}, IndexError, "label 9 in row 0"),
     # --- numbers
     *(
@@ -103,7 +103,16 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
         for value in ("2", True, [2.0], 1j, *([None] if argument in NOT_NONE else []))
     ),
     ("temperature", np.array([1.0, 2.0]), {}, TypeError, "must be a number"),
-    ("alpha", torch.tensor(0.5), {}, TypeError, "must be a number, not tensor"),
+    ("alpha", torch.tensor([0.5]), {}, TypeError, "must be a number, not tensor"),
+    *(
+        (name, torch.tensor(0.5, requires_grad=True), {}, RuntimeError, "requires grad, but .* no derivative.*detach")
+        for name in ("alpha", "hard_weight", "temperature", "teacher_temperature")
+    ),
+    *(
+        (name, torch.empty((), device="meta"), {}, RuntimeError, rf"is on meta.*{name}\.item\(\)")
+        for name in ("alpha", "hard_weight")
+    ),
+    ("temperature", torch.empty((), device="meta"), {}, RuntimeError, "is on meta, but student_logits is on"),
     ("temperature", torch.tensor([1.0, 0.0, 2.0]), {}, ValueError, "0 in row 1, but it must be finite and > 0"),
     ("teacher_temperature", torch.tensor([1.0, 2.0, NAN]), {}, ValueError, "nan in row 2, but .* finite and > 0"),
     ("row_weight", torch.tensor([1.0, -1.0, 2.0]), {}, ValueError, "-1 in row 1, but it must be finite and >= 0"),

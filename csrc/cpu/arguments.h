@@ -16,15 +16,17 @@ struct Loss {
   LossArgs args{};
   Tensor student;
   std::vector<Tensor> owned;  // copies and conversions
-  std::vector<double> losses;
+  std::vector<Matrix> teachers;
+  std::vector<double> teacher_weights, losses;
   std::vector<RowMetrics> metrics;
   std::string reduction;
   double divisor;  // of the sum of the row losses
   bool copied = false;
 
-  Loss(const Tensor& student_, const Inputs& inputs, const Settings& settings)
+  Loss(const Tensor& student_, const Inputs& inputs, Settings settings)
       : student(readable(student_)), reduction(settings.reduction) {
     LossArgs& a = args;
+    if (inputs.dynamic_numbers) take_numbers(*inputs.dynamic_numbers, settings);
 #define KDFAST_COPY(type, name) a.name = settings.name;
     KDFAST_NUMBERS(KDFAST_COPY)
 #undef KDFAST_COPY
@@ -33,27 +35,28 @@ struct Loss {
     a.width = classes_of(student);
     a.vocab = settings.vocab_size < 0 ? a.width : settings.vocab_size;
     a.rows = rows_of(student);
-    if (inputs.teachers.size() > kMaxTeachers) {
-      fail<std::invalid_argument>("teacher: ", inputs.teachers.size(),
-                                  " teachers, but the CPU kernels take at most ", kMaxTeachers);
+    for (const Tensor& teacher : inputs.teachers) {
+      owned.push_back(readable(teacher));
+      teachers.push_back(matrix(owned.back()));
     }
-    a.n_teachers = (int)inputs.teachers.size();
-    for (int k = 0; k < a.n_teachers; ++k) {
-      owned.push_back(readable(inputs.teachers[k]));
-      a.teachers[k] = matrix(owned.back());
-      a.teacher_weights[k] = settings.teacher_weights[k];
-    }
+    teacher_weights = settings.teacher_weights;
+    a.n_teachers = (int)teachers.size();
+    a.teachers = teachers.data();
+    a.teacher_weights = teacher_weights.data();
     a.divergence = a.n_teachers ? divergence_of(settings.divergence, "CPU") : Divergence::kNone;
     a.target = target_of(settings.target);
     a.geometric = settings.ensemble == "geometric";
-    a.temperatures = row_pointer(row_values("temperature", inputs.temperatures, false));
-    a.teacher_temperatures =
-        row_pointer(row_values("teacher_temperature", inputs.teacher_temperatures, false));
-    a.row_weight = row_pointer(row_values("row_weight", inputs.row_weight, true));
+    a.temperatures = row_pointer(inputs.temperatures);
+    a.teacher_temperatures = row_pointer(inputs.teacher_temperatures);
+    a.row_weight = row_pointer(inputs.row_weight);
     a.dkd_target = settings.dkd_weights[0];
     a.dkd_others = settings.dkd_weights[1];
     a.ignore_index = settings.ignore_index;
-    if (inputs.labels) check_labels(*inputs.labels);
+    if (inputs.labels) {
+      owned.push_back(torch::stable::contiguous(*inputs.labels));
+      a.labels = (const int64_t*)owned.back().const_data_ptr();
+    }
+    check_rows();
     losses.resize(a.rows);
     a.losses = losses.data();
     if (a.metrics) metrics.resize(a.rows);
@@ -62,23 +65,42 @@ struct Loss {
     set_divisor(inputs.normalizer);
   }
 
-  // Its data, which this struct then owns.
-  const double* row_pointer(const std::optional<Tensor>& values) {
-    if (!values) return nullptr;
-    owned.push_back(*values);
-    return (const double*)values->const_data_ptr();
+  // The settings that are NaN, see kdfast/arguments.py.
+  static void take_numbers(const Tensor& numbers, Settings& settings) {
+    const Tensor doubles = as_doubles(numbers);
+    const double* next = (const double*)doubles.const_data_ptr();
+#define KDFAST_TAKE(type, name) \
+  if (std::isnan((double)settings.name)) settings.name = *next++;
+    KDFAST_NUMBERS(KDFAST_TAKE)
+#undef KDFAST_TAKE
   }
 
-  void check_labels(const Tensor& labels) {
-    owned.push_back(torch::stable::contiguous(labels));
-    args.labels = (const int64_t*)owned.back().const_data_ptr();
-    for (int64_t row = 0; row < args.rows; ++row) {
-      const int64_t label = args.labels[row];
-      if ((label < 0 || label >= args.vocab) && label != args.ignore_index && label != kOtherShard) {
-        fail<std::out_of_range>("labels: label ", label, " in row ", row,
-                                " is out of range: with V = ", args.vocab, " it must be in [0, ",
-                                args.vocab - 1, "] or ignore_index (", args.ignore_index, ")");
-      }
+  // Its data as doubles, which this struct then owns.
+  const double* row_pointer(const std::optional<Tensor>& values) {
+    if (!values) return nullptr;
+    owned.push_back(as_doubles(*values));
+    return (const double*)owned.back().const_data_ptr();
+  }
+
+  // Dropped rows may hold anything.
+  void check_rows() const {
+    const LossArgs& a = args;
+    if (!a.labels && !a.row_weight && !a.temperatures && !a.teacher_temperatures) return;
+    for (int64_t row = 0; row < a.rows; ++row) {
+      if (!a.is_kept(row)) continue;
+      if (a.labels) check_label(row);
+      if (a.row_weight) check_row_value("row_weight", a.row_weight[row], row, true);
+      if (a.temperatures) check_row_value("temperature", a.temperatures[row], row, false);
+      if (a.teacher_temperatures)
+        check_row_value("teacher_temperature", a.teacher_temperatures[row], row, false);
+    }
+  }
+  void check_label(int64_t row) const {
+    const int64_t label = args.labels[row];
+    if ((label < 0 || label >= args.vocab) && label != kOtherShard) {
+      fail<std::out_of_range>("labels: label ", label, " in row ", row,
+                              " is out of range: with V = ", args.vocab, " it must be in [0, ",
+                              args.vocab - 1, "] or ignore_index (", args.ignore_index, ")");
     }
   }
 
@@ -95,10 +117,9 @@ struct Loss {
       for (int64_t row = 0; row < args.rows; ++row) {
         if (args.is_kept(row)) divisor += args.weight(row);
       }
-      if (divisor == 0) divisor = 1;  // no row is kept: the mean is 0
     }
   }
-  double inverse_divisor() const { return reduction == "batchmean" && divisor == 0 ? 0 : 1 / divisor; }
+  double inverse_divisor() const { return divisor == 0 ? 0 : 1 / divisor; }  // 0: no row is kept
 
   // ---- where the gradient goes ----
 

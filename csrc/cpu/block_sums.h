@@ -57,10 +57,8 @@ template <class P, bool kKeep>
 KD_NOINLINE Sums<double> block_sums(const typename P::S* s, const typename P::T* t, int n,
                                     const RowScale& scale, double student_offset, double teacher_offset,
                                     Scratch<typename P::C> scratch, bool near) {
-  using C = typename P::C;
   using V = typename P::V;
-  const double hard = hard_offset<C, P::kOwn>(scale, student_offset);
-  const Exponents<P> exponents(scale, student_offset, teacher_offset, hard);
+  const Exponents<P> exponents(scale, student_offset, teacher_offset);
   // Two levels of sums: short chains of additions, so that rounding does not add up over equal terms.
   struct Totals {
     V student, teacher, hard, over_teacher, over_student;
@@ -103,9 +101,8 @@ KD_NOINLINE Sums<double> block_sums(const typename P::S* s, const typename P::T*
     if (i / P::kStep % 8 == 7) flush();
   }
   flush();
-  return {student_offset,  sum(total.student),      teacher_offset,          sum(total.teacher), hard,
-          sum(total.hard), sum(total.over_teacher), sum(total.over_student), -kInfinity,         0,
-          (double)n};
+  return {student_offset, sum(total.student), teacher_offset, sum(total.teacher), sum(total.hard),
+          sum(total.over_teacher), sum(total.over_student), -kInfinity, 0, (double)n};
 }
 
 template <class S>
@@ -119,17 +116,11 @@ KD_NOINLINE double block_max(const S* s, int n) {
   return max_lane(high);
 }
 
-// The offset at which the largest exp of n classes is 1; as a C, since the exponents are.
-template <class P, class X>
-double offset_at_max(const X* x, int n, double exp2_scale) {
-  return (typename P::C)((typename P::C)exp2_scale * block_max(x, n));
-}
-
 // A first offset: the largest of some classes is near enough, unless all of them are masked.
-template <class P, class X>
-double first_offset(const X* x, int n, double exp2_scale) {
-  const double offset = offset_at_max<P>(x, n < kSample ? n : kSample, exp2_scale);
-  return offset == -kInfinity ? offset_at_max<P>(x, n, exp2_scale) : offset;
+template <class X>
+double first_offset(const X* x, int n) {
+  const double offset = block_max(x, n < kSample ? n : kSample);
+  return offset == -kInfinity ? block_max(x, n) : offset;
 }
 
 // The sum of x - about, which keeps its digits.

@@ -55,13 +55,13 @@ KD_NOINLINE Moments moments(const X* x, int64_t n) {
   return {middle + total / n, variance < 0 ? 0 : std::sqrt(variance)};  // NaN stays
 }
 
+template <class C>
 KD_INLINE void set_units(RowScale& scale, double student, double teacher, bool mse) {
   scale.student_unit = student;
   scale.teacher_unit = teacher;
   if (mse) return;  // its difference takes the units themselves
-  scale.exp2_scale *= student;
-  scale.teacher_exp2_scale *= teacher;
-  scale.hard_multiple /= student;
+  scale.student = (C)(scale.student * student);
+  scale.teacher = (C)(scale.teacher * teacher);
 }
 
 // Several teachers were standardized when they were mixed.
@@ -73,7 +73,7 @@ KD_INLINE Moments standardize(const LossArgs& a, const typename P::S* s,
   if constexpr (P::kReadsTeacher) {
     if (a.n_teachers == 1) teacher_unit = moments(t, a.vocab).unit(scale.teacher_logit_scale);
   }
-  set_units(scale, student.unit(scale.logit_scale), teacher_unit, P::kMSE);
+  set_units<typename P::C>(scale, student.unit(scale.logit_scale), teacher_unit, P::kMSE);
   return student;
 }
 
@@ -138,8 +138,7 @@ double decoupled_divergence(const LossArgs& a, const Sums<double>& x, const RowT
   const Split q = split_by_softmax(ys, std::log2(x.student_total));
   Split p = split_by_softmax(yt, std::log2(x.teacher_total));
   if (!r.softmaxed) {
-    const double y = std::exp2(yt + x.teacher_offset), others = x.teacher_total * std::exp2(x.teacher_offset);
-    p = {y, others, std::log2(y), std::log2(others)};
+    p = {std::exp2(yt), x.teacher_total, yt, std::log2(x.teacher_total)};
   }
   const double target =
       masked(p.label, p.log_label - q.log_label) + masked(p.others, p.log_others - q.log_others);
@@ -167,16 +166,22 @@ KD_NOINLINE RowLoss<double> dkd_loss_and_coefficients(const LossArgs& a, const S
                                                       const RowTerms<double, double>& r, double ys, double yt,
                                                       Coefficients<double>& c, double& soft_at_label) {
   Sums<double> with_label = x;
+  double up = 0;  // how far the offset is raised for the label
   if (a.needs_hard_sum()) {
-    const double up = x.hard_total == 0 ? x.label : std::fmax(x.label, 0.);
-    with_label.hard_offset = finite(x.hard_offset) + up;
+    up = x.hard_total == 0 ? x.label : std::fmax(x.label, 0.);
+    with_label.student_offset = finite(x.student_offset) + up * kLn2 / r.logit_scale;
     with_label.hard_total = scaled(x.hard_total, -up) + std::exp2(x.label - up);
     with_label.label = x.label - up;
     with_label.exponents = x.exponents - x.classes * up;
   }
   RowLoss<double> out = loss_and_coefficients<NoDivergence>(with_label, r, c);
   const double hard_at_label = masked(c.hard, std::exp2(with_label.label) / with_label.hard_total) - c.label;
-  out.soft = (r.t_squared ? r.temperature * r.temperature : 1) * decoupled_divergence(a, x, r, ys, yt, c);
+  c.student_offset = x.student_offset;
+  c.hard_total = with_label.hard_total;
+  if (x.hard_total != 0) c.hard_total *= std::exp2(up);  // else no class is multiplied by it
+  const double divergence = decoupled_divergence(a, x, r, ys, yt, c);
+  out.soft = r.distributions && divergence < 0 ? 0 : divergence;
+  if (r.t_squared) out.soft *= r.temperature * r.temperature;
   out.loss += r.alpha * out.soft;
   soft_at_label = c.at_label;
   c.at_label += hard_at_label;

@@ -113,11 +113,11 @@ KD_NOINLINE void softmax_row(C* z, int64_t n, double exp2_scale) {
   V high = splat(-std::numeric_limits<C>::infinity()), total{};
   for (int64_t i = n; i % Types<C>::kLanes; ++i) z[i] = -std::numeric_limits<C>::infinity();
   for (int64_t i = 0; i < n; i += Types<C>::kLanes) high = max(load(z + i), high);
-  const C offset = (C)exp2_scale * max_lane(high);
+  const V offset = splat(max_lane(high)), exponent_scale = splat((C)exp2_scale);
   double sum_of_blocks = 0;
   for_vectors(z, n, [&](V v, int64_t i) {
     if (i % 256 == 0) sum_of_blocks += sum(total), total = V{};
-    const V e = exp2(multiply_subtract(v, splat((C)exp2_scale), splat(offset)));
+    const V e = exp2((v - offset) * exponent_scale);
     total += e;
     return e;
   });

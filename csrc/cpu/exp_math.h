@@ -93,10 +93,11 @@ KD_INLINE DoubleV ratio(DoubleV a, DoubleV b) {
   return a / max(splat(std::numeric_limits<double>::min()), b);
 }
 
-// log(a / b) of numbers >= 0 whose difference a - b is given: near equality its digits are those of the
-// difference. It is for products with a: where a is 0, or b next to nothing, or either NaN, it is some
-// number.
-KD_INLINE FloatV log_ratio(FloatV a, FloatV b, FloatV difference) {
+struct LogRatio {  // log(a / b) = exponent + 2 s + more
+  FloatV exponent, s, more;
+  Types<float>::I is_near;  // where the exponent is 0
+};
+KD_INLINE LogRatio split_log_ratio(FloatV a, FloatV b, FloatV difference) {
   using I = Types<float>::I;
   const FloatV least = splat(std::numeric_limits<float>::min());
   a = max(least, a);
@@ -107,8 +108,29 @@ KD_INLINE FloatV log_ratio(FloatV a, FloatV b, FloatV difference) {
   FloatV p = splat(0x1.39e6c4p-2f);  // of log = 2 atanh(s), minimax, 5e-9
   p = p * z + 0x1.990476p-2f;
   p = p * z + 0x1.5555e8p-1f;
-  const FloatV twice = s + s;
-  return __builtin_convertvector(e, FloatV) * 0x1.62e43p-1f + (twice + s * (p * z));
+  return {__builtin_convertvector(e, FloatV) * 0x1.62e43p-1f, s, s * (p * z), e == 0};
+}
+
+// log(a / b) of numbers >= 0 whose difference a - b is given: near equality its digits are those of the
+// difference. It is for products with a: where a is 0, or b next to nothing, or either NaN, it is some
+// number.
+KD_INLINE FloatV log_ratio(FloatV a, FloatV b, FloatV difference) {
+  const LogRatio log = split_log_ratio(a, b, difference);
+  return log.exponent + (log.s + log.s + log.more);
+}
+
+// log(a / b) - (a - b) / b, as log_ratio. Its first-order terms cancel: 2 s - difference / b is -s difference / b.
+KD_INLINE FloatV log_excess(FloatV a, FloatV b, FloatV difference) {
+  const LogRatio log = split_log_ratio(a, b, difference);
+  const FloatV u = ratio(difference, b);
+  return log.more + (log.is_near ? -log.s * u : log.exponent + (log.s + log.s) - u);
+}
+
+// a log(a / b) - (a - b), whose first-order terms cancel: a 2 s - difference is difference * s.
+KD_INLINE FloatV kl_term(FloatV a, FloatV b, FloatV difference) {
+  const LogRatio log = split_log_ratio(a, b, difference);
+  const FloatV far = a * (log.exponent + (log.s + log.s)) - difference;
+  return a * log.more + (log.is_near ? difference * log.s : far);
 }
 
 KD_INLINE DoubleV log_ratio(DoubleV a, DoubleV b, DoubleV difference) {
@@ -119,6 +141,13 @@ KD_INLINE DoubleV log_ratio(DoubleV a, DoubleV b, DoubleV difference) {
     y[i] = std::abs(f) < 0.5 ? std::log1p(f) : std::log(a[i] / b[i]);
   }
   return y;
+}
+
+KD_INLINE DoubleV log_excess(DoubleV a, DoubleV b, DoubleV difference) {
+  return log_ratio(a, b, difference) - ratio(difference, b);
+}
+KD_INLINE DoubleV kl_term(DoubleV a, DoubleV b, DoubleV difference) {
+  return a * log_ratio(a, b, difference) - difference;
 }
 
 // -(e^-2|x| - 1) / (e^-2|x| + 1): the numerator keeps the digits of small x. Minimax of (2^f - 1) / f, 2e-8.

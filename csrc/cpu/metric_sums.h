@@ -22,17 +22,17 @@ KD_NOINLINE MetricSums block_metric_sums(const S* s, const T* t, int n, const Ro
   constexpr int kLanes = Types<C>::kLanes, kStep = 2 * kLanes;
   constexpr C kMasked = -std::numeric_limits<C>::infinity();
   // a probability of 0 adds 0, and NaN stays
-  const V exp2_scale = splat((C)scale.exp2_scale), teacher_exp2_scale = splat((C)scale.teacher_exp2_scale);
+  const V student_scale = splat((C)scale.student), teacher_scale = splat((C)scale.teacher);
   const V so = splat((C)finite(x.student_offset)), to = splat((C)finite(x.teacher_offset));
   const V least = splat((C)-1e30);
   V divergence{}, teacher_log{}, student_log{}, student_max = splat(kMasked), teacher_max = splat(kMasked);
   V divergence_part{}, teacher_part{}, student_part{};
   auto add = [&](V si, V ti, int at) __attribute__((always_inline)) {
-    const V ys = multiply_subtract(si, exp2_scale, so), q = load(scratch.student + at);
+    const V ys = (si - so) * student_scale, q = load(scratch.student + at);
     student_part += q * max(least, ys);
     student_max = max(si, student_max);
     if constexpr (kTeacher) {
-      const V yt = kProbs ? log2(ti) : multiply_subtract(ti, teacher_exp2_scale, to);
+      const V yt = kProbs ? log2(ti) : (ti - to) * teacher_scale;
       const V p = load(scratch.teacher + at), above = max(least, yt);
       teacher_part += p * above;
       divergence_part += p == 0 ? V{} : p * (above - ys);
@@ -58,20 +58,22 @@ KD_NOINLINE MetricSums block_metric_sums(const S* s, const T* t, int n, const Ro
 }
 
 // To other offsets, as row_math.h's rescale. x: the sums, at their offsets until now.
-void rescale(MetricSums& m, const Sums<double>& x, double student_offset, double teacher_offset) {
-  const double ds = offset_change(x.student_offset, student_offset);
-  const double dt = offset_change(x.teacher_offset, teacher_offset);
+void rescale(MetricSums& m, const Sums<double>& x, double student_offset, double teacher_offset,
+             const Exp2Scales& scale) {
+  const double ds = offset_change(x.student_offset, student_offset) * scale.student;
+  const double dt = offset_change(x.teacher_offset, teacher_offset) * scale.teacher;
   m.divergence = scaled(m.divergence + masked(x.teacher_total, dt - ds), dt);
   m.teacher_log = scaled(m.teacher_log + masked(x.teacher_total, dt), dt);
   m.student_log = scaled(m.student_log + masked(x.student_total, ds), ds);
 }
 
 // To be called before row_math.h's merge of the sums, x and y.
-void merge(MetricSums& total, const Sums<double>& x, MetricSums more, const Sums<double>& y) {
+void merge(MetricSums& total, const Sums<double>& x, MetricSums more, const Sums<double>& y,
+           const Exp2Scales& scale) {
   const double so = higher(x.student_offset, y.student_offset),
                to = higher(x.teacher_offset, y.teacher_offset);
-  rescale(total, x, so, to);
-  rescale(more, y, so, to);
+  rescale(total, x, so, to, scale);
+  rescale(more, y, so, to, scale);
   total.divergence += more.divergence;
   total.teacher_log += more.teacher_log;
   total.student_log += more.student_log;

@@ -182,10 +182,15 @@ void scale_(Tensor grad, Tensor factor) {
 
 Tensor run_softmax(SoftmaxArgs a, const Tensor& like, std::optional<Tensor> temperatures, ScalarType dtype,
                    void (*RowKernels::*kernel)(const SoftmaxArgs&, int64_t, int64_t)) {
-  const std::optional<Tensor> per_row = row_values("temperature", temperatures, false);
-  a.temperatures = per_row ? (const double*)per_row->const_data_ptr() : nullptr;
   a.vocab = like.sizes()[like.dim() - 1];
   a.rows = like.numel() / a.vocab;
+  std::optional<Tensor> per_row;
+  if (temperatures) {
+    per_row = as_doubles(*temperatures);
+    a.temperatures = (const double*)per_row->const_data_ptr();
+    for (int64_t row = 0; row < a.rows; ++row)
+      check_row_value("temperature", a.temperatures[row], row, false);
+  }
   Tensor out = torch::stable::new_empty(like, like.sizes(), dtype);
   advise_huge_pages(out);
   a.out = out.mutable_data_ptr();

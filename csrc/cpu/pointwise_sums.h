@@ -11,14 +11,15 @@ namespace {
 // Adds each lane's phi and psi of vectors of exps.
 template <class C, class D>
 KD_NOINLINE void add_phi_and_psi(const C* es, C* et, int vectors, typename Types<C>::V to_q,
-                                 typename Types<C>::V to_p, typename Types<C>::V beta,
-                                 typename Types<C>::V& phi, typename Types<C>::V& psi) {
+                                 typename Types<C>::V to_p, double beta_, typename Types<C>::V& phi,
+                                 typename Types<C>::V& psi) {
   using V = typename Types<C>::V;
+  const V beta = splat<C>(beta_), rest = splat<C>(1 - beta_);
   V phi_part{}, psi_part{};  // two levels, as in block_sums
   for (int i = 0; i < vectors; ++i) {
     C* at = et + i * Types<C>::kLanes;
-    const V p = load(at) * to_p, q = load(es + i * Types<C>::kLanes) * to_q, each = D::psi(p, q, beta);
-    phi_part += D::phi(p, q, beta);
+    const V p = load(at) * to_p, q = load(es + i * Types<C>::kLanes) * to_q, each = D::psi(p, q, beta, rest);
+    phi_part += D::phi(p, q, beta, rest);
     psi_part += each;
     store(at, each);
     if (i % 16 == 15) {
@@ -46,7 +47,7 @@ KD_INLINE void add_block_phi_and_psi(const LossArgs& a, Scratch<typename P::C> s
   const int vectors = (n + P::kStep - 1) / P::kStep * 2;
   dispatch_pointwise(a, [&](auto d) {
     add_phi_and_psi<C, decltype(d)>(scratch.student, scratch.teacher, vectors, splat<C>(x.to_q),
-                                    splat<C>(x.to_p), splat<C>(a.beta), phi, psi);
+                                    splat<C>(x.to_p), a.beta, phi, psi);
   });
 }
 
@@ -62,9 +63,8 @@ KD_NOINLINE void refill_block_psi(const LossArgs& a, const RowOf<P>& r, int64_t 
 
 // How exps become probabilities before the coefficients are known.
 KD_INLINE Scales<double> scales_of(const LossArgs& a, const Sums<double>& x) {
-  Coefficients<double> c{x.student_offset, x.student_total, x.teacher_offset,
-                         x.teacher_total,  x.hard_offset,   1};
-  if (!teacher_is_softmaxed(a)) c.teacher_total = std::exp2(-x.teacher_offset);
+  Coefficients<double> c{x.student_offset, x.student_total, x.teacher_offset, x.teacher_total, 1};
+  if (!teacher_is_softmaxed(a)) c.teacher_total = 1;
   return scales_with(c, 0., 0.);
 }
 
@@ -78,7 +78,7 @@ void add_pointwise_sums(const LossArgs& a, const RowOf<P>& r, int64_t n, const R
     for (int64_t at = 0; at < n; at += kBlock) {
       const int m = n - at < kBlock ? n - at : kBlock;
       if constexpr (kScratch) {
-        const Scales<double> block = block_scales<typename P::C, P::kOwn>(x, scale, r.blocks[at / kBlock]);
+        const Scales<double> block = block_scales(x, scale, r.blocks[at / kBlock]);
         add_block_phi_and_psi<P>(a, r.scratch + at, m, block, phi, psi);
       } else {
         refill_block_psi<P>(a, r, at, m, scale, x, phi, psi);

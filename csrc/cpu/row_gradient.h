@@ -28,7 +28,7 @@ struct Gradient {
 
   Gradient() = default;
   KD_NOINLINE Gradient(const RowScale& scale, const Coefficients<double>& c, const Scales<double>& x)
-      : exponents(scale, x.student_offset, x.teacher_offset, x.hard_offset),
+      : exponents(scale, x.student_offset, x.teacher_offset),
         factors(splat<C>(per_exp<double>(c, x))),
         mean(splat<C>(c.mean)),
         tilt(splat<C>(c.tilt)),
@@ -121,7 +121,7 @@ KD_NOINLINE double soft_gradient_dot(const RowOf<P>& r, int64_t n, const RowScal
     const Block& block = r.blocks[at / kBlock];
     if (!(block == current)) {
       current = block;
-      gradient = Gradient<P, true>(scale, c, block_scales<typename P::C, P::kOwn>(x, scale, current));
+      gradient = Gradient<P, true>(scale, c, block_scales(x, scale, current));
     }
     total += gradient.dot(r.s + at, r.t + at, r.scratch + at, n - at < kBlock ? n - at : kBlock);
   }
@@ -138,7 +138,7 @@ void write_gradient(const LossArgs& a, int64_t row, const RowOf<P>& r, int64_t b
   const int64_t label = a.labels && (a.hard_weight != 0 || decoupled) ? a.labels[row] - begin : -1;
   Block current{c.student_offset, c.teacher_offset};
   if constexpr (kKeep) current = r.blocks[(n - 1) / kBlock];
-  Scales<double> scales = block_scales<C, P::kOwn>(row_scales, scale, current);
+  Scales<double> scales = block_scales(row_scales, scale, current);
   Gradient<P, kKeep || P::kPointwise> gradient(scale, c, scales);
   // From the last block to the first: what was written last is still in the cache, where not all of it fits
   for (int64_t at = (n - 1) / kBlock * kBlock; at >= 0; at -= kBlock) {
@@ -146,7 +146,7 @@ void write_gradient(const LossArgs& a, int64_t row, const RowOf<P>& r, int64_t b
       const Block& block = r.blocks[at / kBlock];
       if (!(block == current)) {
         current = block;
-        scales = block_scales<C, P::kOwn>(row_scales, scale, current);
+        scales = block_scales(row_scales, scale, current);
         gradient = Gradient<P, kKeep>(scale, c, scales);
       }
     }

@@ -38,7 +38,9 @@ struct Kernels {
     Label label = find_label(a, row, r, 0, n);
     MetricSums metric_sums;
     SumsOptions options;
-    if (a.divergence == Divergence::kDKD) options.without = label.index;
+    options.label = label.index;
+    options.without_label = a.divergence == Divergence::kDKD;
+    options.given = !teacher_is_softmaxed(a);
     if (a.label_smoothing != 0) options.logits = &label.logits;
     if (a.metrics) options.metrics = &metric_sums;
     [[maybe_unused]] Sums<double> softmax_sums;
@@ -46,16 +48,16 @@ struct Kernels {
       if (a.metrics) {  // their p and q have a pass of their own
         using Q = Spec<typename P::S, typename P::T, ForwardKL, false, false>;
         RowScale scale = x.scale;
-        scale.exp2_scale *= scale.student_unit;
-        scale.teacher_exp2_scale *= scale.teacher_unit;
-        softmax_sums =
-            row_sums<Q, true>(r.s, r.t, n, scale, r.scratch, r.blocks, {-1, nullptr, &metric_sums});
+        set_units<typename P::C>(scale, scale.student_unit, scale.teacher_unit, false);
+        SumsOptions of_metrics;
+        of_metrics.metrics = &metric_sums;
+        softmax_sums = row_sums<Q, true>(r.s, r.t, n, scale, r.scratch, r.blocks, of_metrics);
       }
     }
     Sums<double> sums = a.metrics || a.standardize
                             ? row_sums<P, true>(r.s, r.t, n, x.scale, r.scratch, r.blocks, options)
                             : row_sums<P, kKeep>(r.s, r.t, n, x.scale, r.scratch, r.blocks, options);
-    add_label<P>(a, x.scale, label, sums);
+    add_logits(a, x.scale, label, sums);
     add_pointwise_sums<P, true>(a, r, n, x.scale, sums);
     double soft_at_label = 0;
     const RowLoss<double> loss =
@@ -117,10 +119,12 @@ struct Kernels {
       const RowOf<P> r = open_row<P>(a, part.row, part.first, part.classes, scale);
       Label label = find_label(a, part.row, r, part.first, part.classes);
       SumsOptions options;
+      options.label = label.index;
+      options.given = !teacher_is_softmaxed(a);
       if (a.label_smoothing != 0) options.logits = &label.logits;
       // kKeep as `losses` has it, so that nothing is instantiated for this alone
       sums = row_sums<P, P::kPointwise>(r.s, r.t, part.classes, scale, r.scratch, r.blocks, options);
-      add_label<P>(a, scale, label, sums);
+      add_logits(a, scale, label, sums);
     }
   }
 
@@ -144,7 +148,7 @@ struct Kernels {
         RowScale scale = row_scale(a, row);
         const RowOf<P> r = open_row<P>(a, row, part.first, part.classes, scale);
         Coefficients<double> c = load_coefficients(a, row);
-        set_units(scale, c.student_unit, c.teacher_unit, P::kMSE);
+        set_units<typename P::C>(scale, c.student_unit, c.teacher_unit, P::kMSE);
         scale_gradient(c, a.scale * row_value(a.row_scale, 1, row));
         write_gradient<P, false>(a, row, r, part.first, part.classes, scale, c, scales_of(c));
       }
@@ -176,7 +180,8 @@ void merge(const LossArgs& a, int64_t segments) {
   dispatch_divergence(a.divergence, [&](auto d) {
     for (int64_t row = 0; row < a.rows; ++row) {
       Sums<double>* sums = (Sums<double>*)a.sums + row * segments;
-      for (int64_t k = 1; k < segments; ++k) merge<decltype(d)>(sums[0], sums[k]);
+      const RowScale scale = row_scale(a, row);
+      for (int64_t k = 1; k < segments; ++k) merge<decltype(d)>(sums[0], sums[k], scale);
     }
   });
 }

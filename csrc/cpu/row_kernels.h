@@ -9,8 +9,6 @@
 
 namespace kdfast {
 
-constexpr int kMaxTeachers = 64;
-
 struct LossArgs {
 #define KDFAST_FIELD(type, name) type name;
   KDFAST_NUMBERS(KDFAST_FIELD)  // temperatures: where there is none per row; softcaps: 0: none
@@ -18,8 +16,8 @@ struct LossArgs {
   int64_t rows, vocab;
   int64_t width;  // of the student with its padding: the gradient beyond vocab is 0
   Matrix student;
-  Matrix teachers[kMaxTeachers];
-  double teacher_weights[kMaxTeachers];
+  const Matrix* teachers;
+  const double* teacher_weights;  // of each
   int n_teachers;
   Target target;
   bool geometric;

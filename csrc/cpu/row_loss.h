@@ -7,31 +7,18 @@
 namespace kdfast {
 namespace {
 
-// Adds to the sums what they have of the label, and of all logits for label smoothing.
-template <class P>
-void add_label(const LossArgs& a, const RowScale& scale, const Label& label, Sums<double>& x) {
-  using C = typename P::C;
-  const double offset = finite(x.hard_offset), so = finite(x.student_offset);
-  const auto exponents = [&](double logits, double classes) {
-    return P::kOwn ? logits * (C)(kLog2E * scale.logit_scale) - classes * offset
-                   : scale.power * (logits * (C)scale.exp2_scale - classes * so);
-  };
-  x.label = label.index < 0 ? -kInfinity : exponents(label.student, 1);
-  x.exponents = a.label_smoothing == 0 ? 0 : exponents(label.logits, x.classes);
+// Adds to the sums what they have of all logits, for label smoothing.
+void add_logits(const LossArgs& a, const RowScale& scale, const Label& label, Sums<double>& x) {
+  if (a.label_smoothing != 0) x.exponents = (label.logits - x.classes * finite(x.student_offset)) * scale.hard;
 }
 
-// A number as the kernels have it, which compute in doubles for fp64 alone.
-KD_INLINE double round_to_compute(const LossArgs& a, double x) {
-  return a.student.dtype == DType::kDouble ? x : (float)x;
+// The label's exponents to base 2.
+KD_INLINE double student_exponent(const RowScale& scale, const Label& label, double offset) {
+  return (label.student - finite(offset)) * scale.student;
 }
-
-// A class's exponents to base 2 before their offsets.
-KD_INLINE double student_exponent(const LossArgs& a, const RowScale& scale, const Label& label) {
-  return label.student * round_to_compute(a, scale.exp2_scale);
-}
-KD_INLINE double teacher_exponent(const LossArgs& a, const RowScale& scale, const Label& label) {
-  if (teacher_is_probs(a)) return std::log2(label.teacher);
-  return label.teacher * round_to_compute(a, scale.teacher_exp2_scale);
+KD_INLINE double teacher_exponent(const LossArgs& a, const RowScale& scale, const Label& label,
+                                  double offset) {
+  return teacher_is_probs(a) ? std::log2(label.teacher) : (label.teacher - finite(offset)) * scale.teacher;
 }
 
 // V, N: as RowTerms has them, doubles, or vectors for short rows.
@@ -46,8 +33,11 @@ KD_INLINE RowTerms<V, N> row_terms(const LossArgs& a, V temperature, V factor, V
           (N)a.label_smoothing,
           (N)a.z_loss,
           (N)a.beta,
+          (N)(1 - a.beta),
+          (N)(a.softcap == 0 ? a.logit_scale : 1),
           a.t_squared,
           teacher_is_softmaxed(a),
+          a.target == Target::kLogits || teacher_is_softmaxed(a),
           a.needs_label()};
 }
 
@@ -62,8 +52,8 @@ KD_NOINLINE RowLoss<double> row_loss_and_coefficients(const LossArgs& a, int64_t
   RowLoss<double> out{};
   dispatch_divergence(a.divergence, [&](auto d) {
     if constexpr (std::is_same_v<decltype(d), DKD>) {
-      const double ys = student_exponent(a, scale, label) - finite(x.student_offset);
-      const double yt = teacher_exponent(a, scale, label) - finite(x.teacher_offset);
+      const double ys = student_exponent(scale, label, x.student_offset);
+      const double yt = teacher_exponent(a, scale, label, x.teacher_offset);
       out = dkd_loss_and_coefficients(a, x, terms, ys, yt, c, soft_at_label);
     } else {
       out = loss_and_coefficients<decltype(d)>(x, terms, c);
@@ -81,17 +71,17 @@ KD_NOINLINE RowMetrics row_metrics(const LossArgs& a, const S* s, const T* t, co
                                    const RowLoss<double>& terms) {
   const bool decoupled = a.divergence == Divergence::kDKD;  // then the sums are without the label
   if (decoupled) {
-    const double ys = student_exponent(a, scale, label), yt = teacher_exponent(a, scale, label);
-    const double so = std::fmax(x.student_offset, ys);
-    const double to = teacher_is_probs(a) ? 0 : std::fmax(x.teacher_offset, yt);
-    rescale(m, x, so, to);
-    rescale<NoDivergence>(x, so, to, x.hard_offset);
-    const double q = std::exp2(ys - finite(so)), p = std::exp2(yt - finite(to));
+    const double so = std::fmax(x.student_offset, label.student);
+    const double to = teacher_is_softmaxed(a) ? std::fmax(x.teacher_offset, label.teacher) : 0;
+    rescale(m, x, so, to, scale);
+    rescale<NoDivergence>(x, so, to, scale);
+    const double ys = student_exponent(scale, label, so), yt = teacher_exponent(a, scale, label, to);
+    const double q = std::exp2(ys), p = std::exp2(yt);
     x.student_total += q;
     x.teacher_total += p;
-    m.divergence += masked(p, (yt - finite(to)) - (ys - finite(so)));
-    m.teacher_log += masked(p, yt - finite(to));
-    m.student_log += masked(q, ys - finite(so));
+    m.divergence += masked(p, yt - ys);
+    m.teacher_log += masked(p, yt);
+    m.student_log += masked(q, ys);
   }
   auto argmax = [&](const auto* z, double high, int64_t block, double label_logit) {
     const int64_t left = a.vocab - block;
@@ -104,9 +94,8 @@ KD_NOINLINE RowMetrics row_metrics(const LossArgs& a, const S* s, const T* t, co
   out.student_entropy = kLn2 * (log_student - m.student_log / x.student_total);
   if (a.labels) out.accuracy = best == label.index;
   if constexpr (kTeacher) {
-    const bool softmaxed = teacher_is_softmaxed(a);
-    const double total = softmaxed ? x.teacher_total : std::exp2(-x.teacher_offset);
-    const double log_total = softmaxed ? std::log2(total) : -x.teacher_offset, mass = x.teacher_total / total;
+    const double total = teacher_is_softmaxed(a) ? x.teacher_total : 1;
+    const double log_total = std::log2(total), mass = x.teacher_total / total;
     out.kl = kLn2 * (m.divergence / total + mass * (log_student - log_total));
     out.teacher_entropy = kLn2 * (mass * log_total - m.teacher_log / total);
     out.agreement = best == argmax(t, m.teacher_max, m.teacher_block, label.teacher);

@@ -3,7 +3,8 @@
 // It takes blocks of kBlock classes. While a block is in L1 its exps are computed relative to an offset,
 // summed, and written to a scratch that stays in L2; the gradient is then computed from the scratch, so
 // memory is read once. The offset is the maximum of the first classes and stays as long as no block's sums
-// leave the range in which fp32 is exact enough; such a block takes its own maximum and is computed again.
+// tell of a class far above it; such a block takes its own maximum and is computed again, for exponents keep
+// the digits that a confident row needs near 0 alone.
 // So no pass for the maxima is needed, and any sums that carry their offset can be merged: blocks,
 // segments, shards.
 #pragma once
@@ -14,13 +15,16 @@
 namespace kdfast {
 namespace {
 
-// fp32 sums are exact enough, and leave room for later blocks' terms, below this. False for NaN.
+// Whether the classes are not far above their offset, by the mean of their exps. False for NaN.
 KD_INLINE bool is_in_range(const Sums<double>& x, bool teacher) {
-  return x.student_total < 0x1p40 && x.hard_total < 0x1p40 && (!teacher || x.teacher_total < 0x1p40);
+  const double most = 2 * x.classes;
+  return x.student_total < most && x.hard_total < 0x1p40 && (!teacher || x.teacher_total < most);
 }
 
 struct SumsOptions {
-  int64_t without = -1;           // a class that is left out
+  int64_t label = -1;             // the class, if it is among these
+  bool without_label = false;     // whether the sums leave it out
+  bool given = false;             // whether the teacher's exps are its probabilities
   double* logits = nullptr;       // gets the sum of the logits
   MetricSums* metrics = nullptr;  // kKeep only
 };
@@ -33,30 +37,33 @@ KD_NOINLINE Sums<double> row_sums(const typename P::S* row_s, const typename P::
   const bool near = sizeof(typename P::S) == 2 || n > kFitsL2;
   typename P::C about = options.logits ? load_one(row_s) : 0;
   if (!std::isfinite(about)) about = 0;
+  const bool own_offset = P::kSoft && !P::kProbs && !options.given;  // of the teacher
   Sums<double> total{};
-  double so = -kInfinity, to = P::kProbs ? 0 : -kInfinity;
+  double so = -kInfinity, to = own_offset ? -kInfinity : 0;
   for (int64_t at = 0; at < n; at += kBlock) {
     const int m = n - at < kBlock ? n - at : kBlock;
     const typename P::S* s = row_s + at;
     const typename P::T* t = row_t + at;
+    const bool labelled = at <= options.label && options.label < at + m;
     if constexpr (std::is_same_v<typename P::D, ForwardKL>) {  // which decoupled KD is
-      if (at <= options.without && options.without < at + m) {
-        s = copy_without(s, m, options.without - at, false);
-        t = copy_without(t, m, options.without - at, P::kProbs);
+      if (labelled && options.without_label) {
+        s = copy_without(s, m, options.label - at, false);
+        t = copy_without(t, m, options.label - at, P::kProbs);
       }
     }
-    if (so == -kInfinity) so = first_offset<P>(s, m, scale.exp2_scale);
+    if (so == -kInfinity) so = first_offset(s, m);
     if constexpr (P::kMSE) {
       if (at == 0) to = mean_difference<P>(s, t, m, scale);
     } else if constexpr (P::kSoft && !P::kProbs) {
-      if (to == -kInfinity) to = first_offset<P>(t, m, scale.teacher_exp2_scale);
+      if (to == -kInfinity) to = first_offset(t, m);
     }
     Sums<double> more = block_sums<P, kKeep>(s, t, m, scale, so, to, scratch, near);
-    if (!is_in_range(more, P::kSoft && !P::kProbs)) {
-      so = offset_at_max<P>(s, m, scale.exp2_scale);
-      if constexpr (P::kSoft && !P::kProbs) to = offset_at_max<P>(t, m, scale.teacher_exp2_scale);
+    if (!is_in_range(more, own_offset)) {
+      so = block_max(s, m);
+      if constexpr (P::kSoft && !P::kProbs) to = own_offset ? block_max(t, m) : 0;
       more = block_sums<P, kKeep>(s, t, m, scale, so, to, scratch, near);
     }
+    if (labelled) more.label = Exponents<P>(scale, so, to).label_exponent(load_one(row_s + options.label), scale);
     if (options.logits) *options.logits += block_sum(row_s + at, m, about) + m * (double)about;
     if constexpr (kKeep && !P::kMSE) {
       if (options.metrics) {
@@ -66,10 +73,10 @@ KD_NOINLINE Sums<double> row_sums(const typename P::S* row_s, const typename P::
         if (at == 0)
           *options.metrics = part;
         else
-          merge(*options.metrics, total, part, more);
+          merge(*options.metrics, total, part, more, scale);
       }
     }
-    merge<typename P::D>(total, more);
+    merge<typename P::D>(total, more, scale);
     if constexpr (kKeep) {
       *blocks++ = {so, to};
       scratch = scratch + kBlock;

@@ -15,7 +15,7 @@ template <class C>
 struct alignas(64) ShortGroup {
   static constexpr int kLanes = Types<C>::kLanes;
   C s[kShort * kLanes], t[kShort * kLanes], es[kShort * kLanes], et[kShort * kLanes], e1[kShort * kLanes];
-  C temperature[kLanes], exp2_scale[kLanes], teacher_exp2_scale[kLanes], weight[kLanes], factor[kLanes];
+  C temperature[kLanes], student_scale[kLanes], teacher_scale[kLanes], weight[kLanes], factor[kLanes];
   int64_t label[kLanes];
 };
 
@@ -38,10 +38,10 @@ KD_NOINLINE void load_group(const LossArgs& a, int64_t begin, int rows, bool is_
   for (int r = 0; r < kLanes; ++r) {
     const int64_t row = begin + r;
     const bool kept = r < rows && a.is_kept(row);
-    const RowScale scale = kept ? row_scale(a, row) : RowScale{1, 1, 1, 1, 0};
+    const RowScale scale = kept ? row_scale(a, row) : RowScale{{1, 1, 1}, 1, 0};
     g.temperature[r] = scale.temperature;
-    g.exp2_scale[r] = scale.exp2_scale;
-    g.teacher_exp2_scale[r] = scale.teacher_exp2_scale;
+    g.student_scale[r] = scale.student;
+    g.teacher_scale[r] = scale.teacher;
     g.weight[r] = kept ? a.weight(row) : 0;
     const double factor = is_grad ? row_value(a.row_scale, 1, row) : g.weight[r];
     g.factor[r] = kept ? factor * a.scale : 0;

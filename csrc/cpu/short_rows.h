@@ -28,13 +28,7 @@ struct ShortRows {
     return high;
   }
 
-  KD_INLINE static void set_offsets(Exponents<P>& exponents, const Group& g, V student, V teacher) {
-    exponents.student_offset = student;
-    exponents.hard_offset = student * (P::kOwn ? load(g.temperature) : splat((C)exponents.power));
-    exponents.teacher_offset = teacher;
-  }
-
-  // The exps of all classes, into the group. add(lanes, s) is called with each class's.
+  // The exps of all classes, into the group. add(lanes, s, i) is called with each class's.
   template <class F>
   KD_INLINE static void store_exps(const LossArgs& a, const Exponents<P>& exponents, Group& g, F add) {
     for (int64_t i = 0; i < a.vocab; ++i) {
@@ -43,7 +37,7 @@ struct ShortRows {
       store(g.es + i * kLanes, x.es);
       store(g.et + i * kLanes, x.et);
       store(g.e1 + i * kLanes, x.e1);
-      add(x, s);
+      add(x, s, i);
     }
   }
 
@@ -57,31 +51,38 @@ struct ShortRows {
                            load(g.t + i * kLanes) * exponents.teacher_unit) /
                           (C)n;
     } else if constexpr (P::kSoft && !P::kProbs) {
-      teacher_offset = exponents.teacher_exp2_scale * maximum(g.t, n);
-      // all classes masked, as log-probabilities may be: finite, so that probabilities are 0
-      teacher_offset = teacher_offset == -std::numeric_limits<C>::infinity() ? V{} : teacher_offset;
+      if (teacher_is_softmaxed(a)) teacher_offset = maximum(g.t, n);
     }
-    set_offsets(exponents, g, exponents.exp2_scale * maximum(g.s, n), teacher_offset);
-    Sums<V> x{exponents.student_offset, V{}, teacher_offset, V{}, exponents.hard_offset};
+    exponents.student_offset = maximum(g.s, n);
+    exponents.teacher_offset = teacher_offset;
+    Sums<V> x{exponents.student_offset, V{}, teacher_offset}, part{};  // two levels, as in block_sums
     x.classes += (C)n;
-    store_exps(a, exponents, g, [&](const Lanes<P>& each, V s) __attribute__((always_inline)) {
-      x.student_total += each.es;
-      x.teacher_total += each.et;
-      x.hard_total += each.e1;
-      x.exponents += exponents.hard(s);
-      if constexpr (P::kMSE) x.over_teacher += each.et * each.et;
-      if constexpr (P::D::kTeacher) x.over_teacher += P::D::over_teacher(each.et, each.ys, each.ys - each.yt);
-      if constexpr (P::D::kStudent) x.over_student += P::D::over_student(each.es, each.ys - each.yt);
+    store_exps(a, exponents, g, [&](const Lanes<P>& each, V s, int64_t i) __attribute__((always_inline)) {
+      part.student_total += each.es;
+      part.teacher_total += each.et;
+      part.hard_total += each.e1;
+      part.exponents += exponents.hard(s);
+      if constexpr (P::kMSE) part.over_teacher += each.et * each.et;
+      if constexpr (P::D::kTeacher)
+        part.over_teacher += P::D::over_teacher(each.et, each.ys, each.ys - each.yt);
+      if constexpr (P::D::kStudent) part.over_student += P::D::over_student(each.es, each.ys - each.yt);
+      if (i % 8 != 7 && i != n - 1) return;
+      x.student_total += part.student_total;
+      x.teacher_total += part.teacher_total;
+      x.hard_total += part.hard_total;
+      x.exponents += part.exponents;
+      if constexpr (P::kMSE || P::D::kTeacher) x.over_teacher += part.over_teacher;
+      if constexpr (P::D::kStudent) x.over_student += part.over_student;
+      part = Sums<V>{};
     });
     V label_logit{};
     for (int r = 0; r < kLanes; ++r) label_logit[r] = g.label[r] < 0 ? 0 : g.s[g.label[r] * kLanes + r];
     x.label = exponents.hard(label_logit);
     if constexpr (P::kPointwise) {
-      const V given = exp2(-teacher_offset);
       dispatch_pointwise(a, [&](auto d) {
         add_phi_and_psi<C, decltype(d)>(g.es, g.et, n, 1 / x.student_total,
-                                        1 / (teacher_is_softmaxed(a) ? x.teacher_total : given),
-                                        splat((C)a.beta), x.phi, x.psi);
+                                        teacher_is_softmaxed(a) ? 1 / x.teacher_total : V{} + 1, a.beta,
+                                        x.phi, x.psi);
       });
     }
     return x;
@@ -108,13 +109,14 @@ struct ShortRows {
   // The exps as sums() leaves them, from the table's offsets.
   KD_NOINLINE static void refill_exps(const LossArgs& a, const Coefficients<V>& c, Exponents<P>& exponents,
                                       Group& g) {
-    set_offsets(exponents, g, c.student_offset, c.teacher_offset);
-    store_exps(a, exponents, g, [](const Lanes<P>&, V) __attribute__((always_inline)) {});
+    exponents.student_offset = c.student_offset;
+    exponents.teacher_offset = c.teacher_offset;
+    store_exps(a, exponents, g, [](const Lanes<P>&, V, int64_t) __attribute__((always_inline)) {});
     if constexpr (P::kPointwise) {
       dispatch_pointwise(a, [&](auto d) {
         V phi{}, psi{};
         add_phi_and_psi<C, decltype(d)>(g.es, g.et, a.vocab, 1 / c.student_total, 1 / c.teacher_total,
-                                        splat((C)a.beta), phi, psi);
+                                        a.beta, phi, psi);
       });
     }
   }
@@ -139,11 +141,11 @@ struct ShortRows {
     load_group<S, T, P::kReadsTeacher>(a, begin, rows, kKernel == ShortKernel::kGrad, g);
     Exponents<P> exponents;
     exponents.power = (int)a.temperature;
-    exponents.hard_exp2_scale = splat<C>(kLog2E * a.logit_scale);
+    exponents.hard_scale = splat<C>(kLog2E * a.logit_scale);
     exponents.student_unit = splat<C>(a.logit_scale);
     exponents.teacher_unit = splat<C>(a.teacher_logit_scale);
-    exponents.exp2_scale = load(g.exp2_scale);
-    exponents.teacher_exp2_scale = load(g.teacher_exp2_scale);
+    exponents.student_scale = load(g.student_scale);
+    exponents.teacher_scale = load(g.teacher_scale);
     Coefficients<V> c;
     Scales<V> scales;
     if constexpr (kKernel == ShortKernel::kGrad) {

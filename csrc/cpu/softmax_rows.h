@@ -17,7 +17,7 @@ void softmax_rows(const SoftmaxArgs& a, int64_t begin, int64_t end) {
     const C exp2_scale = kLog2E / row_value(a.temperatures, a.temperature, row);
     widen(row_data(a.logits, row), a.logits.dtype, a.vocab, z);
     if (a.log) {
-      const C offset = exp2_scale * block_max(z, a.vocab);
+      const V offset = splat((C)block_max(z, a.vocab)), scale = splat(exp2_scale);
       double total = 0;
       for (int64_t at = 0; at < a.vocab; at += kChain) {
         V block{};
@@ -25,13 +25,13 @@ void softmax_rows(const SoftmaxArgs& a, int64_t begin, int64_t end) {
         for (int i = 0; i < m; i += Types<C>::kLanes) {
           const int lanes = m - i < Types<C>::kLanes ? m - i : Types<C>::kLanes;
           const V v = load_part(z + at + i, lanes, -std::numeric_limits<C>::infinity());
-          block += exp2(multiply_subtract(v, splat(exp2_scale), splat(offset)));
+          block += exp2((v - offset) * scale);
         }
         total += sum(block);
       }
       const C log_total = std::log2(total);
       for_vectors(z, a.vocab, [&](V v, int64_t) {
-        return (multiply_subtract(v, splat(exp2_scale), splat(offset)) - log_total) * (C)kLn2;
+        return ((v - offset) * scale - log_total) * (C)kLn2;
       });
     } else {
       softmax_row(z, a.vocab, exp2_scale);

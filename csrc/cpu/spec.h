@@ -8,8 +8,6 @@
 namespace kdfast {
 namespace {
 
-constexpr int kMaxPower = 4;
-
 // Storage types, divergence, the teacher as probabilities instead of logits, and the student's exps at
 // temperature 1 computed from the logits (kOwn) instead of as powers of those at T.
 template <class S_, class T_, class D_, bool kProbs_, bool kOwn_>
@@ -27,14 +25,6 @@ struct Spec {
   static constexpr int kLanes = Types<C>::kLanes, kStep = 2 * kLanes;  // classes in a vector, and at a time
 };
 
-// Whether exps at temperature 1 are whole powers of those at T, or not needed.
-bool has_hard_powers(const LossArgs& a) {
-  const double t = a.temperature;
-  if (a.standardize && a.divergence != Divergence::kLogitMSE) return false;
-  if (!a.needs_hard_sum()) return true;
-  return !a.temperatures && t <= kMaxPower && t == (int)t;
-}
-
 template <class S, class T, bool kProbs, class F>
 void dispatch_divergence_spec(const LossArgs& a, F f) {
   dispatch_divergence(a.divergence, [&](auto divergence) {
@@ -45,7 +35,7 @@ void dispatch_divergence_spec(const LossArgs& a, F f) {
     constexpr bool kMSE = std::is_same_v<D, LogitMSE>, kNone = std::is_same_v<D, NoDivergence>;
     if constexpr (kProbs && (kMSE || kNone)) return;
     if constexpr (!std::is_same_v<S, double> || kMSE || kNone) {  // fp64 does without the shortcut
-      if (kMSE || has_hard_powers(a)) return f(Spec<S, T, D, kProbs, false>{});
+      if (has_hard_powers(a)) return f(Spec<S, T, D, kProbs, false>{});
     }
     if constexpr (!kMSE) f(Spec<S, T, D, kProbs, true>{});
   });

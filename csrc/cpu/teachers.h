@@ -29,7 +29,7 @@ KD_NOINLINE const C* mix_teachers(const LossArgs& a, int64_t row, int64_t begin,
     }
     if (a.n_teachers == 1) return out;
     const double unit = a.standardize ? moments(z, n).unit(scale.teacher_logit_scale) : 1;
-    if (!a.geometric && a.target == Target::kLogits) softmax_row(z, n, scale.teacher_exp2_scale * unit);
+    if (!a.geometric && a.target == Target::kLogits) softmax_row(z, n, scale.teacher * unit);
     const C w = a.teacher_weights[k] * (a.geometric ? unit : 1);
     for_vectors(z, n, [&](V v, int64_t i) {
       if (a.geometric && a.target == Target::kProbs) v = log2(v) * (C)kLn2;

@@ -13,19 +13,15 @@
 namespace kdfast {
 namespace {
 
-// One value per row as contiguous doubles; a temperature must be > 0, a weight >= 0.
-inline std::optional<Tensor> row_values(const char* name, const std::optional<Tensor>& values,
-                                        bool zero_allowed) {
-  if (!values) return std::nullopt;
-  Tensor wide = torch::stable::contiguous(torch::stable::to(*values, ScalarType::Double));
-  const double* v = (const double*)wide.const_data_ptr();
-  for (int64_t row = 0; row < wide.numel(); ++row) {
-    if (!(zero_allowed ? v[row] >= 0 : v[row] > 0) || std::isinf(v[row])) {
-      fail<std::invalid_argument>(name, ": ", v[row], " in row ", row, ", but it must be finite and ",
-                                  zero_allowed ? ">= 0" : "> 0");
-    }
-  }
-  return wide;
+// One value per row as contiguous doubles.
+inline Tensor as_doubles(const Tensor& values) {
+  return torch::stable::contiguous(torch::stable::to(values, ScalarType::Double));
+}
+// A temperature must be > 0, a weight >= 0.
+inline void check_row_value(const char* name, double value, int64_t row, bool zero_allowed) {
+  if ((zero_allowed ? value >= 0 : value > 0) && !std::isinf(value)) return;
+  fail<std::invalid_argument>(name, ": ", value, " in row ", row, ", but it must be finite and ",
+                              zero_allowed ? ">= 0" : "> 0");
 }
 
 inline double scalar(const Tensor& t) {

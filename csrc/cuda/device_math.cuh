@@ -54,23 +54,43 @@ __device__ inline Probability ratio(Probability a, Probability b) {
   return a.x * fast_reciprocal(fmaxf(b.x, kNothing));
 }
 
-// log(1 + u), which is `far` where u is not small: a is 0 where that is -inf, and what it is multiplied with.
-__device__ inline float log_near_1(float u, float far) {
-  float series = __fmaf_rn(u, -0.1700691f, 0.20339628f);  // u + u^2 series is off by 2e-8 of u
+// (log(1 + u) - u) / u^2 for |u| < 1/8; u^2 times it is off by 2e-8 of u
+__device__ inline float log_series(float u) {
+  float series = __fmaf_rn(u, -0.1700691f, 0.20339628f);
   series = __fmaf_rn(u, series, -0.24997411f);
   series = __fmaf_rn(u, series, 0.33331334f);
-  series = __fmaf_rn(u, series, -0.50000005f);
-  float log;  // of |u| < 1/8 the first; as a condition it becomes a branch, and warps part
+  return __fmaf_rn(u, series, -0.50000005f);
+}
+// The one for |u| < 1/8, or the other. As a condition it becomes a branch, and warps part.
+__device__ inline float select_near(float u, float near, float far) {
+  float x;
   asm("{\n\t.reg .pred near;\n\tsetp.lt.f32 near, %1, 0f3E000000;\n\tselp.f32 %0, %2, %3, near;\n\t}"
-      : "=f"(log)
-      : "f"(fabsf(u)), "f"(__fmaf_rn(u * u, series, u)), "f"(fmaxf(far, -1e30f)));
-  return log;
+      : "=f"(x)
+      : "f"(fabsf(u)), "f"(near), "f"(far));
+  return x;
+}
+// log(1 + u), which is `far` where u is not small: a is 0 where that is -inf, and what it is multiplied with.
+__device__ inline float log_near_1(float u, float far) {
+  return select_near(u, __fmaf_rn(u * u, log_series(u), u), fmaxf(far, -1e30f));
 }
 
 // log(a / b) of a probability a: near equality from a - b, whose digits it has, else from a's logarithm.
+__device__ inline float far_log_ratio(Probability a, float divisor) {
+  return fmaxf(__fmaf_rn(fast_log2(divisor), -kLn2, a.log), -1e30f);
+}
 __device__ inline Probability log_ratio(Probability a, Probability b, Probability difference) {
-  const float divisor = fmaxf(b.x, kNothing);
-  return log_near_1(difference.x * fast_reciprocal(divisor), __fmaf_rn(fast_log2(divisor), -kLn2, a.log));
+  const float divisor = fmaxf(b.x, kNothing), u = difference.x * fast_reciprocal(divisor);
+  return log_near_1(u, far_log_ratio(a, divisor));
+}
+__device__ inline Probability log_excess(Probability a, Probability b, Probability difference) {
+  const float divisor = fmaxf(b.x, kNothing), u = difference.x * fast_reciprocal(divisor);
+  return select_near(u, u * u * log_series(u), far_log_ratio(a, divisor) - u);
+}
+// With S = log_series(u): (1 + u) log(1 + u) - u = u^2 (1 + S + S u), times b
+__device__ inline Probability kl_term(Probability a, Probability b, Probability difference) {
+  const float divisor = fmaxf(b.x, kNothing), u = difference.x * fast_reciprocal(divisor);
+  const float series = log_series(u), near = difference.x * u * (__fmaf_rn(series, u, series) + 1);
+  return select_near(u, near, __fmaf_rn(a.x, far_log_ratio(a, divisor), -difference.x));
 }
 
 // log(p / m) and log(q / m) of jsd's m = beta p + rest q, from what they share.

@@ -14,8 +14,6 @@ from kdfast.triton.matrices import bits, flatten_rows, matrix
 from kdfast.triton.prepared import pointer_kind, prepare
 from kdfast.triton.spec import Numbers, PerRow
 
-MOST_TEACHERS = 8
-
 
 class Call:
     def __init__(
@@ -24,14 +22,10 @@ class Call:
         """shard: of a row's classes; reduced: the losses are reduced as settings say, which in backward is done."""
         if not shard:  # most of its labels belong to other shards
             rows.check_values(student, inputs, settings)
-        if len(inputs.teachers) > MOST_TEACHERS:
-            raise ValueError(
-                f"teacher: {len(inputs.teachers)} teachers, but the Triton kernels take at most {MOST_TEACHERS}"
-            )
         self.settings, self.shape, self.width = settings, student.shape[:-1], student.shape[-1]
         self.student = matrices.make_readable(student)
         self.teachers = [matrices.make_readable(t) for t in inputs.teachers]
-        _, labels, weights, normalizer, *temperatures = inputs
+        labels, weights, normalizer, *temperatures = inputs[1:6]
         by_row = [None if each is None else flatten_rows(each) for each in (labels, weights, *temperatures)]
         summed = reduced and rows.sums_weights(inputs, settings)
         prepared = prepare(self.student, self.teachers, by_row, normalizer, settings, summed)
@@ -91,7 +85,7 @@ class Call:
         )
 
     def sums(self) -> Tensor:
-        """row_math.Sums of this shard's classes, (rows, 13)."""
+        """row_math.Sums of this shard's classes, (rows, 12)."""
         table = self.losses.new_empty(self.rows, len(Sums._fields))
         with matrices.device_guard(table):
             self._launch_rows(reductions.sums, table, numbers=(1, self.vocab), SHARD=True)
@@ -221,7 +215,7 @@ def numbers_of(settings: Settings, dkd: bool, taught: bool, divisor: float) -> N
     return Numbers(
         bits(settings.temperature), bits(settings.teacher_temperature), bits(settings.alpha),
         bits(settings.hard_weight), bits(1 / divisor), optional_bits(settings.beta),
-        optional_bits(settings.label_smoothing), optional_bits(settings.z_loss),
+        optional_bits(1 - settings.beta, 1), optional_bits(settings.label_smoothing), optional_bits(settings.z_loss),
         optional_bits(settings.logit_scale, 1), optional_bits(settings.teacher_logit_scale, 1),
         optional_bits(settings.softcap), optional_bits(settings.teacher_softcap) if taught else None,
         target, others, tuple(map(bits, settings.teacher_weights)) if taught else (),

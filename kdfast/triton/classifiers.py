@@ -103,8 +103,7 @@ def add_moments(moments, x, mask):
     mean_x = tl.sum(tl.where(mask, x, 0), 1) / tl.maximum(n, 1)
     d = tl.where(mask, x - mean_x[:, None], 0)
     squares = tl.sum(d * d, 1)
-    count, mean, squares = merge_moments(moments.count, moments.mean, moments.squares, n, mean_x, squares)
-    return Moments(count, mean, squares)
+    return Moments(*merge_moments(moments.count, moments.mean, moments.squares, n, mean_x, squares))
 
 
 @triton.jit
@@ -182,34 +181,30 @@ class DkdTerms(NamedTuple):
 
 
 @triton.jit
-def mask_label(x, nothing, classes, row, SPEC: tl.constexpr):
-    return tl.where(classes == row.label, nothing, x) if SPEC.dkd else x
+def add_label(total, offset, label, scale):
+    """A sum of exps over the rest with the label's added, relative to the higher of `offset` and the label's logit;
+    how far the rest's exponents change by that, and the label's."""
+    new = finite(tl.maximum(offset, label))
+    change, y = exponent(offset, scale, new), exponent(label, scale, new)
+    return total * tl.exp2(change) + tl.exp2(y), change, y
 
 
 @triton.jit
-def total_with_label(total, y):
-    """A sum of exps with 2^y added, relative to an offset that leaves neither above 1 by far; that offset too."""
-    d = tl.where(total == 0, finite(y), tl.maximum(y, 0))
-    return total * tl.exp2(-d) + tl.exp2(y - d), d
-
-
-@triton.jit
-def split_label(total, y):
-    """Of a sum over the rest, and the label's exponent."""
-    whole, d = total_with_label(total, y)
+def split_label(total, offset, label, scale):
+    whole, change, y = add_label(total, offset, label, scale)
     log_whole = tl.log2(whole)
-    rest, label = total * tl.exp2(-d) / whole, tl.exp2(y - d) / whole
-    return LabelSplit(rest, label, tl.log2(total) - d - log_whole, y - d - log_whole)
+    rest = total * tl.exp2(change) / whole
+    return LabelSplit(rest, tl.exp2(y) / whole, tl.log2(total) + change - log_whole, y - log_whole)
 
 
 @triton.jit
 def split_student(sums, s_label, row):
-    return split_label(sums.student_total, exponent(s_label, row.exp2_scale, finite(sums.student_offset)))
+    return split_label(sums.student_total, sums.student_offset, s_label, row.exp2_scale)
 
 
 @triton.jit
 def split_teacher(teacher, t_label, row):
-    return split_label(teacher.total, exponent(t_label, row.teacher_exp2_scale, finite(teacher.offset)))
+    return split_label(teacher.total, teacher.offset, t_label, row.teacher_exp2_scale)
 
 
 @triton.jit

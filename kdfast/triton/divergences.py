@@ -2,12 +2,13 @@
 
     D = sum_i phi(p_i, q_i)       psi = q * dphi/dq       dD/ds_i = (psi_i - q_i * sum_j psi_j) / T
 
-To add a divergence is to write these two, functions of (p, q, beta), and a row of DIVERGENCES; psi may lack a multiple
-of q. Their sums take a pass of their own over the row, once p and q are known; `constant` of (sum p, beta) is what phi
-lacks. A *linear* divergence spares that pass: there phi is linear in (log p, log q), each of its terms carries p or q,
-and it is given as these two parts, functions of (p or q, log p, log q, beta), whose sums run over unnormalised ones,
-and their shares of D, functions of beta. But for a multiple of q its psi is student_share q log(q / p) -
-teacher_share p.
+To add a divergence is to write these two, functions of (p, q, beta, rest), and a row of DIVERGENCES. rest is 1 - beta,
+rounded once; psi may lack a multiple of q. A mixture is a sum of numbers >= 0: p + rest (q - p) would cancel. Both
+sums take a pass of their own over the row, once p and q are known; `constant` of (sum p, beta, rest) is what phi lacks.
+
+A *linear* divergence spares that pass: there phi is linear in (log p, log q), each of its terms carries p or q, and it
+is given as these two parts, functions of (p or q, log p, log q, beta), whose sums run over unnormalised ones, and their
+shares of D, functions of (beta, rest). But for a multiple of q its psi is student_share q log(q / p) - teacher_share p.
 """
 
 from typing import Any, NamedTuple
@@ -77,17 +78,43 @@ def quotient(a, b):
 
 
 @triton.jit
-def log_ratio(a, b, difference):
-    """log(a / b) from a - b too, whose digits it has near equality; 0 where b, and with it a, is next to nothing."""
-    TERMS: tl.constexpr = 9 if a.dtype == tl.float64 else 4  # |w| < 1/8: what the first left out adds is rounded away
+def split_log_ratio(a, b, difference):
+    """w and a series with log(a / b) = 2 w (1 + series) for |w| < 1/8, and that logarithm for others."""
+    TERMS: tl.constexpr = 9 if a.dtype == tl.float64 else 4  # what the first left out adds is rounded away
     w = quotient(difference, a + b)
     series = w * w * (1.0 / (2 * TERMS + 1))
     for k in tl.static_range(1, TERMS):
         series = w * w * (series + 1.0 / (2 * (TERMS - k) + 1))
-    far = tl.log2(quotient(a, b)) * 0.6931471805599453
-    ratio = tl.where(tl.abs(w) < 0.125, 2 * (w + w * series), far)  # 2 atanh(w)
+    return w, series, tl.log2(quotient(a, b)) * 0.6931471805599453
+
+
+@triton.jit
+def select(w, near, far, a, b):
+    """By whether a and b are close; 0 where b, and with it a, is next to nothing."""
     NOTHING: tl.constexpr = 1e-300 if a.dtype == tl.float64 else 1e-37
-    return tl.where(b < NOTHING, 0, ratio)
+    return tl.where(b < NOTHING, 0, tl.where(tl.abs(w) < 0.125, near, far))
+
+
+@triton.jit
+def log_ratio(a, b, difference):
+    """log(a / b) from a - b too, whose digits it has near equality."""
+    w, series, far = split_log_ratio(a, b, difference)
+    return select(w, 2 * (w + w * series), far, a, b)
+
+
+@triton.jit
+def log_excess(a, b, difference):
+    """log(a / b) - (a - b) / b: the first-order terms cancel."""
+    w, series, far = split_log_ratio(a, b, difference)
+    u = quotient(difference, b)
+    return select(w, 2 * w * series - w * u, far - u, a, b)
+
+
+@triton.jit
+def kl_term(a, b, difference):
+    """a log(a / b) - (a - b), likewise."""
+    w, series, far = split_log_ratio(a, b, difference)
+    return select(w, difference * w + 2 * a * w * series, masked(a, far) - difference, a, b)
 
 
 # ---- linear ones ----
@@ -109,18 +136,18 @@ def reverse_kl(q, log_p, log_q, beta):
 
 
 @triton.jit
-def full_share(beta):
+def full_share(beta, rest):
     return beta * 0 + 1
 
 
 @triton.jit
-def forward_share(beta):
+def forward_share(beta, rest):
     return beta
 
 
 @triton.jit
-def reverse_share(beta):
-    return 1 - beta
+def reverse_share(beta, rest):
+    return rest
 
 
 @triton.jit
@@ -137,76 +164,72 @@ def student_log(q, log_p, log_q, beta):
 
 
 @triton.jit
-def jsd(p, q, beta):
-    m, d = beta * p + (1 - beta) * q, q - p
-    of_p = masked(p, log_ratio(p, m, (beta - 1) * d))
-    return beta * of_p + (1 - beta) * masked(q, log_ratio(q, m, beta * d))
+def jsd(p, q, beta, rest):
+    m, d = beta * p + rest * q, q - p
+    return beta * kl_term(p, m, -rest * d) + rest * kl_term(q, m, beta * d)
 
 
 @triton.jit
-def jsd_psi(p, q, beta):
-    return (1 - beta) * masked(q, log_ratio(q, beta * p + (1 - beta) * q, beta * (q - p)))
+def jsd_psi(p, q, beta, rest):
+    return rest * masked(q, log_ratio(q, beta * p + rest * q, beta * (q - p)))
 
 
 @triton.jit
-def skew_forward_kl(p, q, beta):
-    d = (1 - beta) * (q - p)
-    return masked(p, log_ratio(p, p + d, -d)) + d
+def skew_forward_kl(p, q, beta, rest):
+    return kl_term(p, beta * p + rest * q, rest * (p - q))
 
 
 @triton.jit
-def skew_forward_psi(p, q, beta):
-    m = p + (1 - beta) * (q - p)
-    return (beta - 1) * tl.where(p == q, q, tl.where(m == 0, m, q * (p / m)))
+def skew_forward_psi(p, q, beta, rest):
+    m = beta * p + rest * q
+    return rest * masked(q, quotient(rest * (q - p), m))
 
 
 @triton.jit
-def skew_forward_constant(mass, beta):
-    return (1 - beta) * (mass - 1)
+def skew_forward_constant(mass, beta, rest):
+    return rest * (mass - 1)
 
 
 @triton.jit
-def skew_reverse_kl(p, q, beta):
-    d = (1 - beta) * (p - q)
-    return masked(q, log_ratio(q, q + d, -d)) + d
+def skew_reverse_kl(p, q, beta, rest):
+    return kl_term(q, beta * q + rest * p, rest * (q - p))
 
 
 @triton.jit
-def skew_reverse_psi(p, q, beta):
-    d = (1 - beta) * (p - q)
-    m = q + d
-    return tl.where(m == 0, m, masked(q, log_ratio(q, m, -d) + beta * d / m))
+def skew_reverse_psi(p, q, beta, rest):
+    d, m = rest * (q - p), beta * q + rest * p
+    return masked(q, log_excess(q, m, d) + rest * quotient(d, m))
 
 
 @triton.jit
-def skew_reverse_constant(mass, beta):
-    return (1 - beta) * (1 - mass)
+def skew_reverse_constant(mass, beta, rest):
+    return rest * (1 - mass)
 
 
 @triton.jit
-def tvd(p, q, beta):
+def tvd(p, q, beta, rest):
     return tl.where(p == q, 0, tl.abs(q - p) / 2)
 
 
 @triton.jit
-def tvd_psi(p, q, beta):
+def tvd_psi(p, q, beta, rest):
     far = tl.where(p > q, -q / 2, tl.where(p < q, q / 2, p - q))  # the last is NaN
     return tl.where(p == q, 0, far)
 
 
 @triton.jit
-def hellinger(p, q, beta):
+def hellinger(p, q, beta, rest):
     d = tl.where(p == q, 0, tl.sqrt(q) - tl.sqrt(p))
     return d * d / 2
 
 
 @triton.jit
-def hellinger_psi(p, q, beta):
+def hellinger_psi(p, q, beta, rest):
     return tl.where(p == q, q, tl.sqrt(q) * tl.sqrt(p)) / -2
 
 
 @triton.jit
-def hellinger_constant(mass, beta):
+def hellinger_constant(mass, beta, rest):
     return (1 - mass) / 2
 
 
@@ -221,6 +244,6 @@ DIVERGENCES = {
     "skew_forward_kl": divergence(skew_forward_psi, phi=skew_forward_kl, constant=skew_forward_constant),
     "skew_reverse_kl": divergence(skew_reverse_psi, phi=skew_reverse_kl, constant=skew_reverse_constant),
     "tvd": divergence(tvd_psi, phi=tvd),
-    "dkd": divergence(over_teacher=forward_kl, teacher_share=full_share),  # of the others; see dkd.py
+    "dkd": divergence(over_teacher=forward_kl, teacher_share=full_share),  # of the others; see classifiers.py
     "hellinger": divergence(hellinger_psi, phi=hellinger, constant=hellinger_constant),
 }

@@ -28,12 +28,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast.gpu_choice import are_split, busy_share
 from kdfast.triton.spec import Spec
 
 LONG_LANES = 256
 TINY_CLASSES = 128  # of which a program takes several rows: a warp's lanes have vectors for 256 bf16 classes
 TINY_NUMBERS = 8  # of a tensor that a thread then has
-SPLIT_CLASSES = 32768  # rows with more than this
+MOST_SPLIT_TEACHERS = 4  # pass B of more teachers' segments spills: it has the totals of all of them to merge
 SEGMENTS = 64  # at most; a row's sums are merged by one tile
 LEAST_TILES = 3  # in a segment: its sums cost some 200 bytes, a hundredth of the traffic of so many classes
 
@@ -179,19 +180,13 @@ def program_count(rows: int, gpu: Gpu) -> int:
     return min(rows, 2 * gpu.multiprocessors)
 
 
-def busy_share(programs: int, gpu: Gpu) -> float:
-    """Of the device, while so many programs of a long row, or of segments, are worked off."""
-    at_once = 2 * gpu.multiprocessors
-    return programs / (triton.cdiv(programs, at_once) * at_once)
+def may_be_split(spec: Spec) -> bool:
+    return not (spec.standardize or spec.metrics) and spec.members <= MOST_SPLIT_TEACHERS
 
 
 def split_row(rows: int, vocab: int, tile: int, gpu: Gpu) -> tuple[int, int]:
-    """Into how many segments of how many classes, whole tiles, a row is split: (1, vocab) where it is not.
-
-    A fifth of the device may be idle before rows are split, for the second sweep over a whole row is from the L2 in
-    part.
-    """
-    if rows == 0 or vocab <= SPLIT_CLASSES or busy_share(rows, gpu) >= 0.8:
+    """Into how many segments of how many classes, whole tiles, a row is split: (1, vocab) where it is not."""
+    if not are_split(rows, vocab, gpu.multiprocessors):
         return 1, vocab
     tiles = triton.cdiv(vocab, tile)
     in_segment = _tiles_in_segment(rows, tiles, gpu)
@@ -202,5 +197,6 @@ def split_row(rows: int, vocab: int, tile: int, gpu: Gpu) -> tuple[int, int]:
 def _tiles_in_segment(rows: int, tiles: int, gpu: Gpu) -> int:
     """The most that keep nine tenths of the device busy, or as much of it as can be."""
     least = max(LEAST_TILES, triton.cdiv(tiles, SEGMENTS))
-    shares = {n: busy_share(rows * triton.cdiv(tiles, n), gpu) for n in range(triton.cdiv(tiles, 2), least - 1, -1)}
+    segments = {n: rows * triton.cdiv(tiles, n) for n in range(triton.cdiv(tiles, 2), least - 1, -1)}
+    shares = {n: busy_share(programs, gpu.multiprocessors) for n, programs in segments.items()}
     return next((n for n, share in shares.items() if share >= 0.9), max(shares, key=shares.__getitem__))

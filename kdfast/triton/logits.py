@@ -79,6 +79,12 @@ def adjust_logits(s, ts, row, SPEC: tl.constexpr):
     return Logits(adjust_student(s, row, SPEC), teachers)
 
 
+@triton.jit
+def mask_label(x, nothing, classes, row, SPEC: tl.constexpr):
+    """dkd: without the label, which its sums leave out."""
+    return tl.where(classes == row.label, nothing, x) if SPEC.dkd else x
+
+
 # ---- exponents to base 2 ----
 
 
@@ -93,10 +99,8 @@ def teacher_exp2_scale(temperature, SPEC: tl.constexpr):
     """What the teacher's logits are multiplied by."""
     if SPEC.target == "logits":
         return exp2_scale(temperature)
-    elif SPEC.target == "log_probs":
-        return temperature * 0 + LOG2E
     else:
-        return temperature * 0 + 1  # their logarithms are to base 2
+        return temperature * 0 + LOG2E
 
 
 @triton.jit
@@ -107,8 +111,8 @@ def finite(offset):
 
 @triton.jit
 def exponent(x, scale, offset):
-    """x * scale - offset, rounded once: offset and x * scale may be large and alike."""
-    return tl.fma(x, scale, -offset)
+    """log2 of an exp. Logits that are large and alike leave no rounding error: the difference comes first."""
+    return (x - offset) * scale
 
 
 # ---- the teachers' distributions ----
@@ -131,7 +135,7 @@ def teacher_logits(tiles, weights, SPEC: tl.constexpr):
     for k in tl.static_range(len(tiles)):
         x = tiles[k]
         if SPEC.target == "probs":
-            x = tl.log2(x)
+            x = tl.log(x)
         logits = logits + (x,)
     return (weighted_mean(logits, weights),) if SPEC.joint else logits
 

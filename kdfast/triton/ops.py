@@ -11,6 +11,7 @@ from kdfast import row_math
 from kdfast.arguments import Inputs, Settings
 from kdfast.triton import launch, matrices, reductions, row_kernels, softmax_kernels, tiny_rows
 from kdfast.triton.call import Call
+from kdfast.triton.many_teachers import take_any_number
 from kdfast.triton.matrices import arithmetic_dtype, make_readable, matrix
 from kdfast.triton.prepared import Kernels, matrix_kind, pointer_kind, remember
 from kdfast.triton.spec import Spec
@@ -24,12 +25,14 @@ for _module in (row_kernels, reductions, softmax_kernels, tiny_rows):
             hash(_function)  # asks for the key
 
 
+@take_any_number
 def loss_grad(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     loss, metrics = Call(student, inputs, settings).loss_grad(grad)
     return loss, grad, metrics
 
 
+@take_any_number
 def loss_grad_(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     call = Call(student, inputs, settings)
     results = call.loss_grad(call.student)
@@ -37,16 +40,19 @@ def loss_grad_(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Ten
     return results
 
 
+@take_any_number
 def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     return Call(student, inputs, settings).stats()
 
 
+@take_any_number
 def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     grad = student.new_empty(student.shape)
     Call(student, inputs, settings, reduced=False).grad(stats, grad_loss, grad)
     return grad
 
 
+@take_any_number
 def grad_(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> None:
     call = Call(student, inputs, settings, reduced=False)
     call.grad(stats, grad_loss, call.student)
@@ -58,11 +64,13 @@ def _shard(student: Tensor, inputs: Inputs, settings: Settings) -> Call:
     return Call(student, inputs, settings._replace(reduction="sum", metrics=False, standardize=False), shard=True)
 
 
+@take_any_number
 def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    """row_math.Sums of whatever classes are given, (rows, 13); a label that is not among them adds nothing."""
+    """row_math.Sums of whatever classes are given, (rows, 12); a label that is not among them adds nothing."""
     return _shard(student, inputs, settings).sums()
 
 
+@take_any_number
 def pointwise_sums(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """Sums of all shards, with phi and psi of this shard's classes."""
     call = _shard(student, inputs, settings)

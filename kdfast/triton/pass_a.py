@@ -1,15 +1,15 @@
 """Pass A over a row, tile by tile; csrc/cpu/row_sums.h has it in C++.
 
-Per row, in base 2, with scale = log2(e) / T and an offset o near the row's largest exponent (-inf where every class is
+Per row, in base 2, with scale = log2(e) / T and the offset o, the row's largest logit (-inf where every class is
 masked, and counted as 0 then):
 
-    y_i = scale * s_i - o        Q_i = 2^y_i        q_i = Q_i / sum Q        the teacher's likewise
+    y_i = (s_i - o) scale        Q_i = 2^y_i        q_i = Q_i / sum Q        the teacher's likewise
     hard term: exps at temperature 1 are Q_i^T for small whole T (SPEC.power), else computed from the logits
 
 Each lane keeps the sums of its own classes and its own offset, which grows as larger logits come by. Lanes, tiles and
-segments of a row are merged by one rule, in sums.py: to bring sums from an old to a new offset, d = old - new,
+segments of a row are merged by one rule, in sums.py: to bring sums from an old to a new offset, d = (old - new) scale,
 
-    sum' = sum * 2^d            part' = (part + phi's part(sum P, d_teacher, d_student)) * 2^d_teacher
+    sum' = sum * 2^d            part' = part * 2^d_teacher + phi's part(sum P', d_teacher, d_student)
 
 A teacher's probabilities given as such have the offset 0. dkd's exps are those of the classes that are not the label.
 """
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from kdfast.triton import classifiers, metrics
-from kdfast.triton.logits import exponent, finite, teacher_logits, teacher_probabilities
+from kdfast.triton.logits import exponent, finite, mask_label, teacher_logits, teacher_probabilities
 from kdfast.triton.spec import INF, LOG2E
 from kdfast.triton.tiles import fill_lanes
 
@@ -38,7 +38,6 @@ class Sums(NamedTuple):
 
     student_offset: Any
     student_total: Any  # sum Q
-    hard_offset: Any  # of a row's; the lanes' follows from student_offset
     hard_total: Any  # sum of exps at temperature 1
     over_student: Any  # of each function of SPEC.running.over_student
     exponents: Any  # label smoothing: sum of log2 of exps at temperature 1
@@ -62,50 +61,32 @@ def scaled(total, d):
 
 
 @triton.jit
-def hard_offset(offset, row, SPEC: tl.constexpr):
-    """The offset of exps at temperature 1: whole, for a product that the compiler fused with what it is subtracted
-    from would not be the rounded one that other exps had subtracted."""
-    if SPEC.power > 0:
-        return offset * SPEC.power
-    elif SPEC.standardize:
-        return tl.floor(offset * (row.temperature * row.scalings.student.d))
-    else:
-        return tl.floor(offset * row.temperature)
+def logit_unit(row, SPEC: tl.constexpr):
+    """What the student's logits, as the sums have them, are multiplied by at temperature 1."""
+    return row.scalings.student.d if SPEC.standardize else row.logit_scale
 
 
 @triton.jit
-def hard_offset_change(old, new, row, SPEC: tl.constexpr):
-    """How far the old offset of exps at temperature 1 is above the new one."""
+def hard_scale(row, SPEC: tl.constexpr):
+    """The exp2_scale of temperature 1."""
     if SPEC.power > 0:
-        return (old - new) * SPEC.power
+        return row.exp2_scale * SPEC.power
     else:
-        return hard_offset(old, row, SPEC) - hard_offset(new, row, SPEC)
-
-
-@triton.jit
-def hard_exponent(s, y, offset, row, SPEC: tl.constexpr):
-    """log2 of an exp at temperature 1, from the logit and hard_offset's offset, or from the exponent at T."""
-    if SPEC.power > 0:
-        return y * SPEC.power
-    else:
-        scale = tl.full((), LOG2E, SPEC.dtype)
-        scale = scale * (row.scalings.student.d if SPEC.standardize else row.logit_scale)
-        return exponent(s, scale, offset)
+        return logit_unit(row, SPEC) * LOG2E
 
 
 @triton.jit
 def label_exponent(s_label, student_offset, row, SPEC: tl.constexpr):
     """row_math.Sums's label, from its logit: log2 of its exp at temperature 1."""
-    offset = finite(student_offset)
-    return hard_exponent(s_label, exponent(s_label, row.exp2_scale, offset), hard_offset(offset, row, SPEC), row, SPEC)
+    return exponent(s_label, hard_scale(row, SPEC), finite(student_offset))
 
 
 @triton.jit
-def hard_exps(s, y, e, offset, row, SPEC: tl.constexpr):
+def hard_exps(s, e, offset, row, SPEC: tl.constexpr):
     """Exps at temperature 1, from the logits or from the exps at T."""
     POWER: tl.constexpr = SPEC.power
     if POWER == 0:
-        return tl.exp2(hard_exponent(s, y, offset, row, SPEC))
+        return tl.exp2(exponent(s, hard_scale(row, SPEC), offset))
     else:
         power = e
         for _ in tl.static_range(1, POWER):
@@ -139,15 +120,15 @@ def no_sums(difference, SPEC: tl.constexpr):
     if SPEC.metrics:
         best = metrics.Bests(metrics.no_best(SPEC), metrics.no_best(SPEC))
     over_student = repeat(nothing, len(SPEC.running.over_student))
-    return Sums(nothing - INF, nothing, (), nothing, over_student, exponents, classes, teachers, differences, best)
+    return Sums(nothing - INF, nothing, nothing, over_student, exponents, classes, teachers, differences, best)
 
 
 @triton.jit
 def rescale(sums, functions: tl.constexpr, total, d, dt, ds, beta):
-    """Running sums, from one offset, d above the new one, to another."""
+    """Running sums, from one offset, d above the new one, to another, where their sum of exps is `total`."""
     out = ()
     for k in tl.static_range(len(sums)):
-        out = out + (scaled(sums[k] + functions[k](total, dt, ds, beta), d),)
+        out = out + (scaled(sums[k], d) + functions[k](total, dt, ds, beta),)
     return out
 
 
@@ -161,10 +142,12 @@ def add_terms(sums, functions: tl.constexpr, p, log_p, log_q, beta):
 
 
 @triton.jit
-def add_teacher(teacher, p, log_p, log_q, dt, ds, row, SPEC: tl.constexpr):
-    """A teacher's running sums at their new offset, with a tile's added."""
-    running = rescale(teacher.over_teacher, SPEC.running.over_teacher, teacher.total, dt, dt, ds, row.beta)
-    return add_terms(running, SPEC.running.over_teacher, p, log_p, log_q, row.beta)
+def add_teacher(teacher, offset, p, log_p, log_q, dt, ds, row, SPEC: tl.constexpr):
+    """A teacher's sums at their new offset, with a tile's added."""
+    total = teacher.total * tl.exp2(dt)
+    running = rescale(teacher.over_teacher, SPEC.running.over_teacher, total, dt, dt, ds, row.beta)
+    running = add_terms(running, SPEC.running.over_teacher, p, log_p, log_q, row.beta)
+    return TeacherSums(offset, total + tl.sum(p, 1), running)
 
 
 @triton.jit
@@ -177,22 +160,23 @@ def accumulate(sums, tile, context, row, SPEC: tl.constexpr):
     if SPEC.difference:
         differences = classifiers.add_differences(differences, tile, row, SPEC)
 
-    s = classifiers.mask_label(s, float("-inf"), classes, row, SPEC)
-    higher = tl.maximum(sums.student_offset, tl.max(s, 1) * row.exp2_scale)
+    s = mask_label(s, float("-inf"), classes, row, SPEC)
+    higher = tl.maximum(sums.student_offset, tl.max(s, 1))
     new = finite(higher)
     old = old_offset(sums.student_offset, new)
-    ds = old - new
+    ds = exponent(old, row.exp2_scale, new)
     y = exponent(s, row.exp2_scale, new[:, None])
     e = tl.exp2(y)
-    total = sums.student_total * tl.exp2(ds) + tl.sum(e, 1)
+    moved = sums.student_total * tl.exp2(ds)
+    total = moved + tl.sum(e, 1)
     hard, exponents, count = sums.hard_total, sums.exponents, sums.classes
     if SPEC.hard:
-        at_1 = hard_offset(new, row, SPEC)[:, None]
-        hard = hard * tl.exp2(hard_offset_change(old, new, row, SPEC)) + tl.sum(hard_exps(s, y, e, at_1, row, SPEC), 1)
+        change = exponent(old, hard_scale(row, SPEC), new)
+        hard = hard * tl.exp2(change) + tl.sum(hard_exps(s, e, new[:, None], row, SPEC), 1)
     if SPEC.smoothed:
         real = tile.mask & (classes != row.label) if SPEC.dkd else tile.mask
-        change = hard_offset_change(old, new, row, SPEC)
-        y_hard = tl.where(real, hard_exponent(s, y, hard_offset(new, row, SPEC)[:, None], row, SPEC), 0)
+        change = exponent(old, hard_scale(row, SPEC), new)
+        y_hard = tl.where(real, exponent(s, hard_scale(row, SPEC), new[:, None]), 0)
         exponents = exponents + count * change + tl.sum(y_hard, 1)
         count = count + tl.sum(real.to(SPEC.dtype), 1)
 
@@ -200,23 +184,21 @@ def accumulate(sums, tile, context, row, SPEC: tl.constexpr):
     dt, log_p = ds, y
     if SPEC.teacher == "given":
         p, log_p = teacher_probabilities(tile.teachers, row.weights, SPEC)
-        p = classifiers.mask_label(p, 0, classes, row, SPEC)
+        p = mask_label(p, 0, classes, row, SPEC)
         teacher = sums.teachers[0]
         dt = teacher.offset
-        running = add_teacher(teacher, p, log_p, y, dt, ds, row, SPEC)
-        teachers = (TeacherSums(teacher.offset, teacher.total + tl.sum(p, 1), running),)
+        teachers = (add_teacher(teacher, teacher.offset, p, log_p, y, dt, ds, row, SPEC),)
     elif SPEC.teacher == "softmaxed":
         logits = teacher_logits(tile.teachers, row.weights, SPEC)
         for k in tl.static_range(len(logits)):
-            t = classifiers.mask_label(logits[k], float("-inf"), classes, row, SPEC)
+            t = mask_label(logits[k], float("-inf"), classes, row, SPEC)
             teacher = sums.teachers[k]
-            teacher_higher = tl.maximum(teacher.offset, tl.max(t, 1) * row.teacher_exp2_scale)
+            teacher_higher = tl.maximum(teacher.offset, tl.max(t, 1))
             base = finite(teacher_higher)
-            dt = old_offset(teacher.offset, base) - base
+            dt = exponent(old_offset(teacher.offset, base), row.teacher_exp2_scale, base)
             log_p = exponent(t, row.teacher_exp2_scale, base[:, None])
             p = tl.exp2(log_p)
-            running = add_teacher(teacher, p, log_p, y, dt, ds, row, SPEC)
-            teachers = teachers + (TeacherSums(teacher_higher, teacher.total * tl.exp2(dt) + tl.sum(p, 1), running),)
-    over_student = rescale(sums.over_student, SPEC.running.over_student, sums.student_total, ds, dt, ds, row.beta)
+            teachers = teachers + (add_teacher(teacher, teacher_higher, p, log_p, y, dt, ds, row, SPEC),)
+    over_student = rescale(sums.over_student, SPEC.running.over_student, moved, ds, dt, ds, row.beta)
     over_student = add_terms(over_student, SPEC.running.over_student, e, log_p, y, row.beta)
-    return Sums(higher, total, (), hard, over_student, exponents, count, teachers, differences, best)
+    return Sums(higher, total, hard, over_student, exponents, count, teachers, differences, best)

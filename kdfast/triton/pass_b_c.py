@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 from kdfast.triton import metrics
-from kdfast.triton.classifiers import difference, mask_label
+from kdfast.triton.classifiers import difference
 from kdfast.triton.divergences import masked
-from kdfast.triton.logits import exponent, softcap_derivative, teacher_logits, teacher_probabilities
+from kdfast.triton.logits import exponent, mask_label, softcap_derivative, teacher_logits, teacher_probabilities
 from kdfast.triton.pass_a import hard_exps
 from kdfast.triton.spec import LN2
 from kdfast.triton.sums import DivergenceSums, Softmaxes, TeacherSoftmax, sum_pair
@@ -29,27 +29,27 @@ def read_softmaxes(c, further, SPEC: tl.constexpr):
 
 
 @triton.jit
-def psi_terms(p, q, log_p, log_q, beta, SPEC: tl.constexpr):
+def psi_terms(p, q, log_p, log_q, beta, rest, SPEC: tl.constexpr):
     """psi, of a linear divergence but for a multiple of q."""
     psi = tl.zeros_like(p)
     if SPEC.divergence.phi is not None:
-        psi = SPEC.divergence.psi(p, q, beta)
+        psi = SPEC.divergence.psi(p, q, beta, rest)
     if SPEC.divergence.student_share is not None:
-        psi += SPEC.divergence.student_share(beta) * masked(q, log_q - log_p)
+        psi += SPEC.divergence.student_share(beta, rest) * masked(q, log_q - log_p)
     if SPEC.divergence.teacher_share is not None:
-        psi -= SPEC.divergence.teacher_share(beta) * p
+        psi -= SPEC.divergence.teacher_share(beta, rest) * p
     return psi
 
 
 @triton.jit
-def phi_terms(p, q, log_p, log_q, beta, SPEC: tl.constexpr):
+def phi_terms(p, q, log_p, log_q, beta, rest, SPEC: tl.constexpr):
     phi = tl.zeros_like(p)
     if SPEC.divergence.phi is not None:
-        phi = SPEC.divergence.phi(p, q, beta)
+        phi = SPEC.divergence.phi(p, q, beta, rest)
     if SPEC.divergence.over_teacher is not None:
-        phi += SPEC.divergence.teacher_share(beta) * SPEC.divergence.over_teacher(p, log_p, log_q, beta)
+        phi += SPEC.divergence.teacher_share(beta, rest) * SPEC.divergence.over_teacher(p, log_p, log_q, beta)
     if SPEC.divergence.over_student is not None:
-        phi += SPEC.divergence.student_share(beta) * SPEC.divergence.over_student(q, log_p, log_q, beta)
+        phi += SPEC.divergence.student_share(beta, rest) * SPEC.divergence.over_student(q, log_p, log_q, beta)
     return phi
 
 
@@ -92,19 +92,19 @@ def no_divergence_sums(SPEC: tl.constexpr):
 def add_divergence(sums, tile, softmaxes, row, SPEC: tl.constexpr):
     """Pass B: each lane's sums, with a tile added."""
     phi, psi, psi_z, q_z, kl, p_log_p, best = sums
-    classes, beta = tile.classes, row.beta
+    classes, beta, rest = tile.classes, row.beta, row.rest
     p, q, log_p, log_q, y, e = distributions(tile, softmaxes, row, SPEC)
     p = mask_label(p, 0, classes, row, SPEC)
     if SPEC.metrics and not SPEC.joint:
         best = metrics.update_best(best, p, classes, tile.mask)
     q = mask_label(q, 0, classes, row, SPEC)
-    of_psi = psi_terms(p, q, log_p, log_q, beta, SPEC)
+    of_psi = psi_terms(p, q, log_p, log_q, beta, rest, SPEC)
     second = of_psi
     if SPEC.divergence.phi is None:
         second = tl.zeros_like(p)
         if SPEC.divergence.over_student is not None:
-            second = SPEC.divergence.student_share(beta) * SPEC.divergence.over_student(q, log_p, log_q, beta)
-    phi += tl.sum(phi_terms(p, q, log_p, log_q, beta, SPEC), 1)
+            second = SPEC.divergence.student_share(beta, rest) * SPEC.divergence.over_student(q, log_p, log_q, beta)
+    phi += tl.sum(phi_terms(p, q, log_p, log_q, beta, rest, SPEC), 1)
     psi += tl.sum(second, 1)
     if SPEC.standardize:
         psi_z += tl.sum(masked(of_psi, tile.s), 1)
@@ -135,7 +135,7 @@ def gradient(tile, c, further, row, SPEC: tl.constexpr):
     if SPEC.divergence is not None:
         p, q, log_p, log_q, y, e = distributions(tile, read_softmaxes(c, further, SPEC), row, SPEC)
         if SPEC.divergence.phi is not None:
-            g = c.soft * (SPEC.divergence.psi(p, q, row.beta) - q * c.center)
+            g = c.soft * (SPEC.divergence.psi(p, q, row.beta, row.rest) - q * c.center)
         else:
             g = q * c.level
         if SPEC.divergence.student_share is not None:
@@ -147,7 +147,7 @@ def gradient(tile, c, further, row, SPEC: tl.constexpr):
         e = tl.exp2(y)
         g = c.soft * (difference(s, tile.teachers, row, SPEC) - c.center) if SPEC.difference else tl.zeros_like(s)
     if SPEC.labelled or SPEC.z_loss:
-        g += c.hard * (1 / c.hard_total) * hard_exps(s, y, e, c.hard_offset, row, SPEC)
+        g += c.hard * (1 / c.hard_total) * hard_exps(s, e, c.student_offset, row, SPEC)
     if SPEC.standardize:
         g += c.tilt * row.scalings.student.d * s
     if SPEC.labelled and SPEC.smoothed:

@@ -79,7 +79,7 @@ def make_row(temperature, teacher_temperature, numbers, label, SPEC: tl.constexp
         to_base_2, teacher_to_base_2 = to_base_2 * scale, teacher_to_base_2 * teacher_scale
     return Row(
         to_base_2, teacher_to_base_2, temperature, teacher_weights(numbers, SPEC.dtype),
-        number(numbers.beta, SPEC.dtype), label, scale, teacher_scale, caps, (),
+        number(numbers.beta, SPEC.dtype), number(numbers.rest, SPEC.dtype), label, scale, teacher_scale, caps, (),
     )  # fmt: skip
 
 

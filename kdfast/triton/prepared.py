@@ -22,7 +22,6 @@ from kdfast.triton.per_row import COUNTED_ROWS
 from kdfast.triton.spec import Spec
 
 MOST_KINDS = 512
-MOST_SPLIT_TEACHERS = 4
 ALIGNMENT = 64  # bytes of 8 classes in fp64: as many as a vector has where another dtype has 16 bits
 MOST_32_BITS = 2**31 - 1
 
@@ -107,9 +106,7 @@ class Prepared(Kernels):
         self.plan = launch.plan(self.vocab, self.read, self.gpu.warp, self.budget)
         self.sweep = launch.sweep_plan(self.vocab, self.read, self.gpu.warp, self.budget)
         self.segments, self.segment = 1, self.vocab
-        # pass B of many teachers' segments spills: it has the totals of all of them to merge
-        many = spec.members > MOST_SPLIT_TEACHERS
-        if not (self.plan.tiles or spec.standardize or spec.metrics or many):
+        if not self.plan.tiles and launch.may_be_split(spec):
             tile = self.sweep.lanes * self.sweep.vec
             self.segments, self.segment = launch.split_row(self.rows, self.vocab, tile, self.gpu)
         self.choice = next(self.choices())

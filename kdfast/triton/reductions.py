@@ -108,12 +108,10 @@ def merge_segments(
         logit, divisor = label_and_divisor(s, label, divisor_of_lanes(per_row, rows, ignore_index, SPEC), SPEC)
         at_label = label_logits(logit, ts, row, SPEC)
         sums = merge(load_parts(parts, index, segments, COLUMNS, SEGMENTS, SPEC), row, SPEC)
-        found = ()
-        if SPEC.divergence is not None:
-            if SPEC.linear:
-                found = linear_divergence(sums, row, SPEC)
-            else:
-                found = load_pointwise(pointwise, index, segments, SEGMENTS, SPEC)
+        if SPEC.linear:
+            found = linear_divergence(sums, row, SPEC)
+        else:
+            found = load_pointwise(pointwise, index, segments, SEGMENTS, SPEC)
         share = share_of_row(weight, numbers.scale, divisor, SPEC)
         divisors = softmaxes(sums, at_label, row, SPEC)
         result = row_result(sums, divisors, found, at_label, row, numbers, per_row, share, vocab, SPEC)
@@ -132,12 +130,10 @@ def losses_and_coefficients(
         row = load_row(per_row, index, numbers, label, SPEC)
         line = load_table_row(of_all, index, COLUMNS, SPEC)
         sums, columns = read_sums(line, SPEC), read_all_sums(line)
-        found = ()
-        if SPEC.divergence is not None:
-            if SPEC.linear:
-                found = linear_divergence(sums, row, SPEC)
-            else:
-                found = DivergenceSums(columns.phi, columns.psi, (), (), (), (), ())
+        if SPEC.linear:
+            found = linear_divergence(sums, row, SPEC)
+        else:
+            found = DivergenceSums(columns.phi, columns.psi, (), (), (), (), ())
         divisors, factors = softmaxes(sums, (), row, SPEC), term_factors(numbers, weight, SPEC)
         result = loss_and_coefficients(
             sums, divisors, found, columns.label, (), row, factors, columns.classes, SPEC

@@ -110,16 +110,12 @@ def row_stats(
     sums = no_sums(first_difference(s, ts, row, SPEC), SPEC)
     sums = merge(sweep(accumulate, sums, (), span, row, SPEC, KEEP_IN_CACHE=True), row, SPEC)
     divisors = softmaxes(sums, at_label, row, SPEC)
-    found = ()
-    if SPEC.divergence is not None:
-        if SPEC.linear:
-            found = linear_divergence(sums, row, SPEC)
-        else:
-            found = no_divergence_sums(SPEC)
-            found = sweep(
-                add_divergence, found, divisors, span, row, SPEC, NUMBER=2, KEEP_IN_CACHE=True, REVERSED=True
-            )  # fmt: skip
-            found = merge_divergence_sums(found, SPEC)
+    if SPEC.linear:
+        found = linear_divergence(sums, row, SPEC)
+    else:
+        found = no_divergence_sums(SPEC)
+        found = sweep(add_divergence, found, divisors, span, row, SPEC, NUMBER=2, KEEP_IN_CACHE=True, REVERSED=True)
+        found = merge_divergence_sums(found, SPEC)
     share = share_of_row(weight, numbers.scale, divisor, SPEC)
     result = row_result(sums, divisors, found, at_label, row, numbers, per_row, share, vocab, SPEC)
     store_row(per_row, index, rows, result, kept, label, share, SPEC)

@@ -13,6 +13,7 @@ from kdfast.row_math import Coefficients
 from kdfast.triton import classifiers, metrics
 from kdfast.triton.divergences import masked
 from kdfast.triton.logits import finite
+from kdfast.triton.pass_a import hard_scale, logit_unit
 from kdfast.triton.spec import INF, LN2, Further
 from kdfast.triton.sums import sum_over_student, sum_over_teacher, teacher_mass
 
@@ -44,8 +45,14 @@ class RowResult(NamedTuple):
 
 
 @triton.jit
+def without_rounding(divergence, SPEC: tl.constexpr):
+    """A divergence of distributions, of which rounding may leave less than 0; NaN stays."""
+    return tl.where(divergence < 0, 0, divergence) if SPEC.teacher == "softmaxed" else divergence
+
+
+@triton.jit
 def soft_term(sums, found, at_label, row, factors, classes, SPEC: tl.constexpr):
-    beta = row.beta
+    beta, rest = row.beta, row.rest
     nothing = sums.student_total * 0
     loss, level, slope, teacher, soft, center = nothing, nothing, nothing, nothing, nothing, nothing
     with_z, of_label, kl = nothing, nothing, nothing
@@ -71,9 +78,9 @@ def soft_term(sums, found, at_label, row, factors, classes, SPEC: tl.constexpr):
             divergence, over_student = found.phi, found.psi
             of_p = nothing
             if SPEC.divergence.student_share is not None:
-                slope = scale * SPEC.divergence.student_share(beta)
+                slope = scale * SPEC.divergence.student_share(beta, rest)
             if SPEC.divergence.teacher_share is not None:
-                share = SPEC.divergence.teacher_share(beta)
+                share = SPEC.divergence.teacher_share(beta, rest)
                 teacher = scale * share
                 of_p = share * teacher_mass(sums, row, SPEC)
             level = scale * (of_p - over_student)
@@ -83,35 +90,35 @@ def soft_term(sums, found, at_label, row, factors, classes, SPEC: tl.constexpr):
             center -= center * tl.fma(1 / sums.student_total, sums.student_total, nothing - 1)
             soft = scale
             if SPEC.divergence.constant is not None:
-                divergence += SPEC.divergence.constant(teacher_mass(sums, row, SPEC), beta)
+                divergence += SPEC.divergence.constant(teacher_mass(sums, row, SPEC), beta, rest)
         if SPEC.standardize:
             with_z = psi_scale * found.psi_z + (level - soft * center) * found.q_z
             if SPEC.dkd:
                 with_z += of_label * at_label.student
-        loss = divergence * (row.temperature * row.temperature if SPEC.t_squared else 1)
+        loss = without_rounding(divergence, SPEC) * (row.temperature * row.temperature if SPEC.t_squared else 1)
     return SoftTerm(loss, level, slope, teacher, soft, center, with_z, of_label, kl)
 
 
 @triton.jit
-def hard_term(sums, label, row, factors, classes, SPEC: tl.constexpr):
+def hard_term(sums, label, at_label, row, factors, classes, SPEC: tl.constexpr):
     """label: log2 of its exp at temperature 1."""
-    total = sums.hard_total
-    d = total * 0
+    total, offset, exponents = sums.hard_total, sums.student_offset, sums.exponents
     of_label, divisor = label, total
     if SPEC.dkd:
-        total, d = classifiers.total_with_label(sums.hard_total, label)
-        of_label = label - d
-        divisor = tl.where(sums.hard_total == 0, INF, total * tl.exp2(d))
+        offset = tl.maximum(offset, at_label.student)
+        total, change, of_label = classifiers.add_label(
+            total, sums.student_offset, at_label.student, hard_scale(row, SPEC)
+        )
+        divisor = total * tl.exp2(-change)  # infinite where there is no rest
+        if SPEC.smoothed:
+            exponents = exponents + masked(sums.classes, change) + of_label
     log_total = tl.log2(total)
     if SPEC.smoothed:
         e = factors.smoothing
-        mean = sums.exponents
-        if SPEC.dkd:
-            mean += label
-        cross_entropy = log_total - (1 - e) * of_label - e * (mean / classes - d)
+        cross_entropy = log_total - (1 - e) * of_label - e * (exponents / classes)
     else:
         cross_entropy = log_total - of_label
-    lse = (log_total + (d + finite(sums.hard_offset))) * LN2
+    lse = log_total * LN2 + finite(offset) * logit_unit(row, SPEC)
     if SPEC.standardize:
         lse += row.scalings.student.mean
     lse = tl.where(lse == -INF, lse * 0, lse)  # NaN where all classes are masked
@@ -133,7 +140,7 @@ def loss_and_coefficients(sums, softmaxes, found, label, at_label, row, factors,
         nothing,
     )
     if SPEC.hard:
-        of_hard = hard_term(sums, label, row, factors, classes, SPEC)
+        of_hard = hard_term(sums, label, at_label, row, factors, classes, SPEC)
         cross_entropy, hard_total = of_hard.cross_entropy, of_hard.total
         if SPEC.labelled:
             loss += factors.hard_weight * cross_entropy
@@ -157,8 +164,7 @@ def loss_and_coefficients(sums, softmaxes, found, label, at_label, row, factors,
     first = teachers[0]
     coefficients = Coefficients(
         softmaxes.student_offset, softmaxes.student_total, first.offset, first.total,
-        nothing + finite(sums.hard_offset), hard_total,
-        term.level, term.slope, term.teacher, term.soft, term.center, hard, of_label, uniform,
+        hard_total, term.level, term.slope, term.teacher, term.soft, term.center, hard, of_label, uniform,
         mean, tilt, unit, first.unit, first.mean, whole,
     )  # fmt: skip
     of_metrics = ()
@@ -222,4 +228,5 @@ def row_metrics(sums, found, at_label, row, term, cross_entropy, SPEC: tl.conste
         else:
             kl, teacher_entropy = found.kl, -found.p_log_p
             best = metrics.Bests(best.student, found.best)
+    kl = without_rounding(kl, SPEC)
     return metrics.RowMetrics(soft, cross_entropy, kl, student_entropy, teacher_entropy, best)

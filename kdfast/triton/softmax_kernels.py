@@ -41,7 +41,7 @@ def _write(state, tile, context, row, SPEC: tl.constexpr):
 @triton.jit
 def _softmax_of_row(inputs, output, temperatures, temperature, index, vocab, LOG: tl.constexpr, SPEC: tl.constexpr):
     t = row_number(temperatures, index, temperature, SPEC.dtype)
-    row = Row(exp2_scale(t), t, t, (), t, None, 1, 1, (), ())
+    row = Row(exp2_scale(t), t, t, (), t, t, None, 1, 1, (), ())
     starts, out = row_starts(inputs, index, 0), row_start(output, index)
     span = open_span(starts[0], starts[1:], vocab, True, SPEC)
     if len(inputs) == 1:

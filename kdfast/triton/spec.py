@@ -63,6 +63,7 @@ class Numbers(NamedTuple):
     hard_weight: Any
     scale: Any  # of the losses, besides the divisor
     beta: Any
+    rest: Any  # 1 - beta, of which the difference in fp64 is rounded
     label_smoothing: Any
     z_loss: Any
     logit_scale: Any
@@ -91,6 +92,7 @@ class Row(NamedTuple):
     temperature: Any
     weights: Any  # the teachers'
     beta: Any
+    rest: Any
     label: Any
     logit_scale: Any  # what logits lack of it: 1 where they are soft-capped, which takes it in
     teacher_logit_scale: Any

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from kdfast.triton import classifiers, metrics
-from kdfast.triton.logits import finite
-from kdfast.triton.pass_a import Sums, TeacherSums, hard_offset, hard_offset_change, old_offset, rescale, scaled
+from kdfast.triton.logits import exponent, finite
+from kdfast.triton.pass_a import Sums, TeacherSums, hard_scale, old_offset, rescale, scaled
 from kdfast.triton.spec import INF, LN2
 
 
@@ -75,10 +75,11 @@ def merge(sums, row, SPEC: tl.constexpr):
         highest = tl.max(sums.student_offset, 0)
     new = finite(highest)
     old = old_offset(sums.student_offset, new)
-    ds = old - new
+    ds = exponent(old, row.exp2_scale, new)
+    moved = scaled(sums.student_total, ds)
     hard = sums.hard_total
     if SPEC.hard:
-        hard = scaled(hard, hard_offset_change(old, new, row, SPEC))
+        hard = scaled(hard, exponent(old, hard_scale(row, SPEC), new))
     teachers = ()
     dt = ds
     for k in tl.static_range(len(sums.teachers)):
@@ -86,18 +87,18 @@ def merge(sums, row, SPEC: tl.constexpr):
         if SPEC.teacher == "softmaxed":
             teacher_highest = first_highest if k == 0 else tl.max(teacher.offset, 0)
             base = finite(teacher_highest)
-            dt = old_offset(teacher.offset, base) - base
+            dt = exponent(old_offset(teacher.offset, base), row.teacher_exp2_scale, base)
             total = scaled(teacher.total, dt)
         else:
             teacher_highest, dt, total = tl.max(teacher.offset, 0), teacher.offset, teacher.total
-        running = rescale(teacher.over_teacher, SPEC.running.over_teacher, teacher.total, dt, dt, ds, row.beta)
+        running = rescale(teacher.over_teacher, SPEC.running.over_teacher, total, dt, dt, ds, row.beta)
         added = sum_pairs((total,) + running)
         teachers = teachers + (TeacherSums(teacher_highest, added[0], added[1:]),)
-    running = rescale(sums.over_student, SPEC.running.over_student, sums.student_total, ds, dt, ds, row.beta)
-    added = sum_pairs((scaled(sums.student_total, ds), hard) + running)
+    running = rescale(sums.over_student, SPEC.running.over_student, moved, ds, dt, ds, row.beta)
+    added = sum_pairs((moved, hard) + running)
     exponents, classes, differences, best = sums.exponents, sums.classes, sums.differences, sums.best
     if SPEC.smoothed:
-        change = hard_offset_change(old, new, row, SPEC)
+        change = exponent(old, hard_scale(row, SPEC), new)
         exponents, classes = sum_pair(exponents + classes * change, classes)
     if SPEC.difference:
         first, second = sum_pair(differences.first, differences.second)
@@ -105,10 +106,7 @@ def merge(sums, row, SPEC: tl.constexpr):
         differences = classifiers.Differences(tl.max(differences.center, 0), first, second, with_z)
     if SPEC.metrics:
         best = metrics.Bests(metrics.merge_best(best.student), metrics.merge_best(best.teacher))
-    return Sums(
-        highest, added[0], hard_offset(highest, row, SPEC), added[1], added[2:], exponents, classes,
-        teachers, differences, best,
-    )  # fmt: skip
+    return Sums(highest, added[0], added[1], added[2:], exponents, classes, teachers, differences, best)
 
 
 @triton.jit
@@ -179,11 +177,16 @@ def teacher_mass(sums, row, SPEC: tl.constexpr):
 
 @triton.jit
 def linear_divergence(sums, row, SPEC: tl.constexpr):
-    """What pass B would find, from running sums."""
-    of_teacher = sums.student_total * 0
-    of_student = of_teacher
-    if SPEC.divergence.over_teacher is not None:
-        of_teacher = SPEC.divergence.teacher_share(row.beta) * sum_over_teacher(sums, 0, row, SPEC) * LN2
-    if SPEC.divergence.over_student is not None:
-        of_student = SPEC.divergence.student_share(row.beta) * sum_over_student(sums, 0, row, SPEC) * LN2
-    return DivergenceSums(of_teacher + of_student, of_student, (), (), (), (), ())
+    """What pass B would find, from running sums; () without a divergence."""
+    if SPEC.divergence is None:
+        return ()
+    else:
+        of_teacher = sums.student_total * 0
+        of_student = of_teacher
+        if SPEC.divergence.over_teacher is not None:
+            share = SPEC.divergence.teacher_share(row.beta, row.rest)
+            of_teacher = share * sum_over_teacher(sums, 0, row, SPEC) * LN2
+        if SPEC.divergence.over_student is not None:
+            share = SPEC.divergence.student_share(row.beta, row.rest)
+            of_student = share * sum_over_student(sums, 0, row, SPEC) * LN2
+        return DivergenceSums(of_teacher + of_student, of_student, (), (), (), (), ())

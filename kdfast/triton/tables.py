@@ -90,8 +90,8 @@ def read_coefficients(line, factor, teachers: tl.constexpr):
 def scale_coefficients(c, factor):
     """What the gradient is linear in, times a factor."""
     return Coefficients(
-        c.student_offset, c.student_total, c.teacher_offset, c.teacher_total, c.hard_offset, c.hard_total,
-        factor * c.level, factor * c.slope, factor * c.teacher, factor * c.soft, c.center, factor * c.hard,
+        c.student_offset, c.student_total, c.teacher_offset, c.teacher_total, c.hard_total, factor * c.level,
+        factor * c.slope, factor * c.teacher, factor * c.soft, c.center, factor * c.hard,
         factor * c.label, factor * c.uniform, c.mean, factor * c.tilt, c.student_unit, c.teacher_unit,
         c.teacher_mean, factor * c.at_label,
     )  # fmt: skip
@@ -123,8 +123,7 @@ def read_sums(line, SPEC: tl.constexpr):
         exponents, classes = s.exponents, s.classes
     over_student = (s.over_student,)[: len(SPEC.running.over_student)]
     return Sums(
-        s.student_offset, s.student_total, s.hard_offset, s.hard_total, over_student, exponents, classes,
-        teachers, differences, (),
+        s.student_offset, s.student_total, s.hard_total, over_student, exponents, classes, teachers, differences, (),
     )  # fmt: skip
 
 
@@ -169,8 +168,8 @@ def sum_columns(sums, label, classes, SPEC: tl.constexpr):
     if SPEC.smoothed:
         exponents = sums.exponents
     s = row_math.Sums(
-        sums.student_offset, sums.student_total, offset, total, sums.hard_offset, sums.hard_total,
-        over_teacher, over_student, label, exponents, nothing + classes, nothing, nothing,
+        sums.student_offset, sums.student_total, offset, total, sums.hard_total, over_teacher,
+        over_student, label, exponents, nothing + classes, nothing, nothing,
     )  # fmt: skip
     columns = ()
     for k in tl.static_range(len(s)):

@@ -10,7 +10,7 @@ import triton.language as tl
 from kdfast.row_math import Coefficients
 from kdfast.triton.classifiers import difference
 from kdfast.triton.logits import Logits, adjust_logits
-from kdfast.triton.pass_a import Sums, accumulate, hard_offset, label_exponent, no_sums
+from kdfast.triton.pass_a import accumulate, label_exponent, no_sums
 from kdfast.triton.pass_b_c import add_divergence, gradient, no_divergence_sums
 from kdfast.triton.per_row import (
     COUNTED_ROWS,
@@ -59,8 +59,7 @@ def _row_sums(tile, row, SPEC: tl.constexpr):
     center = tl.zeros((), SPEC.dtype)
     if SPEC.difference:
         center = tl.sum(tl.where(tile.classes == 0, difference(tile.s, tile.teachers, row, SPEC), 0), 1)
-    sums = accumulate(no_sums(center, SPEC), tile, (), row, SPEC)
-    return Sums(sums.student_offset, sums.student_total, hard_offset(sums.student_offset, row, SPEC), *sums[3:])
+    return accumulate(no_sums(center, SPEC), tile, (), row, SPEC)
 
 
 @triton.jit
@@ -69,16 +68,14 @@ def _row_results(tile, label, row, factors, vocab, SPEC: tl.constexpr):
     sums = _row_sums(tile, row, SPEC)
     at_label = Logits(tl.sum(tl.where(tile.classes == label[:, None], tile.s, 0), 1), ())
     divisors = softmaxes(sums, at_label, row, SPEC)
-    found = ()
-    if SPEC.divergence is not None:
-        if SPEC.linear:
-            found = linear_divergence(sums, row, SPEC)
-        else:
-            teachers = ()
-            for k in tl.static_range(len(divisors.teachers)):
-                teachers = teachers + (TeacherSoftmax(*as_columns(divisors.teachers[k])),)
-            of_tile = Softmaxes(divisors.student_offset[:, None], divisors.student_total[:, None], teachers)
-            found = add_divergence(no_divergence_sums(SPEC), tile, of_tile, row, SPEC)
+    if SPEC.linear:
+        found = linear_divergence(sums, row, SPEC)
+    else:
+        teachers = ()
+        for k in tl.static_range(len(divisors.teachers)):
+            teachers = teachers + (TeacherSoftmax(*as_columns(divisors.teachers[k])),)
+        of_tile = Softmaxes(divisors.student_offset[:, None], divisors.student_total[:, None], teachers)
+        found = add_divergence(no_divergence_sums(SPEC), tile, of_tile, row, SPEC)
     y = label_exponent(at_label.student, sums.student_offset, row, SPEC)
     return loss_and_coefficients(sums, divisors, found, y, at_label, row, factors, vocab.to(SPEC.dtype), SPEC)
 

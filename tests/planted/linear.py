@@ -27,7 +27,7 @@ MUTANTS = [
            "wide = grad_dtype(weight.dtype)",
            "A 16-bit weight's gradient is rounded after each chunk.", DTYPES),
     Mutant("linear-hidden-gradient-in-order", OPS,
-           "self.hidden[chunk.rows] = student.to_hidden(gradient)",
+           "as_matrix(self.hidden)[chunk.rows] = student.to_hidden(gradient)",
            "self.hidden[: len(gradient)] = student.to_hidden(gradient)",
            "The hidden states' gradient of every chunk goes to the first rows.", LINEAR),
     # fp16 alone, weights of which none is 1

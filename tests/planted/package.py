@@ -5,12 +5,14 @@ from planted.mutant import Mutant
 CALLS, LIMITS, ARGUMENTS = ("test_calls.py",), ("test_limits.py",), ("test_arguments.py",)
 AUTOGRAD, INPLACE, BACKENDS = ("test_autograd.py",), ("test_inplace.py",), ("test_backends.py",)
 REFERENCE, METRICS, COMPILE = ("test_reference.py",), ("test_metrics.py",), ("test_compile.py",)
-BUILD = ("test_build.py",)
+BUILD, TRANSFORMS, OF_THE_OPERATORS = ("test_build.py",), ("test_transforms.py",), ("test_operator_autograd.py",)
 CHECKS, TEACHERS, FUNCTIONS = "kdfast/checks.py", "kdfast/teachers.py", "kdfast/autograd.py"
+DERIVATIVES, PRIVATE = "kdfast/derivatives.py", "kdfast/torch_private.py"
+OPERATOR_AUTOGRAD = "kdfast/operator_autograd.py"
 OPERATORS, FAKES, CHOICE = "kdfast/ops.py", "kdfast/fakes.py", "kdfast/choice.py"
 TRUTH, CLASSIFIERS = "kdfast/reference.py", "kdfast/classifiers.py"
 GPU_CHOICE = "kdfast/gpu_choice.py"
-OPTIONS, ROWS = "kdfast/options.py", "kdfast/rows.py"
+OPTIONS, ROWS, OVERLAP = "kdfast/options.py", "kdfast/rows.py", "kdfast/overlap.py"
 
 OF_ARGUMENTS = [
     Mutant("default-alpha", CHECKS,
@@ -24,10 +26,24 @@ OF_ARGUMENTS = [
            'number = as_number("beta", beta)\n    if not 0 <= number <= 1:',
            'number = as_number("beta", beta)\n    if not 0 < number <= 1:',
            "beta=0 is an error and not the divergence that it stands for.", REFERENCE),
-    Mutant("inplace-on-a-view-of-a-leaf", CHECKS,
+    Mutant("inplace-on-a-view-of-a-leaf", OVERLAP,
            "        base = student._base\n", "        pass\n",
            "inplace=True overwrites a leaf through its view.", INPLACE),
-    Mutant("normalizer-may-require-grad", CHECKS,
+    Mutant("inplace-over-any-teacher", OVERLAP,
+           "        if overlap(student, other) and", "        if False and",
+           "inplace=True overwrites what it has yet to read.", ("test_overlap.py",)),
+    Mutant("inplace-refuses-what-lies-between", OVERLAP,
+           "if not below[at][0] <= rest <= below[at][1]:\n            continue",
+           "if not below[at][0] <= rest <= below[at][1]:\n            continue\n        return True",
+           "A teacher in the gaps of the student's memory is refused.", ("test_overlap.py",)),
+    Mutant("gradient-of-moved-classes", "kdfast/classes_last.py",
+           "grad.movedim(-1, ctx.dim).contiguous()", "grad.movedim(-1, ctx.dim)",
+           "The gradient of (N, C, H, W) logits lies in another order than they.", ("test_dim.py",)),
+    Mutant("floats-compile-again", OPTIONS,
+           "return hide_dynamic(inputs, settings) if torch.compiler.is_compiling() else (inputs, settings)",
+           "return inputs, settings",
+           "Under torch.compile each new float compiles again.", ("test_scalars.py",)),
+    Mutant("normalizer-may-require-grad", "kdfast/tensor_checks.py",
            "if tensor.requires_grad and torch.is_grad_enabled():",
            "if tensor.requires_grad and not torch.is_grad_enabled():",
            "A normalizer that requires grad silently gets none.", ARGUMENTS),
@@ -46,7 +62,7 @@ OF_ARGUMENTS = [
            "A teacher of weight 0 is read if it is not the first.", ("test_dropped_terms.py",)),
     # a teacher of just as many classes as there are
     Mutant("teacher-of-vocab-size", TEACHERS,
-           "teacher.shape[-1] < vocab_size", "teacher.shape[-1] <= vocab_size",
+           "classes < vocab_size", "classes <= vocab_size",
            "A teacher without padding beside a padded student is an error.", CALLS),
     Mutant("ends-of-jsd", "kdfast/divergences.py",
            'at_0="forward_kl",\n        at_1="reverse_kl",', 'at_0="reverse_kl",\n        at_1="forward_kl",',
@@ -54,7 +70,7 @@ OF_ARGUMENTS = [
     Mutant("teachers-temperature-is-1", OPTIONS,
            "teacher_temperatures = temperatures\n", "teacher_temperatures = None\n",
            "Temperatures per row are the student's alone.", CALLS),
-    Mutant("module-without-normalizer", "kdfast/losses.py",
+    Mutant("module-without-normalizer", "kdfast/modules.py",
            'self.options() | {"row_weight": row_weight, "normalizer": normalizer}',
            'self.options() | {"row_weight": row_weight, "normalizer": None}',
            "KDLoss ignores its normalizer.", ("test_module.py",)),
@@ -65,8 +81,7 @@ OF_ARGUMENTS = [
 
 OF_AUTOGRAD = [
     Mutant("no-version-bump", FUNCTIONS,
-           "loss, metrics = ops.loss_grad_(student, *inputs, *settings)\n            _mark_overwritten(student)",
-           "loss, metrics = ops.loss_grad_(student, *inputs, *settings)",
+           "        _mark_overwritten(student)\n        return results", "        return results",
            "Who saved the logits before inplace=True uses a gradient in their place.", INPLACE),
     # fp16, and reduction "none", alone
     Mutant("no-version-bump-in-backward", FUNCTIONS,
@@ -79,21 +94,47 @@ OF_AUTOGRAD = [
     Mutant("fp16-gradient-in-forward", FUNCTIONS,
            'settings.reduction == "none" or student.dtype == torch.float16', 'settings.reduction == "none"',
            "Small fp16 gradients are 0 before a loss scaler can save them.", ("test_training.py",)),
-    Mutant("double-backward-is-silent", FUNCTIONS,
-           "if torch.is_grad_enabled() and not torch.compiler.is_compiling():\n        raise RuntimeError(",
-           "if torch.is_grad_enabled() and torch.compiler.is_compiling():\n        raise RuntimeError(",
+    Mutant("double-backward-is-silent", DERIVATIVES,
+           "if torch.is_grad_enabled() and not ctx.transformed:", "if torch.is_grad_enabled() and ctx.transformed:",
            "With create_graph=True the gradient looks like a constant.", AUTOGRAD),
-    Mutant("softmaxs-double-backward-is-silent", FUNCTIONS,
-           "not torch.compiler.is_compiling():\n            return reference",
-           "torch.compiler.is_compiling():\n            return reference",
+    Mutant("softmaxs-double-backward-is-silent", "kdfast/softmax.py",
+           "args = (grad, output,", "args = (grad, output.detach(),",
            "The gradient of tempered_softmax looks like a constant.", ("test_tempered_softmax.py",)),
     Mutant("inference-tensors-are-saved", FUNCTIONS,
            "if t is not None and t.is_inference()}", "if t is not None and t.is_inference() and t.requires_grad}",
            'A teacher made under inference_mode is an error with reduction="none".', AUTOGRAD),
+    Mutant("transforms-see-no-outer-level", PRIVATE,
+           "if functorch_is_active() else ()", "if not functorch_is_active() else ()",
+           "The gradient of a gradient by torch.func is 0.", TRANSFORMS),
+    Mutant("tangents-are-lost", OPERATOR_AUTOGRAD,
+           "or has_tangent(x))", "or False)", "An operator drops the tangent that forward_ad gave it.", TRANSFORMS),
+    Mutant("tangent-of-a-gradient-is-a-constants", DERIVATIVES,
+           "for other in others) or forward_ad_is_active():", "for other in others):",
+           "The tangent of a gradient is 0.", TRANSFORMS),
+    Mutant("tangent-of-a-tangent-is-nan", DERIVATIVES,
+           "if jvp_depth() > 1:", "if jvp_depth() > 2:", "A second derivative by forward-mode AD is NaN.", TRANSFORMS),
+    Mutant("half-tangents-underflow", FUNCTIONS,
+           "student.float() if student.dtype == torch.float16 else student  # a", "student  # a",
+           "Gradients and tangents of fp16 under transforms are 0 where they are small.", TRANSFORMS),
+    Mutant("vmap-of-an-operator", OPERATORS,
+           '        _library.impl(_name, refuse_vmap, "FuncTorchBatched")\n', "",
+           "torch.vmap fails with an error of PyTorch's that does not say what to do.", TRANSFORMS),
+    Mutant("operators-gradient-looks-constant", FUNCTIONS,
+           "        if ctx.fast:\n            ctx.mark_non_differentiable(*output[1:])",
+           "        if True:\n            ctx.mark_non_differentiable(*output[1:])",
+           "The gradient that loss_grad returns is a constant to autograd.", OF_THE_OPERATORS),
+    Mutant("overwritten-tensor-looks-constant", DERIVATIVES,
+           "ctx.mark_dirty(output)", "ctx.mark_non_differentiable(output)",
+           "What an operator has overwritten keeps the graph of what it was.", OF_THE_OPERATORS),
+    Mutant("exported-inplace-loss-allocates", FUNCTIONS,
+           "return ops.stats_for_inplace if wants_grad and inplace else ops.stats", "return ops.stats",
+           'A compiled loss of reduction "none" makes a gradient beside the logits.', OF_THE_OPERATORS),
+    Mutant("frozen-head-gets-none", "kdfast/linear_autograd.py",
+           "if need and not want:", "if need and not want and False:",
+           "A head that was frozen at export gets no gradient, without an error.", OF_THE_OPERATORS),
     # ---- memory alone: numbers stay right ----
     Mutant("teacher-is-kept", FUNCTIONS,
-           "ctx.ops, ctx.inplace, ctx.has_run = ops, inplace, False",
-           "ctx.ops, ctx.inplace, ctx.has_run, ctx.inputs = ops, inplace, False, inputs",
+           "ctx.has_run, ctx.transformed = False,", "ctx.inputs, ctx.has_run, ctx.transformed = inputs, False,",
            "A loss whose gradient is made holds on to its teacher.", AUTOGRAD),
     Mutant("gradient-scaled-elsewhere", FUNCTIONS,
            "        ctx.ops.scale_(grad, grad_loss)\n        return grad, None",

@@ -9,7 +9,7 @@ OPTIONS, FAULTS, LAYOUTS = (
     ("test_calls.py", "test_layouts.py"),
 )
 LAUNCHES, STATIC, TRAFFIC = ("test_triton_launches.py",), ("test_triton_static.py",), ("test_triton_traffic.py",)
-DROPPED = ("test_dropped_terms.py",)
+DROPPED, DIGITS, MANY = ("test_dropped_terms.py",), ("test_digits.py",), ("test_many_teachers.py",)
 
 
 def _in(name: str) -> str:
@@ -18,7 +18,7 @@ def _in(name: str) -> str:
 
 PASS_A, SUMS, DIVERGENCES = _in("pass_a"), _in("sums"), _in("divergences")
 PASS_B_C, ROW_MATH, KERNELS = _in("pass_b_c"), _in("row_math"), _in("row_kernels")
-CLASSIFIERS = _in("classifiers")
+CLASSIFIERS, PER_ROW = _in("classifiers"), _in("per_row")
 
 OF_NUMBERS = [
     Mutant("triton-parts-offsets-swapped", PASS_A,
@@ -26,10 +26,10 @@ OF_NUMBERS = [
            "At a new offset the running sums take the student's for the teacher's.", CALLS),
     # rows of several tiles, where a later one is above the first
     Mutant("triton-total-at-an-old-offset", PASS_A,
-           "teacher.total * tl.exp2(dt) + tl.sum(p, 1)", "teacher.total + tl.sum(p, 1)",
+           "total = teacher.total * tl.exp2(dt)", "total = teacher.total",
            "A lane's sum of the teacher's exps stays at the offset that it had.", CALLS),
     Mutant("triton-lanes-hard-sums-unmoved", SUMS,
-           "hard = scaled(hard, hard_offset_change(old, new, row, SPEC))", "hard = scaled(hard, ds)",
+           "hard = scaled(hard, exponent(old, hard_scale(row, SPEC), new))", "hard = scaled(hard, ds)",
            "Lanes' sums at temperature 1 are merged as those at T.", CALLS),
     # T = 3 and 4 alone
     Mutant("triton-power-by-squaring", PASS_A,
@@ -50,7 +50,7 @@ OF_NUMBERS = [
            "Reverse KL's gradient does not sum to 0.", CALLS),
     # beta alone: at its default, 1/2, both are equal
     Mutant("triton-symmetric-psi", DIVERGENCES,
-           "return 1 - beta", "return beta",
+           "return rest\n\n\n@triton.jit\ndef teacher_log", "return beta\n\n\n@triton.jit\ndef teacher_log",
            "Symmetric KL's gradient weighs log(q / p) with the other share.", CALLS),
     Mutant("triton-series-too-far", DIVERGENCES,
            "tl.abs(w) < 0.125", "tl.abs(w) < 0.5",
@@ -84,12 +84,32 @@ OF_NUMBERS = [
            "better = (value > best.value) | ((value == best.value) & (index < best.index))",
            "better = value > best.value",
            "Of equal maxima that one lane meets the first met counts, not the first class.", METRICS),
+    # logits above 1e9
+    Mutant("triton-exponent-less-a-rounded-offset", _in("logits"),
+           "return (x - offset) * scale", "return tl.fma(x, scale, -(offset * scale))",
+           "Exponents have the rounding error of the offset's own, which may be hundreds of bits.", DIGITS),
+    Mutant("triton-negative-divergence", ROW_MATH,
+           "tl.where(divergence < 0, 0, divergence)", "divergence",
+           "Where p is near q a divergence may be below 0.", DIGITS),
+    Mutant("triton-rest-of-a-rounded-beta", PER_ROW,
+           "number(numbers.rest, SPEC.dtype)", "1 - number(numbers.beta, SPEC.dtype)",
+           "Where beta is near 1, 1 - beta has two digits.", DIGITS),
+    Mutant("triton-mixture-by-a-difference", DIVERGENCES,
+           "m, d = beta * p + rest * q, q - p", "m, d = p + rest * (q - p), q - p",
+           "Where beta is near 0 jsd's mixture has no digits of a small q.", DIGITS),
+    # more than 8 teachers
+    Mutant("triton-many-teachers-scaled-twice", _in("many_teachers"),
+           "settings = settings._replace(teacher_logit_scale=1.0)", "pass",
+           "Of more teachers than a kernel takes the soft-capped logits are scaled once more.", MANY),
+    Mutant("triton-many-teachers-tempered-twice", _in("many_teachers"),
+           'target="logits", teacher_temperature=1.0', 'target="logits"',
+           "Of more teachers than a kernel takes the given log-probabilities are tempered once more.", MANY),
     Mutant("triton-softmax-gradient-without-t", _in("softmax_kernels"),
            "tile.s * (tile.teachers[0] - found) * (1 / row.temperature)", "tile.s * (tile.teachers[0] - found)",
            "The gradient of tempered_softmax lacks its 1 / T.", ("test_tempered_softmax.py",)),
 ]  # fmt: skip
 
-TILES, PER_ROW, REDUCTIONS = _in("tiles"), _in("per_row"), _in("reductions")
+TILES, REDUCTIONS = _in("tiles"), _in("reductions")
 
 OF_MEMORY = [
     Mutant("triton-tail-counted-twice", TILES,
@@ -162,7 +182,7 @@ OF_SPEED = [
            "return (FULL_BUDGET, OPTIONS_BUDGET,", "return (FULL_BUDGET, FULL_BUDGET,",
            "Kernels with an option spill registers.", STATIC),
     Mutant("triton-pointwise-rows-are-whole", _in("prepared"),
-           "if not (self.plan.tiles or", "if spec.linear and not (self.plan.tiles or",
+           "if not self.plan.tiles and", "if spec.linear and not self.plan.tiles and",
            "Few and long rows of a divergence with a pass B have one program each.", LAUNCHES),
     Mutant("triton-nvidia-by-its-lanes", LAUNCH,
            'gpu.backend == "cuda"', "self.lanes == 32 * self.warps",

@@ -1,0 +1,81 @@
+"""More teachers than a kernel takes: they are made one before it. The largest ensemble of the paper has 61."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast import reference, reference_sums
+from kdfast.arguments import Inputs, Settings
+from kdfast.row_math import MOST_TEACHERS
+from kdfast.rows import loss_dtype
+
+
+def take_any_number(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator whose kernels take MOST_TEACHERS, for any number of them.
+
+    Teachers that are each standardized by itself are no one teacher that would be: these calls go to the reference.
+    """
+
+    @functools.wraps(operator)
+    def call(student: Tensor, *args: Any) -> Any:
+        *tables, inputs, settings = args
+        if len(inputs.teachers) <= MOST_TEACHERS:
+            return operator(student, *args)
+        if settings.standardize:
+            plain = reference if hasattr(reference, operator.__name__) else reference_sums
+            return getattr(plain, operator.__name__)(student, *args)
+        return operator(student, *tables, *as_one(student, inputs, settings))
+
+    return call
+
+
+def as_one(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:
+    """The ensemble as one, (..., V), a teacher at a time: sum w_k p_k as probabilities, or sum w_k z_k as logits.
+
+    z_k are a geometric ensemble's logits before T' divides them, or its log-probabilities.
+    """
+    classes = student.shape[-1] if settings.vocab_size < 0 else settings.vocab_size
+    total = student.new_zeros((*student.shape[:-1], classes), dtype=loss_dtype(student))
+    member = _probabilities if settings.ensemble == "arithmetic" else _logits
+    for teacher, weight in zip(inputs.teachers, settings.teacher_weights, strict=True):
+        total.add_(member(teacher[..., :classes], inputs, settings, total.dtype), alpha=weight)
+    if settings.ensemble == "arithmetic":
+        settings = settings._replace(target="probs", teacher_logit_scale=1.0)
+    elif settings.target != "logits":
+        inputs = inputs._replace(teacher_temperatures=None)
+        settings = settings._replace(target="logits", teacher_temperature=1.0)
+    elif settings.teacher_softcap:
+        settings = settings._replace(teacher_logit_scale=1.0)
+    return inputs._replace(teachers=[total]), settings._replace(teacher_weights=[1.0], teacher_softcap=0.0)
+
+
+def _capped(teacher: Tensor, settings: Settings, dtype: torch.dtype) -> Tensor:
+    """A teacher's logits; soft-capped ones are scaled too."""
+    if not settings.teacher_softcap:
+        return teacher
+    return reference.softcap(settings.teacher_logit_scale * teacher.to(dtype), settings.teacher_softcap)
+
+
+def _logits(teacher: Tensor, inputs: Inputs, settings: Settings, dtype: torch.dtype) -> Tensor:
+    if settings.target == "logits":
+        return _capped(teacher, settings, dtype)
+    return teacher.to(dtype).log() if settings.target == "probs" else teacher
+
+
+def _probabilities(teacher: Tensor, inputs: Inputs, settings: Settings, dtype: torch.dtype) -> Tensor:
+    if settings.target == "probs":
+        return teacher
+    if settings.target == "log_probs":
+        return teacher.to(dtype).exp()
+    scale = 1.0 if settings.teacher_softcap else settings.teacher_logit_scale
+    logits, temperatures = _capped(teacher, settings, dtype), inputs.teacher_temperatures
+    return torch.ops.kdfast_triton.tempered_softmax(
+        logits.double() if dtype == torch.float64 else logits,
+        None if temperatures is None else temperatures.to(dtype) / scale,
+        settings.teacher_temperature / scale,
+        False,
+        dtype,
+    )
