@@ -126,11 +126,10 @@ def test_minmax_of_pairs(op, kind, one, three, nan, infinity):
     want = [three, three, one, 0, 0x7FFF, one, 0]
     if op == "min":
         want = [one, one | 0x8000, one, 0x8000, 0x7FFF, infinity | 0x8000, 0x8000]
-    neighbours = [zip(x, x[1:] + x[:1], strict=True) for x in (a, b, want)]
-    pairs = [np.array([low | high << 16 for low, high in each], np.uint32) for each in neighbours]
+    a, b, want = (np.array(x, np.uint32) | np.roll(x, -1).astype(np.uint32) << 16 for x in (a, b, want))
     code = f"{op}.{kind}x2 %d0, %a0, %a1;"
-    d = run(code, [("b32", pairs[0]), ("b32", pairs[1])], [("b32", np.uint32)])
-    assert (d == pairs[2]).all()
+    d = run(code, [("b32", a), ("b32", b)], [("b32", np.uint32)])
+    assert (d == want).all()
 
 
 @pytest.mark.parametrize(
