@@ -164,3 +164,15 @@ def test_a_mixture_has_its_digits_at_every_beta(backend: str, divergence: str) -
         atol = 1e-5 if backend == "reference" else 1e-11  # it has eager PyTorch's logarithms of sums
         torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=atol)
         assert ((grad - of_truth).abs() <= 1e-5 * of_truth.abs().max() + atol).all()
+
+
+@pytest.mark.parametrize("divergence", MIXTURES)
+def test_a_mixture_that_underflows_is_no_class(backend: str, divergence: str) -> None:
+    """The probability of one side is denormal, the other's 0: their mixture is 0, and not a divisor."""
+    one, other = torch.zeros(1, 2000), torch.zeros(1, 2000)
+    one[0, 5], other[0, 5] = -87.0, -math.inf
+    for beta, (student, teacher) in itertools.product((BETAS[0], BETAS[-1]), ((one, other), (other, one))):
+        settings: dict[str, Any] = {"divergence": divergence, "beta": beta, "reduction": "none", "backend": backend}
+        loss, grad = run(student, teacher, **settings)
+        assert loss.abs().max() <= 1e-6
+        assert grad.abs().max() <= 1e-6

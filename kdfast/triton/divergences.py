@@ -78,6 +78,13 @@ def quotient(a, b):
 
 
 @triton.jit
+def ratio(a, b):
+    """a / b, and next to nothing where b underflows and a may not."""
+    TINY: tl.constexpr = 1e-300 if a.dtype == tl.float64 else 1.2e-38
+    return quotient(a, tl.maximum(b, TINY))
+
+
+@triton.jit
 def split_log_ratio(a, b, difference):
     """w and a series with log(a / b) = 2 w (1 + series) for |w| < 1/8, and that logarithm for others."""
     TERMS: tl.constexpr = 9 if a.dtype == tl.float64 else 4  # what the first left out adds is rounded away
@@ -103,16 +110,8 @@ def log_ratio(a, b, difference):
 
 
 @triton.jit
-def log_excess(a, b, difference):
-    """log(a / b) - (a - b) / b: the first-order terms cancel."""
-    w, series, far = split_log_ratio(a, b, difference)
-    u = quotient(difference, b)
-    return select(w, 2 * w * series - w * u, far - u, a, b)
-
-
-@triton.jit
 def kl_term(a, b, difference):
-    """a log(a / b) - (a - b), likewise."""
+    """a log(a / b) - (a - b), whose first-order terms cancel."""
     w, series, far = split_log_ratio(a, b, difference)
     return select(w, difference * w + 2 * a * w * series, masked(a, far) - difference, a, b)
 
@@ -182,7 +181,7 @@ def skew_forward_kl(p, q, beta, rest):
 @triton.jit
 def skew_forward_psi(p, q, beta, rest):
     m = beta * p + rest * q
-    return rest * masked(q, quotient(rest * (q - p), m))
+    return rest * masked(q, ratio(rest * (q - p), m))
 
 
 @triton.jit
@@ -198,7 +197,9 @@ def skew_reverse_kl(p, q, beta, rest):
 @triton.jit
 def skew_reverse_psi(p, q, beta, rest):
     d, m = rest * (q - p), beta * q + rest * p
-    return masked(q, log_excess(q, m, d) + rest * quotient(d, m))
+    w, series, far = split_log_ratio(q, m, d)
+    u = ratio(d, m)  # log(q / m) - beta u, near equality without its first-order terms; u may be as large as 1 / beta
+    return masked(q, select(w, 2 * w * series - w * u + rest * u, far - beta * u, q, m))
 
 
 @triton.jit
