@@ -19,9 +19,9 @@
 // rest is 1 - beta, rounded once. A mixture is a sum of numbers >= 0, right to its last digits at every beta;
 // p + rest (q - p) would cancel. ratio(a, b) is 0 where both are 0. log_ratio(a, b, a - b) is log(a / b),
 // exact to first order where a is near b, and finite where a is 0, since it is multiplied by a.
-// kl_term(a, b, a - b) is a log(a / b) - (a - b), and log_excess(a, b, a - b) is log(a / b) - (a - b) / b,
-// both exact to second order. Comparisons see p and q rounded: where the compiler makes one operation of a
-// product and a difference, q - p may not be 0 though p == q.
+// kl_term(a, b, a - b) is a log(a / b) - (a - b), and log_excess is log(a / b) - beta (a - b) / b, both exact
+// to second order. Comparisons see p and q rounded: where the compiler makes one operation of a product and a
+// difference, q - p may not be 0 though p == q.
 #pragma once
 
 #ifdef __CUDACC__
@@ -158,7 +158,7 @@ struct SkewReverseKL : Pointwise {  // KL(q, m), m = beta q + (1 - beta) p
   template <class V>
   KDFAST_HD static V psi(V p, V q, V beta, V rest) {
     const V m = beta * q + rest * p, d = rest * (q - p);
-    return q * (log_excess(q, m, d) + rest * ratio(d, m));
+    return q * log_excess(q, m, d, beta, rest);
   }
   template <class V>
   KDFAST_HD static V constant(V mass, V rest) {

@@ -36,10 +36,10 @@ static_assert(sizeof(Sums<char>) == kSums && sizeof(Coefficients<char>) == kCoef
 // An offset as logits have it subtracted: 0 where every class is masked.
 KDFAST_ALWAYS_INLINE double finite(double offset) { return offset == -INFINITY ? 0 : offset; }
 
-// a * 2^d; 0 where 2^d is 2^-inf, and infinite where a is and 2^d only underflows. NaN stays.
+// a * 2^d; infinite where a is, unless 2^d is 0 in every precision. NaN stays.
 KDFAST_ALWAYS_INLINE double scaled(double a, double d) {
   if (a != a) return a;
-  return d == -INFINITY ? 0 : a == INFINITY || a == -INFINITY ? a : a * exp2(d);
+  return d < -1100 ? 0 : a == INFINITY || a == -INFINITY ? a : a * exp2(d);
 }
 
 // ---- merge ----
@@ -64,12 +64,13 @@ void rescale(Sums<double>& x, double student_offset, double teacher_offset, cons
     x.over_teacher += 2 * dt * x.teacher_total + x.classes * dt * dt;
     x.teacher_total += x.classes * dt;
   }
-  if constexpr (D::kTeacher)
-    x.over_teacher = scaled(x.over_teacher + D::over_teacher(x.teacher_total, ds, ds - dt), dt);
-  if constexpr (D::kStudent)
-    x.over_student = scaled(x.over_student + D::over_student(x.student_total, ds - dt), ds);
   x.student_total = scaled(x.student_total, ds);
   if constexpr (!D::kDifference) x.teacher_total = scaled(x.teacher_total, dt);
+  // of the new totals: what they have nothing of adds nothing, however far the offset moves
+  if constexpr (D::kTeacher)
+    x.over_teacher = scaled(x.over_teacher, dt) + D::over_teacher(x.teacher_total, ds, ds - dt);
+  if constexpr (D::kStudent)
+    x.over_student = scaled(x.over_student, ds) + D::over_student(x.student_total, ds - dt);
   x.hard_total = scaled(x.hard_total, dh);
   x.label += exponent_change;
   x.exponents += x.classes * exponent_change;

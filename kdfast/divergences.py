@@ -62,15 +62,15 @@ def _excess(p: Tensor, q: Tensor, log_p: Tensor, own: float, other: float) -> Te
 
 
 def _log_excess(p: Tensor, q: Tensor, log_p: Tensor, own: float, other: float) -> Tensor:
-    """log(p / m) - (p - m) / m, likewise."""
-    difference = other * (q - p)
-    excess = _log_to_mixture(p, q, log_p, own, other) + _share(difference, own * p + other * q)
+    """log(p / m) - own (p - m) / m, likewise."""
+    difference, m = other * (q - p), own * p + other * q
+    excess = _log_to_mixture(p, q, log_p, own, other) + own * _share(difference, m)
     if p.dtype == torch.float64:
         return excess
     is_near = difference.abs() < p / 32
     u = torch.where(is_near, difference, 0) / torch.where(is_near, p, 1)
     series = -1 / 2 + u * (2 / 3 - u * (3 / 4 - u * (4 / 5 - u * (5 / 6))))
-    return torch.where(is_near, u * u * series, excess)
+    return torch.where(is_near, u * u * series - other * _share(difference, m), excess)
 
 
 def _share(p: Tensor, m: Tensor) -> Tensor:
@@ -129,9 +129,7 @@ DIVERGENCES = {
     # KL(q, beta q + (1 - beta) p)
     "skew_reverse_kl": Divergence(
         phi=lambda p, q, log_p, log_q, beta: _excess(q, p, log_q, beta, 1 - beta),
-        psi=lambda p, q, log_p, log_q, beta: times(
-            q, _log_excess(q, p, log_q, beta, 1 - beta) + (1 - beta) ** 2 * _share(q - p, _mixture(q, p, beta))
-        ),
+        psi=lambda p, q, log_p, log_q, beta: times(q, _log_excess(q, p, log_q, beta, 1 - beta)),
         beta=0.1,
         at_0="reverse_kl",
         first_order=lambda beta: beta - 1,

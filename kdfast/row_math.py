@@ -108,9 +108,9 @@ def is_distribution(inputs: Inputs, settings: Settings) -> bool:
 
 
 def _rescale(total: Tensor, d: Tensor) -> Tensor:
-    """total * 2^d; 0 where d is -inf, but infinite where total is and 2^d only underflows."""
+    """total * 2^d; infinite where total is, unless 2^d is 0 in every precision."""
     rescaled = torch.where(total.isinf(), total, total * torch.exp2(d))
-    return torch.where(d == -math.inf, torch.where(total.isnan(), total, 0), rescaled)
+    return torch.where(d < -1100, torch.where(total.isnan(), total, 0), rescaled)
 
 
 def finite(offset: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def unit(settings: Settings) -> float:
 def merge(shards: Sequence[Tensor], inputs: Inputs, settings: Settings) -> Tensor:
     """The sums of whole rows from those of their shards, each (rows, len(Sums._fields)).
 
-    With d = (old - new offset) * scale, total' = total * 2^d and over' = (over + over_teacher(total, ...)) * 2^d.
+    With d = (old - new offset) * scale, total' = total * 2^d and over' = over * 2^d + over_teacher(total', ...).
     """
     tables = [Sums(*shard.unbind(-1)) for shard in shards]
     scale = exp2_scales(inputs, settings, shards[0])
@@ -163,12 +163,12 @@ def merge(shards: Sequence[Tensor], inputs: Inputs, settings: Settings) -> Tenso
             (x.student_offset, offsets["student_offset"]), (x.teacher_offset, offsets["teacher_offset"]),
         ))  # fmt: skip
         ds, dt = student * scale.student, teacher * scale.teacher
+        q, p = _rescale(x.student_total, ds), _rescale(x.teacher_total, dt)
         exponents = (finite(x.student_offset) - finite(offsets["student_offset"])) * scale.hard
         rescaled.append(x._replace(
-            student_total=_rescale(x.student_total, ds), teacher_total=_rescale(x.teacher_total, dt),
-            hard_total=_rescale(x.hard_total, student * scale.hard),
-            over_teacher=_rescale(x.over_teacher + over_teacher(x.teacher_total, ds, ds - dt, settings), dt),
-            over_student=_rescale(x.over_student + times(x.student_total, ds - dt), ds),
+            student_total=q, teacher_total=p, hard_total=_rescale(x.hard_total, student * scale.hard),
+            over_teacher=_rescale(x.over_teacher, dt) + over_teacher(p, ds, ds - dt, settings),
+            over_student=_rescale(x.over_student, ds) + times(q, ds - dt),
             label=x.label + exponents, exponents=x.exponents + x.classes * exponents,
         ))  # fmt: skip
     columns = {}

@@ -119,12 +119,12 @@ KD_INLINE FloatV log_ratio(FloatV a, FloatV b, FloatV difference) {
   return log.exponent + (log.s + log.s + log.more);
 }
 
-// log(a / b) - (a - b) / b, as log_ratio. Its first-order terms cancel: 2 s - difference / b is -s difference
-// / b.
-KD_INLINE FloatV log_excess(FloatV a, FloatV b, FloatV difference) {
+// log(a / b) - beta (a - b) / b, as log_ratio; rest = 1 - beta. What is of first order in the difference
+// cancels where beta is near 1: 2 s - difference / b is -s difference / b.
+KD_INLINE FloatV log_excess(FloatV a, FloatV b, FloatV difference, FloatV beta, FloatV rest) {
   const LogRatio log = split_log_ratio(a, b, difference);
-  const FloatV u = ratio(difference, b);
-  return log.more + (log.is_near ? -log.s * u : log.exponent + (log.s + log.s) - u);
+  const FloatV u = ratio(difference, b), far = log.exponent + (log.s + log.s) - beta * u;
+  return log.more + (log.is_near ? (rest - log.s) * u : far);
 }
 
 // a log(a / b) - (a - b), whose first-order terms cancel: a 2 s - difference is difference * s.
@@ -144,8 +144,8 @@ KD_INLINE DoubleV log_ratio(DoubleV a, DoubleV b, DoubleV difference) {
   return y;
 }
 
-KD_INLINE DoubleV log_excess(DoubleV a, DoubleV b, DoubleV difference) {
-  return log_ratio(a, b, difference) - ratio(difference, b);
+KD_INLINE DoubleV log_excess(DoubleV a, DoubleV b, DoubleV difference, DoubleV beta, DoubleV) {
+  return log_ratio(a, b, difference) - beta * ratio(difference, b);
 }
 KD_INLINE DoubleV kl_term(DoubleV a, DoubleV b, DoubleV difference) {
   return a * log_ratio(a, b, difference) - difference;

@@ -62,9 +62,10 @@ void rescale(MetricSums& m, const Sums<double>& x, double student_offset, double
              const Exp2Scales& scale) {
   const double ds = offset_change(x.student_offset, student_offset) * scale.student;
   const double dt = offset_change(x.teacher_offset, teacher_offset) * scale.teacher;
-  m.divergence = scaled(m.divergence + masked(x.teacher_total, dt - ds), dt);
-  m.teacher_log = scaled(m.teacher_log + masked(x.teacher_total, dt), dt);
-  m.student_log = scaled(m.student_log + masked(x.student_total, ds), ds);
+  const double p = scaled(x.teacher_total, dt);
+  m.divergence = scaled(m.divergence, dt) + masked(p, dt - ds);
+  m.teacher_log = scaled(m.teacher_log, dt) + masked(p, dt);
+  m.student_log = scaled(m.student_log, ds) + masked(scaled(x.student_total, ds), ds);
 }
 
 // To be called before row_math.h's merge of the sums, x and y.

@@ -82,9 +82,11 @@ __device__ inline Probability log_ratio(Probability a, Probability b, Probabilit
   const float divisor = fmaxf(b.x, kNothing), u = difference.x * fast_reciprocal(divisor);
   return log_near_1(u, far_log_ratio(a, divisor));
 }
-__device__ inline Probability log_excess(Probability a, Probability b, Probability difference) {
+__device__ inline Probability log_excess(Probability a, Probability b, Probability difference,
+                                         Probability beta, Probability rest) {
   const float divisor = fmaxf(b.x, kNothing), u = difference.x * fast_reciprocal(divisor);
-  return select_near(u, u * u * log_series(u), far_log_ratio(a, divisor) - u);
+  return select_near(u, u * __fmaf_rn(u, log_series(u), rest.x),
+                     __fmaf_rn(-beta.x, u, far_log_ratio(a, divisor)));
 }
 // With S = log_series(u): (1 + u) log(1 + u) - u = u^2 (1 + S + S u), times b
 __device__ inline Probability kl_term(Probability a, Probability b, Probability difference) {

@@ -55,9 +55,9 @@ def old_offset(offset, new):
 
 @triton.jit
 def scaled(total, d):
-    """total * 2^d for a sum that may be infinite already, also where 2^d underflows. Nor is it fused with a sum that
-    follows, which happens or not as threads divide the numbers."""
-    return tl.where(tl.abs(total) == INF, total, total * tl.exp2(d))
+    """total * 2^d for a sum that may be infinite already, also where 2^d underflows, but not where it is 0 in every
+    precision. Nor is it fused with a sum that follows, which happens or not as threads divide the numbers."""
+    return tl.where(tl.abs(total) == INF, tl.where(d < -1100, 0, total), total * tl.exp2(d))
 
 
 @triton.jit
