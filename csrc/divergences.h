@@ -127,7 +127,7 @@ struct JSD : Pointwise {  // beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (
   template <class V>
   KDFAST_HD static V phi(V p, V q, V beta, V rest) {
     const V m = beta * p + rest * q, d = q - p;
-    return beta * kl_term(p, m, -rest * d) + rest * kl_term(q, m, beta * d);
+    return beta * p * log_ratio(p, m, -rest * d) + rest * q * log_ratio(q, m, beta * d);
   }
   template <class V>
   KDFAST_HD static V psi(V p, V q, V beta, V rest) {

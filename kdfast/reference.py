@@ -41,11 +41,15 @@ def _weighted_sum(weights: list[float], tensors: list[Tensor]) -> Tensor:
 
 
 def teacher_distribution(
-    teachers: list[Tensor], temperature: Tensor, settings: Settings
+    teachers: list[Tensor], temperature: Tensor, labels: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """p, log p, and log p before a constant of the row is subtracted, each (..., V): one teacher's or an ensemble's."""
     weights = settings.teacher_weights
-    logs = [_less_maximum(t) / temperature for t in teachers] if settings.target == "logits" else teachers
+    logs = (
+        [_less_maximum(t, labels, settings) / temperature for t in teachers]
+        if settings.target == "logits"
+        else teachers
+    )
     if len(teachers) == 1 or settings.ensemble == "geometric":
         z = joint_logits(logs, settings)
         is_given = len(teachers) == 1 and settings.target != "logits"
@@ -57,9 +61,15 @@ def teacher_distribution(
     return p, p.log(), p.log()
 
 
-def _less_maximum(z: Tensor) -> Tensor:
-    """The row's logits less their maximum, which softmax has no need of: T may make infinities of large ones."""
-    return z - row_math.finite(z.detach().amax(-1, keepdim=True))
+def _less_maximum(z: Tensor, labels: Tensor | None, settings: Settings) -> Tensor:
+    """The row's logits less their maximum, which softmax has no need of: T may make infinities of large ones.
+
+    dkd's second part is of the other classes, which would lose digits to a label far above them.
+    """
+    others = z.detach()
+    if settings.divergence == "dkd":
+        others = others.scatter(-1, labels, -math.inf)  # type: ignore[arg-type]
+    return z - row_math.finite(others.amax(-1, keepdim=True))
 
 
 def joint_logits(teachers: list[Tensor], settings: Settings) -> Tensor:
@@ -146,7 +156,8 @@ def _soft_losses(rows: Rows, inputs: Inputs, settings: Settings) -> Tensor:
 def student_exponents(rows: Rows, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     """T, as a column or a number, and the student's logits / T, less their maximum."""
     temperature = as_column(inputs.temperatures, settings.temperature, rows.s)
-    return temperature, _less_maximum(standardize(rows.s) if settings.standardize else rows.s) / temperature
+    z = standardize(rows.s) if settings.standardize else rows.s
+    return temperature, _less_maximum(z, rows.labels, settings) / temperature
 
 
 class _Distributions(NamedTuple):
@@ -164,7 +175,7 @@ def _distributions(rows: Rows, inputs: Inputs, settings: Settings) -> tuple[Tens
     teacher_temperature = as_column(inputs.teacher_temperatures, settings.teacher_temperature, rows.s)
     teachers = [standardize(t) for t in rows.teachers] if settings.standardize else rows.teachers
     temperature, z = student_exponents(rows, inputs, settings)
-    p = teacher_distribution(teachers, teacher_temperature, settings)
+    p = teacher_distribution(teachers, teacher_temperature, rows.labels, settings)
     return temperature, _Distributions(*p, torch.log_softmax(z, -1), z)
 
 

@@ -166,7 +166,7 @@ def _logits(student: Tensor, inputs: Inputs, settings: Settings) -> _Logits:
         z = joint_logits(x.teachers, settings)
     else:
         temperature = as_column(inputs.teacher_temperatures, settings.teacher_temperature, rows.s)
-        z = teacher_distribution(rows.teachers, temperature, settings)[1]
+        z = teacher_distribution(rows.teachers, temperature, rows.labels, settings)[1]
         scale = scale._replace(teacher=torch.full_like(scale.hard, 1 / LN2))
     return _Logits(rows, x.s, z, scale)
 

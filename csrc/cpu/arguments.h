@@ -84,23 +84,24 @@ struct Loss {
 
   // Dropped rows may hold anything.
   void check_rows() const {
-    const LossArgs& a = args;
-    if (!a.labels && !a.row_weight && !a.temperatures && !a.teacher_temperatures) return;
-    for (int64_t row = 0; row < a.rows; ++row) {
-      if (!a.is_kept(row)) continue;
-      if (a.labels) check_label(row);
-      if (a.row_weight) check_row_value("row_weight", a.row_weight[row], row, true);
-      if (a.temperatures) check_row_value("temperature", a.temperatures[row], row, false);
-      if (a.teacher_temperatures)
-        check_row_value("teacher_temperature", a.teacher_temperatures[row], row, false);
-    }
+    if (args.labels) check_labels();
+    check_values("row_weight", args.row_weight, true);
+    check_values("temperature", args.temperatures, false);
+    check_values("teacher_temperature", args.teacher_temperatures, false);
   }
-  void check_label(int64_t row) const {
-    const int64_t label = args.labels[row];
-    if ((label < 0 || label >= args.vocab) && label != kOtherShard) {
+  void check_labels() const {
+    for (int64_t row = 0; row < args.rows; ++row) {
+      const int64_t label = args.labels[row];
+      if ((uint64_t)label < (uint64_t)args.vocab || label == kOtherShard || !args.is_kept(row)) continue;
       fail<std::out_of_range>("labels: label ", label, " in row ", row,
                               " is out of range: with V = ", args.vocab, " it must be in [0, ",
                               args.vocab - 1, "] or ignore_index (", args.ignore_index, ")");
+    }
+  }
+  void check_values(const char* name, const double* values, bool zero_allowed) const {
+    for (int64_t row = 0; values && row < args.rows; ++row) {
+      if (!is_row_value(values[row], zero_allowed) && args.is_kept(row))
+        fail_row_value(name, values[row], row, zero_allowed);
     }
   }
 

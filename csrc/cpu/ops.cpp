@@ -189,7 +189,8 @@ Tensor run_softmax(SoftmaxArgs a, const Tensor& like, std::optional<Tensor> temp
     per_row = as_doubles(*temperatures);
     a.temperatures = (const double*)per_row->const_data_ptr();
     for (int64_t row = 0; row < a.rows; ++row)
-      check_row_value("temperature", a.temperatures[row], row, false);
+      if (!is_row_value(a.temperatures[row], false))
+        fail_row_value("temperature", a.temperatures[row], row, false);
   }
   Tensor out = torch::stable::new_empty(like, like.sizes(), dtype);
   advise_huge_pages(out);

@@ -18,8 +18,10 @@ inline Tensor as_doubles(const Tensor& values) {
   return torch::stable::contiguous(torch::stable::to(values, ScalarType::Double));
 }
 // A temperature must be > 0, a weight >= 0.
-inline void check_row_value(const char* name, double value, int64_t row, bool zero_allowed) {
-  if ((zero_allowed ? value >= 0 : value > 0) && !std::isinf(value)) return;
+inline bool is_row_value(double value, bool zero_allowed) {
+  return (zero_allowed ? value >= 0 : value > 0) && !std::isinf(value);
+}
+[[noreturn]] inline void fail_row_value(const char* name, double value, int64_t row, bool zero_allowed) {
   fail<std::invalid_argument>(name, ": ", value, " in row ", row, ", but it must be finite and ",
                               zero_allowed ? ">= 0" : "> 0");
 }

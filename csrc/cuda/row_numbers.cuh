@@ -88,7 +88,7 @@ struct Row {
     terms.beta = a.beta;
     terms.logit_scale = a.logit_scale;
     terms.t_squared = a.t_squared;
-    terms.softmaxed = true;
+    terms.softmaxed = terms.distributions = true;
     terms.labelled = a.labels;
     return terms;
   }

@@ -165,7 +165,8 @@ def student_log(q, log_p, log_q, beta):
 @triton.jit
 def jsd(p, q, beta, rest):
     m, d = beta * p + rest * q, q - p
-    return beta * kl_term(p, m, -rest * d) + rest * kl_term(q, m, beta * d)
+    of_p = masked(p, log_ratio(p, m, -rest * d))
+    return beta * of_p + rest * masked(q, log_ratio(q, m, beta * d))
 
 
 @triton.jit

@@ -26,20 +26,20 @@ OF_DIVERGENCES = [
            "return 1 - beta;", "return beta;",
            "Symmetric KL has the share beta of both directions.", CALLS),
     Mutant("jsd-difference-negated", DIVERGENCES,
-           "log_ratio(p, m, (beta - 1) * d)", "log_ratio(p, m, (1 - beta) * d)",
+           "log_ratio(p, m, -rest * d)", "log_ratio(p, m, rest * d)",
            "JSD's logarithm of p / m has the wrong sign where p is near m.", CALLS),
     # beta alone: at 1/2 the two mixtures are one
     Mutant("jsd-psi-of-the-other-mixture", DIVERGENCES,
-           "log_ratio(q, beta * p + (1 - beta) * q, beta * (q - p))",
-           "log_ratio(q, (1 - beta) * p + beta * q, beta * (q - p))",
+           "log_ratio(q, beta * p + rest * q, beta * (q - p))",
+           "log_ratio(q, rest * p + beta * q, beta * (q - p))",
            "JSD's gradient mixes the distributions the other way about.", CALLS),
     # soft targets alone, whose sum is not 1
     Mutant("skew-forward-constant-negated", DIVERGENCES,
-           "return (1 - beta) * (mass - 1);", "return (1 - beta) * (1 - mass);",
+           "return rest * (mass - 1);", "return -rest * (mass - 1);",
            "Skewed forward KL of soft targets that do not sum to 1 is off by twice what they lack.",
            ("test_dropped_terms.py", "test_calls.py")),
     Mutant("skew-reverse-psi-without-beta", DIVERGENCES,
-           "beta * ratio(d, m)", "ratio(d, m)",
+           "log_excess(q, m, d, beta, rest)", "log_excess(q, m, d, beta * 0 + 1, rest)",
            "Skewed reverse KL's gradient takes the mixture for the teacher alone; the value is right.", CALLS),
     Mutant("tvd-psi-of-the-teacher", DIVERGENCES,
            "p > q ? -q / 2", "p > q ? -p / 2",
@@ -110,7 +110,8 @@ OF_ROWS = [
            "p == 0 ? V{} : p * (above - ys)", "p * (above - ys)",
            "The metric kl is NaN where both mask a class.", METRICS),
     Mutant("standardised-hard-exponents", CLASSIFIERS,
-           "scale.hard_multiple /= student;", "scale.hard_multiple *= student;",
+           "scale.teacher = (C)(scale.teacher * teacher);",
+           "scale.teacher = (C)(scale.teacher * teacher), scale.hard *= student;",
            "Beside a standardised soft term the hard term is of scaled logits.", OPTIONS),
     Mutant("tilt-of-v-classes", CLASSIFIERS,
            "((n - 1) * m.deviation)", "(n * m.deviation)",
@@ -123,15 +124,14 @@ SUMS, BLOCKS = "csrc/cpu/row_sums.h", "csrc/cpu/block_sums.h"
 
 OF_SUMS = [
     Mutant("running-sum-moved-unscaled", ROW_MATH,
-           "scaled(x.over_teacher + D::over_teacher(x.teacher_total, ds, ds - dt), dt)",
-           "scaled(x.over_teacher, dt) + D::over_teacher(x.teacher_total, ds, ds - dt)",
-           "At a new offset what the running sum gains is not brought to it.", CALLS),
+           "scaled(x.over_teacher, dt) + D::", "x.over_teacher + D::",
+           "At a new offset the running sum is not brought to it.", CALLS),
     Mutant("merge-forgets-the-teachers-offset", ROW_MATH,
-           "to != x->teacher_offset ||", "",
+           "so != x->student_offset || to != x->teacher_offset", "so != x->student_offset",
            "Sums are merged at different offsets of the teacher where the student's agree.", CALLS),
     # T >= 2 with labels, where a later block's logits are larger
     Mutant("hard-sum-out-of-range", SUMS,
-           "x.student_total < 0x1p40 && x.hard_total < 0x1p40 &&", "x.student_total < 0x1p40 &&",
+           "x.student_total < most && x.hard_total < 0x1p40 &&", "x.student_total < 0x1p40 &&",
            "The hard term's sum overflows in a block that is above the first one.", CALLS),
     # student and teacher of one dtype
     Mutant("dkd-copies-in-one-place", CLASSIFIERS,
@@ -154,7 +154,7 @@ OF_SUMS = [
            "The maximum of a row that ends within a vector is at least 0, and logits of -1e4 underflow.", CALLS),
     # rows of several blocks whose first 128 classes are masked
     Mutant("masked-sample", BLOCKS,
-           "offset == -kInfinity ? offset_at_max<P>(x, n, exp2_scale) : offset;", "offset;",
+           "offset == -kInfinity ? block_max(x, n) : offset;", "offset;",
            "A block whose first 128 classes are masked counts as masked.", LIMITS),
 ]  # fmt: skip
 
@@ -165,10 +165,10 @@ EXPONENTS, SHORT, SHORT_GROUP = "csrc/cpu/exponents.h", "csrc/cpu/short_rows.h",
 
 OF_GRADIENTS = [
     Mutant("gradient-at-the-students-offset", EXPONENTS,
-           "x.to_p = scaled(x.to_p, dt)", "x.to_p = scaled(x.to_p, ds)",
-           "In blocks of another offset p is scaled as q is.", CALLS),
+           "x.to_p = scaled(x.to_p, d);", ";",
+           "In blocks of another offset p is not scaled.", CALLS),
     Mutant("gradients-logarithm-at-the-rows-offset", EXPONENTS,
-           "x.log_to_p += dt;", ";",
+           "x.log_to_p += d;", ";",
            "In blocks of another offset reverse KL's logarithms are the row's.", CALLS),
     Mutant("psi-at-the-first-blocks-offset", "csrc/cpu/pointwise_sums.h",
            "r.blocks[at / kBlock]", "r.blocks[0]",
@@ -197,7 +197,7 @@ OF_GRADIENTS = [
            "if (a.width > n) std::memset((void*)(out + n)", "if (a.width > n + 1) std::memset((void*)(out + n)",
            "One padded class has as its gradient what was in memory, or its logit.", ("test_random.py", *LAYOUTS)),
     Mutant("short-rows-smoothing-of-the-sum", SHORT,
-           "x.exponents += exponents.hard(s);", "x.exponents += (C)n * exponents.hard(s);",
+           "part.exponents += exponents.hard(s);", "part.exponents += (C)n * exponents.hard(s);",
            "Smoothing's mean logit of a short row is the sum.", OPTIONS),
     # 65 classes
     Mutant("short-rows-of-65-classes", SHORT,
@@ -244,7 +244,7 @@ OF_ARITHMETIC = [
     Mutant("log-ratio-from-rounded-numbers", EXP,
            "(e == 0 ? difference : a - scaled)", "(a - scaled)",
            "Where p is near q divergences lose the digits of their difference.", CALLS),
-    Mutant("power-of-a-fraction", "csrc/cpu/spec.h",
+    Mutant("power-of-a-fraction", EXPONENTS,
            "t <= kMaxPower && t == (int)t", "t <= kMaxPower",
            "At T = 3.7 the hard term takes the 3rd power.", CALLS),
     # the sets below avx512_bf16 alone, bf16 alone, a rounding alone
