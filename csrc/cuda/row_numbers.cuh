@@ -86,6 +86,7 @@ struct Row {
     terms.label_smoothing = a.label_smoothing;
     terms.z_loss = a.z_loss;
     terms.beta = a.beta;
+    terms.rest = scale.rest;
     terms.logit_scale = a.logit_scale;
     terms.t_squared = a.t_squared;
     terms.softmaxed = terms.distributions = true;
