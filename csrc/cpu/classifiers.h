@@ -60,8 +60,10 @@ KD_INLINE void set_units(RowScale& scale, double student, double teacher, bool m
   scale.student_unit = student;
   scale.teacher_unit = teacher;
   if (mse) return;  // its difference takes the units themselves
+  const double hard = scale.hard;
   scale.student = (C)(scale.student * student);
   scale.teacher = (C)(scale.teacher * teacher);
+  scale.hard = scale.student * (C)(hard / scale.student);
 }
 
 // Several teachers were standardized when they were mixed.

@@ -18,6 +18,30 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 constexpr int kMaxPower = 4;
 
+// Exponents are (x - offset) * scale. In fp32 that is one fused multiply-add, x * scale - base, where the
+// rounded base stands for an offset of base / scale, which is near any number that is given. The base of huge
+// logits is rounded by more than exps have room for: such rows are computed in doubles.
+constexpr double kHuge = 0x1p28;  // of a base, which is then rounded by at most 16
+template <class C>
+KD_INLINE double representable(double offset, double scale) {
+  const double base = offset * scale;
+  return std::is_same_v<C, double> || std::fabs(base) > kHuge ? offset : (double)(C)base / scale;
+}
+
+template <class C>
+constexpr bool kFuses = !std::is_same_v<C, double>;
+template <class C, bool kFused = kFuses<C>>
+struct Exponent {  // not fused, the base is the offset
+  using V = typename Types<C>::V;
+  V scale, base;
+  Exponent() = default;
+  KD_INLINE Exponent(double scale_, double offset)
+      : scale(splat((C)scale_)), base(splat((C)(finite(offset) * (kFused ? scale_ : 1)))) {}
+  KD_INLINE V operator()(V x) const {
+    return kFused ? multiply_subtract(x, scale, base) : (x - base) * scale;
+  }
+};
+
 // Whether exps at temperature 1 are whole powers of those at T, or not needed.
 bool has_hard_powers(const LossArgs& a) {
   const double t = a.temperature;
@@ -29,7 +53,7 @@ bool has_hard_powers(const LossArgs& a) {
 
 // A number as the kernels have it, which compute in doubles for fp64 alone.
 KD_INLINE double round_to_compute(const LossArgs& a, double x) {
-  return a.student.dtype == DType::kDouble ? x : (float)x;
+  return a.student.dtype == DType::kDouble || a.in_doubles ? x : (float)x;
 }
 
 struct RowScale : Exp2Scales {  // of one row: logit_scale * log2(e) / T
@@ -37,6 +61,11 @@ struct RowScale : Exp2Scales {  // of one row: logit_scale * log2(e) / T
   int power;  // exponents at temperature 1 are this multiple of those at T, where has_hard_powers()
   double logit_scale = 1, teacher_logit_scale = 1;  // 1 where softcapping takes it in
   double student_unit = 1, teacher_unit = 1;        // what standardization multiplies scaled logits by
+
+  bool is_huge(double student_offset, double teacher_offset) const {
+    const double largest = std::fmax(student, hard) * finite(student_offset);
+    return std::fabs(largest) > kHuge || std::fabs(teacher * finite(teacher_offset)) > kHuge;
+  }
 };
 
 KD_INLINE double row_value(const double* per_row, double number, int64_t row) {
@@ -51,7 +80,8 @@ KD_INLINE RowScale row_scale(const LossArgs& a, int64_t row) {
   const double teacher_scale = a.teacher_softcap == 0 ? a.teacher_logit_scale : 1;
   const double student = round_to_compute(a, kLog2E * scale / t);
   const double teacher = round_to_compute(a, kLog2E * teacher_scale / teacher_t);
-  const double hard = has_hard_powers(a) ? (int)t * student : round_to_compute(a, kLog2E * scale);
+  // a multiple of the other one, as the kernels have it
+  const double hard = student * (has_hard_powers(a) ? (int)t : round_to_compute(a, kLog2E * scale / student));
   return {{student, teacher, hard}, t, (int)t, scale, teacher_scale};
 }
 
@@ -61,12 +91,19 @@ struct Scratch {  // a place for each step of a row
   KD_INLINE Scratch operator+(int64_t n) const { return {student + n, teacher + n, hard + n}; }
 };
 
-struct Block {  // what a block's exponents are relative to
+struct Block {  // what a block's exponents are relative to, as it is representable
   double student_offset, teacher_offset;
   bool operator==(const Block& other) const {
     return student_offset == other.student_offset && teacher_offset == other.teacher_offset;
   }
 };
+
+template <class P>
+KD_INLINE Block representable_block(double student_offset, double teacher_offset, const RowScale& scale) {
+  using C = typename P::C;
+  return {representable<C>(student_offset, scale.student),
+          P::kMSE ? teacher_offset : representable<C>(teacher_offset, scale.teacher)};
+}
 
 // The same scales for a block's exps, which may have other offsets than the row's sums.
 KD_NOINLINE Scales<double> block_scales(Scales<double> x, const RowScale& scale, const Block& block) {
@@ -91,25 +128,30 @@ struct Lanes {  // one vector of a row: exps and exponents, of which the compile
   typename P::V es, et, e1, ys, yt;
 };
 
-template <class P>
+template <class P, bool kFused = kFuses<typename P::C>>
 struct Exponents {
   using C = typename P::C;
   using V = typename P::V;
-  V student_scale, teacher_scale, hard_scale;  // as Exp2Scales
-  V student_offset, teacher_offset;
+  Exponent<C, kFused> student, teacher;
+  V difference_offset;           // logit_mse's
+  V hard_multiple;               // of exponents at T: those at temperature 1
   V student_unit, teacher_unit;  // what logit_mse multiplies logits by
   int power;
 
   Exponents() = default;
   KD_INLINE Exponents(const RowScale& scale, double so, double to)
-      : student_scale(splat<C>(scale.student)),
-        teacher_scale(splat<C>(scale.teacher)),
-        hard_scale(splat<C>(scale.hard)),
-        student_offset(splat<C>(finite(so))),
-        teacher_offset(splat<C>(finite(to))),
+      : student(scale.student, so),
+        teacher(scale.teacher, to),
+        difference_offset(splat<C>(finite(to))),
+        hard_multiple(splat<C>(scale.hard / scale.student)),
         student_unit(splat<C>(scale.student_unit * scale.logit_scale)),
         teacher_unit(splat<C>(scale.teacher_unit * scale.teacher_logit_scale)),
         power(scale.power) {}
+
+  KD_INLINE void set_offsets(V so, V to) {
+    student.base = so;
+    teacher.base = difference_offset = to;
+  }
 
   KD_INLINE V power_of(V es) const {
     V e1 = es;
@@ -117,32 +159,30 @@ struct Exponents {
     return e1;
   }
 
-  // The exponent at temperature 1.
-  KD_INLINE V hard(V s) const {
-    return P::kOwn ? (s - student_offset) * hard_scale : (s - student_offset) * student_scale * (C)power;
-  }
-  KD_INLINE V hard_exp(V s, V es) const { return P::kOwn ? exp2(hard(s)) : power_of(es); }
+  // Of exponents and exps at T those at temperature 1.
+  KD_INLINE V hard(V ys) const { return ys * hard_multiple; }
+  KD_INLINE V hard_exp(V ys, V es) const { return P::kOwn ? exp2(hard(ys)) : power_of(es); }
 
   // log2 of the label's exp at temperature 1 as the sum of these has it, which a confident row's loss is the
   // difference to; of its exponent where that exp is next to nothing.
-  KD_INLINE double label_exponent(C s, const RowScale& scale) const {
-    const V logit = splat(s);
-    const double e = hard_exp(logit, exp2((logit - student_offset) * student_scale))[0];
-    return e > 0x1p-100 && e < kInfinity ? std::log2(e) : ((double)s - student_offset[0]) * scale.hard;
+  KD_INLINE double label_exponent(C s, double offset, const RowScale& scale) const {
+    const V ys = student(splat(s));
+    const double e = hard_exp(ys, exp2(ys))[0];
+    return e > 0x1p-100 && e < kInfinity ? std::log2(e) : ((double)s - finite(offset)) * scale.hard;
   }
 
   KD_INLINE Lanes<P> operator()(V s, V t) const {
     Lanes<P> x{};
-    x.ys = (s - student_offset) * student_scale;
+    x.ys = student(s);
     x.es = exp2(x.ys);
-    x.e1 = hard_exp(s, x.es);
+    x.e1 = hard_exp(x.ys, x.es);
     if constexpr (P::kMSE) {
-      x.et = (s * student_unit - t * teacher_unit) - teacher_offset;
+      x.et = (s * student_unit - t * teacher_unit) - difference_offset;
     } else if constexpr (P::kProbs) {
       x.et = t;
       x.yt = log2(t);
     } else if constexpr (P::kSoft) {
-      x.yt = (t - teacher_offset) * teacher_scale;
+      x.yt = teacher(t);
       x.et = exp2(x.yt);
     }
     return x;

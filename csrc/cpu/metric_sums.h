@@ -22,17 +22,16 @@ KD_NOINLINE MetricSums block_metric_sums(const S* s, const T* t, int n, const Ro
   constexpr int kLanes = Types<C>::kLanes, kStep = 2 * kLanes;
   constexpr C kMasked = -std::numeric_limits<C>::infinity();
   // a probability of 0 adds 0, and NaN stays
-  const V student_scale = splat((C)scale.student), teacher_scale = splat((C)scale.teacher);
-  const V so = splat((C)finite(x.student_offset)), to = splat((C)finite(x.teacher_offset));
+  const Exponent<C> student(scale.student, x.student_offset), teacher(scale.teacher, x.teacher_offset);
   const V least = splat((C)-1e30);
   V divergence{}, teacher_log{}, student_log{}, student_max = splat(kMasked), teacher_max = splat(kMasked);
   V divergence_part{}, teacher_part{}, student_part{};
   auto add = [&](V si, V ti, int at) __attribute__((always_inline)) {
-    const V ys = (si - so) * student_scale, q = load(scratch.student + at);
+    const V ys = student(si), q = load(scratch.student + at);
     student_part += q * max(least, ys);
     student_max = max(si, student_max);
     if constexpr (kTeacher) {
-      const V yt = kProbs ? log2(ti) : (ti - to) * teacher_scale;
+      const V yt = kProbs ? log2(ti) : teacher(ti);
       const V p = load(scratch.teacher + at), above = max(least, yt);
       teacher_part += p * above;
       divergence_part += p == 0 ? V{} : p * (above - ys);

@@ -73,7 +73,9 @@ template <class P, bool kScratch>
 void add_pointwise_sums(const LossArgs& a, const RowOf<P>& r, int64_t n, const RowScale& scale,
                         Sums<double>& sums) {
   if constexpr (P::kPointwise) {
-    const Scales<double> x = scales_of(a, sums);
+    Scales<double> x = scales_of(a, sums);
+    if constexpr (!kScratch)
+      x = block_scales(x, scale, representable_block<P>(x.student_offset, x.teacher_offset, scale));
     typename P::V phi{}, psi{};
     for (int64_t at = 0; at < n; at += kBlock) {
       const int m = n - at < kBlock ? n - at : kBlock;

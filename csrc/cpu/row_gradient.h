@@ -15,13 +15,13 @@ KD_INLINE PerExp<typename Types<C>::V> splat(const PerExp<double>& x) {
 }
 
 // Pass C over one block, from the scratch (kKeep) or from the logits.
-template <class P, bool kKeep>
+template <class P, bool kKeep, bool kFused = kFuses<typename P::C>>
 struct Gradient {
   using S = typename P::S;
   using T = typename P::T;
   using C = typename P::C;
   using V = typename P::V;
-  Exponents<P> exponents;
+  Exponents<P, kFused> exponents;
   PerExp<V> factors;
   V mean, tilt;
   bool is_tilted = false;
@@ -136,8 +136,12 @@ void write_gradient(const LossArgs& a, int64_t row, const RowOf<P>& r, int64_t b
   const bool direct = (const void*)r.out == r.final_out;
   const bool decoupled = a.divergence == Divergence::kDKD;
   const int64_t label = a.labels && (a.hard_weight != 0 || decoupled) ? a.labels[row] - begin : -1;
-  Block current{c.student_offset, c.teacher_offset};
-  if constexpr (kKeep) current = r.blocks[(n - 1) / kBlock];
+  Block current;
+  if constexpr (kKeep) {
+    current = r.blocks[(n - 1) / kBlock];
+  } else {
+    current = representable_block<P>(c.student_offset, c.teacher_offset, scale);
+  }
   Scales<double> scales = block_scales(row_scales, scale, current);
   Gradient<P, kKeep || P::kPointwise> gradient(scale, c, scales);
   // From the last block to the first: what was written last is still in the cache, where not all of it fits

@@ -7,6 +7,9 @@
 #include "softmax_rows.h"
 #include "spec.h"
 
+#define KDFAST_JOIN(a, b) a##b
+#define KDFAST_EXPORT(isa) KDFAST_JOIN(row_kernels_, isa)
+
 namespace kdfast {
 namespace {
 
@@ -21,6 +24,23 @@ struct Segment {
   }
 };
 
+// The kernels of this instruction set, and a call's arguments for rows of huge logits.
+const RowKernels& this_set() { return KDFAST_EXPORT(KDFAST_ISA)(); }
+LossArgs in_doubles(LossArgs a) {
+  a.in_doubles = true;
+  return a;
+}
+
+// The same coefficients for offsets as a table of fp32 has them.
+void round_offsets(const LossArgs& a, const RowScale& scale, Coefficients<double>& c) {
+  if (!a.table) return;
+  const double student = offset_change(c.student_offset, (float)c.student_offset);
+  c.student_total = scaled(c.student_total, student * scale.student);
+  c.hard_total = scaled(c.hard_total, student * scale.hard);
+  const double teacher = offset_change(c.teacher_offset, (float)c.teacher_offset);
+  c.teacher_total = scaled(c.teacher_total, teacher * scale.teacher);
+}
+
 template <class P>
 struct Kernels {
   struct State {  // of a row
@@ -30,9 +50,11 @@ struct Kernels {
   };
 
   // Passes A and B over a row: its loss, metrics and coefficients. kKeep: whether pass C takes the exps.
+  // False: it is to be computed in doubles.
   template <bool kKeep>
-  static void passes_a_and_b(const LossArgs& a, int64_t row, const RowOf<P>& r, State& x) {
+  static bool passes_a_and_b(const LossArgs& a, int64_t row, const RowOf<P>& r, State& x) {
     const int64_t n = a.vocab;
+    bool is_huge = false;
     Moments student{};
     if (a.standardize) student = standardize<P>(a, r.s, r.t, x.scale);
     Label label = find_label(a, row, r, 0, n);
@@ -41,6 +63,7 @@ struct Kernels {
     options.label = label.index;
     options.without_label = a.divergence == Divergence::kDKD;
     options.given = !teacher_is_softmaxed(a);
+    options.is_huge = &is_huge;
     if (a.label_smoothing != 0) options.logits = &label.logits;
     if (a.metrics) options.metrics = &metric_sums;
     [[maybe_unused]] Sums<double> softmax_sums;
@@ -51,12 +74,14 @@ struct Kernels {
         set_units<typename P::C>(scale, scale.student_unit, scale.teacher_unit, false);
         SumsOptions of_metrics;
         of_metrics.metrics = &metric_sums;
+        of_metrics.is_huge = &is_huge;
         softmax_sums = row_sums<Q, true>(r.s, r.t, n, scale, r.scratch, r.blocks, of_metrics);
       }
     }
     Sums<double> sums = a.metrics || a.standardize
                             ? row_sums<P, true>(r.s, r.t, n, x.scale, r.scratch, r.blocks, options)
                             : row_sums<P, kKeep>(r.s, r.t, n, x.scale, r.scratch, r.blocks, options);
+    if (is_huge) return false;
     add_logits(a, x.scale, label, sums);
     add_pointwise_sums<P, true>(a, r, n, x.scale, sums);
     double soft_at_label = 0;
@@ -76,6 +101,7 @@ struct Kernels {
         x.coefficients.tilt = tilt(student, n, dot, x.scale.logit_scale);
       }
     }
+    return true;
   }
 
   static void loss_grad(const LossArgs& a, int64_t begin, int64_t end) {
@@ -90,7 +116,10 @@ struct Kernels {
       State x{row_scale(a, row)};
       const RowOf<P> r = open_row<P>(a, row, 0, a.vocab, x.scale);
       prefetch_for_writing(r, a.vocab);
-      passes_a_and_b<true>(a, row, r, x);
+      if (!passes_a_and_b<true>(a, row, r, x)) {
+        this_set().loss_grad(in_doubles(a), row, row + 1);
+        continue;
+      }
       write_gradient<P, true>(a, row, r, 0, a.vocab, x.scale, x.coefficients, x.scales);
     }
   }
@@ -104,7 +133,11 @@ struct Kernels {
       }
       State x{row_scale(a, row)};
       const RowOf<P> r = open_row<P>(a, row, 0, a.vocab, x.scale);
-      passes_a_and_b<P::kPointwise>(a, row, r, x);
+      if (!passes_a_and_b<P::kPointwise>(a, row, r, x)) {
+        this_set().losses(in_doubles(a), row, row + 1);
+        continue;
+      }
+      if (!P::kMSE) round_offsets(a, x.scale, x.coefficients);
       store_coefficients(a, row, x.coefficients);
     }
   }
@@ -121,10 +154,18 @@ struct Kernels {
       SumsOptions options;
       options.label = label.index;
       options.given = !teacher_is_softmaxed(a);
+      bool is_huge = false;
+      options.is_huge = &is_huge;
       if (a.label_smoothing != 0) options.logits = &label.logits;
       // kKeep as `losses` has it, so that nothing is instantiated for this alone
       sums = row_sums<P, P::kPointwise>(r.s, r.t, part.classes, scale, r.scratch, r.blocks, options);
+      if (is_huge) {
+        this_set().sums(in_doubles(a), segments, unit, unit + 1);
+        continue;
+      }
       add_logits(a, scale, label, sums);
+      if (a.student.dtype != DType::kDouble && !P::kMSE)
+        rescale<typename P::D>(sums, (float)sums.student_offset, (float)sums.teacher_offset, scale);
     }
   }
 
@@ -132,8 +173,13 @@ struct Kernels {
     for (int64_t row = begin; row < end; ++row) {
       if (!a.is_kept(row)) continue;
       const RowScale scale = row_scale(a, row);
+      Sums<double>& sums = ((Sums<double>*)a.sums)[row];
+      if (kFuses<typename P::C> && scale.is_huge(sums.student_offset, sums.teacher_offset)) {
+        this_set().pointwise_sums(in_doubles(a), row, row + 1);
+        continue;
+      }
       const RowOf<P> r = open_row<P>(a, row, 0, a.vocab, scale);
-      add_pointwise_sums<P, false>(a, r, a.vocab, scale, ((Sums<double>*)a.sums)[row]);
+      add_pointwise_sums<P, false>(a, r, a.vocab, scale, sums);
     }
   }
 
@@ -149,6 +195,10 @@ struct Kernels {
         const RowOf<P> r = open_row<P>(a, row, part.first, part.classes, scale);
         Coefficients<double> c = load_coefficients(a, row);
         set_units<typename P::C>(scale, c.student_unit, c.teacher_unit, P::kMSE);
+        if (kFuses<typename P::C> && scale.is_huge(c.student_offset, P::kMSE ? 0 : c.teacher_offset)) {
+          this_set().grad(in_doubles(a), segments, unit, unit + 1);
+          continue;
+        }
         scale_gradient(c, a.scale * row_value(a.row_scale, 1, row));
         write_gradient<P, false>(a, row, r, part.first, part.classes, scale, c, scales_of(c));
       }
@@ -202,8 +252,6 @@ void losses_and_coefficients(const LossArgs& a, int64_t segments) {
 
 }  // namespace
 
-#define KDFAST_JOIN(a, b) a##b
-#define KDFAST_EXPORT(isa) KDFAST_JOIN(row_kernels_, isa)
 #define KDFAST_KERNEL(kernel)                                                    \
   [](const LossArgs& a, auto... args) {                                          \
     dispatch_spec(a, [&](auto p) { Kernels<decltype(p)>::kernel(a, args...); }); \

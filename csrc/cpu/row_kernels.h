@@ -19,6 +19,7 @@ struct LossArgs {
   const Matrix* teachers;
   const double* teacher_weights;  // of each
   int n_teachers;
+  bool in_doubles;  // whether a row of a narrower dtype is computed so
   Target target;
   bool geometric;
   Divergence divergence;

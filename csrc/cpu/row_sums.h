@@ -27,6 +27,7 @@ struct SumsOptions {
   bool given = false;             // whether the teacher's exps are its probabilities
   double* logits = nullptr;       // gets the sum of the logits
   MetricSums* metrics = nullptr;  // kKeep only
+  bool* is_huge = nullptr;        // gets whether the sums are to be computed in doubles
 };
 
 // Pass A over n classes of a row; blocks[i] gets the i-th block's offsets.
@@ -38,6 +39,7 @@ KD_NOINLINE Sums<double> row_sums(const typename P::S* row_s, const typename P::
   typename P::C about = options.logits ? load_one(row_s) : 0;
   if (!std::isfinite(about)) about = 0;
   const bool own_offset = P::kSoft && !P::kProbs && !options.given;  // of the teacher
+  using C = typename P::C;
   Sums<double> total{};
   double so = -kInfinity, to = own_offset ? -kInfinity : 0;
   for (int64_t at = 0; at < n; at += kBlock) {
@@ -51,20 +53,21 @@ KD_NOINLINE Sums<double> row_sums(const typename P::S* row_s, const typename P::
         t = copy_without(t, m, options.label - at, P::kProbs);
       }
     }
-    if (so == -kInfinity) so = first_offset(s, m);
+    if (so == -kInfinity) so = representable<C>(first_offset(s, m), scale.student);
     if constexpr (P::kMSE) {
       if (at == 0) to = mean_difference<P>(s, t, m, scale);
     } else if constexpr (P::kSoft && !P::kProbs) {
-      if (to == -kInfinity) to = first_offset(t, m);
+      if (to == -kInfinity) to = representable<C>(first_offset(t, m), scale.teacher);
     }
     Sums<double> more = block_sums<P, kKeep>(s, t, m, scale, so, to, scratch, near);
     if (!is_in_range(more, own_offset)) {
-      so = block_max(s, m);
-      if constexpr (P::kSoft && !P::kProbs) to = own_offset ? block_max(t, m) : 0;
+      so = representable<C>(block_max(s, m), scale.student);
+      if constexpr (P::kSoft && !P::kProbs)
+        to = own_offset ? representable<C>(block_max(t, m), scale.teacher) : 0;
       more = block_sums<P, kKeep>(s, t, m, scale, so, to, scratch, near);
     }
     if (labelled)
-      more.label = Exponents<P>(scale, so, to).label_exponent(load_one(row_s + options.label), scale);
+      more.label = Exponents<P>(scale, so, to).label_exponent(load_one(row_s + options.label), so, scale);
     if (options.logits) *options.logits += block_sum(row_s + at, m, about) + m * (double)about;
     if constexpr (kKeep && !P::kMSE) {
       if (options.metrics) {
@@ -76,6 +79,9 @@ KD_NOINLINE Sums<double> row_sums(const typename P::S* row_s, const typename P::
         else
           merge(*options.metrics, total, part, more, scale);
       }
+    }
+    if constexpr (!std::is_same_v<C, double>) {
+      if (scale.is_huge(so, own_offset ? to : 0)) *options.is_huge = true;
     }
     merge<typename P::D>(total, more, scale);
     if constexpr (kKeep) {

@@ -19,6 +19,7 @@ struct ShortRows {
   using C = typename P::C;
   using V = typename P::V;
   using Group = ShortGroup<C>;
+  using RowExponents = Exponents<P, false>;  // an offset of each row, as its table has it
   static constexpr int kLanes = P::kLanes;
   static constexpr bool kLinear = !P::kPointwise && !P::kMSE;
 
@@ -28,21 +29,20 @@ struct ShortRows {
     return high;
   }
 
-  // The exps of all classes, into the group. add(lanes, s, i) is called with each class's.
+  // The exps of all classes, into the group. add(lanes, i) is called with each class's.
   template <class F>
-  KD_INLINE static void store_exps(const LossArgs& a, const Exponents<P>& exponents, Group& g, F add) {
+  KD_INLINE static void store_exps(const LossArgs& a, const RowExponents& exponents, Group& g, F add) {
     for (int64_t i = 0; i < a.vocab; ++i) {
-      const V s = load(g.s + i * kLanes);
-      const Lanes<P> x = exponents(s, load(g.t + i * kLanes));
+      const Lanes<P> x = exponents(load(g.s + i * kLanes), load(g.t + i * kLanes));
       store(g.es + i * kLanes, x.es);
       store(g.et + i * kLanes, x.et);
       store(g.e1 + i * kLanes, x.e1);
-      add(x, s, i);
+      add(x, i);
     }
   }
 
   // Passes A and B over a group; the exps are left in it, psi in P's place.
-  KD_NOINLINE static Sums<V> sums(const LossArgs& a, Exponents<P>& exponents, Group& g) {
+  KD_NOINLINE static Sums<V> sums(const LossArgs& a, RowExponents& exponents, Group& g) {
     const int64_t n = a.vocab;
     V teacher_offset{};
     if constexpr (P::kMSE) {
@@ -53,15 +53,15 @@ struct ShortRows {
     } else if constexpr (P::kSoft && !P::kProbs) {
       if (teacher_is_softmaxed(a)) teacher_offset = maximum(g.t, n);
     }
-    exponents.student_offset = maximum(g.s, n);
-    exponents.teacher_offset = teacher_offset;
-    Sums<V> x{exponents.student_offset, V{}, teacher_offset}, part{};  // two levels, as in block_sums
+    const V student_offset = maximum(g.s, n);
+    exponents.set_offsets(student_offset, teacher_offset);
+    Sums<V> x{student_offset, V{}, teacher_offset}, part{};  // two levels, as in block_sums
     x.classes += (C)n;
-    store_exps(a, exponents, g, [&](const Lanes<P>& each, V s, int64_t i) __attribute__((always_inline)) {
+    store_exps(a, exponents, g, [&](const Lanes<P>& each, int64_t i) __attribute__((always_inline)) {
       part.student_total += each.es;
       part.teacher_total += each.et;
       part.hard_total += each.e1;
-      part.exponents += exponents.hard(s);
+      part.exponents += exponents.hard(each.ys);
       if constexpr (P::kMSE) part.over_teacher += each.et * each.et;
       if constexpr (P::D::kTeacher)
         part.over_teacher += P::D::over_teacher(each.et, each.ys, each.ys - each.yt);
@@ -77,7 +77,7 @@ struct ShortRows {
     });
     V label_logit{};
     for (int r = 0; r < kLanes; ++r) label_logit[r] = g.label[r] < 0 ? 0 : g.s[g.label[r] * kLanes + r];
-    x.label = exponents.hard(label_logit);
+    x.label = exponents.hard(exponents.student(label_logit));
     if constexpr (P::kPointwise) {
       dispatch_pointwise(a, [&](auto d) {
         add_phi_and_psi<C, decltype(d)>(g.es, g.et, n, 1 / x.student_total,
@@ -107,11 +107,10 @@ struct ShortRows {
   }
 
   // The exps as sums() leaves them, from the table's offsets.
-  KD_NOINLINE static void refill_exps(const LossArgs& a, const Coefficients<V>& c, Exponents<P>& exponents,
+  KD_NOINLINE static void refill_exps(const LossArgs& a, const Coefficients<V>& c, RowExponents& exponents,
                                       Group& g) {
-    exponents.student_offset = c.student_offset;
-    exponents.teacher_offset = c.teacher_offset;
-    store_exps(a, exponents, g, [](const Lanes<P>&, V, int64_t) __attribute__((always_inline)) {});
+    exponents.set_offsets(c.student_offset, c.teacher_offset);
+    store_exps(a, exponents, g, [](const Lanes<P>&, int64_t) __attribute__((always_inline)) {});
     if constexpr (P::kPointwise) {
       dispatch_pointwise(a, [&](auto d) {
         V phi{}, psi{};
@@ -123,8 +122,8 @@ struct ShortRows {
 
   // Pass C: the gradient of each class, in place of the student's exps.
   KD_NOINLINE static void gradients(const LossArgs& a, int rows, const Coefficients<V>& c,
-                                    const Scales<V>& scales, const Exponents<P>& exponents, Group& g) {
-    Gradient<P, true> gradient{};
+                                    const Scales<V>& scales, const RowExponents& exponents, Group& g) {
+    Gradient<P, true, false> gradient{};
     gradient.exponents = exponents;
     gradient.factors = per_exp<C>(c, scales);
     for (int64_t i = 0; i < a.vocab; ++i) {
@@ -139,13 +138,13 @@ struct ShortRows {
   template <ShortKernel kKernel>
   KD_NOINLINE static void run(const LossArgs& a, int64_t begin, int rows, Group& g) {
     load_group<S, T, P::kReadsTeacher>(a, begin, rows, kKernel == ShortKernel::kGrad, g);
-    Exponents<P> exponents;
+    RowExponents exponents;
     exponents.power = (int)a.temperature;
-    exponents.hard_scale = splat<C>(kLog2E * a.logit_scale);
+    exponents.hard_multiple = load(g.temperature);
     exponents.student_unit = splat<C>(a.logit_scale);
     exponents.teacher_unit = splat<C>(a.teacher_logit_scale);
-    exponents.student_scale = load(g.student_scale);
-    exponents.teacher_scale = load(g.teacher_scale);
+    exponents.student.scale = load(g.student_scale);
+    exponents.teacher.scale = load(g.teacher_scale);
     Coefficients<V> c;
     Scales<V> scales;
     if constexpr (kKernel == ShortKernel::kGrad) {

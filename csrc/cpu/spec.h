@@ -45,7 +45,7 @@ struct AVX512Kernels {};  // in a Spec's place: call the AVX-512 library's kerne
 
 template <class F>
 void dispatch_spec(const LossArgs& a, F f) {
-  const DType dtype = a.student.dtype;
+  const DType dtype = a.in_doubles ? DType::kDouble : a.student.dtype;
   const bool plain = a.softcap == 0 && a.teacher_softcap == 0 &&
                      (a.n_teachers == 0 ||
                       (a.n_teachers == 1 && a.teachers[0].dtype == dtype && a.target != Target::kProbs));
