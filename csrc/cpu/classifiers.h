@@ -63,7 +63,8 @@ KD_INLINE void set_units(RowScale& scale, double student, double teacher, bool m
   const double hard = scale.hard;
   scale.student = (C)(scale.student * student);
   scale.teacher = (C)(scale.teacher * teacher);
-  scale.hard = scale.student * (C)(hard / scale.student);
+  scale.hard_multiple = (C)(hard / scale.student);
+  scale.hard = scale.student * scale.hard_multiple;
 }
 
 // Several teachers were standardized when they were mixed.

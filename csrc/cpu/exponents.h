@@ -58,7 +58,8 @@ KD_INLINE double round_to_compute(const LossArgs& a, double x) {
 
 struct RowScale : Exp2Scales {  // of one row: logit_scale * log2(e) / T
   double temperature;
-  int power;  // exponents at temperature 1 are this multiple of those at T, where has_hard_powers()
+  int power;                                        // where has_hard_powers(), a small whole number:
+  double hard_multiple;                             // of exponents at T those at temperature 1
   double logit_scale = 1, teacher_logit_scale = 1;  // 1 where softcapping takes it in
   double student_unit = 1, teacher_unit = 1;        // what standardization multiplies scaled logits by
 
@@ -81,8 +82,8 @@ KD_INLINE RowScale row_scale(const LossArgs& a, int64_t row) {
   const double student = round_to_compute(a, kLog2E * scale / t);
   const double teacher = round_to_compute(a, kLog2E * teacher_scale / teacher_t);
   // a multiple of the other one, as the kernels have it
-  const double hard = student * (has_hard_powers(a) ? (int)t : round_to_compute(a, kLog2E * scale / student));
-  return {{student, teacher, hard}, t, (int)t, scale, teacher_scale};
+  const double multiple = has_hard_powers(a) ? (int)t : round_to_compute(a, kLog2E * scale / student);
+  return {{student, teacher, student * multiple}, t, (int)t, multiple, scale, teacher_scale};
 }
 
 template <class C>
@@ -143,7 +144,7 @@ struct Exponents {
       : student(scale.student, so),
         teacher(scale.teacher, to),
         difference_offset(splat<C>(finite(to))),
-        hard_multiple(splat<C>(scale.hard / scale.student)),
+        hard_multiple(splat<C>(scale.hard_multiple)),
         student_unit(splat<C>(scale.student_unit * scale.logit_scale)),
         teacher_unit(splat<C>(scale.teacher_unit * scale.teacher_logit_scale)),
         power(scale.power) {}
@@ -163,12 +164,10 @@ struct Exponents {
   KD_INLINE V hard(V ys) const { return ys * hard_multiple; }
   KD_INLINE V hard_exp(V ys, V es) const { return P::kOwn ? exp2(hard(ys)) : power_of(es); }
 
-  // log2 of the label's exp at temperature 1 as the sum of these has it, which a confident row's loss is the
-  // difference to; of its exponent where that exp is next to nothing.
-  KD_INLINE double label_exponent(C s, double offset, const RowScale& scale) const {
+  // log2 of a class's exp at temperature 1 as the sum of these has it, not of its exponent.
+  KD_NOINLINE double log_hard_exp(C s) const {
     const V ys = student(splat(s));
-    const double e = hard_exp(ys, exp2(ys))[0];
-    return e > 0x1p-100 && e < kInfinity ? std::log2(e) : ((double)s - finite(offset)) * scale.hard;
+    return std::log2((double)hard_exp(ys, exp2(ys))[0]);
   }
 
   KD_INLINE Lanes<P> operator()(V s, V t) const {

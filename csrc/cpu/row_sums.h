@@ -66,8 +66,13 @@ KD_NOINLINE Sums<double> row_sums(const typename P::S* row_s, const typename P::
         to = own_offset ? representable<C>(block_max(t, m), scale.teacher) : 0;
       more = block_sums<P, kKeep>(s, t, m, scale, so, to, scratch, near);
     }
-    if (labelled)
-      more.label = Exponents<P>(scale, so, to).label_exponent(load_one(row_s + options.label), so, scale);
+    if (labelled) {
+      const C logit = load_one(row_s + options.label);
+      more.label = ((double)logit - finite(so)) * scale.hard;
+      // A confident row's loss is the difference of both logarithms, next to nothing.
+      if (std::fabs(more.label) < 100 && more.label > std::ilogb(more.hard_total) - 2)
+        more.label = Exponents<P>(scale, so, to).log_hard_exp(logit);
+    }
     if (options.logits) *options.logits += block_sum(row_s + at, m, about) + m * (double)about;
     if constexpr (kKeep && !P::kMSE) {
       if (options.metrics) {

@@ -38,7 +38,7 @@ KD_NOINLINE void load_group(const LossArgs& a, int64_t begin, int rows, bool is_
   for (int r = 0; r < kLanes; ++r) {
     const int64_t row = begin + r;
     const bool kept = r < rows && a.is_kept(row);
-    const RowScale scale = kept ? row_scale(a, row) : RowScale{{1, 1, 1}, 1, 0};
+    const RowScale scale = kept ? row_scale(a, row) : RowScale{{1, 1, 1}, 1, 0, 1};
     g.temperature[r] = scale.temperature;
     g.student_scale[r] = scale.student;
     g.teacher_scale[r] = scale.teacher;
