@@ -31,16 +31,6 @@ LossArgs in_doubles(LossArgs a) {
   return a;
 }
 
-// The same coefficients for offsets as a table of fp32 has them.
-void round_offsets(const LossArgs& a, const RowScale& scale, Coefficients<double>& c) {
-  if (!a.table) return;
-  const double student = offset_change(c.student_offset, (float)c.student_offset);
-  c.student_total = scaled(c.student_total, student * scale.student);
-  c.hard_total = scaled(c.hard_total, student * scale.hard);
-  const double teacher = offset_change(c.teacher_offset, (float)c.teacher_offset);
-  c.teacher_total = scaled(c.teacher_total, teacher * scale.teacher);
-}
-
 template <class P>
 struct Kernels {
   struct State {  // of a row
@@ -223,32 +213,6 @@ struct Kernels<AVX512Kernels> {
 #undef KDFAST_FORWARD
 };
 #endif
-
-// ---- kernels over sums alone, which no Spec changes ----
-
-void merge(const LossArgs& a, int64_t segments) {
-  dispatch_divergence(a.divergence, [&](auto d) {
-    for (int64_t row = 0; row < a.rows; ++row) {
-      Sums<double>* sums = (Sums<double>*)a.sums + row * segments;
-      const RowScale scale = row_scale(a, row);
-      for (int64_t k = 1; k < segments; ++k) merge<decltype(d)>(sums[0], sums[k], scale);
-    }
-  });
-}
-
-void losses_and_coefficients(const LossArgs& a, int64_t segments) {
-  for (int64_t row = 0; row < a.rows; ++row) {
-    if (!a.is_kept(row)) {
-      write_dropped_row(a, row);
-      continue;
-    }
-    const Sums<double>& sums = ((const Sums<double>*)a.sums)[row * segments];
-    Coefficients<double> c;
-    double soft_at_label;
-    a.losses[row] = row_loss_and_coefficients(a, row, sums, row_scale(a, row), {}, c, soft_at_label).loss;
-    store_coefficients(a, row, c);
-  }
-}
 
 }  // namespace
 

@@ -109,7 +109,7 @@ OF_AUTOGRAD = [
     Mutant("tangents-are-lost", OPERATOR_AUTOGRAD,
            "or has_tangent(x))", "or False)", "An operator drops the tangent that forward_ad gave it.", TRANSFORMS),
     Mutant("tangent-of-a-gradient-is-a-constants", DERIVATIVES,
-           "for other in others) or forward_ad_is_active():", "for other in others):",
+           "others.count(None) < len(others) or forward_ad_is_active():", "others.count(None) < len(others):",
            "The tangent of a gradient is 0.", TRANSFORMS),
     Mutant("tangent-of-a-tangent-is-nan", DERIVATIVES,
            "if jvp_depth() > 1:", "if jvp_depth() > 2:", "A second derivative by forward-mode AD is NaN.", TRANSFORMS),
