@@ -184,6 +184,7 @@ KDFAST_HD inline RowLoss<V> loss_and_coefficients(const Sums<V>& x, const RowTer
   if (r.labelled) {
     const N e = r.label_smoothing;
     out.hard = (log_hard - x.label) * kNatsPerBit<N>;
+    out.hard = out.hard < 0 ? V{} : out.hard;  // which rounding may leave
     if (e != 0) out.hard = out.hard * (1 - e) + (log_hard - x.exponents / x.classes) * (e * kNatsPerBit<N>);
   }
   if (r.hard_weight != 0) {

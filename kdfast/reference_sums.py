@@ -24,7 +24,7 @@ from kdfast.reference import (
     teacher_distribution,
 )
 from kdfast.row_math import LN2, Coefficients, Exp2Scales, Sums, finite, over_teacher
-from kdfast.rows import as_matrix, check_values, denominator
+from kdfast.rows import as_matrix, check_values, denominator, loss_dtype
 
 
 def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +43,8 @@ def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, 
 def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """row_math.Sums of the classes that are here, (rows, columns), phi and psi not among them."""
     logits = _logits(student, inputs, settings)
-    so = logits.student.amax(-1)
+    dtype = loss_dtype(student)
+    so = _offset(logits.student, dtype)
     log_q, log_e = logits.student_exponents(so)
     nothing = torch.zeros_like(so)
     x = Sums(*[nothing] * len(Sums._fields))
@@ -55,7 +56,7 @@ def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     if labels is not None:
         x = x._replace(label=torch.where(_is_label(labels, log_e.shape[-1]), log_e, -math.inf).amax(-1))
     if logits.teacher is not None:
-        to = logits.teacher.amax(-1) if row_math.is_softmaxed(inputs, settings) else nothing
+        to = _offset(logits.teacher, dtype) if row_math.is_softmaxed(inputs, settings) else nothing
         log_p = logits.teacher_exponents(to)
         p, above = torch.exp2(log_p), log_q - log_p
         x = x._replace(teacher_offset=to, teacher_total=p.sum(-1))
@@ -64,19 +65,19 @@ def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
                 over_teacher=over_teacher(p, log_q, above, settings).sum(-1),
                 over_student=times(torch.exp2(log_q), above).sum(-1),
             )
-    return torch.stack(x, -1)
+    return torch.stack(x, -1).to(dtype)
 
 
 def pointwise_sums(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """Sums of all shards with phi and psi of the classes that are here."""
     if not inputs.teachers or row_math.shares(settings) is not None or settings.divergence in OTHERS:
         return sums.clone()
-    x = Sums(*sums.unbind(-1))
+    x = Sums(*sums.to(wide_dtype(student)).unbind(-1))
     if not row_math.is_softmaxed(inputs, settings):
         x = x._replace(teacher_total=torch.ones_like(x.teacher_total))
     p, q, log_p, log_q = _distributions(x, _logits(student, inputs, settings))
     phi, psi = (f(p, q, log_p, log_q, settings.beta) for f in DIVERGENCES[settings.divergence][:2])
-    return torch.cat([sums[:, :-2], torch.stack((phi.sum(-1), psi.sum(-1)), -1)], -1)
+    return torch.cat([sums[:, :-2], torch.stack((phi.sum(-1), psi.sum(-1)), -1).to(sums.dtype)], -1)
 
 
 def losses_and_coefficients(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -92,7 +93,7 @@ def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, sett
     student = student.detach()
     logits = _logits(student, inputs, settings)
     rows = logits.rows
-    flat = Coefficients(*stats.unbind(-1))
+    flat = Coefficients(*stats.to(wide_dtype(student)).unbind(-1))
     c = Coefficients(*(column.unsqueeze(-1) for column in flat))
     q1 = torch.exp2(logits.student_exponents(flat.student_offset)[1]) / c.hard_total
     g = times(c.hard + torch.zeros_like(q1), q1) - c.uniform
@@ -135,6 +136,11 @@ def _flatten(inputs: Inputs) -> Inputs:
     )
 
 
+def wide_dtype(student: Tensor) -> torch.dtype:
+    """What is computed here before it is rounded: fp64 but on devices that may lack it, such as Apple's and Intel's."""
+    return torch.float64 if student.device.type in ("cpu", "cuda", "meta") else loss_dtype(student)
+
+
 class _Logits(NamedTuple):
     """The rows, flattened, and what exponents to base 2 are made of, as row_math.Sums has them."""
 
@@ -155,11 +161,14 @@ class _Logits(NamedTuple):
 def _logits(student: Tensor, inputs: Inputs, settings: Settings) -> _Logits:
     inputs = _flatten(inputs)
     rows = prepare_rows(as_matrix(student), inputs, settings)
-    scale = row_math.exp2_scales(inputs, settings, rows.s)
+    wide = wide_dtype(student)
+    scale = row_math.exp2_scales(inputs, settings, rows.s.to(wide))
     scale = Exp2Scales(*(x.unsqueeze(-1) if x.dim() else x for x in scale))
     bare = settings if settings.softcap else settings._replace(logit_scale=1.0)
     bare = bare if settings.teacher_softcap else bare._replace(teacher_logit_scale=1.0)
     x = prepare_rows(as_matrix(student), inputs, bare)
+    x = x._replace(s=x.s.to(wide), teachers=[t.to(wide) for t in x.teachers])
+    rows = rows._replace(s=rows.s.to(wide), teachers=[t.to(wide) for t in rows.teachers])
     if not rows.teachers:
         return _Logits(rows, x.s, None, scale)
     if row_math.is_softmaxed(inputs, settings):
@@ -169,6 +178,11 @@ def _logits(student: Tensor, inputs: Inputs, settings: Settings) -> _Logits:
         z = teacher_distribution(rows.teachers, temperature, rows.labels, settings)[1]
         scale = scale._replace(teacher=torch.full_like(scale.hard, 1 / LN2))
     return _Logits(rows, x.s, z, scale)
+
+
+def _offset(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest logit of a row, (rows,), as a table of this dtype has it."""
+    return z.amax(-1).to(dtype).to(z.dtype)
 
 
 def _is_label(labels: Tensor, classes: int) -> Tensor:

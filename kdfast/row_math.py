@@ -207,7 +207,8 @@ def losses_and_coefficients(sums: Tensor, inputs: Inputs, settings: Settings) ->
         parts = shares(settings)
         c = c._replace(teacher_total=total)
         if parts is None:
-            divergence = x.phi + DIVERGENCES[settings.divergence].first_order(settings.beta) * (mass - 1)
+            of = DIVERGENCES.get(settings.divergence)  # not of classifiers.py, whose numbers are nobody's
+            divergence = x.phi + (of.first_order(settings.beta) if of else 0) * (mass - 1)
             c = c._replace(soft=weight * factor, center=x.psi)
         else:
             divergence, psi = nothing, nothing
@@ -225,7 +226,7 @@ def losses_and_coefficients(sums: Tensor, inputs: Inputs, settings: Settings) ->
         loss = loss + settings.alpha * divergence * (temperature.square() if settings.t_squared else 1)
     log_hard, h, e = x.hard_total.log2(), settings.hard_weight, settings.label_smoothing
     if h:
-        hard = (1 - e) * (log_hard - x.label) + (e * (log_hard - x.exponents / x.classes) if e else 0)
+        hard = (1 - e) * (log_hard - x.label).clamp(min=0) + (e * (log_hard - x.exponents / x.classes) if e else 0)
         loss = loss + h * LN2 * hard
         c = c._replace(hard=weight * h, label=weight * h * (1 - e), uniform=weight * h * e / x.classes)
     if settings.z_loss:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdfast import kd_loss, reference, reference_sums
 from kdfast.options import check_inputs, check_settings
+from kdfast.rows import loss_dtype
 
 
 class RefuseFloat64(TorchDispatchMode):
@@ -29,6 +30,7 @@ def test_the_reference_makes_no_float64_of_float32(
 ) -> None:
     for module in (reference, reference_sums):
         monkeypatch.setattr(module, "check_values", lambda *_: None)  # of CPU tensors alone
+    monkeypatch.setattr(reference_sums, "wide_dtype", loss_dtype)
     s, t, y = batch(4, 7)
     weight = torch.tensor([1.0, 0.0, 0.5, 2.0])
     per_row = torch.linspace(1, 2, 4)

@@ -72,6 +72,7 @@ struct Row {
     scale.rare = scale.powers || scale.smoothed;
     scale.first_logit = x.first_logit == -kInf ? 0 : x.first_logit;
     scale.first_teacher_logit = x.first_teacher_logit;
+    scale.first_difference = __fmaf_rn(-scale.teacher_ratio, x.first_teacher_logit, x.first_logit);
     scale.label = a.labels && is_kept && in_range ? (int)x.label : -1;
   }
 

@@ -36,7 +36,8 @@ struct RowScale {
   bool rare;            // either
   float first_logit;    // the student's, or 0: near the mean one
   float first_teacher_logit;
-  int label;  // -1: none
+  float first_difference;  // logit_mse: of both, not scaled
+  int label;               // -1: none
 };
 
 struct Exp {
@@ -53,11 +54,14 @@ __device__ inline float hard_exp(float s, float offset, const RowScale& row) {  
   return fast_exp2((s - offset) * row.hard_exp2_scale);
 }
 
-// logit_mse's, of scaled logits, less the first one and an offset. Each side's first logit is subtracted from
-// its others before they meet, lest large logits leave no digit of small ones.
+// logit_mse's, of scaled logits, less the first one and an offset. Large logits leave no digit of small ones:
+// each side's first logit is subtracted before both meet, unless it is the large one.
 __device__ inline float difference(float s, float t, float offset, const RowScale& row) {
-  const float from_first = __fmaf_rn(-row.teacher_ratio, t - row.first_teacher_logit, s - row.first_logit);
-  return __fmaf_rn(row.logit_scale, from_first, -offset);
+  const float ds = s - row.first_logit, dt = t - row.first_teacher_logit;
+  const float near = __fmaf_rn(-row.teacher_ratio, dt, ds);
+  const float far = __fmaf_rn(-row.teacher_ratio, t, s) - row.first_difference;
+  const bool is_near = fabsf(ds) + fabsf(dt) <= fabsf(s) + fabsf(t);
+  return __fmaf_rn(row.logit_scale, is_near ? near : far, -offset);
 }
 
 __device__ inline float finite(float offset) { return offset == -kInf ? 0 : offset; }

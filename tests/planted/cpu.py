@@ -164,6 +164,9 @@ GRADIENT, SOFTMAX_ROWS = "csrc/cpu/row_gradient.h", "csrc/cpu/softmax_rows.h"
 EXPONENTS, SHORT, SHORT_GROUP = "csrc/cpu/exponents.h", "csrc/cpu/short_rows.h", "csrc/cpu/short_group.h"
 
 OF_GRADIENTS = [
+    Mutant("huge-rows-in-floats", EXPONENTS,
+           "kHuge = 0x1p28;", "kHuge = 0x1p120;",
+           "Rows padded with -1e10 throughout are NaN.", ("test_digits.py",)),
     Mutant("gradient-at-the-students-offset", EXPONENTS,
            "x.to_p = scaled(x.to_p, d);", ";",
            "In blocks of another offset p is not scaled.", CALLS),

@@ -54,7 +54,7 @@ MUTANTS = [
            "if (sum - 1 > 0x1p-8f) return sum - 1;", "return sum - 1;",
            "Of a confident row the classes in the label's pack are lost.", DIGITS),
     Mutant("cuda-logit-mse-of-large-logits", SUMS,
-           "t - row.first_teacher_logit, s - row.first_logit)", "t, s - row.first_logit + row.first_teacher_logit)",
+           "is_near ? near : far", "far",
            "A teacher's small logits are added to a student's large ones, and have no digits left.", DIGITS),
     # ---- memory ----
     Mutant("cuda-copies-not-awaited", ROW_PACKS,
