@@ -125,6 +125,11 @@ struct RowLoss {
   V loss, soft, hard, log_student, log_teacher;
 };
 
+template <class V>  // what rounding may leave below 0; NaN stays
+KDFAST_HD inline V not_below_0(V x) {
+  return x < 0 ? V{} : x;
+}
+
 template <class D, class V, class N>
 KDFAST_HD inline RowLoss<V> loss_and_coefficients(const Sums<V>& x, const RowTerms<V, N>& r,
                                                   Coefficients<V>& c) {
@@ -176,15 +181,14 @@ KDFAST_HD inline RowLoss<V> loss_and_coefficients(const Sums<V>& x, const RowTer
       c.slope = weight * share;
     }
     if constexpr (!D::kPointwise) c.level = -weight * psi;
-    if (r.distributions) divergence = divergence < 0 ? V{} : divergence;  // which rounding may leave
+    if (r.distributions) divergence = not_below_0(divergence);
     out.soft = r.t_squared ? divergence * r.temperature * r.temperature : divergence;
     out.loss = out.soft * r.alpha;
   }
   const V log_hard = log2(x.hard_total);
   if (r.labelled) {
     const N e = r.label_smoothing;
-    out.hard = (log_hard - x.label) * kNatsPerBit<N>;
-    out.hard = out.hard < 0 ? V{} : out.hard;  // which rounding may leave
+    out.hard = not_below_0((log_hard - x.label) * kNatsPerBit<N>);
     if (e != 0) out.hard = out.hard * (1 - e) + (log_hard - x.exponents / x.classes) * (e * kNatsPerBit<N>);
   }
   if (r.hard_weight != 0) {

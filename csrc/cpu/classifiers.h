@@ -183,7 +183,7 @@ KD_NOINLINE RowLoss<double> dkd_loss_and_coefficients(const LossArgs& a, const S
   c.hard_total = with_label.hard_total;
   if (x.hard_total != 0) c.hard_total *= std::exp2(up);  // else no class is multiplied by it
   const double divergence = decoupled_divergence(a, x, r, ys, yt, c);
-  out.soft = r.distributions && divergence < 0 ? 0 : divergence;
+  out.soft = r.distributions ? not_below_0(divergence) : divergence;
   if (r.t_squared) out.soft *= r.temperature * r.temperature;
   out.loss += r.alpha * out.soft;
   soft_at_label = c.at_label;

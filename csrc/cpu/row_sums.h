@@ -85,7 +85,7 @@ KD_NOINLINE Sums<double> row_sums(const typename P::S* row_s, const typename P::
           merge(*options.metrics, total, part, more, scale);
       }
     }
-    if constexpr (!std::is_same_v<C, double>) {
+    if constexpr (kFuses<C>) {
       if (scale.is_huge(so, own_offset ? to : 0)) *options.is_huge = true;
     }
     merge<typename P::D>(total, more, scale);
