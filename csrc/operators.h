@@ -17,6 +17,7 @@ struct Inputs {
   std::optional<torch::stable::Tensor> normalizer;
   std::optional<torch::stable::Tensor> temperatures;
   std::optional<torch::stable::Tensor> teacher_temperatures;
+  std::optional<torch::stable::Tensor> indices;
   std::optional<torch::stable::Tensor> dynamic_numbers;
 };
 
@@ -29,6 +30,7 @@ struct Settings {
   std::string divergence;
   double beta;
   std::string target;
+  std::string missing;
   std::string ensemble;
   std::vector<double> teacher_weights;
   int64_t vocab_size;
@@ -55,15 +57,16 @@ struct Settings {
   std::optional<torch::stable::Tensor> normalizer, \
   std::optional<torch::stable::Tensor> temperatures, \
   std::optional<torch::stable::Tensor> teacher_temperatures, \
+  std::optional<torch::stable::Tensor> indices, \
   std::optional<torch::stable::Tensor> dynamic_numbers, double temperature, \
   double teacher_temperature, double alpha, double hard_weight, bool t_squared, \
-  std::string divergence, double beta, std::string target, std::string ensemble, \
-  std::vector<double> teacher_weights, int64_t vocab_size, int64_t ignore_index, \
-  std::string reduction, double divisor, double label_smoothing, double z_loss, \
-  double logit_scale, double teacher_logit_scale, double softcap, double teacher_softcap, \
-  bool standardize, std::vector<double> dkd_weights, bool metrics
-#define KDFAST_CALL   kdfast::Inputs{teachers, labels, row_weight, normalizer, temperatures, teacher_temperatures, dynamic_numbers},   kdfast::Settings{ \
+  std::string divergence, double beta, std::string target, std::string missing, \
+  std::string ensemble, std::vector<double> teacher_weights, int64_t vocab_size, \
+  int64_t ignore_index, std::string reduction, double divisor, double label_smoothing, \
+  double z_loss, double logit_scale, double teacher_logit_scale, double softcap, \
+  double teacher_softcap, bool standardize, std::vector<double> dkd_weights, bool metrics
+#define KDFAST_CALL   kdfast::Inputs{teachers, labels, row_weight, normalizer, temperatures, teacher_temperatures, indices, dynamic_numbers},   kdfast::Settings{ \
   temperature, teacher_temperature, alpha, hard_weight, t_squared, divergence, beta, target, \
-  ensemble, teacher_weights, vocab_size, ignore_index, reduction, divisor, label_smoothing, \
-  z_loss, logit_scale, teacher_logit_scale, softcap, teacher_softcap, standardize, dkd_weights, \
-  metrics}
+  missing, ensemble, teacher_weights, vocab_size, ignore_index, reduction, divisor, \
+  label_smoothing, z_loss, logit_scale, teacher_logit_scale, softcap, teacher_softcap, \
+  standardize, dkd_weights, metrics}

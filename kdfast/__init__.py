@@ -7,6 +7,17 @@ from kdfast.linear import LinearKDLoss, linear_kd_loss
 from kdfast.losses import kd_loss
 from kdfast.modules import KDLoss
 from kdfast.softmax import tempered_softmax
+from kdfast.sparse import TopKTargets, topk_targets
 
 __version__ = "0.1.0"
-__all__ = ["KDLoss", "KDMetrics", "LinearKDLoss", "backends", "kd_loss", "linear_kd_loss", "tempered_softmax"]
+__all__ = [
+    "KDLoss",
+    "KDMetrics",
+    "LinearKDLoss",
+    "TopKTargets",
+    "backends",
+    "kd_loss",
+    "linear_kd_loss",
+    "tempered_softmax",
+    "topk_targets",
+]

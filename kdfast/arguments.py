@@ -27,12 +27,13 @@ class Heads(NamedTuple):
 class Inputs(NamedTuple):
     """The tensors of a loss next to the student's logits, (..., V), in the operators' order."""
 
-    teachers: list[Tensor]  # each (..., V), each of its own V and dtype
+    teachers: list[Tensor]  # each (..., V), each of its own V and dtype; a sparse one: log-probabilities (..., K)
     labels: Tensor | None  # (...)
     row_weight: Tensor | None  # (...)
     normalizer: Tensor | None  # 0-dim
     temperatures: Tensor | None  # (...)
     teacher_temperatures: Tensor | None  # (...)
+    indices: Tensor | None = None  # (..., K) int32 or int64: the classes of a sparse teacher's log-probabilities
     dynamic_numbers: Tensor | None = None  # (n,), on the CPU: for settings that are NaN; see hide_dynamic
 
 
@@ -47,6 +48,7 @@ class Settings(NamedTuple):
     divergence: str
     beta: float  # the divergence's, inside (0, 1]; 0 where it has none
     target: str
+    missing: str  # what a sparse teacher's other classes have; "": the teacher is not sparse
     ensemble: str
     teacher_weights: list[float]  # one per teacher, their sum is 1
     vocab_size: int  # -1: all classes
@@ -75,10 +77,10 @@ OTHER_SHARD = -(2**63)
 def drop_unused(inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:
     """Clears what neither the loss nor the metrics read, so that no backend has to ask which terms have a weight."""
     if not settings.reads_teacher:
-        inputs = inputs._replace(teachers=[], temperatures=None, teacher_temperatures=None)
+        inputs = inputs._replace(teachers=[], temperatures=None, teacher_temperatures=None, indices=None)
         settings = settings._replace(
-            temperature=1.0, teacher_temperature=1.0, teacher_weights=[], teacher_logit_scale=1.0, teacher_softcap=0.0,
-            standardize=False,
+            temperature=1.0, teacher_temperature=1.0, missing="", teacher_weights=[], teacher_logit_scale=1.0,
+            teacher_softcap=0.0, standardize=False,
         )  # fmt: skip
     if settings.label_smoothing and not (settings.hard_weight or settings.metrics):
         settings = settings._replace(label_smoothing=0.0)
@@ -127,6 +129,10 @@ def metrics_of_unweighted_terms(
     """
     if not settings.metrics:
         return inputs, settings, None
+    if settings.missing:
+        from kdfast.sparse_rows import reduced_metrics
+
+        return *drop_unused(inputs, settings._replace(metrics=False)), reduced_metrics(ops, student, inputs, settings)
     is_soft = inputs.teachers or settings.standardize or inputs.temperatures is not None or settings.temperature != 1
     if not ((settings.alpha == 0 and is_soft) or (settings.hard_weight == 0 and settings.label_smoothing != 0)):
         return inputs, settings, None
@@ -154,7 +160,8 @@ def take_flat_heads(function: Callable[..., Any]) -> Callable[..., Any]:
 class KDMetrics(NamedTuple):
     """The detached metrics that `return_metrics` adds: weighted means over the rows kept, or (...), unweighted.
 
-    NaN where there is nothing to measure: no labels, no teacher, no row.
+    NaN where there is nothing to measure: no labels, no teacher, no row. With a sparse teacher the classes of p and q
+    in soft, kl and teacher_entropy are its entries and, where it is one, their rest.
     """
 
     soft: Tensor  # the soft term without alpha: T^2 * D, or D where t_squared is False
@@ -164,3 +171,13 @@ class KDMetrics(NamedTuple):
     teacher_entropy: Tensor
     agreement: Tensor  # share of rows whose argmax is the same in student and teacher; the first of equal maxima
     accuracy: Tensor  # share of rows whose student's argmax is the label
+    student_mass: Tensor | None = None  # of a sparse teacher's classes: the sum of q, at T; None with other teachers
+    teacher_mass: Tensor | None = None  # the sum of p, as its log-probabilities have it
+
+
+METRICS = len(KDMetrics._fields) - 2  # of a dense teacher
+
+
+def metrics_count(inputs: Inputs) -> int:
+    """How many of KDMetrics a call has."""
+    return METRICS if inputs.indices is None else len(KDMetrics._fields)

@@ -11,6 +11,7 @@ from kdfast.divergences import DIVERGENCES, names, resolve_beta
 CHOICES = {
     "target": ("logits", "probs", "log_probs"),
     "reduction": ("mean", "sum", "batchmean", "none"),
+    "missing": ("tail", "conditional", "renormalize", "truncate"),
     "ensemble": ("arithmetic", "geometric"),
     "backend": (None, "reference", "cpu", "triton", "cuda"),
 }

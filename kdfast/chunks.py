@@ -83,6 +83,7 @@ class Chunks:
             None,
             _as_column(inputs.temperatures),
             _as_column(inputs.teacher_temperatures),
+            None if inputs.indices is None else rows.as_matrix(inputs.indices),
         )
         self._find_kept_rows(heads.student_hidden, inputs, settings)
         self._set_divisor(heads.student_hidden, inputs, settings)

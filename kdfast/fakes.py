@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from kdfast import linear_ops
-from kdfast.arguments import Heads, Inputs, KDMetrics, Settings, take_flat, take_flat_heads
+from kdfast.arguments import Heads, Inputs, Settings, metrics_count, take_flat, take_flat_heads
+from kdfast.reference_tokens import TOKEN_STATS
 from kdfast.row_math import Coefficients, Sums, table_columns
 from kdfast.rows import loss_dtype
 
@@ -17,11 +18,11 @@ def _new_loss(student: Tensor, settings: Settings) -> Tensor:
     return student.new_empty(shape, dtype=loss_dtype(student))
 
 
-def _new_metrics(student: Tensor, settings: Settings) -> Tensor:
-    """KDMetrics as one tensor: (7,) or (7, ...); (0,) where none are wanted."""
+def _new_metrics(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+    """KDMetrics as one tensor: (7,) or (7, ...); (0,) where none are wanted. A sparse teacher has 9."""
     shape = (0,)
     if settings.metrics:
-        shape = (len(KDMetrics._fields), *(student.shape[:-1] if settings.reduction == "none" else ()))
+        shape = (metrics_count(inputs), *(student.shape[:-1] if settings.reduction == "none" else ()))
     return student.new_empty(shape, dtype=loss_dtype(student))
 
 
@@ -44,16 +45,28 @@ def _new_head_gradients(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
     return grad_hidden, grad_weight, grad_bias
 
 
+def _token_stats(
+    logits: Tensor, ids: Tensor, temperatures: Any, temperature: Any, scale: Any, cap: Any, vocab: Any, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype, rows = loss_dtype(logits), logits.shape[:-1]
+    return (
+        logits.new_empty(ids.shape, dtype=dtype),
+        logits.new_empty(rows if entropy else (0,), dtype=dtype),
+        logits.new_empty(rows, dtype=dtype),
+        _new_table(logits, TOKEN_STATS),
+    )
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "loss_grad": take_flat(
         lambda student, inputs, settings: (
             _new_loss(student, settings),
             _new_grad(student),
-            _new_metrics(student, settings),
+            _new_metrics(student, inputs, settings),
         )
     ),
     "loss_grad_": take_flat(
-        lambda student, inputs, settings: (_new_loss(student, settings), _new_metrics(student, settings))
+        lambda student, inputs, settings: (_new_loss(student, settings), _new_metrics(student, inputs, settings))
     ),
     "sums": take_flat(lambda student, inputs, settings: _new_table(student, len(Sums._fields))),
     "pointwise_sums": take_flat(lambda student, sums, inputs, settings: _new_table(student, len(Sums._fields))),
@@ -69,11 +82,13 @@ _FAKES: dict[str, Callable[..., Any]] = {
         lambda heads, inputs, settings: (
             _new_loss(heads.student_hidden, settings),
             *_new_head_gradients(heads),
-            _new_metrics(heads.student_hidden, settings),
+            _new_metrics(heads.student_hidden, inputs, settings),
         )
     ),
     "linear_grad": take_flat_heads(lambda heads, stats, grad_loss, inputs, settings: _new_head_gradients(heads)),
     "scale_": lambda grad, factor: None,
+    "token_stats": _token_stats,
+    "token_grad": lambda logits, *others: _new_grad(logits),
     "tempered_softmax": lambda logits, temperatures, temperature, log, dtype: logits.new_empty(
         logits.shape, dtype=dtype
     ),
@@ -89,8 +104,9 @@ def fake(name: str, namespace: str) -> Callable[..., Any]:
         return _FAKES[name]
 
     def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-        table = _new_table(student, table_columns(namespace, student.device.type, len(inputs.teachers)))
-        return _new_loss(student, settings), table, _new_metrics(student, settings)
+        columns = table_columns(namespace, student.device.type, len(inputs.teachers), inputs.indices)
+        table = _new_table(student, columns)
+        return _new_loss(student, settings), table, _new_metrics(student, inputs, settings)
 
     if name == "stats":
         return take_flat(stats)

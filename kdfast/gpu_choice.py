@@ -56,12 +56,15 @@ def are_split(rows: int, vocab: int, multiprocessors: int) -> bool:
 _IN_CUDA = frozenset(names()) - {"dkd"}  # kdfast's own divergences, and no program's
 _SUMS = ("sums", "pointwise_sums", "losses_and_coefficients")
 _SOFTMAX = ("tempered_softmax", "tempered_softmax_backward")
+_TOKENS = ("token_stats", "token_grad")
 
 # The preferences go by bytes that the emulator counts: none is measured on a device yet.
 RULES = (
     Rule("triton", lambda c: c.capability < LEAST_CAPABILITY, f"a device before sm_{LEAST_CAPABILITY}", must=True),
     Rule("triton", lambda c: c.operator in _SOFTMAX, "tempered_softmax", must=True),
+    Rule("triton", lambda c: c.operator in _TOKENS, "token_log_probs", must=True),
     Rule("triton", lambda c: c.operator in _SUMS, "the sums of a shard's classes", must=True),
+    Rule("triton", _setting(lambda s: s.missing != ""), "a sparse teacher", must=True),
     Rule("triton", lambda c: torch.float64 in c.dtypes, "float64", must=True),
     Rule("triton", lambda c: len(c.dtypes) > 1, "a teacher of another dtype than student_logits", must=True),
     Rule("triton", lambda c: c.teachers > 1, "several teachers", must=True),

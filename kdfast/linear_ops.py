@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.arguments import Heads, Inputs, KDMetrics, Settings, metrics_of_unweighted_terms
+from kdfast.arguments import Heads, Inputs, Settings, metrics_count, metrics_of_unweighted_terms
 from kdfast.chunks import Chunk, Chunks
 from kdfast.row_math import table_columns
 from kdfast.rows import as_matrix
@@ -44,7 +44,7 @@ def stats(ops: Any, heads: Heads, inputs: Inputs, settings: Settings) -> tuple[T
     """The loss under `reduction`, the table of all rows, from which `grad` goes on, and the metrics."""
     chunks = Chunks(heads, inputs, settings)
     results = Results(chunks, settings)
-    columns = table_columns(ops.name, chunks.hidden.device.type, len(inputs.teachers))
+    columns = table_columns(ops.name, chunks.hidden.device.type, len(inputs.teachers), inputs.indices)
     table = chunks.hidden.new_zeros((chunks.rows, columns), dtype=chunks.loss_dtype)
     for chunk in chunks:
         args = metrics_of_unweighted_terms(ops, chunk.logits, chunk.inputs, chunks.settings)
@@ -128,7 +128,7 @@ class Results:
         self.weights: list[Tensor] = []
         if self.is_per_row:
             self.row_losses = chunks.hidden.new_zeros(chunks.rows, dtype=chunks.loss_dtype)
-            self.row_metrics = self.row_losses.new_full((len(KDMetrics._fields), chunks.rows), math.nan)
+            self.row_metrics = self.row_losses.new_full((metrics_count(chunks.inputs), chunks.rows), math.nan)
 
     def add(self, chunk: Chunk, loss: Tensor, metrics: Tensor) -> None:
         if self.is_per_row:
@@ -157,7 +157,7 @@ class Results:
         if not self.has_metrics:
             return like.new_empty(0, dtype=self.chunks.loss_dtype)
         if self.is_per_row:
-            return self.row_metrics.view(len(KDMetrics._fields), *self.chunks.shape)
+            return self.row_metrics.view(len(self.row_metrics), *self.chunks.shape)
         if not self.weights:
-            return like.new_full((len(KDMetrics._fields),), math.nan, dtype=self.chunks.loss_dtype)
+            return like.new_full((metrics_count(self.chunks.inputs),), math.nan, dtype=self.chunks.loss_dtype)
         return torch.stack(self.chunk_metrics).sum(0) / torch.stack(self.weights).sum()  # 0 / 0 where none is kept

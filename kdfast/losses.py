@@ -15,6 +15,7 @@ from kdfast.options import (
     Backend,
     CallOptions,
     Ensemble,
+    Missing,
     Reduction,
     Target,
     check_inputs,
@@ -22,8 +23,9 @@ from kdfast.options import (
     check_settings,
 )
 from kdfast.overlap import check_inplace
+from kdfast.sparse import TopKTargets
 
-Teacher = Tensor | Sequence[Tensor] | None
+Teacher = Tensor | Sequence[Tensor] | TopKTargets | None
 
 
 @overload
@@ -71,6 +73,7 @@ def kd_loss(
     divergence: str = "cross_entropy",
     beta: float | None = None,
     target: Target = "logits",
+    missing: Missing = "tail",
     vocab_size: int | None = None,
     t_squared: bool = True,
     row_weight: Tensor | None = None,
@@ -106,8 +109,8 @@ def kd_loss(
         student_logits: (..., V), float32, bfloat16, float16 or float64. V = 1 has loss 0, since one class alone has
             probability 1. A sigmoid's logit z stands for two classes, ``torch.stack((torch.zeros_like(z), z), -1)``,
             with labels 0 and 1: for one output, and for each of several (multi-label) ones.
-        teacher: (..., V) of any of these dtypes, or a sequence of such tensors, an ensemble. It never gets a gradient.
-            May be None where ``alpha`` is 0.
+        teacher: (..., V) of any of these dtypes, or a sequence of such tensors, an ensemble; or
+            :class:`kdfast.TopKTargets`, a sparse teacher. It never gets a gradient. May be None where ``alpha`` is 0.
         labels: (...) int64 class indices, already shifted. None: no hard term.
         temperature: T > 0, a number, a 0-dim tensor, or a tensor (...) with one per row, detached. A tensor's values
             are checked on a CPU only; none of them needs a sync.
@@ -119,7 +122,12 @@ def kd_loss(
         beta: the parameter of the divergences that have one, in [0, 1]. None: 0.5 for ``"jsd"`` and
             ``"symmetric_kl"``, 0.1 for the skew ones, as in DistiLLM.
         target: what ``teacher`` holds: ``"logits"``, ``"probs"`` or ``"log_probs"``. Probabilities are at the
-            temperature already and need not sum to exactly 1.
+            temperature already and need not sum to exactly 1. A sparse teacher has log-probabilities always.
+        missing: what a sparse teacher's other classes have, with P the sum of its p_k. ``"tail"``: 1 - P, as one class
+            more, so that D >= 0; ``"conditional"``: nothing, and the student's likewise, both renormalized over the K
+            classes; ``"renormalize"``: nothing, p_k / P; ``"truncate"``: they are left out of the sum alone, which may
+            be negative. ``"tail"`` and ``"truncate"`` need log-probabilities of the whole softmax at T; the others take
+            any up to a constant, so that ``log_probs * (T0 / T)`` changes their temperature. See docs/sparse.md.
         vocab_size: the number of real classes, where heads are padded, also to different sizes. The classes after them
             are left out, and their gradient is 0.
         t_squared: False leaves T^2 out.
@@ -219,6 +227,7 @@ def kd_loss(
         "divergence": divergence,
         "beta": beta,
         "target": target,
+        "missing": missing,
         "vocab_size": vocab_size,
         "t_squared": t_squared,
         "row_weight": row_weight,

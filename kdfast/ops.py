@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import choice, cuda_ops, gpu_choice, linear_ops, reference, reference_sums
+from kdfast import choice, cuda_ops, gpu_choice, linear_ops, reference, reference_sums, reference_tokens
 from kdfast.arguments import Heads, Inputs, Settings, take_flat, take_flat_heads, with_numbers
 from kdfast.derivatives import refuse_vmap
 from kdfast.fakes import fake
@@ -41,6 +41,7 @@ def _arguments(kinds: dict[str, Any]) -> str:
 
 _ARGS = _arguments(Inputs.__annotations__ | Settings.__annotations__)
 _HEADS = _arguments(Heads.__annotations__)
+_TOKENS = "Tensor? temperatures, float temperature, float logit_scale, float softcap, SymInt vocab_size"
 _HEAD_GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 # The docstrings are in reference.py, reference_sums.py and, for the linear losses, linear_ops.py. An operator with
@@ -58,6 +59,10 @@ SCHEMAS = {
     "linear_stats": f"({_HEADS}, {_ARGS}) -> (Tensor loss, Tensor stats, Tensor metrics)",
     "linear_grad": f"({_HEADS}, Tensor stats, Tensor grad_loss, {_ARGS}) -> ({_HEAD_GRADIENTS})",
     "scale_": "(Tensor(a!) grad, Tensor factor) -> ()",
+    "token_stats": f"(Tensor logits, Tensor ids, {_TOKENS}, bool entropy) "
+    "-> (Tensor log_probs, Tensor entropy, Tensor log_rest, Tensor stats)",
+    "token_grad": "(Tensor logits, Tensor ids, Tensor stats, Tensor? grad_log_probs, Tensor? grad_entropy, "
+    f"Tensor? grad_log_rest, {_TOKENS}) -> Tensor",
     "tempered_softmax": "(Tensor logits, Tensor? temperatures, float temperature, bool log, ScalarType dtype) "
     "-> Tensor",
     "tempered_softmax_backward": "(Tensor grad, Tensor output, Tensor? temperatures, float temperature, bool log, "
@@ -66,7 +71,8 @@ SCHEMAS = {
 
 
 CUDA_KERNELS = ("loss_grad", "loss_grad_", "stats", "grad", "grad_", "scale_")
-_TENSORS_ONLY = {"scale_", "tempered_softmax", "tempered_softmax_backward"}  # operators without Inputs and Settings
+# operators without Inputs and Settings
+_TENSORS_ONLY = {"scale_", "token_stats", "token_grad", "tempered_softmax", "tempered_softmax_backward"}
 
 _NAMESPACES = ("kdfast", "kdfast_reference", "kdfast_triton", "kdfast_cuda")
 _libraries = {name: torch.library.Library(name, "DEF") for name in _NAMESPACES}
@@ -74,7 +80,8 @@ _warned: set[str] = set()
 
 
 def _reference(name: str) -> Callable[..., Any]:
-    return getattr(reference if hasattr(reference, name) else reference_sums, name)
+    modules = (reference, reference_sums, reference_tokens)
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
 def _triton(name: str) -> Callable[..., Any]:

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from kdfast import checks, divergences, tensor_checks
 from kdfast.arguments import Inputs, Settings, drop_unused, hide_dynamic
+from kdfast.sparse import TopKTargets, check_options, check_targets
 from kdfast.teachers import check_teachers
 
 DKD_WEIGHTS = (1.0, 8.0)  # as published for CIFAR-100
 
 Target = Literal["logits", "probs", "log_probs"]
+Missing = Literal["tail", "conditional", "renormalize", "truncate"]
 Reduction = Literal["mean", "sum", "batchmean", "none"]
 Ensemble = Literal["arithmetic", "geometric"]
 Backend = Literal["reference", "cpu", "triton", "cuda"]
@@ -29,6 +31,7 @@ class Options(TypedDict, total=False):
     divergence: str  # a built-in one, or one that a program has added
     beta: float | None
     target: Target
+    missing: Missing
     vocab_size: int | None
     t_squared: bool
     ignore_index: int
@@ -86,7 +89,7 @@ def check_settings(options: Mapping[str, Any], has_labels: bool) -> Settings:
 
 def _check_settings(options: Mapping[str, Any], has_labels: bool) -> Settings:
     divergence, target = options["divergence"], options["target"]
-    for name in ("divergence", "target", "reduction", "ensemble", "backend"):
+    for name in ("divergence", "target", "missing", "reduction", "ensemble", "backend"):
         checks.check_choice(name, options[name])
     for name in ("t_squared", "return_metrics", "standardize", "inplace"):
         checks.check_bool(name, options[name])
@@ -117,6 +120,7 @@ def _check_settings(options: Mapping[str, Any], has_labels: bool) -> Settings:
         divergence=resolved,
         beta=beta,
         target=target,
+        missing=options["missing"],
         ensemble=options["ensemble"],
         teacher_weights=[],
         vocab_size=checks.check_vocab(options["vocab_size"]),
@@ -161,13 +165,25 @@ def check_inputs(
         teacher_temperatures = tensor_checks.check_temperatures("teacher_temperature", value, shape, student)
     teachers: list[Tensor] = []
     weights: list[float] = []
-    if teacher is not None or settings.alpha != 0:
+    indices = None
+    if isinstance(teacher, TopKTargets):
+        check_options(options, settings)
+        indices, log_probs = check_targets(teacher, student, dim)
+        teachers, weights, teacher_temperatures = [log_probs], [1.0], None
+        settings = settings._replace(target="log_probs", teacher_temperature=1.0)
+    elif options["missing"] != "tail":
+        raise ValueError(
+            f"missing: {options['missing']!r} with a teacher that is not sparse; it is for kdfast.TopKTargets"
+        )
+    elif teacher is not None or settings.alpha != 0:
         teachers, weights = check_teachers(teacher, options["teacher_weights"], student, vocab_size, dim)
     if settings.divergence == "logit_mse":
         if len(teachers) > 1 and settings.ensemble != "geometric":
             raise ValueError("divergence: 'logit_mse' with several teachers needs ensemble='geometric'")
         temperatures = teacher_temperatures = None
     divisor, normalizer = tensor_checks.check_normalizer(options["normalizer"], settings.reduction, student)
-    inputs = Inputs(teachers, labels, row_weight, normalizer, temperatures, teacher_temperatures)
-    inputs, settings = drop_unused(inputs, settings._replace(teacher_weights=weights, divisor=divisor))
+    inputs = Inputs(teachers, labels, row_weight, normalizer, temperatures, teacher_temperatures, indices)
+    missing = "" if indices is None else settings.missing
+    settings = settings._replace(teacher_weights=weights, divisor=divisor, missing=missing)
+    inputs, settings = drop_unused(inputs, settings)
     return hide_dynamic(inputs, settings) if torch.compiler.is_compiling() else (inputs, settings)

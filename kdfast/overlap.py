@@ -12,7 +12,11 @@ from torch import Tensor
 
 from kdfast.arguments import Inputs
 
-_ARGUMENTS = {"temperatures": "temperature", "teacher_temperatures": "teacher_temperature"}
+_ARGUMENTS = {
+    "temperatures": "temperature",
+    "teacher_temperatures": "teacher_temperature",
+    "indices": "teacher.indices",
+}
 _MOST_STEPS = 10_000  # of a search; layouts that need more are refused
 
 

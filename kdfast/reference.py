@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast import row_math
-from kdfast.arguments import Inputs, KDMetrics, Settings
+from kdfast import row_math, sparse_rows
+from kdfast.arguments import Inputs, Settings
 from kdfast.classifiers import dkd, logit_mse, standardize
 from kdfast.divergences import DIVERGENCES, times
 from kdfast.rows import check_values, divisor, kept_rows, loss_dtype, mean_metrics, no_metrics, row_weights
@@ -90,7 +90,7 @@ class Rows(NamedTuple):
     """What the terms of a loss take."""
 
     s: Tensor  # (..., V), the real classes, scaled and softcapped; 0 in dropped rows, whatever they hold
-    teachers: list[Tensor]  # the same
+    teachers: list[Tensor]  # the same; none that is sparse
     labels: Tensor | None  # (..., 1); 0 in dropped rows
     kept: Tensor  # (...)
 
@@ -101,7 +101,7 @@ def prepare_rows(student: Tensor, inputs: Inputs, settings: Settings) -> Rows:
     s = student if settings.vocab_size < 0 else student[..., : settings.vocab_size]
     s = softcap(settings.logit_scale * torch.where(kept.unsqueeze(-1), s.to(dtype), 0), settings.softcap)
     teachers = []
-    for t in inputs.teachers:
+    for t in inputs.teachers if not settings.missing else ():
         t = torch.where(kept.unsqueeze(-1), _real_classes(t, settings).to(dtype), 0)
         teachers.append(softcap(settings.teacher_logit_scale * t, settings.teacher_softcap))
     labels = None if inputs.labels is None else torch.where(kept, inputs.labels, 0).unsqueeze(-1)
@@ -146,7 +146,7 @@ def _soft_losses(rows: Rows, inputs: Inputs, settings: Settings) -> Tensor:
     else:
         of = DIVERGENCES[settings.divergence]
         divergence = of.phi(x.p, x.log_q.exp(), x.log_p, x.log_q, settings.beta).sum(-1)
-        if not row_math.is_distribution(inputs, settings):
+        if settings.missing or not row_math.is_distribution(inputs, settings):
             divergence = divergence + of.first_order(settings.beta) * (x.p.sum(-1) - 1)
     if row_math.is_distribution(inputs, settings):  # rounding may leave less than 0
         divergence = divergence - divergence.detach().clamp(max=0)
@@ -161,7 +161,10 @@ def student_exponents(rows: Rows, inputs: Inputs, settings: Settings) -> tuple[T
 
 
 class _Distributions(NamedTuple):
-    """p and q, each (..., V), and their logarithms; z are these before a constant of the row is subtracted."""
+    """p and q, each (..., V), and their logarithms; z are these before a constant of the row is subtracted.
+
+    With a sparse teacher they are of its entries and their rest, (..., K + 1).
+    """
 
     p: Tensor
     log_p: Tensor
@@ -175,12 +178,17 @@ def _distributions(rows: Rows, inputs: Inputs, settings: Settings) -> tuple[Tens
     teacher_temperature = as_column(inputs.teacher_temperatures, settings.teacher_temperature, rows.s)
     teachers = [standardize(t) for t in rows.teachers] if settings.standardize else rows.teachers
     temperature, z = student_exponents(rows, inputs, settings)
+    if settings.missing:
+        entries = sparse_rows.entries_of(rows.s, inputs, settings)
+        log_p = entries.log_p if sparse_rows.is_given(settings) else torch.log_softmax(entries.log_p, -1)
+        log_q = sparse_rows.student_log_probs(z, entries, settings)
+        return temperature, _Distributions(log_p.exp(), log_p, log_p, log_q, log_q)
     p = teacher_distribution(teachers, teacher_temperature, rows.labels, settings)
     return temperature, _Distributions(*p, torch.log_softmax(z, -1), z)
 
 
 def row_metrics(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    """KDMetrics of each row, (7, ...); NaN in dropped rows."""
+    """KDMetrics of each row, (7, ...), with a sparse teacher (9, ...); NaN in dropped rows."""
     rows = prepare_rows(student.detach(), inputs, settings)
     nan = torch.full_like(rows.s[..., 0], math.nan)
     soft = hard = kl = teacher_entropy = agreement = accuracy = nan
@@ -190,15 +198,18 @@ def row_metrics(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
         accuracy = (best == rows.labels.squeeze(-1)).to(nan.dtype)
     log_q = torch.log_softmax(student_exponents(rows, inputs, settings)[1], -1)
     student_entropy = -times(log_q.exp(), log_q).sum(-1)
-    if rows.teachers:
+    masses: tuple[Tensor, ...] = ()
+    if inputs.teachers:
         soft = _soft_losses(rows, inputs, settings)
         _, x = _distributions(rows, inputs, settings)
-        kl = times(x.p, x.log_p - log_q).sum(-1)
+        kl = times(x.p, x.log_p - (x.log_q if settings.missing else log_q)).sum(-1)
         teacher_entropy = -times(x.p, x.log_p).sum(-1)
         # one teacher's logits may differ where its probabilities are equal
         teacher = rows.teachers[0] if len(rows.teachers) == 1 else x.log_p
-        agreement = (best == teacher.argmax(-1)).to(nan.dtype)
-    metrics = KDMetrics(soft, hard, kl, student_entropy, teacher_entropy, agreement, accuracy)
+        likeliest = sparse_rows.likeliest(rows.s, inputs, settings) if settings.missing else teacher.argmax(-1)
+        agreement = (best == likeliest).to(nan.dtype)
+        masses = sparse_rows.masses(log_q, inputs, settings) if settings.missing else ()
+    metrics = (soft, hard, kl, student_entropy, teacher_entropy, agreement, accuracy, *masses)
     return torch.where(rows.kept, torch.stack(metrics), math.nan)
 
 

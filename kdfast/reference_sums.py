@@ -36,7 +36,8 @@ def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, 
         row_sums = pointwise_sums(student, sums(student, inputs, settings), inputs, settings)
         table = row_math.losses_and_coefficients(row_sums, inputs, settings)[1]
     else:
-        table = loss.new_zeros(student.shape[:-1].numel(), len(Coefficients._fields))
+        columns = row_math.table_columns("kdfast_reference", "", 1, inputs.indices)
+        table = loss.new_zeros(student.shape[:-1].numel(), columns)
     return loss, table, reduced_metrics(student, inputs, settings)
 
 
@@ -124,8 +125,8 @@ def grad_(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, set
 
 
 def _has_coefficients(settings: Settings) -> bool:
-    """The losses of classifiers.py have none."""
-    return settings.divergence not in OTHERS and not settings.standardize
+    """The losses of classifiers.py and of sparse teachers have none here."""
+    return settings.divergence not in OTHERS and not settings.standardize and not settings.missing
 
 
 def _flatten(inputs: Inputs) -> Inputs:

@@ -76,11 +76,12 @@ FURTHER_COLUMNS = 4  # Triton's, for each teacher after the first: triton/spec.p
 MOST_TEACHERS = 8  # that Triton's kernels take: more are one
 
 
-def table_columns(namespace: str, device: str, teachers: int) -> int:
+def table_columns(namespace: str, device: str, teachers: int, indices: Tensor | None = None) -> int:
     """The number of columns of the table that a namespace's `stats` returns and `grad` takes."""
     has_further = (namespace.endswith("triton") or device == "cuda") and teachers <= MOST_TEACHERS
     further = max(0, teachers - 1) if has_further else 0
-    return len(Coefficients._fields) + further * FURTHER_COLUMNS
+    entries = 0 if indices is None else indices.shape[-1]  # of a sparse teacher's classes the soft gradient
+    return len(Coefficients._fields) + further * FURTHER_COLUMNS + entries
 
 
 def shares(settings: Settings) -> tuple[float, float] | None:
@@ -104,6 +105,8 @@ def is_softmaxed(inputs: Inputs, settings: Settings) -> bool:
 
 def is_distribution(inputs: Inputs, settings: Settings) -> bool:
     """Whether p sums to 1, which given probabilities need not: then no divergence is below 0."""
+    if settings.missing:
+        return settings.missing != "truncate"
     return settings.target == "logits" or is_softmaxed(inputs, settings)
 
 

@@ -128,3 +128,7 @@ def check_values(student: Tensor, inputs: Inputs, settings: Settings) -> None:
                 row = int(bad.nonzero()[0])
                 rule = ">= 0" if zero else "> 0"
                 raise ValueError(f"{name}: {value[row].item():g} in row {row}, but it must be finite and {rule}")
+    if inputs.indices is not None:
+        from kdfast.sparse import check_entries
+
+        check_entries(student, inputs, settings, vocab)

@@ -24,12 +24,16 @@ def check_teachers(
         weights = check_weights(teacher_weights, len(teachers))
     else:
         what = kind(teacher) + ("; pass its logits" if hasattr(teacher, "logits") else "")
-        raise TypeError(f"teacher: must be a tensor, or a list or tuple of tensors (or None with alpha=0), not {what}")
+        raise TypeError(
+            "teacher: must be a tensor, a list or tuple of tensors, or kdfast.TopKTargets (or None with alpha=0), not "
+            f"{what}"
+        )
     several = len(teachers) > 1
     for index, each in enumerate(teachers):
         name = f"teacher[{index}]" if several else "teacher"
         if not isinstance(each, Tensor):
-            raise TypeError(f"{name}: must be a tensor, not {kind(each)}")
+            hint = "; a sparse teacher goes alone, without others" if hasattr(each, "log_probs") else ""
+            raise TypeError(f"{name}: must be a tensor, not {kind(each)}{hint}")
         check_dense(name, each)
         check_floating(name, each)
         if each.device != student.device:

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from kdfast import rows
-from kdfast.arguments import Inputs, KDMetrics, Settings
+from kdfast.arguments import METRICS, Inputs, Settings
 from kdfast.row_math import Sums
 from kdfast.triton import autotune, launch, matrices, reductions, row_kernels, tiny_rows
 from kdfast.triton.matrices import bits, flatten_rows, matrix
@@ -39,7 +39,7 @@ class Call:
             if summed or settings.metrics:
                 self.weights = rows.row_weights(inputs, settings)
             number, divisor = rows.divisor(student, self.weights, inputs, settings)
-        self.row_metrics = self.losses.new_empty(len(KDMetrics._fields), self.rows) if settings.metrics else None
+        self.row_metrics = self.losses.new_empty(METRICS, self.rows) if settings.metrics else None
         self.per_row = PerRow(
             self.losses, by_row[0], by_row[1], by_row[2], by_row[3], None, divisor, self.row_metrics
         )  # fmt: skip
@@ -80,9 +80,7 @@ class Call:
         """KDMetrics, of the rows or their means; empty where they are not wanted."""
         if self.row_metrics is None:
             return rows.no_metrics(self.losses)
-        return rows.mean_metrics(
-            self.row_metrics.view(len(KDMetrics._fields), *self.shape), self.weights, self.settings
-        )
+        return rows.mean_metrics(self.row_metrics.view(METRICS, *self.shape), self.weights, self.settings)
 
     def sums(self) -> Tensor:
         """row_math.Sums of this shard's classes, (rows, 12)."""

@@ -1,0 +1,89 @@
+"""The rows of a sparse teacher: K classes, its entries, and what all other classes, the rest, have.
+
+Over the K classes and the rest, p and q are distributions of K + 1 classes, so every divergence has its usual form:
+
+    missing          p_k                  p_rest              q_k              q_rest
+    "tail"           exp(log_probs)       max(0, 1 - sum)     q[i_k]           sum of the others
+    "renormalize"    softmax(log_probs)   0                   q[i_k]           sum of the others
+    "truncate"       exp(log_probs)       0                   q[i_k]           sum of the others
+    "conditional"    softmax(log_probs)   none                softmax of s_k   none
+
+D is sum phi(p, q) as of any p and q. A divergence of degree 1 has "renormalize" as sum phi(p_k, q_k) + phi(0, q_rest).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast.arguments import Inputs, Settings
+from kdfast.rows import loss_dtype
+
+
+class Entries(NamedTuple):
+    """A sparse teacher's rows, with its rest as a last class; K + 1 is its columns."""
+
+    indices: Tensor  # (..., K) int64, -1 where absent
+    log_p: Tensor  # (..., K + 1), to be softmaxed unless it is given
+
+
+def entries_of(student: Tensor, inputs: Inputs, settings: Settings) -> Entries:
+    """On any device without a sync; an index out of range makes its row NaN."""
+    assert inputs.indices is not None
+    vocab = student.shape[-1] if settings.vocab_size < 0 else settings.vocab_size
+    wide = loss_dtype(student)
+    log_p, indices = inputs.teachers[0].to(wide), inputs.indices.long()
+    present, inside = log_p != -math.inf, (indices >= 0) & (indices < vocab)
+    log_p = torch.where(present & ~inside, math.nan, log_p)
+    count = present.sum(-1, keepdim=True)
+    rest = torch.full_like(log_p[..., :1], -math.inf)
+    if settings.missing == "tail":
+        precise = log_p.double() if student.device.type in ("cpu", "cuda") else log_p
+        rest = torch.where(count == vocab, rest, (1 - precise.exp().sum(-1, keepdim=True)).clamp(min=0).log().to(wide))
+    rest = torch.where(count == 0, 0, rest)  # no entries: all is rest, on both sides
+    return Entries(torch.where(present & inside, indices, -1), torch.cat([log_p, rest], -1))
+
+
+def is_given(settings: Settings) -> bool:
+    """Whether the log-probabilities of a sparse teacher are taken as they are, and not softmaxed over its entries."""
+    return settings.missing in ("tail", "truncate")
+
+
+def student_log_probs(z: Tensor, entries: Entries, settings: Settings) -> Tensor:
+    """log q of the entries and their rest, (..., K + 1), in plain PyTorch; z: logits / T, (..., V)."""
+    absent = entries.indices < 0
+    places = entries.indices.clamp(min=0)
+    empty = absent.all(-1, keepdim=True)
+    if settings.missing == "conditional":
+        z_k = torch.where(absent, -math.inf, z.gather(-1, places))
+        return torch.log_softmax(torch.cat([z_k, torch.where(empty, 0, -math.inf).to(z.dtype)], -1), -1)
+    log_q = torch.log_softmax(z, -1)
+    there = torch.zeros(z.shape, dtype=torch.int32, device=z.device).scatter_add_(-1, places, (~absent).int()) > 0
+    others = torch.where(there, -math.inf, log_q)
+    nothing = (others == -math.inf).all(-1, keepdim=True)
+    rest = torch.logsumexp(torch.where(nothing, 0, others), -1, keepdim=True)
+    log_q = torch.where(absent, -math.inf, log_q.gather(-1, places))
+    return torch.cat([log_q, torch.where(nothing, -math.inf, rest)], -1)
+
+
+def likeliest(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+    """The class of the highest log-probability, (...); -1 where there are no entries."""
+    entries = entries_of(student, inputs, settings)
+    at = entries.log_p[..., :-1].argmax(-1, keepdim=True)
+    return entries.indices.gather(-1, at).squeeze(-1)
+
+
+def masses(log_q: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+    """The sums of q and of p over the entries, each (...); log_q: (..., V)."""
+    entries = entries_of(log_q, inputs, settings)
+    absent = entries.indices < 0
+    q_k = log_q.gather(-1, entries.indices.clamp(min=0)).exp()
+    return torch.where(absent, 0, q_k).sum(-1), entries.log_p[..., :-1].exp().sum(-1)
+
+
+def reduced_metrics(ops: Any, student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+    """KDMetrics with a sparse teacher, (9,) or, with reduction "none", (9, ...)."""
+    from kdfast import reference
+
+    return reference.reduced_metrics(student.detach(), inputs, settings)
