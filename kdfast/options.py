@@ -118,7 +118,7 @@ def _check_settings(options: Mapping[str, Any], has_labels: bool) -> Settings:
         beta=beta,
         target=target,
         ensemble=options["ensemble"],
-        teacher_weights=[],
+        teacher_weights=[1.0],  # of one teacher
         vocab_size=checks.check_vocab(options["vocab_size"]),
         ignore_index=ignore_index,
         reduction=options["reduction"],
@@ -169,5 +169,7 @@ def check_inputs(
         temperatures = teacher_temperatures = None
     divisor, normalizer = tensor_checks.check_normalizer(options["normalizer"], settings.reduction, student)
     inputs = Inputs(teachers, labels, row_weight, normalizer, temperatures, teacher_temperatures)
-    inputs, settings = drop_unused(inputs, settings._replace(teacher_weights=weights, divisor=divisor))
+    if weights != settings.teacher_weights or divisor != settings.divisor:  # copying them takes 1 us
+        settings = settings._replace(teacher_weights=weights, divisor=divisor)
+    inputs, settings = drop_unused(inputs, settings)
     return hide_dynamic(inputs, settings) if torch.compiler.is_compiling() else (inputs, settings)
