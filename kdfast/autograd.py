@@ -55,8 +55,8 @@ class LossGrad(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # 0-dim, the gradient unless it is in-place, and the metrics
         with below_autograd() if fast else next_level():
             if not inplace:
-                return ops.loss_grad(student, *inputs, *settings)
-            results = ops.loss_grad_(student, *inputs, *settings)
+                return ops.loss_grad.default(student, *inputs, *settings)  # no other overload to look for
+            results = ops.loss_grad_.default(student, *inputs, *settings)
         _mark_overwritten(student)
         return results
 
@@ -92,7 +92,7 @@ class LossGrad(torch.autograd.Function):
         elif graph_is_kept():
             return grad * grad_loss, None, None, None, None, None  # this backward may run again
         with below_autograd():
-            ctx.ops.scale_(grad, grad_loss)
+            ctx.ops.scale_.default(grad, grad_loss)
         return grad, None, None, None, None, None
 
     @staticmethod

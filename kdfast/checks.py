@@ -39,6 +39,8 @@ def as_number(name: str, value: Any) -> float:
 
 def as_integer(name: str, value: Any) -> int:
     """A Python or numpy integer as an int."""
+    if type(value) is int:
+        return value
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]
     if not isinstance(value, (bool, Tensor)) and hasattr(value, "__index__"):

@@ -120,9 +120,9 @@ def _check_settings(options: Mapping[str, Any], has_labels: bool) -> Settings:
         divergence=resolved,
         beta=beta,
         target=target,
-        missing=options["missing"],
+        missing="",
         ensemble=options["ensemble"],
-        teacher_weights=[],
+        teacher_weights=[1.0],  # of one teacher
         vocab_size=checks.check_vocab(options["vocab_size"]),
         ignore_index=ignore_index,
         reduction=options["reduction"],
@@ -170,7 +170,7 @@ def check_inputs(
         check_options(options, settings)
         indices, log_probs = check_targets(teacher, student, dim)
         teachers, weights, teacher_temperatures = [log_probs], [1.0], None
-        settings = settings._replace(target="log_probs", teacher_temperature=1.0)
+        settings = settings._replace(target="log_probs", teacher_temperature=1.0, missing=options["missing"])
     elif options["missing"] != "tail":
         raise ValueError(
             f"missing: {options['missing']!r} with a teacher that is not sparse; it is for kdfast.TopKTargets"
@@ -183,7 +183,7 @@ def check_inputs(
         temperatures = teacher_temperatures = None
     divisor, normalizer = tensor_checks.check_normalizer(options["normalizer"], settings.reduction, student)
     inputs = Inputs(teachers, labels, row_weight, normalizer, temperatures, teacher_temperatures, indices)
-    missing = "" if indices is None else settings.missing
-    settings = settings._replace(teacher_weights=weights, divisor=divisor, missing=missing)
+    if weights != settings.teacher_weights or divisor != settings.divisor:  # copying them takes 1 us
+        settings = settings._replace(teacher_weights=weights, divisor=divisor)
     inputs, settings = drop_unused(inputs, settings)
     return hide_dynamic(inputs, settings) if torch.compiler.is_compiling() else (inputs, settings)

@@ -87,5 +87,5 @@ def next_level() -> Iterator[None]:
 
 def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(), but at one level of transforms, and without inspect.signature, which takes 50 us."""
-    args = tuple(unwrap_if_dead(x) if type(x) in _TENSORS else x for x in args)  # of a transform that has ended
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    unwrapped = [unwrap_if_dead(x) if type(x) in _TENSORS else x for x in args]  # of a transform that has ended
+    return super(torch.autograd.Function, function).apply(*unwrapped)  # type: ignore[misc]

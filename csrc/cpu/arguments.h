@@ -90,6 +90,10 @@ struct Loss {
     check_values("teacher_temperature", args.teacher_temperatures, false);
   }
   void check_labels() const {
+    bool in_range = true;  // as most calls' labels are; this loop is short
+    for (int64_t row = 0; row < args.rows; ++row)
+      in_range &= (uint64_t)args.labels[row] < (uint64_t)args.vocab;
+    if (in_range) return;
     for (int64_t row = 0; row < args.rows; ++row) {
       const int64_t label = args.labels[row];
       if ((uint64_t)label < (uint64_t)args.vocab || label == kOtherShard || !args.is_kept(row)) continue;
@@ -114,10 +118,11 @@ struct Loss {
     } else if (args.divisor != 0) {
       divisor = args.divisor;
     } else {
-      divisor = 0;
+      double total = 0;  // a local one, which stays in a register
       for (int64_t row = 0; row < args.rows; ++row) {
-        if (args.is_kept(row)) divisor += args.weight(row);
+        if (args.is_kept(row)) total += args.weight(row);
       }
+      divisor = total;
     }
   }
   double inverse_divisor() const { return divisor == 0 ? 0 : 1 / divisor; }  // 0: no row is kept

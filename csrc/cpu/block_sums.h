@@ -52,11 +52,12 @@ KD_INLINE void prefetch(const S* p, bool near) {
   }
 }
 
-// Pass A over one block. The exps go to the scratch where kKeep.
+// Pass A over one block. The exps go to the scratch where kKeep. The sums are stored where they stay, for a
+// copy of numbers that have just been stored waits for them.
 template <class P, bool kKeep>
-KD_NOINLINE Sums<double> block_sums(const typename P::S* s, const typename P::T* t, int n,
-                                    const RowScale& scale, double student_offset, double teacher_offset,
-                                    Scratch<typename P::C> scratch, bool near) {
+KD_NOINLINE void block_sums(const typename P::S* s, const typename P::T* t, int n, const RowScale& scale,
+                            double student_offset, double teacher_offset, Scratch<typename P::C> scratch,
+                            bool near, Sums<double>& sums) {
   using V = typename P::V;
   const Exponents<P> exponents(scale, student_offset, teacher_offset);
   // Two levels of sums: short chains of additions, so that rounding does not add up over equal terms.
@@ -101,7 +102,7 @@ KD_NOINLINE Sums<double> block_sums(const typename P::S* s, const typename P::T*
     if (i / P::kStep % 8 == 7) flush();
   }
   flush();
-  return {student_offset,
+  sums = {student_offset,
           sum(total.student),
           teacher_offset,
           sum(total.teacher),

@@ -65,6 +65,7 @@ KD_INLINE void set_units(RowScale& scale, double student, double teacher, bool m
   scale.teacher = (C)(scale.teacher * teacher);
   scale.hard_multiple = (C)(hard / scale.student);
   scale.hard = scale.student * scale.hard_multiple;
+  scale.invert();
 }
 
 // Several teachers were standardized when they were mixed.

@@ -23,9 +23,9 @@ constexpr int kMaxPower = 4;
 // logits is rounded by more than exps have room for: such rows are computed in doubles.
 constexpr double kHuge = 0x1p28;  // of a base, which is then rounded by at most 16
 template <class C>
-KD_INLINE double representable(double offset, double scale) {
+KD_INLINE double representable(double offset, double scale, double inverse_scale) {
   const double base = offset * scale;
-  return std::is_same_v<C, double> || std::fabs(base) > kHuge ? offset : (double)(C)base / scale;
+  return std::is_same_v<C, double> || std::fabs(base) > kHuge ? offset : (double)(C)base * inverse_scale;
 }
 
 template <class C>
@@ -62,9 +62,15 @@ struct RowScale : Exp2Scales {  // of one row: logit_scale * log2(e) / T
   double hard_multiple;                             // of exponents at T those at temperature 1
   double logit_scale = 1, teacher_logit_scale = 1;  // 1 where softcapping takes it in
   double student_unit = 1, teacher_unit = 1;        // what standardization multiplies scaled logits by
+  double inverse_student = 1, inverse_teacher = 1;  // of the scales, by which rows of few classes then divide
 
-  bool is_huge(double student_offset, double teacher_offset) const {
-    const double largest = std::fmax(student, hard) * finite(student_offset);
+  KD_INLINE void invert() {
+    inverse_student = 1 / student;
+    inverse_teacher = 1 / teacher;
+  }
+
+  KD_INLINE bool is_huge(double student_offset, double teacher_offset) const {
+    const double largest = higher(hard, student) * finite(student_offset);  // hard may be NaN, inf * 0
     return std::fabs(largest) > kHuge || std::fabs(teacher * finite(teacher_offset)) > kHuge;
   }
 };
@@ -73,7 +79,7 @@ KD_INLINE double row_value(const double* per_row, double number, int64_t row) {
   return per_row ? per_row[row] : number;
 }
 
-KD_INLINE RowScale row_scale(const LossArgs& a, int64_t row) {
+KD_NOINLINE RowScale row_scale(const LossArgs& a, int64_t row) {
   const double t = row_value(a.temperatures, a.temperature, row);
   const bool logits = a.target == Target::kLogits;
   const double teacher_t = logits ? row_value(a.teacher_temperatures, a.teacher_temperature, row) : 1;
@@ -83,8 +89,22 @@ KD_INLINE RowScale row_scale(const LossArgs& a, int64_t row) {
   const double teacher = round_to_compute(a, kLog2E * teacher_scale / teacher_t);
   // a multiple of the other one, as the kernels have it
   const double multiple = has_hard_powers(a) ? (int)t : round_to_compute(a, kLog2E * scale / student);
-  return {{student, teacher, student * multiple}, t, (int)t, multiple, scale, teacher_scale};
+  RowScale out{{student, teacher, student * multiple}, t, (int)t, multiple, scale, teacher_scale};
+  out.invert();
+  return out;
 }
+
+// Whether no row has a temperature of its own.
+KD_INLINE bool have_one_scale(const LossArgs& a) { return !a.temperatures && !a.teacher_temperatures; }
+
+struct RowScales {  // of a call's rows, which are alike unless they have temperatures of their own
+  const LossArgs& a;
+  const bool alike;
+  const RowScale common;
+  KD_INLINE explicit RowScales(const LossArgs& args)
+      : a(args), alike(have_one_scale(a)), common(alike ? row_scale(a, 0) : RowScale{}) {}
+  KD_INLINE RowScale operator()(int64_t row) const { return alike ? common : row_scale(a, row); }
+};
 
 template <class C>
 struct Scratch {  // a place for each step of a row
@@ -102,12 +122,11 @@ struct Block {  // what a block's exponents are relative to, as it is representa
 template <class P>
 KD_INLINE Block representable_block(double student_offset, double teacher_offset, const RowScale& scale) {
   using C = typename P::C;
-  return {representable<C>(student_offset, scale.student),
-          P::kMSE ? teacher_offset : representable<C>(teacher_offset, scale.teacher)};
+  return {representable<C>(student_offset, scale.student, scale.inverse_student),
+          P::kMSE ? teacher_offset : representable<C>(teacher_offset, scale.teacher, scale.inverse_teacher)};
 }
 
-// The same scales for a block's exps, which may have other offsets than the row's sums.
-KD_NOINLINE Scales<double> block_scales(Scales<double> x, const RowScale& scale, const Block& block) {
+KD_NOINLINE void move_scales(Scales<double>& x, const RowScale& scale, const Block& block) {
   if (block.student_offset != x.student_offset) {
     const double change = block.student_offset - x.student_offset, d = change * scale.student;
     x.to_q = scaled(x.to_q, d);
@@ -121,7 +140,16 @@ KD_NOINLINE Scales<double> block_scales(Scales<double> x, const RowScale& scale,
   }
   x.student_offset = block.student_offset;
   x.teacher_offset = block.teacher_offset;
-  return x;
+}
+
+// The same scales for a block's exps; `moved` holds them where these have other offsets than the row's sums.
+// No copy otherwise: it would wait for numbers that have just been stored.
+KD_INLINE const Scales<double>& block_scales(const Scales<double>& x, const RowScale& scale,
+                                             const Block& block, Scales<double>& moved) {
+  if (block == Block{x.student_offset, x.teacher_offset}) return x;
+  moved = x;
+  move_scales(moved, scale, block);
+  return moved;
 }
 
 template <class P>

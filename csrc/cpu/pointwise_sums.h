@@ -56,8 +56,9 @@ template <class P>
 KD_NOINLINE void refill_block_psi(const LossArgs& a, const RowOf<P>& r, int64_t begin, int n,
                                   const RowScale& scale, const Scales<double>& x, typename P::V& phi,
                                   typename P::V& psi) {
-  block_sums<P, true>(r.s + begin, r.t + begin, n, scale, x.student_offset, x.teacher_offset, r.scratch,
-                      true);
+  Sums<double> known;
+  block_sums<P, true>(r.s + begin, r.t + begin, n, scale, x.student_offset, x.teacher_offset, r.scratch, true,
+                      known);
   add_block_phi_and_psi<P>(a, r.scratch, n, x, phi, psi);
 }
 
@@ -73,14 +74,15 @@ template <class P, bool kScratch>
 void add_pointwise_sums(const LossArgs& a, const RowOf<P>& r, int64_t n, const RowScale& scale,
                         Sums<double>& sums) {
   if constexpr (P::kPointwise) {
-    Scales<double> x = scales_of(a, sums);
-    if constexpr (!kScratch)
-      x = block_scales(x, scale, representable_block<P>(x.student_offset, x.teacher_offset, scale));
+    const Scales<double> of_row = scales_of(a, sums);
+    Scales<double> moved;
+    const Block first = representable_block<P>(of_row.student_offset, of_row.teacher_offset, scale);
+    const Scales<double>& x = kScratch ? of_row : block_scales(of_row, scale, first, moved);
     typename P::V phi{}, psi{};
     for (int64_t at = 0; at < n; at += kBlock) {
       const int m = n - at < kBlock ? n - at : kBlock;
       if constexpr (kScratch) {
-        const Scales<double> block = block_scales(x, scale, r.blocks[at / kBlock]);
+        const Scales<double>& block = block_scales(x, scale, r.blocks[at / kBlock], moved);
         add_block_phi_and_psi<P>(a, r.scratch + at, m, block, phi, psi);
       } else {
         refill_block_psi<P>(a, r, at, m, scale, x, phi, psi);

@@ -114,6 +114,7 @@ KD_NOINLINE double soft_gradient_dot(const RowOf<P>& r, int64_t n, const RowScal
                                      Coefficients<double> c) {
   c.hard = c.uniform = c.tilt = 0;
   const Scales<double> x = scales_of(c);
+  Scales<double> moved;
   Block current{NAN, NAN};
   Gradient<P, true> gradient;
   double total = 0;
@@ -121,7 +122,7 @@ KD_NOINLINE double soft_gradient_dot(const RowOf<P>& r, int64_t n, const RowScal
     const Block& block = r.blocks[at / kBlock];
     if (!(block == current)) {
       current = block;
-      gradient = Gradient<P, true>(scale, c, block_scales(x, scale, current));
+      gradient = Gradient<P, true>(scale, c, block_scales(x, scale, current, moved));
     }
     total += gradient.dot(r.s + at, r.t + at, r.scratch + at, n - at < kBlock ? n - at : kBlock);
   }
@@ -142,23 +143,24 @@ void write_gradient(const LossArgs& a, int64_t row, const RowOf<P>& r, int64_t b
   } else {
     current = representable_block<P>(c.student_offset, c.teacher_offset, scale);
   }
-  Scales<double> scales = block_scales(row_scales, scale, current);
-  Gradient<P, kKeep || P::kPointwise> gradient(scale, c, scales);
+  Scales<double> moved;
+  const Scales<double>* scales = &block_scales(row_scales, scale, current, moved);
+  Gradient<P, kKeep || P::kPointwise> gradient(scale, c, *scales);
   // From the last block to the first: what was written last is still in the cache, where not all of it fits
   for (int64_t at = (n - 1) / kBlock * kBlock; at >= 0; at -= kBlock) {
     if constexpr (kKeep) {
       const Block& block = r.blocks[at / kBlock];
       if (!(block == current)) {
         current = block;
-        scales = block_scales(row_scales, scale, current);
-        gradient = Gradient<P, kKeep>(scale, c, scales);
+        scales = &block_scales(row_scales, scale, current, moved);
+        gradient = Gradient<P, kKeep>(scale, c, *scales);
       }
     }
     const int m = n - at < kBlock ? n - at : kBlock;
     const Scratch<C> scratch = kKeep ? r.scratch + at : r.scratch;
     if constexpr (P::kPointwise && !kKeep) {
       typename P::V phi{}, psi{};
-      refill_block_psi<P>(a, r, at, m, scale, scales, phi, psi);
+      refill_block_psi<P>(a, r, at, m, scale, *scales, phi, psi);
     }
     typename P::S* out = direct ? r.out + at : r.out;
     const bool labelled = at <= label && label < at + m;

@@ -96,6 +96,7 @@ struct Kernels {
 
   static void loss_grad(const LossArgs& a, int64_t begin, int64_t end) {
     if (is_for_short_rows<typename P::S>(a)) return short_rows<P, ShortKernel::kLossGrad>(a, begin, end);
+    const RowScales scales(a);
     for (int64_t row = begin; row < end; ++row) {
       const bool kept = a.is_kept(row);
       if (a.vocab < a.width || !kept) zero_gradient(a, row, kept ? a.vocab : 0, a.width);
@@ -103,7 +104,7 @@ struct Kernels {
         write_dropped_row(a, row);
         continue;
       }
-      State x{row_scale(a, row)};
+      State x{scales(row)};
       const RowOf<P> r = open_row<P>(a, row, 0, a.vocab, x.scale);
       prefetch_for_writing(r, a.vocab);
       if (!passes_a_and_b<true>(a, row, r, x)) {
@@ -116,12 +117,13 @@ struct Kernels {
 
   static void losses(const LossArgs& a, int64_t begin, int64_t end) {
     if (is_for_short_rows<typename P::S>(a)) return short_rows<P, ShortKernel::kLosses>(a, begin, end);
+    const RowScales scales(a);
     for (int64_t row = begin; row < end; ++row) {
       if (!a.is_kept(row)) {
         write_dropped_row(a, row);
         continue;
       }
-      State x{row_scale(a, row)};
+      State x{scales(row)};
       const RowOf<P> r = open_row<P>(a, row, 0, a.vocab, x.scale);
       if (!passes_a_and_b<P::kPointwise>(a, row, r, x)) {
         this_set().losses(in_doubles(a), row, row + 1);

@@ -21,6 +21,9 @@ KD_INLINE bool is_in_range(const Sums<double>& x, bool teacher) {
   return x.student_total < most && x.hard_total < 0x1p40 && (!teacher || x.teacher_total < most);
 }
 
+// Of a number > 0; std::ilogb would be a call.
+KD_INLINE int exponent_of(double x) { return (int)(bits<int64_t>(x) >> 52) - 1023; }
+
 struct SumsOptions {
   int64_t label = -1;             // the class, if it is among these
   bool without_label = false;     // whether the sums leave it out
@@ -40,7 +43,7 @@ KD_NOINLINE Sums<double> row_sums(const typename P::S* row_s, const typename P::
   if (!std::isfinite(about)) about = 0;
   const bool own_offset = P::kSoft && !P::kProbs && !options.given;  // of the teacher
   using C = typename P::C;
-  Sums<double> total{};
+  Sums<double> total{}, later;
   double so = -kInfinity, to = own_offset ? -kInfinity : 0;
   for (int64_t at = 0; at < n; at += kBlock) {
     const int m = n - at < kBlock ? n - at : kBlock;
@@ -53,24 +56,25 @@ KD_NOINLINE Sums<double> row_sums(const typename P::S* row_s, const typename P::
         t = copy_without(t, m, options.label - at, P::kProbs);
       }
     }
-    if (so == -kInfinity) so = representable<C>(first_offset(s, m), scale.student);
+    if (so == -kInfinity) so = representable<C>(first_offset(s, m), scale.student, scale.inverse_student);
     if constexpr (P::kMSE) {
       if (at == 0) to = mean_difference<P>(s, t, m, scale);
     } else if constexpr (P::kSoft && !P::kProbs) {
-      if (to == -kInfinity) to = representable<C>(first_offset(t, m), scale.teacher);
+      if (to == -kInfinity) to = representable<C>(first_offset(t, m), scale.teacher, scale.inverse_teacher);
     }
-    Sums<double> more = block_sums<P, kKeep>(s, t, m, scale, so, to, scratch, near);
+    Sums<double>& more = at == 0 ? total : later;
+    block_sums<P, kKeep>(s, t, m, scale, so, to, scratch, near, more);
     if (!is_in_range(more, own_offset)) {
-      so = representable<C>(block_max(s, m), scale.student);
+      so = representable<C>(block_max(s, m), scale.student, scale.inverse_student);
       if constexpr (P::kSoft && !P::kProbs)
-        to = own_offset ? representable<C>(block_max(t, m), scale.teacher) : 0;
-      more = block_sums<P, kKeep>(s, t, m, scale, so, to, scratch, near);
+        to = own_offset ? representable<C>(block_max(t, m), scale.teacher, scale.inverse_teacher) : 0;
+      block_sums<P, kKeep>(s, t, m, scale, so, to, scratch, near, more);
     }
     if (labelled) {
       const C logit = load_one(row_s + options.label);
       more.label = ((double)logit - finite(so)) * scale.hard;
       // A confident row's loss is the difference of both logarithms, next to nothing.
-      if (std::fabs(more.label) < 100 && more.label > std::ilogb(more.hard_total) - 2)
+      if (std::fabs(more.label) < 100 && more.label > exponent_of(more.hard_total) - 2)
         more.label = Exponents<P>(scale, so, to).log_hard_exp(logit);
     }
     if (options.logits) *options.logits += block_sum(row_s + at, m, about) + m * (double)about;
@@ -88,7 +92,7 @@ KD_NOINLINE Sums<double> row_sums(const typename P::S* row_s, const typename P::
     if constexpr (kFuses<C>) {
       if (scale.is_huge(so, own_offset ? to : 0)) *options.is_huge = true;
     }
-    merge<typename P::D>(total, more, scale);
+    if (at != 0) merge<typename P::D>(total, later, scale);
     if constexpr (kKeep) {
       *blocks++ = {so, to};
       scratch = scratch + kBlock;

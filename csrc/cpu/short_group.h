@@ -35,10 +35,12 @@ template <class S, class T, bool kTeacher>
 KD_NOINLINE void load_group(const LossArgs& a, int64_t begin, int rows, bool is_grad,
                             ShortGroup<Compute<S>>& g) {
   constexpr int kLanes = Types<Compute<S>>::kLanes;
+  const bool alike = have_one_scale(a);
+  RowScale scale = alike ? row_scale(a, 0) : RowScale{};
   for (int r = 0; r < kLanes; ++r) {
     const int64_t row = begin + r;
     const bool kept = r < rows && a.is_kept(row);
-    const RowScale scale = kept ? row_scale(a, row) : RowScale{{1, 1, 1}, 1, 0, 1};
+    if (!alike) scale = kept ? row_scale(a, row) : RowScale{{1, 1, 1}, 1, 0, 1};
     g.temperature[r] = scale.temperature;
     g.student_scale[r] = scale.student;
     g.teacher_scale[r] = scale.teacher;

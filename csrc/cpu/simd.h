@@ -56,7 +56,7 @@ KD_INLINE To bits(From x) {
 
 template <class C>
 KD_INLINE typename Types<C>::V splat(C x) {
-  return typename Types<C>::V{} + x;
+  return x - typename Types<C>::V{};  // + would be an instruction, for it makes 0 of -0
 }
 
 // a * b - c, rounded once

@@ -357,7 +357,7 @@ OF_CALLS = [
            " || !args.is_kept(row)) continue;", ") continue;",
            "A bad label of a row of weight 0 is an error.", DROPPED),
     Mutant("mean-of-weighted-rows", ARGUMENTS,
-           "divisor += args.weight(row);", "divisor += 1;",
+           "total += args.weight(row);", "total += 1;",
            "The mean divides by the number of rows and not by their weights.", CALLS),
     # fp16 alone, whose gradient is made in backward
     Mutant("fp16-mean-in-backward", ARGUMENTS,
