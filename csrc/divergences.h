@@ -45,6 +45,7 @@ KDFAST_HD inline float masked(float p, float x) { return p == 0 ? 0 : p * x; }
 
 struct NoSums {
   static constexpr bool kPointwise = false, kTeacher = false, kStudent = false, kDifference = false;
+  static constexpr bool kOthers = false;  // whether it is of the classes that are no entries
 };
 
 struct Linear : NoSums {
@@ -200,6 +201,19 @@ struct LogitMSE : NoSums {
 
 // No soft term: alpha is 0 and no teacher is read.
 struct NoDivergence : NoSums {};
+
+// A row whose entries, K of its classes, are kept apart: the others have a sum of exps, and the gradient
+// q * level. And with -H of q as another sum, and the gradient q * (level + slope * log q).
+struct Others : NoSums {
+  static constexpr bool kOthers = true;
+};
+struct OthersWithEntropy : Others {
+  static constexpr bool kStudent = true;
+  template <class V>
+  KDFAST_HD static V over_student(V q, V log_q) {
+    return masked(q, log_q);
+  }
+};
 
 }  // namespace
 }  // namespace kdfast

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../operators.h"
+#include "sparse_arguments.h"
 #include "tensors.h"
 
 namespace kdfast {
@@ -44,6 +45,7 @@ struct Loss {
     a.teachers = teachers.data();
     a.teacher_weights = teacher_weights.data();
     a.divergence = a.n_teachers ? divergence_of(settings.divergence, "CPU") : Divergence::kNone;
+    if (!settings.missing.empty()) take_entries(*inputs.indices, settings.missing);
     a.target = target_of(settings.target);
     a.geometric = settings.ensemble == "geometric";
     a.temperatures = row_pointer(inputs.temperatures);
@@ -63,6 +65,15 @@ struct Loss {
     a.row_metrics = metrics.data();
     a.scale = 1;
     set_divisor(inputs.normalizer);
+  }
+
+  // A sparse teacher is none that the passes over a row read.
+  void take_entries(const Tensor& indices, const std::string& missing) {
+    const Tensor log_probs = owned.back();
+    owned.push_back(torch::stable::contiguous(indices));
+    args.entries = entry_args(log_probs, owned.back(), args.divergence, missing);
+    args.divergence = Divergence::kNone;
+    args.n_teachers = 0;
   }
 
   // The settings that are NaN, see kdfast/arguments.py.
@@ -88,6 +99,7 @@ struct Loss {
     check_values("row_weight", args.row_weight, true);
     check_values("temperature", args.temperatures, false);
     check_values("teacher_temperature", args.teacher_temperatures, false);
+    if (args.entries.count) check_entries(args);
   }
   void check_labels() const {
     bool in_range = true;  // as most calls' labels are; this loop is short
@@ -188,7 +200,7 @@ struct Loss {
   }
 
   Tensor new_table() const {
-    return new_tensor({args.rows, kCoefficients}, [](auto*) {});
+    return new_tensor({args.rows, args.columns()}, [](auto*) {});
   }
   void use_table(const Tensor& table) {
     void* data = table.mutable_data_ptr();

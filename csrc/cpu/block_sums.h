@@ -52,6 +52,24 @@ KD_INLINE void prefetch(const S* p, bool near) {
   }
 }
 
+// A copy of a block without some of its classes. The row's later blocks are prefetched as pass A would.
+template <class X>
+KD_NOINLINE const X* copy_without(const X* x, int n, const int32_t* places, int count, bool probs,
+                                  bool near) {
+  static thread_local X copies[2][kBlock];
+  static thread_local int next = 0;  // student and teacher may be of one type
+  X* copy = copies[next ^= 1];
+  constexpr int kStep = 2 * Types<Compute<X>>::kLanes;
+  int i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    prefetch(x + i, near);
+    std::memcpy((void*)(copy + i), x + i, kStep * sizeof(X));
+  }
+  std::memcpy((void*)(copy + i), x + i, (n - i) * sizeof(X));
+  for (int k = 0; k < count; ++k) copy[places[k]] = filler<X>(probs);
+  return copy;
+}
+
 // Pass A over one block. The exps go to the scratch where kKeep. The sums are stored where they stay, for a
 // copy of numbers that have just been stored waits for them.
 template <class P, bool kKeep>

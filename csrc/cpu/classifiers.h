@@ -108,17 +108,6 @@ KD_NOINLINE double mean_difference(const typename P::S* s, const typename P::T* 
 
 // ---- decoupled KD: forward KL's sums over the classes that are not the label, and the label apart ----
 
-// A copy of a block without one of its classes.
-template <class X>
-KD_NOINLINE const X* copy_without(const X* x, int n, int without, bool probs) {
-  static thread_local X copies[2][kBlock];
-  static thread_local int next = 0;  // student and teacher may be of one type
-  X* copy = copies[next ^= 1];
-  std::memcpy((void*)copy, x, n * sizeof(X));
-  copy[without] = filler<X>(probs);
-  return copy;
-}
-
 // log2(1 + 2^x)
 double log_1_plus_exp2(double x) { return x > 64 ? x : std::log1p(std::exp2(x)) / kLn2; }
 

@@ -16,8 +16,14 @@ struct Buffer {
   ~Buffer() { std::free(data); }
 };
 
-KD_NOINLINE void* thread_buffer(size_t bytes) {
-  static thread_local Buffer buffer;
+enum BufferOf { kRow, kEntries, kSmallRow, kBuffers };
+
+// Where thread_buffer's is to be another than the row's: of a call inside of a row.
+thread_local BufferOf current_buffer = kRow;
+
+KD_NOINLINE void* thread_buffer(size_t bytes, BufferOf which = current_buffer) {
+  static thread_local Buffer buffers[kBuffers];
+  Buffer& buffer = buffers[which];
   if (bytes > buffer.size) {
     std::free(buffer.data);
     buffer.size = (bytes + 4095) / 4096 * 4096;

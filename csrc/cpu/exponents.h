@@ -51,6 +51,11 @@ bool has_hard_powers(const LossArgs& a) {
   return !a.temperatures && t <= kMaxPower && t == (int)t;
 }
 
+// Which power; 1 where they are not needed, as another would cost time and could make NaN of a masked class.
+KD_INLINE int hard_power(const LossArgs& a, double temperature) {
+  return a.needs_hard_sum() ? (int)temperature : 1;
+}
+
 // A number as the kernels have it, which compute in doubles for fp64 alone.
 KD_INLINE double round_to_compute(const LossArgs& a, double x) {
   return a.student.dtype == DType::kDouble || a.in_doubles ? x : (float)x;
@@ -87,9 +92,10 @@ KD_NOINLINE RowScale row_scale(const LossArgs& a, int64_t row) {
   const double teacher_scale = a.teacher_softcap == 0 ? a.teacher_logit_scale : 1;
   const double student = round_to_compute(a, kLog2E * scale / t);
   const double teacher = round_to_compute(a, kLog2E * teacher_scale / teacher_t);
+  const int power = hard_power(a, t);
   // a multiple of the other one, as the kernels have it
-  const double multiple = has_hard_powers(a) ? (int)t : round_to_compute(a, kLog2E * scale / student);
-  RowScale out{{student, teacher, student * multiple}, t, (int)t, multiple, scale, teacher_scale};
+  const double multiple = has_hard_powers(a) ? power : round_to_compute(a, kLog2E * scale / student);
+  RowScale out{{student, teacher, student * multiple}, t, power, multiple, scale, teacher_scale};
   out.invert();
   return out;
 }

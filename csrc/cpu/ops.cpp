@@ -1,56 +1,25 @@
 // The torch glue of the CPU kernels, on torch's stable ABI: it splits the work over torch's threads and
 // registers the operators that kdfast/ops.py defines. No Python here.
-#include <pthread.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
 #include <cmath>
-#include <memory>
 #include <optional>
-#include <stdexcept>
 #include <tuple>
 #include <vector>
 
 #include "arguments.h"
 #include "dispatch.h"
-#include "isa.h"
-#include "row_kernels.h"
+#include "parallel.h"
+#include "token_ops.h"
 
 namespace kdfast {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-const RowKernels& kernels() {
-  static const RowKernels& chosen_kernels = []() -> const RowKernels& {
-    switch (chosen_isa()) {
-#define X(isa)   \
-  case Isa::isa: \
-    return row_kernels_##isa();
-      KDFAST_ISAS
-#undef X
-      default:
-        throw std::runtime_error("kdfast: no kernels for this processor");
-    }
-  }();
-  return chosen_kernels;
-}
-
-// A forked child has none of OpenMP's threads, and waiting for them hangs: it uses no threads.
-bool forked = false;
-const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-
-// f over [0, units) by torch's threads, each taking at least some ten microseconds of work.
-template <class F>
-void in_parallel(int64_t units, int64_t classes, const F& f) {
-  kernels();  // here, because an error in a thread would lose its message
-  if (forked) return f(0, units);
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, classes));
-  torch::stable::parallel_for(0, units, grain, f);
-}
 
 // Few and long rows are split, so that every thread has work. This depends on the shape alone, so that
 // results are the same bits with any number of threads. Pass B, ensembles and some options need whole rows.
@@ -229,6 +198,8 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("sums", TORCH_BOX(&kdfast::sums));
   m.impl("pointwise_sums", TORCH_BOX(&kdfast::pointwise_sums));
   m.impl("losses_and_coefficients", TORCH_BOX(&kdfast::losses_and_coefficients));
+  m.impl("token_stats", TORCH_BOX(&kdfast::token_stats));
+  m.impl("token_grad", TORCH_BOX(&kdfast::token_grad));
   m.impl("tempered_softmax", TORCH_BOX(&kdfast::tempered_softmax));
   m.impl("tempered_softmax_backward", TORCH_BOX(&kdfast::tempered_softmax_backward));
 }

@@ -95,15 +95,15 @@ KD_NOINLINE Label find_label(const LossArgs& a, int64_t row, const Row<S, T>& r,
 KD_INLINE Coefficients<double> load_coefficients(const LossArgs& a, int64_t row) {
   Coefficients<double> c;
   for (int k = 0; k < kCoefficients; ++k) {
-    ((double*)&c)[k] = a.table ? a.table[row * kCoefficients + k] : a.wide_table[row * kCoefficients + k];
+    ((double*)&c)[k] = a.table ? a.table[row * a.columns() + k] : a.wide_table[row * a.columns() + k];
   }
   return c;
 }
 KD_INLINE void store_coefficients(const LossArgs& a, int64_t row, const Coefficients<double>& c) {
   for (int k = 0; k < kCoefficients; ++k) {
     const double value = ((const double*)&c)[k];
-    if (a.table) a.table[row * kCoefficients + k] = value;
-    if (a.wide_table) a.wide_table[row * kCoefficients + k] = value;
+    if (a.table) a.table[row * a.columns() + k] = value;
+    if (a.wide_table) a.wide_table[row * a.columns() + k] = value;
   }
 }
 

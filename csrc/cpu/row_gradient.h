@@ -40,7 +40,7 @@ struct Gradient {
       g += (x.et - factors.center) * factors.soft;
     } else if constexpr (P::kPointwise) {
       g += (x.et - (x.es * factors.to_q) * factors.center) * factors.soft;  // psi is in P's place
-    } else if constexpr (P::kSoft) {
+    } else if constexpr (P::kSoft || P::D::kOthers) {
       V factor = factors.level;
       if constexpr (P::D::kStudent) factor += factors.slope * (x.es == 0 ? V{} : x.ys - x.yt);
       g += x.es * factor;

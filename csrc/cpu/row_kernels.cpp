@@ -5,7 +5,9 @@
 #include "row_gradient.h"
 #include "short_rows.h"
 #include "softmax_rows.h"
+#include "sparse_rows.h"
 #include "spec.h"
+#include "token_rows.h"
 
 #define KDFAST_JOIN(a, b) a##b
 #define KDFAST_EXPORT(isa) KDFAST_JOIN(row_kernels_, isa)
@@ -27,6 +29,10 @@ struct Segment {
 // The kernels of this instruction set, and a call's arguments for rows of huge logits.
 const RowKernels& this_set() { return KDFAST_EXPORT(KDFAST_ISA)(); }
 LossArgs in_doubles(LossArgs a) {
+  a.in_doubles = true;
+  return a;
+}
+TokenArgs in_doubles(TokenArgs a) {
   a.in_doubles = true;
   return a;
 }
@@ -199,6 +205,9 @@ struct Kernels {
   }
 };
 
+template <class S, class T, bool kOwn>
+struct Kernels<Spec<S, T, Others, false, kOwn>> : SparseRows<Spec<S, T, Others, false, kOwn>> {};
+
 #if defined(__AVX512BF16__)
 template <>
 struct Kernels<AVX512Kernels> {
@@ -212,8 +221,13 @@ struct Kernels<AVX512Kernels> {
   KDFAST_FORWARD(sums)
   KDFAST_FORWARD(pointwise_sums)
   KDFAST_FORWARD(grad)
-#undef KDFAST_FORWARD
 };
+template <>
+struct TokenRows<AVX512Kernels> {
+  KDFAST_FORWARD(token_stats)
+  KDFAST_FORWARD(token_grad)
+};
+#undef KDFAST_FORWARD
 #endif
 
 }  // namespace
@@ -221,6 +235,10 @@ struct Kernels<AVX512Kernels> {
 #define KDFAST_KERNEL(kernel)                                                    \
   [](const LossArgs& a, auto... args) {                                          \
     dispatch_spec(a, [&](auto p) { Kernels<decltype(p)>::kernel(a, args...); }); \
+  }
+#define KDFAST_TOKEN_KERNEL(kernel, with_entropy)                                                         \
+  [](const TokenArgs& a, int64_t begin, int64_t end) {                                                    \
+    dispatch_token_spec(a, with_entropy, [&](auto p) { TokenRows<decltype(p)>::kernel(a, begin, end); }); \
   }
 const RowKernels& KDFAST_EXPORT(KDFAST_ISA)() {
   static const RowKernels kernels = {KDFAST_KERNEL(loss_grad),
@@ -230,6 +248,8 @@ const RowKernels& KDFAST_EXPORT(KDFAST_ISA)() {
                                      merge,
                                      losses_and_coefficients,
                                      KDFAST_KERNEL(grad),
+                                     KDFAST_TOKEN_KERNEL(token_stats, a.has_entropy),
+                                     KDFAST_TOKEN_KERNEL(token_grad, a.grad_entropy != nullptr),
                                      softmax,
                                      softmax_backward};
   return kernels;

@@ -9,6 +9,19 @@
 
 namespace kdfast {
 
+// Classes of each row that are kept apart from the sums over all others: a sparse teacher's, or ids.
+enum class Missing { kTail, kConditional, kRenormalize, kTruncate };
+struct EntryArgs {
+  int64_t count;        // K; 0: there are none
+  const void* indices;  // (rows, K)
+  bool wide;            // whether they are int64 and not int32
+  // a sparse teacher's: its log-probabilities, and what LossArgs has of a dense one; null with ids, of which
+  // one below 0 is absent
+  Matrix log_probs;
+  Divergence divergence;
+  Missing missing;
+};
+
 struct LossArgs {
 #define KDFAST_FIELD(type, name) type name;
   KDFAST_NUMBERS(KDFAST_FIELD)  // temperatures: where there is none per row; softcaps: 0: none
@@ -22,7 +35,8 @@ struct LossArgs {
   bool in_doubles;  // whether a row of a narrower dtype is computed so
   Target target;
   bool geometric;
-  Divergence divergence;
+  Divergence divergence;  // kNone where there are entries
+  EntryArgs entries;
   const int64_t* labels;  // (rows) or null
   int64_t ignore_index;
   const double* row_weight;                           // (rows) or null
@@ -32,8 +46,8 @@ struct LossArgs {
   double* losses;           // (rows)
   RowMetrics* row_metrics;  // (rows) or null
   double* sums;  // (rows * segments, kSums): Sums<double> of rows, or of segments of split ones; or null
-  // (rows, kCoefficients), Coefficients: out of `losses` or `losses_and_coefficients`, into `grad`; at
-  // least one of the two is null
+  // (rows, columns()), Coefficients and the entries' gradients: out of `losses` or `losses_and_coefficients`,
+  // into `grad`; at least one of the two is null
   float* table;
   double* wide_table;
   // the gradient of row r is scale * (row_scale ? row_scale[r] : 1) * dl_r/ds
@@ -52,8 +66,9 @@ struct LossArgs {
   // Whether an option has sums that are not merged: such a row is not split.
   __attribute__((always_inline)) bool needs_whole_row() const {
     return softcap != 0 || teacher_softcap != 0 || standardize || metrics || label_smoothing != 0 ||
-           divergence == Divergence::kDKD;
+           divergence == Divergence::kDKD || entries.count;
   }
+  __attribute__((always_inline)) int64_t columns() const { return kCoefficients + entries.count; }
 };
 
 struct SoftmaxArgs {
@@ -66,6 +81,16 @@ struct SoftmaxArgs {
   void* out;  // (rows, vocab), contiguous
   DType out_dtype;
 };
+
+// token_stats and token_grad: the ids are `entries`, and of a loss there is nothing.
+struct TokenArgs : LossArgs {
+  bool has_entropy;
+  bool wide;                             // whether the results are doubles and not floats
+  void *log_probs, *entropy, *log_rest;  // (rows, K), (rows), (rows): token_stats' results, and its table
+  void* stats;                           // (rows, kTokenStats); token_grad's argument
+  const double *grad_log_probs, *grad_entropy, *grad_log_rest;  // each may be null
+};
+constexpr int kTokenStats = 4;
 
 constexpr int kBlock = 2048;  // classes that the passes take at a time
 
@@ -82,6 +107,8 @@ struct RowKernels {
   // losses and the table, from the sums of each row's first segment
   void (*losses_and_coefficients)(const LossArgs&, int64_t segments);
   void (*grad)(const LossArgs&, int64_t segments, int64_t begin, int64_t end);
+  void (*token_stats)(const TokenArgs&, int64_t begin, int64_t end);
+  void (*token_grad)(const TokenArgs&, int64_t begin, int64_t end);
   void (*softmax)(const SoftmaxArgs&, int64_t begin, int64_t end);
   void (*softmax_backward)(const SoftmaxArgs&, int64_t begin, int64_t end);
 };

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "classifiers.h"
+#include "entries.h"
 #include "metric_sums.h"
 
 namespace kdfast {
@@ -25,12 +26,13 @@ KD_INLINE bool is_in_range(const Sums<double>& x, bool teacher) {
 KD_INLINE int exponent_of(double x) { return (int)(bits<int64_t>(x) >> 52) - 1023; }
 
 struct SumsOptions {
-  int64_t label = -1;             // the class, if it is among these
-  bool without_label = false;     // whether the sums leave it out
-  bool given = false;             // whether the teacher's exps are its probabilities
-  double* logits = nullptr;       // gets the sum of the logits
-  MetricSums* metrics = nullptr;  // kKeep only
-  bool* is_huge = nullptr;        // gets whether the sums are to be computed in doubles
+  int64_t label = -1;                // the class, if it is among these
+  bool without_label = false;        // whether the sums leave it out
+  const Entries* without = nullptr;  // Others only: the entries, which the sums leave out
+  bool given = false;                // whether the teacher's exps are its probabilities
+  double* logits = nullptr;          // gets the sum of the logits
+  MetricSums* metrics = nullptr;     // kKeep only
+  bool* is_huge = nullptr;           // gets whether the sums are to be computed in doubles
 };
 
 // Pass A over n classes of a row; blocks[i] gets the i-th block's offsets.
@@ -52,9 +54,14 @@ KD_NOINLINE Sums<double> row_sums(const typename P::S* row_s, const typename P::
     const bool labelled = at <= options.label && options.label < at + m;
     if constexpr (std::is_same_v<typename P::D, ForwardKL>) {  // which decoupled KD is
       if (labelled && options.without_label) {
-        s = copy_without(s, m, options.label - at, false);
-        t = copy_without(t, m, options.label - at, P::kProbs);
+        const int32_t place = options.label - at;
+        s = copy_without(s, m, &place, 1, false, near);
+        t = copy_without(t, m, &place, 1, P::kProbs, near);
       }
+    }
+    if constexpr (P::D::kOthers) {
+      const BlockEntries e = options.without->in_block(at / kBlock);
+      if (e.count) s = copy_without(s, m, e.places, e.count, false, near);
     }
     if (so == -kInfinity) so = representable<C>(first_offset(s, m), scale.student, scale.inverse_student);
     if constexpr (P::kMSE) {

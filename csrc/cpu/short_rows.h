@@ -139,7 +139,7 @@ struct ShortRows {
   KD_NOINLINE static void run(const LossArgs& a, int64_t begin, int rows, Group& g) {
     load_group<S, T, P::kReadsTeacher>(a, begin, rows, kKernel == ShortKernel::kGrad, g);
     RowExponents exponents;
-    exponents.power = (int)a.temperature;
+    exponents.power = hard_power(a, a.temperature);
     exponents.hard_multiple = load(g.temperature);
     exponents.student_unit = splat<C>(a.logit_scale);
     exponents.teacher_unit = splat<C>(a.teacher_logit_scale);
@@ -169,7 +169,7 @@ bool is_for_short_rows(const LossArgs& a) {
   if (std::is_same_v<S, double>) return false;
   if (a.vocab > kShort || bytes_of(a.student.dtype) != sizeof(S)) return false;
   if (a.softcap != 0 || a.teacher_softcap != 0 || a.standardize || a.metrics) return false;
-  if (a.divergence == Divergence::kDKD) return false;
+  if (a.divergence == Divergence::kDKD || a.entries.count) return false;
   return a.n_teachers == 0 || (a.n_teachers == 1 && a.teachers[0].dtype == a.student.dtype);
 }
 

@@ -19,14 +19,26 @@ struct Spec {
   using V = typename Types<C>::V;
   static constexpr bool kProbs = kProbs_, kOwn = kOwn_;
   static constexpr bool kMSE = std::is_same_v<D, LogitMSE>;
-  static constexpr bool kSoft = !kMSE && !std::is_same_v<D, NoDivergence>;
+  static constexpr bool kSoft = !kMSE && !D::kOthers && !std::is_same_v<D, NoDivergence>;
   static constexpr bool kReadsTeacher = kSoft || kMSE;
   static constexpr bool kPointwise = D::kPointwise;                    // sums in a pass of their own
   static constexpr int kLanes = Types<C>::kLanes, kStep = 2 * kLanes;  // classes in a vector, and at a time
 };
 
+// Of a row whose entries are kept apart, which reads no teacher.
+template <class S, class F>
+void dispatch_others_spec(const LossArgs& a, F f) {
+  if constexpr (!std::is_same_v<S, double>) {
+    if (has_hard_powers(a)) return f(Spec<S, S, Others, false, false>{});
+  }
+  f(Spec<S, S, Others, false, true>{});
+}
+
 template <class S, class T, bool kProbs, class F>
 void dispatch_divergence_spec(const LossArgs& a, F f) {
+  if constexpr (!kProbs) {
+    if (a.entries.count) return dispatch_others_spec<S>(a, f);
+  }
   dispatch_divergence(a.divergence, [&](auto divergence) {
     using Named = decltype(divergence);
     // Pass B asks which pointwise divergence it is. Decoupled KD has forward KL's sums.
@@ -59,6 +71,25 @@ void dispatch_spec(const LossArgs& a, F f) {
   }
   if (dtype == DType::kDouble) return dispatch_divergence_spec<double, double, false>(a, f);
   dispatch_divergence_spec<float, float, false>(a, f);
+#endif
+}
+
+// For token_stats and token_grad.
+template <class F>
+void dispatch_token_spec(const LossArgs& a, bool entropy, F f) {
+  const DType dtype = a.in_doubles ? DType::kDouble : a.student.dtype;
+  const auto with = [&](auto s) {
+    using S = decltype(s);
+    if constexpr (!std::is_same_v<S, double>) {  // fp64 does without the shortcut
+      if (!entropy) return f(Spec<S, S, Others, false, false>{});
+    }
+    f(Spec<S, S, OthersWithEntropy, false, false>{});
+  };
+  if (a.softcap == 0 && dtype == DType::kBFloat16) return with(bf16{});
+#if defined(__AVX512BF16__)
+  f(AVX512Kernels{});
+#else
+  dtype == DType::kDouble ? with(double{}) : with(float{});
 #endif
 }
 
