@@ -55,6 +55,8 @@ def token_grad(
     cap: float,
     vocab_size: int,
 ) -> Tensor:  # (..., V)
+    if temperatures is not None and temperatures.is_inference():
+        temperatures = temperatures.clone()  # autograd saves none of inference mode
     with torch.enable_grad(), enable_autograd():
         leaf = logits.detach().requires_grad_()
         values = _values(leaf, ids, temperatures, temperature, logit_scale, cap, vocab_size)
