@@ -23,6 +23,7 @@ from torch import Tensor
 
 import kdfast
 from kdfast import TokenLogProbs
+from kdfast.arguments import Heads, Inputs, Settings
 
 NAMES = TokenLogProbs._fields
 
@@ -154,3 +155,21 @@ def errors(
 
 def tokens(backend: str, **given: Any) -> Any:
     return lambda logits, ids, **settings: kdfast.token_log_probs(logits, ids, backend=backend, **given | settings)
+
+
+def token_arguments(logits: Tensor, heads: Heads, inputs: Inputs, settings: Settings) -> dict[str, tuple[Any, ...]]:
+    """Arguments of tokens' operators, for opcheck; where there are temperatures of rows one result has a gradient."""
+    rows, kind = logits.shape[:-1], F64 if logits.dtype == F64 else F32
+    ids = torch.arange(3 * rows.numel(), device=logits.device).view(*rows, 3) % 9 - 1
+    temperature = 2.0 if math.isnan(settings.temperature) else settings.temperature
+    call = inputs.temperatures, temperature, settings.logit_scale, settings.softcap, settings.vocab_size
+    table = torch.ops.kdfast_reference.token_stats(logits, ids, *call, True)[-1]
+    grads = ids.to(kind), logits[..., 0].to(kind), None
+    grads = grads if inputs.temperatures is None else (None, None, torch.ones_like(grads[1]))
+    head, chunks = (*heads[:3], ids), (2, torch.float32)
+    return {
+        "token_stats": (logits, ids, *call, inputs.temperatures is None),
+        "token_grad": (logits, ids, table, *grads, *call),
+        "linear_token_stats": (*head, *call, *chunks),
+        "linear_token_grad": (*head, table, *grads, *call, *chunks, heads.grad_hidden, heads.grad_weight, False),
+    }
