@@ -119,6 +119,13 @@ def test_among_several_ids_ignore_index_is_a_class_or_absent(backend: str) -> No
         judge(tokens(backend), logits, torch.tensor(ids), ignore_index=index)
 
 
+def test_an_absent_id_is_no_class_and_one_that_is_there_twice_is_one(backend: str) -> None:
+    logits = batch(6, 9).student
+    ids = torch.tensor([[0, -1], [-1, 0], [-1, -2], [0, 0], [8, 8], [-(2**62), 8]])
+    for which in (NAMES, NAMES[2:]):
+        judge(tokens(backend), logits, ids, which)
+
+
 def test_a_tokens_log_probability_is_never_above_0_and_as_exact_as_eagers(backend: str) -> None:
     """Tokens that have nearly all of q, and what is left of it."""
     rows = list(itertools.product((3.0, 8.0, 14.0, 17.0, 25.0, 60.0), (-20.0, 0.0, 33.3)))
