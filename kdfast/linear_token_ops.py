@@ -10,8 +10,9 @@ from torch import Tensor
 
 from kdfast.arguments import IGNORED, NO_LOSS, Heads, Inputs
 from kdfast.chunks import Chunks
+from kdfast.linear_checks import product_like
 from kdfast.linear_ops import Gradients
-from kdfast.reference_tokens import TOKEN_STATS, check_values
+from kdfast.reference_tokens import TOKEN_STATS, check_ids
 from kdfast.rows import as_matrix
 
 
@@ -29,7 +30,7 @@ def token_stats(
     chunk_rows: int,
     accumulate_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (..., K), (...), (...), and the table of all rows
-    check_values(hidden, ids, temperatures, len(weight) if vocab_size < 0 else vocab_size)
+    check_ids(product_like(hidden, weight), ids, vocab_size, temperatures)
     heads = _heads(hidden, weight, bias, chunk_rows, accumulate_dtype)
     chunks = _chunks(heads, ids, temperatures, vocab_size)
     sizes = ((ids.shape[-1],), (), (), (TOKEN_STATS,))

@@ -36,7 +36,7 @@ def token_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (..., K), (...) or (0,), (...), and the table
     """Without a gradient; an id outside of [0, V) that is not < 0 is an IndexError on a CPU, and NaN on a GPU."""
     logits = logits.detach()
-    check_values(logits, ids, temperatures, logits.shape[-1] if vocab_size < 0 else vocab_size)
+    check_ids(logits, ids, vocab_size, temperatures)
     log_probs, h, log_rest = _values(logits, ids, temperatures, temperature, logit_scale, cap, vocab_size)
     table = log_rest.new_zeros((log_rest.numel(), TOKEN_STATS))  # the gradient is autograd's
     return log_probs, h if entropy else h.new_empty(0), log_rest, table
@@ -68,10 +68,11 @@ def token_grad(
     return grad.contiguous()
 
 
-def check_values(like: Tensor, ids: Tensor, temperatures: Tensor | None, vocab: int) -> None:
+def check_ids(logits: Tensor, ids: Tensor, vocab_size: int, temperatures: Tensor | None = None) -> None:
     """Raises for an id that is too large and for a bad temperature. On a GPU it does nothing: reading waits for it."""
-    if like.device.type != "cpu":
+    if logits.device.type != "cpu":
         return
+    vocab = logits.shape[-1] if vocab_size < 0 else vocab_size
     flat = ids.reshape(-1, ids.shape[-1])
     bad = (flat >= vocab).nonzero()
     if len(bad):

@@ -62,7 +62,7 @@ MUTANTS = [
            "ids[..., 0] != IGNORED", "ids[..., 0] != 1 - IGNORED",
            "A row that is ignored takes part in products with whatever it holds.", LINEAR),
     Mutant("linear-tokens-check-after-the-products", OPS,
-           "    check_values(hidden, ids, temperatures, len(weight) if vocab_size < 0 else vocab_size)\n", "",
+           "    check_ids(product_like(hidden, weight), ids, vocab_size, temperatures)\n", "",
            "An id that is out of range is found after the first product.", ARGUMENTS),
     Mutant("tokens-operators-temperature-may-want-a-gradient", KERNELS,
            'check_constant("temperatures", temperatures)', "pass",
