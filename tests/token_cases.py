@@ -1,7 +1,7 @@
 r"""Tokens' log-probabilities in plain PyTorch, and how kdfast's are judged, by the rule of judge.py.
 
 The truth is plain PyTorch in fp64. With eps of the arithmetic, and exp off by 8 eps, q_i is off by e_i = q_i (8 +
-|log q_i|) eps, as there. Hence
+|log q_i|) eps, as there, or by the smallest normal number. Hence
 
     log q_y     (8 + 2 |log q_y|) eps
     H           sum of e_i (1 + |log q_i|)
@@ -92,7 +92,7 @@ def judge(call: Any, logits: Tensor, ids: Tensor, which: Any = NAMES, **settings
     kind = F64 if logits.dtype == F64 else F32
     truth, of_truth = gradient(plain, in_fp64(logits), ids, which, **settings)
     eager, of_eager = gradient(plain, logits.to(kind), ids, which, **settings)
-    values_off, gradient_off = errors(in_fp64(logits), ids, which, torch.finfo(kind).eps, **settings)
+    values_off, gradient_off = errors(in_fp64(logits), ids, which, torch.finfo(kind), **settings)
     largest = max(math.log(logits.shape[-1]), float(in_fp64(logits).abs().max()))
     ratio = 1 + largest if kind == F64 else 1.0
     got, grad = gradient(call, logits, ids, which, **settings)
@@ -119,7 +119,7 @@ def _is_padding(logits: Tensor, settings: dict[str, Any]) -> Tensor:
 
 
 def errors(
-    logits: Tensor, ids: Tensor, which: Any, eps: float, *, ignore_index: int = -100, **settings: Any
+    logits: Tensor, ids: Tensor, which: Any, info: torch.finfo, *, ignore_index: int = -100, **settings: Any
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """How far the results and the gradient may be off; see the head of this file."""
     several = ids.long() if ids.dim() == logits.dim() else ids.long().unsqueeze(-1)
@@ -131,15 +131,15 @@ def errors(
     cap, T = options["softcap"] or 0.0, torch.as_tensor(options["temperature"], dtype=F64)
     T = T.to(logits.device).expand(logits.shape[:-1])
     more = 8 * cap / T.unsqueeze(-1)  # a softcap's own error, of the capped logits
-    e = q * (8 + size + more) * eps
+    e = q * (8 + size + more) * info.eps + info.tiny
     present = F.one_hot(several.clamp_min(0), log_q.shape[-1]) * (several >= 0).unsqueeze(-1)  # (..., K, V)
     is_rest = present.sum(-2) == 0
     rest = (q * is_rest).sum(-1).clamp_min(1e-300)
     of_ids = size.gather(-1, several.clamp_min(0))
     values = (
-        ((8 + 2 * of_ids + more) * eps).view(ids.shape),
+        ((8 + 2 * of_ids + more) * info.eps).view(ids.shape),
         (e * (1 + size)).sum(-1),
-        ((e * is_rest).sum(-1) / rest + 2 * eps * rest.log().abs()),
+        ((e * is_rest).sum(-1) / rest + 2 * info.eps * rest.log().abs()),
     )
     g, h, r = (
         x.double().abs() if name in which else 0 * x for name, x in zip(NAMES, factors(ids, logits), strict=True)
@@ -147,7 +147,7 @@ def errors(
     g, h, r = g.view(several.shape), h.unsqueeze(-1), r.unsqueeze(-1)
     entropy = (q * size).sum(-1, True)
     of_rest = e * is_rest / rest.unsqueeze(-1) * (1 + rest.log().abs().unsqueeze(-1) / 8)
-    at_ids = 4 * eps * (g.unsqueeze(-1) * present).sum(-2)
+    at_ids = 4 * info.eps * (g.unsqueeze(-1) * present).sum(-2)
     off = e * (g.sum(-1, True) + h * (1 + size + entropy) + r) + r * of_rest + at_ids
     off = 2 * off * options["logit_scale"] / T.unsqueeze(-1)
     return values, F.pad(off, (0, logits.shape[-1] - log_q.shape[-1]))
