@@ -70,8 +70,14 @@ class Settings(NamedTuple):
         return self.alpha != 0 or self.metrics
 
 
+# Settings of what has no loss: no term, no teacher, no metrics.
+NO_LOSS = Settings(*(kind() for kind in Settings.__annotations__.values()))._replace(reduction="none", vocab_size=-1)
+
 # In place of a label that is in another shard of the vocabulary.
 OTHER_SHARD = -(2**63)
+
+# In place of a row's first id where its token is ignored: the operators do not read that row.
+IGNORED = -(2**63)
 
 
 def drop_unused(inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:

@@ -139,3 +139,10 @@ def check_vocab(vocab_size: Any) -> int:
     if number < 1:
         raise ValueError(f"vocab_size: {number} must be at least 1")
     return number
+
+
+def check_ignore_index(ignore_index: Any) -> int:
+    number = as_integer("ignore_index", ignore_index)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"ignore_index: {number} must fit into 64 bits, as labels do")
+    return number

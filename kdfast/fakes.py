@@ -45,9 +45,7 @@ def _new_head_gradients(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
     return grad_hidden, grad_weight, grad_bias
 
 
-def _token_stats(
-    logits: Tensor, ids: Tensor, temperatures: Any, temperature: Any, scale: Any, cap: Any, vocab: Any, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _token_stats(logits: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype, rows = loss_dtype(logits), logits.shape[:-1]
     return (
         logits.new_empty(ids.shape, dtype=dtype),
@@ -55,6 +53,16 @@ def _token_stats(
         logits.new_empty(rows, dtype=dtype),
         _new_table(logits, TOKEN_STATS),
     )
+
+
+def _linear_token_stats(hidden: Tensor, weight: Tensor, bias: Any, ids: Tensor, *numbers: Any) -> tuple[Tensor, ...]:
+    return _token_stats(hidden, ids, True)
+
+
+def _linear_token_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
+    *_, chunk_rows, dtype, grad_hidden, grad_weight, grad_bias = others
+    wanted = grad_hidden, grad_weight, grad_bias
+    return _new_head_gradients(Heads(hidden, weight, bias, None, None, None, chunk_rows, dtype, *wanted))
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -87,8 +95,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     ),
     "linear_grad": take_flat_heads(lambda heads, stats, grad_loss, inputs, settings: _new_head_gradients(heads)),
     "scale_": lambda grad, factor: None,
-    "token_stats": _token_stats,
+    "token_stats": lambda logits, ids, *numbers: _token_stats(logits, ids, numbers[-1]),
     "token_grad": lambda logits, *others: _new_grad(logits),
+    "linear_token_stats": _linear_token_stats,
+    "linear_token_grad": _linear_token_grad,
     "tempered_softmax": lambda logits, temperatures, temperature, log, dtype: logits.new_empty(
         logits.shape, dtype=dtype
     ),
@@ -100,7 +110,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 
 def fake(name: str, namespace: str) -> Callable[..., Any]:
     """The fake implementation of an operator of a namespace."""
-    if not name.endswith("stats"):
+    if name in _FAKES:
         return _FAKES[name]
 
     def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:

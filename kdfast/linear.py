@@ -127,7 +127,7 @@ def _checked_loss(
     settings: Settings,
 ) -> Any:
     """linear_kd_loss with the settings that check_settings made of the options."""
-    student = check_head("student", *student_head)
+    student = check_head("student_", *student_head)
     teacher_hidden, teacher_weight, teacher_bias = teacher_head
     like = teacher_hidden
     teacher: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
@@ -135,7 +135,7 @@ def _checked_loss(
     if has_head:
         if settings.target != "logits":
             raise ValueError(f"target: {settings.target!r} with a teacher_weight, whose product gives 'logits'")
-        hidden, weight, bias = check_head("teacher", *teacher_head)
+        hidden, weight, bias = check_head("teacher_", *teacher_head)
         teacher = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
         like = product_like(hidden, weight)
     elif teacher_bias is not None and teacher_weight is None:

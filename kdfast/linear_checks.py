@@ -14,27 +14,27 @@ _PARTS_OF_A_HEAD = (
 )
 
 
-def check_head(side: str, hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One side's hidden states, weight and bias, cast as autocast casts F.linear's."""
-    tensors = {f"{side}_hidden": hidden, f"{side}_weight": weight}
-    tensors |= {} if bias is None else {f"{side}_bias": bias}
+def check_head(prefix: str, hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, weight and bias, cast as autocast casts F.linear's; prefix: of their names."""
+    tensors = {f"{prefix}hidden": hidden, f"{prefix}weight": weight}
+    tensors |= {} if bias is None else {f"{prefix}bias": bias}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: must be a tensor, not {tensor_checks.kind(tensor)}")
         tensor_checks.check_floating(name, tensor)
         tensor_checks.check_dense(name, tensor, parts=_PARTS_OF_A_HEAD)
         if tensor.device != hidden.device:
-            raise RuntimeError(f"{name}: is on {tensor.device}, but {side}_hidden is on {hidden.device}")
+            raise RuntimeError(f"{name}: is on {tensor.device}, but {prefix}hidden is on {hidden.device}")
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
-        raise ValueError(f"{side}_hidden: has shape {tuple(hidden.shape)}, but it must be (..., H) with H >= 1")
+        raise ValueError(f"{prefix}hidden: has shape {tuple(hidden.shape)}, but it must be (..., H) with H >= 1")
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"{side}_weight: has shape {tuple(weight.shape)}, but with {side}_hidden of shape {tuple(hidden.shape)} it "
-            f"must be (V, {hidden.shape[-1]}) with V >= 1"
+            f"{prefix}weight: has shape {tuple(weight.shape)}, but with {prefix}hidden of shape {tuple(hidden.shape)} "
+            f"it must be (V, {hidden.shape[-1]}) with V >= 1"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
-            f"{side}_bias: has shape {tuple(bias.shape)}, but with {side}_weight of shape {tuple(weight.shape)} it "
+            f"{prefix}bias: has shape {tuple(bias.shape)}, but with {prefix}weight of shape {tuple(weight.shape)} it "
             f"must be ({weight.shape[0]},)"
         )
     device = hidden.device.type
@@ -45,9 +45,9 @@ def check_head(side: str, hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, 
     ):
         tensors = {name: x.to(torch.get_autocast_dtype(device)) for name, x in tensors.items()}
     for name, tensor in tensors.items():
-        if tensor.dtype != tensors[f"{side}_hidden"].dtype:
-            raise RuntimeError(f"{name}: has dtype {tensor.dtype}, but {side}_hidden has {hidden.dtype}")
-    return tensors[f"{side}_hidden"], tensors[f"{side}_weight"], tensors.get(f"{side}_bias")
+        if tensor.dtype != tensors[f"{prefix}hidden"].dtype:
+            raise RuntimeError(f"{name}: has dtype {tensor.dtype}, but {prefix}hidden has {hidden.dtype}")
+    return tensors[f"{prefix}hidden"], tensors[f"{prefix}weight"], tensors.get(f"{prefix}bias")
 
 
 def product_like(hidden: Tensor, weight: Tensor) -> Tensor:

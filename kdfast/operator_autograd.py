@@ -17,6 +17,7 @@ from kdfast.derivatives import NotDifferentiable, OverwritesFirst, is_transforme
 from kdfast.linear_autograd import LinearLossGrad, LinearStats
 from kdfast.softmax import TemperedSoftmax
 from kdfast.tensor_checks import check_constant
+from kdfast.token_autograd import LinearTokenStats, Numbers, TokenStats
 from kdfast.torch_private import (
     apply_function,
     below_autograd,
@@ -64,6 +65,8 @@ def _differentiable(ops: Any, name: str) -> Callable[..., Any]:
             return apply_function(linear_function, *heads[:3], heads[3:], inputs, settings, ops, False)
 
         return take_flat_heads(linear_call)
+    if name in ("token_stats", "linear_token_stats"):
+        return _token_call(ops, is_linear=name != "token_stats")
     if name == "tempered_softmax":
         return lambda *args: reference.tempered_softmax(*args) if is_transformed() else TemperedSoftmax.apply(*args)
     if name == "tempered_softmax_backward":
@@ -76,6 +79,19 @@ def _differentiable(ops: Any, name: str) -> Callable[..., Any]:
         apply_function(OverwritesFirst, operator, *args)
 
     return overwrite
+
+
+def _token_call(ops: Any, is_linear: bool) -> Callable[..., Any]:
+    function, tensors = (LinearTokenStats, 5) if is_linear else (TokenStats, 3)  # the last of them are temperatures
+
+    def call(*args: Any) -> Any:
+        *given, temperatures = args[:tensors]
+        if temperatures is not None:
+            check_constant("temperatures", temperatures)
+        numbers, others = Numbers(*args[tensors : tensors + 4]), args[tensors + 4 :]
+        return apply_function(function, *given, temperatures, numbers, *(others if is_linear else ()), ops, False)
+
+    return call
 
 
 def _check_constants(inputs: Inputs) -> None:

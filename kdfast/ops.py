@@ -16,7 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import choice, cuda_ops, gpu_choice, linear_ops, reference, reference_sums, reference_tokens
+from kdfast import (
+    choice,
+    cuda_ops,
+    gpu_choice,
+    linear_ops,
+    linear_token_ops,
+    reference,
+    reference_sums,
+    reference_tokens,
+)
 from kdfast.arguments import Heads, Inputs, Settings, take_flat, take_flat_heads, with_numbers
 from kdfast.derivatives import refuse_vmap
 from kdfast.fakes import fake
@@ -42,10 +51,11 @@ def _arguments(kinds: dict[str, Any]) -> str:
 _ARGS = _arguments(Inputs.__annotations__ | Settings.__annotations__)
 _HEADS = _arguments(Heads.__annotations__)
 _TOKENS = "Tensor? temperatures, float temperature, float logit_scale, float softcap, SymInt vocab_size"
+_CHUNKS = "SymInt chunk_rows, ScalarType accumulate_dtype"
 _HEAD_GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
-# The docstrings are in reference.py, reference_sums.py and, for the linear losses, linear_ops.py. An operator with
-# a trailing underscore writes the gradient into the student's storage.
+# The docstrings are in reference.py, reference_sums.py, reference_tokens.py and, from hidden states, in linear_ops.py
+# and linear_token_ops.py. An operator with a trailing underscore writes the gradient into the student's storage.
 SCHEMAS = {
     "loss_grad": f"(Tensor student, {_ARGS}) -> (Tensor loss, Tensor grad, Tensor metrics)",
     "loss_grad_": f"(Tensor(a!) student, {_ARGS}) -> (Tensor loss, Tensor metrics)",
@@ -63,6 +73,11 @@ SCHEMAS = {
     "-> (Tensor log_probs, Tensor entropy, Tensor log_rest, Tensor stats)",
     "token_grad": "(Tensor logits, Tensor ids, Tensor stats, Tensor? grad_log_probs, Tensor? grad_entropy, "
     f"Tensor? grad_log_rest, {_TOKENS}) -> Tensor",
+    "linear_token_stats": f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, {_TOKENS}, {_CHUNKS}) "
+    "-> (Tensor log_probs, Tensor entropy, Tensor log_rest, Tensor stats)",
+    "linear_token_grad": "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor stats, "
+    f"Tensor? grad_log_probs, Tensor? grad_entropy, Tensor? grad_log_rest, {_TOKENS}, {_CHUNKS}, "
+    f"bool grad_hidden, bool grad_weight, bool grad_bias) -> ({_HEAD_GRADIENTS})",
     "tempered_softmax": "(Tensor logits, Tensor? temperatures, float temperature, bool log, ScalarType dtype) "
     "-> Tensor",
     "tempered_softmax_backward": "(Tensor grad, Tensor output, Tensor? temperatures, float temperature, bool log, "
@@ -72,7 +87,10 @@ SCHEMAS = {
 
 CUDA_KERNELS = ("loss_grad", "loss_grad_", "stats", "grad", "grad_", "scale_")
 # operators without Inputs and Settings
-_TENSORS_ONLY = {"scale_", "token_stats", "token_grad", "tempered_softmax", "tempered_softmax_backward"}
+_TENSORS_ONLY = {
+    "scale_", "token_stats", "token_grad", "linear_token_stats", "linear_token_grad", "tempered_softmax",
+    "tempered_softmax_backward",
+}  # fmt: skip
 
 _NAMESPACES = ("kdfast", "kdfast_reference", "kdfast_triton", "kdfast_cuda")
 _libraries = {name: torch.library.Library(name, "DEF") for name in _NAMESPACES}
@@ -133,23 +151,24 @@ def _reference_with_warning(name: str) -> Callable[..., Any]:
 
 
 def _linear(name: str, namespace: str) -> Callable[..., Any]:
-    """The fused linear losses: one implementation for all devices, over a namespace's row operators."""
-    function = getattr(linear_ops, name.removeprefix("linear_"))
+    """The fused linear operators: one implementation for all devices, over a namespace's row operators."""
+    module = linear_token_ops if name in _TENSORS_ONLY else linear_ops
+    function = getattr(module, name.removeprefix("linear_"))
 
-    def call(heads: Heads, *args: Any) -> Any:
-        device = heads.student_hidden.device.type  # the heads' checks have applied autocast already
+    def call(first: Heads | Tensor, *args: Any) -> Any:
+        hidden = first if isinstance(first, Tensor) else first.student_hidden
+        device = hidden.device.type  # the heads' checks have applied autocast already
         off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
         with off:
-            return function(getattr(torch.ops, namespace), heads, *args)
+            return function(getattr(torch.ops, namespace), first, *args)
 
     return call
 
 
 def _implement(namespace: str, name: str, function: Callable[..., Any], device: str = "") -> None:
-    if name.startswith("linear_"):
-        function = take_flat_heads(with_numbers(function))
-    elif name not in _TENSORS_ONLY:
-        function = take_flat(with_numbers(function))
+    if name not in _TENSORS_ONLY:
+        take = take_flat_heads if name.startswith("linear_") else take_flat
+        function = take(with_numbers(function))
     _libraries[namespace].impl(name, function, device or "CompositeExplicitAutograd")
 
 

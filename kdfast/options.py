@@ -108,9 +108,6 @@ def _check_settings(options: Mapping[str, Any], has_labels: bool) -> Settings:
     if mse and target != "logits":
         raise ValueError(f"divergence: 'logit_mse' needs target='logits', not {target!r}")
     resolved, beta = checks.check_beta(divergence, options["beta"])
-    ignore_index = checks.as_integer("ignore_index", options["ignore_index"])
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index: {ignore_index} must fit into 64 bits, as labels do")
     return Settings(
         temperature=1.0 if mse else temperature,
         teacher_temperature=1.0 if mse else teacher_temperature,
@@ -124,7 +121,7 @@ def _check_settings(options: Mapping[str, Any], has_labels: bool) -> Settings:
         ensemble=options["ensemble"],
         teacher_weights=[1.0],  # of one teacher
         vocab_size=checks.check_vocab(options["vocab_size"]),
-        ignore_index=ignore_index,
+        ignore_index=checks.check_ignore_index(options["ignore_index"]),
         reduction=options["reduction"],
         divisor=0.0,
         label_smoothing=checks.check_smoothing(options["label_smoothing"], has_labels),

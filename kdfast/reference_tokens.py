@@ -5,6 +5,8 @@ Per row: z = the logits, scaled and softcapped; q = softmax(z / T); i_k the ids,
     log_probs_k = log q[i_k]        -inf where absent
     entropy     = -sum q log q
     log_rest    = log of the sum of q over the classes that are no ids; -inf where there are none
+
+Of a row whose first id is IGNORED all three are 0, and so is the gradient, whatever the row holds.
 """
 
 import math
@@ -12,8 +14,9 @@ import math
 import torch
 from torch import Tensor
 
+from kdfast.arguments import IGNORED
 from kdfast.reference import as_column, softcap
-from kdfast.rows import loss_dtype
+from kdfast.rows import check_row_values, loss_dtype
 from kdfast.torch_private import enable_autograd
 
 # (rows, columns), what token_grad goes on from: the offset, sum Q of the ids' classes, of the others, the entropy; with
@@ -33,7 +36,7 @@ def token_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (..., K), (...) or (0,), (...), and the table
     """Without a gradient; an id outside of [0, V) that is not < 0 is an IndexError on a CPU, and NaN on a GPU."""
     logits = logits.detach()
-    check_ids(logits, ids, vocab_size)
+    check_ids(logits, ids, vocab_size, temperatures)
     log_probs, h, log_rest = _values(logits, ids, temperatures, temperature, logit_scale, cap, vocab_size)
     table = log_rest.new_zeros((log_rest.numel(), TOKEN_STATS))  # the gradient is autograd's
     return log_probs, h if entropy else h.new_empty(0), log_rest, table
@@ -52,6 +55,8 @@ def token_grad(
     cap: float,
     vocab_size: int,
 ) -> Tensor:  # (..., V)
+    if temperatures is not None and temperatures.is_inference():
+        temperatures = temperatures.clone()  # autograd saves none of inference mode
     with torch.enable_grad(), enable_autograd():
         leaf = logits.detach().requires_grad_()
         values = _values(leaf, ids, temperatures, temperature, logit_scale, cap, vocab_size)
@@ -63,8 +68,8 @@ def token_grad(
     return grad.contiguous()
 
 
-def check_ids(logits: Tensor, ids: Tensor, vocab_size: int) -> None:
-    """Raises for an id that is too large. On a GPU it does nothing: reading values would wait for the device."""
+def check_ids(logits: Tensor, ids: Tensor, vocab_size: int, temperatures: Tensor | None = None) -> None:
+    """Raises for an id that is too large and for a bad temperature. On a GPU it does nothing: reading waits for it."""
     if logits.device.type != "cpu":
         return
     vocab = logits.shape[-1] if vocab_size < 0 else vocab_size
@@ -73,16 +78,29 @@ def check_ids(logits: Tensor, ids: Tensor, vocab_size: int) -> None:
     if len(bad):
         row, entry = bad[0].tolist()
         raise IndexError(
-            f"ids: {flat[row, entry].item()} in row {row}, entry {entry} is out of range: with V = {vocab} it must be "
-            f"in [0, {vocab - 1}]"
+            f"ids: {as_given(int(flat[row, entry]))} in row {row}, entry {entry} is out of range: with V = {vocab} it "
+            f"must be in [0, {vocab - 1}]"
         )
+    check_row_values("temperature", temperatures, flat[:, 0] != IGNORED)
+
+
+def refuse_negative(ids: Tensor) -> Tensor:
+    """Makes ids < 0, which are absent ones, out of range, as ids that are far too large."""
+    return ids & (2**63 - 1)
+
+
+def as_given(id: int) -> int:
+    """The id of which `refuse_negative` has made this one."""
+    return id - 2**63 if id >= 2**62 else id
 
 
 def _values(
     logits: Tensor, ids: Tensor, temperatures: Tensor | None, temperature: float, logit_scale: float, cap: float,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ignored = ids[..., 0] == IGNORED
     z = logits if vocab_size < 0 else logits[..., :vocab_size]
+    z = torch.where(ignored.unsqueeze(-1), 0, z)
     z = softcap(logit_scale * z.to(loss_dtype(logits)), cap)
     z = z - z.detach().amax(-1, keepdim=True)  # T may make infinities of large ones
     log_q = torch.log_softmax(z / as_column(temperatures, temperature, z), -1)
@@ -94,4 +112,6 @@ def _values(
     others = torch.where(is_id, -math.inf, log_q)
     nothing = (others == -math.inf).all(-1)
     rest = torch.logsumexp(torch.where(nothing.unsqueeze(-1), 0, others), -1)
-    return log_probs, entropy, torch.where(nothing, -math.inf, rest)
+    rest = torch.where(nothing, -math.inf, rest)
+    log_probs = torch.where(ignored.unsqueeze(-1), 0, log_probs)
+    return log_probs, torch.where(ignored, 0, entropy), torch.where(ignored, 0, rest)

@@ -116,19 +116,22 @@ def check_values(student: Tensor, inputs: Inputs, settings: Settings) -> None:
                 f"labels: label {int(labels[row])} in row {row} is out of range: with V = {vocab} it must be in "
                 f"[0, {vocab - 1}] or ignore_index ({settings.ignore_index})"
             )
-    for name, value, zero in (
-        ("row_weight", inputs.row_weight, True),
-        ("temperature", inputs.temperatures, False),
-        ("teacher_temperature", inputs.teacher_temperatures, False),
-    ):
-        if value is not None:
-            value = value.flatten().double()
-            bad = kept & ~(((value >= 0) if zero else (value > 0)) & value.isfinite())
-            if bad.any():
-                row = int(bad.nonzero()[0])
-                rule = ">= 0" if zero else "> 0"
-                raise ValueError(f"{name}: {value[row].item():g} in row {row}, but it must be finite and {rule}")
+    check_row_values("row_weight", inputs.row_weight, kept, may_be_0=True)
+    check_row_values("temperature", inputs.temperatures, kept)
+    check_row_values("teacher_temperature", inputs.teacher_temperatures, kept)
     if inputs.indices is not None:
         from kdfast.sparse import check_entries
 
         check_entries(student, inputs, settings, vocab)
+
+
+def check_row_values(name: str, value: Tensor | None, kept: Tensor, may_be_0: bool = False) -> None:
+    """Raises for a value, (...), that is negative or not finite, of rows that are kept, (rows,)."""
+    if value is None:
+        return
+    value = value.flatten().double()
+    bad = kept & ~(((value >= 0) if may_be_0 else (value > 0)) & value.isfinite())
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        rule = ">= 0" if may_be_0 else "> 0"
+        raise ValueError(f"{name}: {value[row].item():g} in row {row}, but it must be finite and {rule}")

@@ -10,7 +10,7 @@ from torch import Tensor
 from kdfast import checks
 from kdfast.arguments import Inputs, Settings
 from kdfast.rows import kept_rows
-from kdfast.tensor_checks import check_dense, check_floating, check_logits, check_temperature, check_temperatures, kind
+from kdfast.tensor_checks import check_dense, check_floating, check_logits, kind
 
 
 class TopKTargets(NamedTuple):
@@ -114,23 +114,17 @@ def topk_targets(
         >>> kdfast.kd_loss(torch.randn(6, 100), teacher, temperature=2.0).shape
         torch.Size([])
     """
-    from kdfast.tokens import row_log_probs
+    from kdfast.tokens import check_numbers, hide_dynamic, token_values
 
     check_logits("teacher_logits", teacher_logits)
-    number = check_temperature("temperature", temperature)
-    rows = check_temperatures("temperature", temperature, teacher_logits.shape[:-1], teacher_logits, "teacher_logits")
-    scale, cap = checks.check_positive("logit_scale", logit_scale), checks.check_cap("softcap", softcap)
-    vocab = checks.check_vocab(vocab_size)
-    if vocab > teacher_logits.shape[-1]:
-        raise ValueError(
-            f"vocab_size: {vocab_size} must lie in [1, {teacher_logits.shape[-1]}], the classes of teacher_logits"
-        )
-    vocab = teacher_logits.shape[-1] if vocab < 0 else vocab
+    call = check_numbers(teacher_logits, "teacher_logits", temperature, logit_scale, softcap, vocab_size)
+    vocab = teacher_logits.shape[-1] if vocab_size is None else vocab_size
     if not 1 <= checks.as_integer("k", k) <= vocab:
         raise ValueError(f"k: {k} must lie in [1, {vocab}], the number of classes")
     logits = teacher_logits.detach()
     indices = logits[..., :vocab].topk(k, -1).indices
-    return TopKTargets(indices, row_log_probs(logits, indices, rows, number, scale, cap, vocab)[0])
+    values = token_values(logits, indices, *hide_dynamic(logits, *call), torch.ops.kdfast, entropy=False)
+    return TopKTargets(indices, values[0])
 
 
 def check_targets(teacher: TopKTargets, student: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from calls import ALL_OPTIONS
 from cases import batch as logits_batch
+from token_cases import token_arguments
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 
@@ -231,6 +232,7 @@ def check_operator(name: str, backend: str | None, kind: str, *checks: str) -> N
         "linear_stats": (*heads, *their_inputs, *settings),
         "linear_grad": (*heads, stats, s[..., 0].to(loss.dtype), *their_inputs, *settings),
         "scale_": (s, torch.tensor(0.5)),
+        **token_arguments(s, heads, inputs, settings),
         "tempered_softmax": (s, inputs.temperatures, 2.0, inputs.row_weight is None, torch.float32),
         "tempered_softmax_backward": (s, s.float(), inputs.temperatures, 2.0, inputs.row_weight is None, s.dtype),
         "pointwise_sums": (s, sums, *inputs, *settings),

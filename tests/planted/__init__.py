@@ -3,9 +3,9 @@
 `text` is as short as occurs once, so that it survives most of what moves code.
 """
 
-from planted import cpu, cuda, linear, package, triton
+from planted import cpu, cuda, linear, package, tokens, triton
 from planted.mutant import Mutant
 
-MUTANTS = [*package.MUTANTS, *linear.MUTANTS, *triton.MUTANTS, *cuda.MUTANTS, *cpu.MUTANTS]
+MUTANTS = [*package.MUTANTS, *linear.MUTANTS, *tokens.MUTANTS, *triton.MUTANTS, *cuda.MUTANTS, *cpu.MUTANTS]
 
 __all__ = ["MUTANTS", "Mutant"]

@@ -1,0 +1,80 @@
+"""linear_token_log_probs: token_log_probs from hidden states and a head, without materializing the logits."""
+
+import torch
+from torch import Tensor
+
+from kdfast import checks, choice
+from kdfast.derivatives import is_transformed
+from kdfast.linear_checks import check_accumulate_dtype, check_chunk_rows, check_head, product_like
+from kdfast.options import Backend
+from kdfast.token_autograd import LinearTokenStats
+from kdfast.tokens import TokenLogProbs, check_ids, check_numbers, hide_dynamic
+from kdfast.torch_private import apply_function, below_autograd
+
+
+def linear_token_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk_rows: int | None = None,
+    accumulate_dtype: torch.dtype = torch.float32,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    backend: Backend | None = None,
+) -> TokenLogProbs:
+    r""":func:`token_log_probs` of ``hidden @ weight.T``, without tensors of (rows, V).
+
+    The logits of a few rows at a time are computed, and in backward once more, so memory grows with rows * H and with
+    chunk_rows * V. Forward has one matrix product and backward three, one less each for frozen hidden states and for a
+    frozen weight. Ignored rows are skipped in the products; on a GPU they are zeroed instead, to avoid a sync.
+
+    Args:
+        hidden: (..., H), float32, bfloat16, float16 or float64: the head's input.
+        weight: (V, H) of the same dtype, as in nn.Linear.
+        ids: as :func:`token_log_probs`, of rows (...).
+        bias: (V,), of the same dtype.
+        chunk_rows, accumulate_dtype: as in :func:`kdfast.linear_kd_loss`. Two tensors of a chunk's logits are there at
+            a time in backward, and one in forward.
+        temperature, logit_scale, softcap, vocab_size, ignore_index, backend: as in :func:`token_log_probs`.
+
+    Logits are float32 (float64 for a float64 head) and are not rounded before the softmax, on any device. Autocast
+    casts hidden states, weight and bias as it does for F.linear. Errors call the product ``logits``.
+
+    Returns:
+        TokenLogProbs, as :func:`token_log_probs`, differentiable in hidden, weight and bias.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: as :func:`token_log_probs`, before any matrix product.
+
+    Example::
+
+        >>> hidden, head = torch.randn(6, 16, requires_grad=True), torch.randn(100, 16, requires_grad=True)
+        >>> log_probs, entropy, _ = linear_token_log_probs(hidden, head, torch.randint(100, (6,)), temperature=0.7)
+        >>> (log_probs + 0.01 * entropy).mean().backward()
+        >>> head.grad.shape
+        torch.Size([100, 16])
+    """
+    head = check_head("", hidden, weight, bias)
+    logits = product_like(*head[:2])
+    rows, numbers = check_numbers(logits, "logits", temperature, logit_scale, softcap, vocab_size)
+    entries = check_ids(ids, logits, ignore_index)
+    checks.check_choice("backend", backend)
+    rows, numbers = hide_dynamic(head[0], rows, numbers)
+    vocab = logits.shape[-1] if numbers.vocab_size < 0 else numbers.vocab_size
+    chunk_rows = check_chunk_rows(chunk_rows, vocab, logits.device.type)
+    chunks = chunk_rows, check_accumulate_dtype(accumulate_dtype)
+    ops = choice.namespace(backend, logits)
+    wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
+    if torch.compiler.is_compiling() or is_transformed():
+        results = ops.linear_token_stats(*head, entries, rows, *numbers, *chunks)
+    elif wants_grad:
+        results = apply_function(LinearTokenStats, *head, entries, rows, numbers, *chunks, ops, True)
+    else:
+        with below_autograd():
+            results = ops.linear_token_stats(*head, entries, rows, *numbers, *chunks)
+    return TokenLogProbs(results[0].view(ids.shape), *results[1:3])
