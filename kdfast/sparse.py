@@ -19,6 +19,12 @@ class TopKTargets(NamedTuple):
     indices: (..., K) int32 or int64. log_probs: (..., K), floating. An entry of log-probability -inf is absent,
     whatever its index: that is the padding where K varies. The classes may be the teacher's, the student's or
     anybody's; a class may be there once. ``missing`` of :func:`kdfast.kd_loss` says what is assumed of all others.
+
+    Example::
+
+        >>> teacher = TopKTargets(torch.tensor([[5, 2], [7, -1]]), torch.tensor([[0.6, 0.3], [0.8, 0.0]]).log())
+        >>> kd_loss(torch.randn(2, 10), teacher).shape
+        torch.Size([])
     """
 
     indices: Tensor
@@ -111,7 +117,7 @@ def topk_targets(
     Example::
 
         >>> teacher = topk_targets(torch.randn(6, 100), 8, temperature=2.0)
-        >>> kdfast.kd_loss(torch.randn(6, 100), teacher, temperature=2.0).shape
+        >>> kd_loss(torch.randn(6, 100), teacher, temperature=2.0).shape
         torch.Size([])
     """
     from kdfast.tokens import row_log_probs
