@@ -23,14 +23,18 @@ import kdfast
 
 ALONE = {"hard_weight": 0, "z_loss": 0.0}  # the soft term without the others
 FIELDS = ("soft", "hard", "kl", "student_entropy", "teacher_entropy", "agreement", "accuracy")
+MASSES = ("student_mass", "teacher_mass")  # of a sparse teacher
 NAN = math.nan
 
 
 def compute_metrics(student: Tensor, teacher: Any, labels: Tensor | None = None, **settings: Any) -> dict[str, Tensor]:
     _, metrics = kdfast.kd_loss(student, teacher, labels, return_metrics=True, **settings)
     assert isinstance(metrics, kdfast.KDMetrics)
-    assert metrics._fields == FIELDS
-    return metrics._asdict()
+    found = {k: v for k, v in metrics._asdict().items() if v is not None}
+    is_sparse = isinstance(teacher, kdfast.TopKTargets)
+    assert metrics._fields == FIELDS + MASSES
+    assert tuple(found) == (metrics._fields if is_sparse else FIELDS)
+    return found
 
 
 def row_metrics(
