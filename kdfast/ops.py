@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import choice, cuda_ops, gpu_choice, linear_ops, reference, reference_sums, reference_tokens
+from kdfast import choice, cuda_ops, gpu_choice, linear_ops, linear_sparse, reference, reference_sums, reference_tokens
 from kdfast.arguments import Heads, Inputs, Settings, take_flat, take_flat_heads, with_numbers
 from kdfast.derivatives import refuse_vmap
 from kdfast.fakes import fake
@@ -134,9 +134,11 @@ def _reference_with_warning(name: str) -> Callable[..., Any]:
 
 def _linear(name: str, namespace: str) -> Callable[..., Any]:
     """The fused linear losses: one implementation for all devices, over a namespace's row operators."""
-    function = getattr(linear_ops, name.removeprefix("linear_"))
+    name = name.removeprefix("linear_")
 
     def call(heads: Heads, *args: Any) -> Any:
+        module = linear_sparse if linear_sparse.reads_entries_alone(*args[-2:]) else linear_ops
+        function = getattr(module, name)
         device = heads.student_hidden.device.type  # the heads' checks have applied autocast already
         off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
         with off:

@@ -150,8 +150,8 @@ def check_targets(teacher: TopKTargets, student: Tensor, dim: int) -> tuple[Tens
             raise RuntimeError(f"teacher.{name}: is on {value.device}, but student_logits is on {student.device}")
     if indices.is_floating_point() and not log_probs.is_floating_point():
         raise RuntimeError(
-            f"teacher: has indices of dtype {indices.dtype} and log_probs of dtype {log_probs.dtype}; TopKTargets takes "
-            "(indices, log_probs), and torch.topk returns them in the other order"
+            f"teacher: has indices of dtype {indices.dtype} and log_probs of dtype {log_probs.dtype}; TopKTargets "
+            "takes (indices, log_probs), and torch.topk returns them in the other order"
         )
     if indices.dtype not in (torch.int32, torch.int64):
         raise RuntimeError(f"teacher.indices: has dtype {indices.dtype}, but it must be torch.int32 or torch.int64")
@@ -200,8 +200,8 @@ def check_options(options: Mapping[str, Any], settings: Settings) -> None:
         )
     if missing == "truncate" and resolved not in ("cross_entropy", "forward_kl"):
         raise ValueError(
-            f"divergence: {divergence!r} with missing='truncate', which takes 'cross_entropy' and 'forward_kl' alone; use "
-            "missing='tail' or 'conditional'"
+            f"divergence: {divergence!r} with missing='truncate', which takes 'cross_entropy' and 'forward_kl' alone; "
+            "use missing='tail' or 'conditional'"
         )
 
 
