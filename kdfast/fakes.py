@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kdfast import linear_ops
+from kdfast import products
 from kdfast.arguments import Heads, Inputs, Settings, metrics_count, take_flat, take_flat_heads
 from kdfast.reference_tokens import TOKEN_STATS
 from kdfast.row_math import Coefficients, Sums, table_columns
@@ -38,7 +38,7 @@ def _new_table(student: Tensor, columns: int) -> Tensor:
 def _new_head_gradients(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight = heads.student_hidden, heads.student_weight
     wanted = (heads.grad_hidden, hidden.shape), (heads.grad_weight, weight.shape), (heads.grad_bias, weight.shape[:1])
-    dtype = linear_ops.grad_dtype(hidden.dtype)
+    dtype = products.grad_dtype(hidden.dtype)
     grad_hidden, grad_weight, grad_bias = (
         hidden.new_empty(shape if want else (0,), dtype=dtype) for want, shape in wanted
     )

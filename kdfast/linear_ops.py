@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kdfast.arguments import Heads, Inputs, Settings, metrics_count, metrics_of_unweighted_terms
 from kdfast.chunks import Chunk, Chunks
+from kdfast.products import grad_dtype
 from kdfast.row_math import table_columns
 from kdfast.rows import as_matrix
 
@@ -61,15 +62,12 @@ def grad(
     """The gradients for grad_loss, (...), of reduction "none"."""
     chunks, gradients = Chunks(heads, inputs, settings), Gradients(heads)
     grad_loss = grad_loss.flatten()
+    columns = table_columns(ops.name, chunks.hidden.device.type, len(inputs.teachers), inputs.indices)
+    stats = stats[:, :columns].contiguous()  # it has more where metrics alone read the teacher
     for chunk in chunks:
         ops.grad_(chunk.logits, stats[chunk.rows], grad_loss[chunk.rows], *chunk.inputs, *chunks.settings)
         gradients.add(chunk, chunks)
     return gradients.result(chunks.divisor)
-
-
-def grad_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the gradients that forward computes: fp32 for float16, until the loss scaler's factor is known."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 class Gradients:

@@ -21,6 +21,7 @@ from kdfast import (
     cuda_ops,
     gpu_choice,
     linear_ops,
+    linear_sparse,
     linear_token_ops,
     reference,
     reference_sums,
@@ -152,10 +153,13 @@ def _reference_with_warning(name: str) -> Callable[..., Any]:
 
 def _linear(name: str, namespace: str) -> Callable[..., Any]:
     """The fused linear operators: one implementation for all devices, over a namespace's row operators."""
-    module = linear_token_ops if name in _TENSORS_ONLY else linear_ops
-    function = getattr(module, name.removeprefix("linear_"))
+    short = name.removeprefix("linear_")
 
     def call(first: Heads | Tensor, *args: Any) -> Any:
+        module = linear_token_ops if name in _TENSORS_ONLY else linear_ops
+        if module is linear_ops and linear_sparse.reads_entries_alone(*args[-2:]):
+            module = linear_sparse
+        function = getattr(module, short)
         hidden = first if isinstance(first, Tensor) else first.student_hidden
         device = hidden.device.type  # the heads' checks have applied autocast already
         off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

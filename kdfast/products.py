@@ -26,6 +26,11 @@ from torch import Tensor
 SLICE = 4096  # classes converted, or multiplied, at a time: a few MB, where a chunk takes hundreds
 
 
+def grad_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the gradients that forward computes: fp32 for float16, until the loss scaler's factor is known."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 class Head:
     """The products in the head's own dtype, fp32 or fp64."""
 

@@ -89,3 +89,19 @@ def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(), but at one level of transforms, and without inspect.signature, which takes 50 us."""
     unwrapped = [unwrap_if_dead(x) if type(x) in _TENSORS else x for x in args]  # of a transform that has ended
     return super(torch.autograd.Function, function).apply(*unwrapped)  # type: ignore[misc]
+
+
+def entry_products(x: Tensor, table: Tensor, places: Tensor) -> Tensor:
+    """x[i] . table[places[i, k]], (rows, K), without a copy of the table's rows; float32 or float64, on a CPU.
+
+    As PyTorch differentiates embedding_bag in its per_sample_weights.
+    """
+    rows, count = places.shape
+    starts = torch.arange(0, rows * count, count)
+    row_of = torch.arange(rows).repeat_interleave(count)
+    try:
+        function = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    except AttributeError:
+        _missing("aten._embedding_bag_per_sample_weights_backward", "sparse teachers with heads copy the heads' rows")
+        return torch.bmm(table[places], x.unsqueeze(-1)).squeeze(-1)
+    return function(x, table, places.flatten(), starts, row_of, 0).view(rows, count)

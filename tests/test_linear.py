@@ -101,7 +101,7 @@ def test_a_batch_of_ignored_rows_has_loss_and_gradient_0(backend: str) -> None:
     loss, grads, metrics = fused_results(case, torch.full_like(case.labels, -100), return_metrics=True, backend=backend)
     assert loss == 0
     assert not any(g.any() for g in grads)
-    assert all(m.isnan() for m in metrics)
+    assert all(m.isnan() for m in metrics[:7])
 
 
 @pytest.mark.parametrize("dtype", [F32, F16])  # the divisor inside of the kernels, and at the end

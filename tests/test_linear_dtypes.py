@@ -74,7 +74,9 @@ def test_tensor_cores_round_no_logits_and_zero_dropped_rows(
     case.hidden[150] = float("nan")  # an ignored row
     loss, grads, metrics = fused_results(case, case.labels, chunk_rows=7, **settings)
     torch.testing.assert_close(loss.double(), truth[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close([m.double() for m in metrics], list(truth[2]), rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(
+        [m.double() for m in metrics[:7]], list(truth[2][:7]), rtol=1e-5, atol=1e-6, equal_nan=True
+    )
     for got, want in zip(grads, truth[1], strict=True):
         assert got.dtype == dtype
         assert relative_error(got, want) < torch.finfo(dtype).eps  # logits' gradient and result are rounded
