@@ -9,7 +9,17 @@ from torch import Tensor
 
 from kdfast import row_math
 from kdfast.arguments import Inputs, Settings
-from kdfast.triton import launch, matrices, reductions, row_kernels, softmax_kernels, sparse_kernels, tiny_rows
+from kdfast.triton import (
+    launch,
+    matrices,
+    reductions,
+    row_kernels,
+    softmax_kernels,
+    sparse_kernels,
+    tiny_rows,
+    token_kernels,
+    tokens,
+)
 from kdfast.triton.call import Call
 from kdfast.triton.many_teachers import take_any_number
 from kdfast.triton.matrices import arithmetic_dtype, make_readable, matrix
@@ -20,7 +30,7 @@ from kdfast.triton.spec import Spec
 # A kernel's key in Triton's cache on disk depends on which functions had theirs before: DependenciesFinder._update_hash
 # takes over a callee's global values first, and only then asks for the callee's key, which is what finds them. So all
 # are asked for here, in one order, before any launch; else a process would compile again what is in the cache.
-for _module in (row_kernels, reductions, softmax_kernels, tiny_rows, sparse_kernels):
+for _module in (row_kernels, reductions, softmax_kernels, tiny_rows, sparse_kernels, token_kernels):
     for _function in vars(_module).values():
         if isinstance(_function, triton.JITFunction):  # the interpreter's functions have no keys
             hash(_function)  # asks for the key
@@ -91,6 +101,9 @@ def losses_and_coefficients(student: Tensor, sums: Tensor, inputs: Inputs, setti
     if len(inputs.teachers) > 1 or settings.divergence in ("dkd", "logit_mse"):  # theirs are not Sums
         return row_math.losses_and_coefficients(sums, inputs, settings)
     return _shard(student, inputs, settings).losses_and_coefficients(sums)
+
+
+token_stats, token_grad = tokens.token_stats, tokens.token_grad
 
 
 def _prepare_scale(view: Tensor) -> tuple[Kernels, launch.Gpu, launch.Plan]:

@@ -108,7 +108,7 @@ def soft_results(student, entries, index, kept, sums, row, factors, vocab, FORM:
     log_p = load_log_probs(entries, index, kept, FORM, SPEC)
     present = log_p != float("-inf")
     count = tl.sum(tl.sum(present.to(tl.int32), 1), 0)
-    given = load_given(student, entries.indices, index, present, vocab, row, FORM.entries, SPEC)
+    given = load_given(student, row_of(entries.indices, index, FORM.entries), present, vocab, row, FORM.entries, SPEC)
     log_p = with_rest(tl.where(given.out_of_range, float("nan"), log_p), given, count, vocab, FORM)
     offset = common_offset(given, sums.student_offset)
     if FORM.missing == "conditional":
@@ -301,7 +301,7 @@ def sparse_grad(
     lane = tl.arange(0, max(4 * SPEC.lanes, padded_width(COEFFICIENTS)))  # as load_table_row
     c = Coefficients(*read_columns(tl.load(line + lane, mask=lane < COEFFICIENTS, other=0), 0, COEFFICIENTS))
     present = load_log_probs(entries, index, kept, FORM, SPEC) != float("-inf")
-    given = load_given(s, entries.indices, index, present, vocab, row, FORM.entries, SPEC)
+    given = load_given(s, row_of(entries.indices, index, FORM.entries), present, vocab, row, FORM.entries, SPEC)
     there = given.column < FORM.entries
     soft = tl.load(line + COEFFICIENTS + given.column, mask=there, other=0)
     span = open_span(s, (), tl.where(kept & FORM.reads_rows, vocab, 0), kept, SPEC)

@@ -95,10 +95,10 @@ def rest_sums(span, ordered, index, row, COUNT: tl.constexpr, SPEC: tl.constexpr
 
 
 @triton.jit
-def load_given(student, numbers, index, present, vocab, row, COUNT: tl.constexpr, SPEC: tl.constexpr):
-    """Given, from the class numbers of a row, (rows, COUNT), and which of them count, (1, COLUMNS)."""
+def load_given(student, line, present, vocab, row, COUNT: tl.constexpr, SPEC: tl.constexpr):
+    """Given, from the COUNT class numbers of a row, and which of them count, (1, COLUMNS)."""
     column = tl.arange(0, padded_width(COUNT + 1))[None, :]
-    classes = tl.load(row_of(numbers, index, COUNT) + column, mask=present & (column < COUNT), other=-1)
+    classes = tl.load(line + column, mask=present & (column < COUNT), other=-1)
     used = present & (classes >= 0) & (classes < vocab)
     s = tl.load(student + classes, mask=used, other=float("-inf")).to(SPEC.dtype)
     s = tl.where(used, adjust_student(s, row, SPEC), float("-inf"))
