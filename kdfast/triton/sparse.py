@@ -14,6 +14,7 @@ from kdfast.row_math import Coefficients
 from kdfast.rows import as_matrix
 from kdfast.triton import launch, sparse_kernels
 from kdfast.triton.call import Call
+from kdfast.triton.divergences import DIVERGENCES
 from kdfast.triton.matrices import device_guard, matrix
 from kdfast.triton.prepared import make_spec, remember
 from kdfast.triton.spec import Spec
@@ -54,7 +55,8 @@ class SparseCall(Call):
         log_probs, indices = as_matrix(inputs.teachers[0]).contiguous(), as_matrix(inputs.indices).contiguous()
         self.log_probs, self.indices, self.entries = log_probs, indices, indices.shape[-1]
         self.reads_rows = settings.missing != "conditional" or self.spec.hard
-        self.dense = remember(("sparse", self.spec, settings.divergence), self._dense_spec)
+        kind = "sparse", self.spec, id(DIVERGENCES.get(settings.divergence)), student.dtype, self.rows, self.vocab
+        self.dense, self.choice = remember(kind, lambda: (self._dense_spec(), self._plan()))
         self.columns = len(Coefficients._fields) + self.entries
 
     def _dense_spec(self) -> Spec:
@@ -62,9 +64,16 @@ class SparseCall(Call):
         settings = self.settings._replace(hard_weight=0.0, z_loss=0.0, label_smoothing=0.0, softcap=0.0, missing="")
         return make_spec(self.student, [self.log_probs], False, self.spec.power, settings)._replace(lanes=1)
 
+    def _plan(self) -> tuple[launch.Plan, int]:
+        """Of the kernels that make loss and gradient at once: a row's entries take registers too."""
+        budget = launch.register_budget(self.spec, self.prepared.read)
+        smaller = {launch.FULL_BUDGET: launch.OPTIONS_BUDGET, launch.OPTIONS_BUDGET: launch.ARITHMETIC_BUDGET}
+        budget = smaller.get(budget, budget)
+        return next(launch.candidates(self.rows, self.vocab, self.prepared.read, self.gpu, budget))
+
     def loss_grad(self, output: Tensor) -> tuple[Tensor, Tensor]:
         if self.rows:
-            plan, programs = self.prepared.choice
+            plan, programs = self.choice
             if not self.reads_rows:
                 plan, programs = self.sweep, launch.program_count(self.rows, self.gpu)
             kernel = sparse_kernels.sparse_loss_grad_short if plan.tiles else sparse_kernels.sparse_loss_grad_long

@@ -13,7 +13,7 @@ import triton.language as tl
 from kdfast.triton.logits import adjust_student, exponent, finite
 from kdfast.triton.pass_a import accumulate, hard_scale, no_sums
 from kdfast.triton.sums import merge
-from kdfast.triton.sweep import sweep
+from kdfast.triton.sweep import sweep_in_groups
 from kdfast.triton.tables import padded_width
 from kdfast.triton.tiles import Tile
 
@@ -42,19 +42,21 @@ def row_of(data, index, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _bits_of_tile(line, at, begin, SPEC: tl.constexpr):
-    """Of each vector of a tile that begins at a class the given classes as bits, (LANES, 1); and where the walk is."""
+def _bits_of_tile(line, at, found, begin, SPEC: tl.constexpr):
+    """Of each vector of a tile that begins at a class the given classes as bits, (LANES, 1); and where the walk is.
+
+    found: the first given class that no tile before had, the one at `at`.
+    """
     LANES: tl.constexpr = SPEC.lanes
     VEC: tl.constexpr = SPEC.vec
-    lane = tl.arange(0, LANES)[:, None]
+    first = begin + tl.arange(0, LANES)[:, None] * VEC
     bits = tl.zeros((LANES, 1), tl.int32)
-    found = tl.load(line + at)
     while found < begin + LANES * VEC:
-        place = found - begin  # below 0 in the row's prefix, which no lane has
-        bits |= tl.where(lane == (place >> log2_of(VEC)), 1 << (place & (VEC - 1)), 0)
+        place = found - first
         at += 1
         found = tl.load(line + at)
-    return bits, at
+        bits |= tl.where((place >= 0) & (place < VEC), 1 << place, 0)
+    return bits, at, found
 
 
 @triton.jit
@@ -71,16 +73,16 @@ def _is_among(line, classes, COUNT: tl.constexpr):
 @triton.jit
 def _accumulate_rest(state, tile, context, row, SPEC: tl.constexpr):
     """Pass A without the given classes."""
-    sums, at = state
+    sums, at, found = state
     line, prefix = context[0], context[1]
     COUNT: tl.constexpr = context[2]
     if tile.s.shape[1] == 1:
         is_given = _is_among(line, tile.classes, COUNT)
     else:
-        bits, at = _bits_of_tile(line, at, prefix + tile.at, SPEC)
+        bits, at, found = _bits_of_tile(line, at, found, prefix + tile.at, SPEC)
         is_given = ((bits >> tl.arange(0, SPEC.vec)[None, :]) & 1) != 0
     rest = Tile(tl.where(is_given, float("-inf"), tile.s), (), tile.classes, tile.mask & ~is_given, tile.at)
-    return accumulate(sums, rest, (), row, SPEC), at
+    return accumulate(sums, rest, (), row, SPEC), at, found
 
 
 @triton.jit
@@ -88,9 +90,12 @@ def rest_sums(span, ordered, index, row, COUNT: tl.constexpr, SPEC: tl.constexpr
     """pass_a.Sums of a row's other classes. ordered: (rows, COUNT + 1), ascending, at last ABSENT; None: of none."""
     found = no_sums(tl.zeros((), SPEC.dtype), SPEC)
     if ordered is not None:
-        state = found, tl.zeros((), tl.int32)
         line = row_of(ordered, index, COUNT + 1)
-        found, at = sweep(_accumulate_rest, state, (line, span.prefix, COUNT), span, row, SPEC, KEEP_IN_CACHE=True)
+        state = found, tl.zeros((), tl.int32), tl.load(line)
+        GROUP: tl.constexpr = 2 if SPEC.softcap or SPEC.smoothed else 4  # which take registers themselves
+        found, at, last = sweep_in_groups(
+            _accumulate_rest, state, (line, span.prefix, COUNT), span, row, SPEC, GROUP
+        )  # fmt: skip
     return merge(found, row, SPEC)
 
 

@@ -33,7 +33,6 @@ from kdfast.triton.tiles import row_start, row_value, store_tile, zero
 
 RUN_TIME = ["logits", "grad", "results", "gradients", "per_row", "numbers", *SIZES]
 COLUMNS = tl.constexpr(TOKEN_STATS)
-CHUNK = tl.constexpr(16)  # ids that are compared with all at a time
 
 
 class Results(NamedTuple):
@@ -117,9 +116,16 @@ def token_stats(
         store_table_row(results.table, index, (offset, of_ids, log_others, entropy), COLUMNS, SPEC)
 
 
+@triton.constexpr_function
+def chunk_of(columns: Any) -> int:
+    """How many ids are compared with all at a time."""
+    return max(1, min(16, 8192 // int(columns)))
+
+
 @triton.jit
 def add_up(ids, grads, given, COUNT: tl.constexpr, SPEC: tl.constexpr):
     """Of each id the sum of the gradients of all that equal it, (1, COLUMNS)."""
+    CHUNK: tl.constexpr = chunk_of(padded_width(COUNT + 1))
     own = tl.zeros_like(given.s)
     lane = tl.arange(0, CHUNK)[:, None]
     for first in range(0, COUNT, CHUNK):
