@@ -171,7 +171,7 @@ def check_inputs(
         indices, log_probs = check_targets(teacher, student, dim)
         teachers, weights, teacher_temperatures = [log_probs], [1.0], None
         settings = settings._replace(target="log_probs", teacher_temperature=1.0)
-    elif options["missing"] != "tail":
+    elif teacher is not None and options["missing"] != "tail":
         raise ValueError(
             f"missing: {options['missing']!r} with a teacher that is not sparse; it is for kdfast.TopKTargets"
         )

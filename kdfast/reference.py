@@ -177,12 +177,14 @@ def _distributions(rows: Rows, inputs: Inputs, settings: Settings) -> tuple[Tens
     """T, as a column or a number, and p and q at it."""
     teacher_temperature = as_column(inputs.teacher_temperatures, settings.teacher_temperature, rows.s)
     teachers = [standardize(t) for t in rows.teachers] if settings.standardize else rows.teachers
-    temperature, z = student_exponents(rows, inputs, settings)
     if settings.missing:
+        temperature = as_column(inputs.temperatures, settings.temperature, rows.s)
         entries = sparse_rows.entries_of(rows.s, inputs, settings)
+        z = _less_maximum(sparse_rows.logits_read(rows.s, entries, settings), None, settings) / temperature
         log_p = entries.log_p if sparse_rows.is_given(settings) else torch.log_softmax(entries.log_p, -1)
         log_q = sparse_rows.student_log_probs(z, entries, settings)
         return temperature, _Distributions(log_p.exp(), log_p, log_p, log_q, log_q)
+    temperature, z = student_exponents(rows, inputs, settings)
     p = teacher_distribution(teachers, teacher_temperature, rows.labels, settings)
     return temperature, _Distributions(*p, torch.log_softmax(z, -1), z)
 

@@ -19,6 +19,12 @@ class TopKTargets(NamedTuple):
     indices: (..., K) int32 or int64. log_probs: (..., K), floating. An entry of log-probability -inf is absent,
     whatever its index: that is the padding where K varies. The classes may be the teacher's, the student's or
     anybody's; a class may be there once. ``missing`` of :func:`kdfast.kd_loss` says what is assumed of all others.
+
+    Example::
+
+        >>> teacher = TopKTargets(torch.tensor([[5, 2], [7, -1]]), torch.tensor([[0.6, 0.3], [0.8, 0.0]]).log())
+        >>> kd_loss(torch.randn(2, 10), teacher).shape
+        torch.Size([])
     """
 
     indices: Tensor
@@ -111,7 +117,7 @@ def topk_targets(
     Example::
 
         >>> teacher = topk_targets(torch.randn(6, 100), 8, temperature=2.0)
-        >>> kdfast.kd_loss(torch.randn(6, 100), teacher, temperature=2.0).shape
+        >>> kd_loss(torch.randn(6, 100), teacher, temperature=2.0).shape
         torch.Size([])
     """
     from kdfast.tokens import row_log_probs
@@ -142,6 +148,11 @@ def check_targets(teacher: TopKTargets, student: Tensor, dim: int) -> tuple[Tens
         check_dense(f"teacher.{name}", value)
         if value.device != student.device:
             raise RuntimeError(f"teacher.{name}: is on {value.device}, but student_logits is on {student.device}")
+    if indices.is_floating_point() and not log_probs.is_floating_point():
+        raise RuntimeError(
+            f"teacher: has indices of dtype {indices.dtype} and log_probs of dtype {log_probs.dtype}; TopKTargets takes "
+            "(indices, log_probs), and torch.topk returns them in the other order"
+        )
     if indices.dtype not in (torch.int32, torch.int64):
         raise RuntimeError(f"teacher.indices: has dtype {indices.dtype}, but it must be torch.int32 or torch.int64")
     check_floating("teacher.log_probs", log_probs)
@@ -175,7 +186,7 @@ def check_options(options: Mapping[str, Any], settings: Settings) -> None:
     if options["target"] == "probs":
         raise ValueError("target: 'probs' with a sparse teacher, which has log-probabilities")
     if divergence in ("dkd", "logit_mse"):
-        raise ValueError(f"divergence: {divergence!r} takes no sparse teacher")
+        raise ValueError(f"divergence: {divergence!r} takes no sparse teacher, as it needs logits of all classes")
     if settings.standardize:
         raise ValueError("standardize: must be False with a sparse teacher, which has no logits")
     for name, unset in (("teacher_temperature", None), ("teacher_softcap", None), ("teacher_logit_scale", 1.0)):
@@ -189,8 +200,8 @@ def check_options(options: Mapping[str, Any], settings: Settings) -> None:
         )
     if missing == "truncate" and resolved not in ("cross_entropy", "forward_kl"):
         raise ValueError(
-            f"divergence: {divergence!r} with missing='truncate' is no distance of anything; it takes 'cross_entropy' "
-            "and 'forward_kl'"
+            f"divergence: {divergence!r} with missing='truncate', which takes 'cross_entropy' and 'forward_kl' alone; use "
+            "missing='tail' or 'conditional'"
         )
 
 

@@ -17,14 +17,15 @@ from cases import BF16, DIVERGENCES, F16, F32, F64, as_target, batch, name, to_d
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kdfast import divergences
+from kdfast import TopKTargets, divergences
 
 # --- the memory layout of logits ---------------------------------------------------------------------------------
 
 
 def _view(size: Callable[..., tuple[int, int]], take: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-    """x in a view of a larger tensor of NaN: a read outside of the view makes the row NaN."""
-    return lambda x: take(torch.full(size(*x.shape), torch.nan, dtype=x.dtype), *x.shape).copy_(x)
+    """x in a view of a larger tensor of NaN: a read outside of the view makes the row NaN; so does such an index."""
+    outside = {torch.int32: 2**31 - 1, torch.int64: 2**63 - 1}
+    return lambda x: take(torch.full(size(*x.shape), outside.get(x.dtype, torch.nan), dtype=x.dtype), *x.shape).copy_(x)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -84,6 +85,7 @@ class Teacher(NamedTuple):
     count: int | None = None  # of an ensemble
     weights: list[float] | None = None
     ensemble: str = "arithmetic"
+    missing: str | None = None  # of a sparse teacher
 
 
 TEACHERS = {
@@ -97,7 +99,13 @@ TEACHERS = {
     "geometric probs": Teacher("probs", 2, None, "geometric"),
     "arithmetic log_probs": Teacher("log_probs", 4, [0.1, 0.2, 0.3, 0.4]),
     "geometric log_probs": Teacher("log_probs", 2, None, "geometric"),
+    # their number of entries, the indices' dtype and which are absent are drawn for each shape: see _sparse
+    "tail": Teacher(missing="tail"),
+    "conditional": Teacher(missing="conditional"),
+    "renormalize": Teacher(missing="renormalize"),
+    "truncate": Teacher(missing="truncate"),
 }
+SPARSE = tuple(k for k, v in TEACHERS.items() if v.missing)
 SEVERAL = tuple(k for k, v in TEACHERS.items() if v.count and v.count > 1)
 OTHER_DTYPES = (None, BF16, F16, F32)  # of an ensemble's teachers; None: the call's
 
@@ -257,12 +265,15 @@ MIXED = tuple(k for k in SEVERAL if k.startswith("arithmetic"))
 CAPPED = ("cap", "caps", "a teacher's cap", "all options")
 # Values that no call combines, and why.
 NEVER = (
-    (("logit_mse",), (*NOT_LOGITS, *MIXED)),  # logit_mse has no p
+    (("logit_mse",), (*NOT_LOGITS, *MIXED, *SPARSE)),  # logit_mse has no p
     (("dkd",), ("no labels", "alpha 0", "0 + 2.5", "3x1")),  # dkd needs labels, and other classes
     (("no labels",), ("smoothing", "all smoothed", "all options", "some ignored", "ignored by 0")),
     (("no labels",), ("some of weight 0", "weighted in fp64")),  # these ignore labels too
-    (STANDARDIZED, NOT_LOGITS),
-    (("caps", "scales", "a teacher's cap", *(k for k in AXES["temperature"] if " of " in k)), NOT_LOGITS),
+    (("dkd",), SPARSE),  # it needs all classes
+    (("renormalize",), ("reverse_kl", "symmetric_kl", "beta 0", "beta 1")),  # infinite, as some ends of beta are
+    (("truncate",), tuple(d for d in DIVERGENCES if d not in ("cross_entropy", "forward_kl"))),  # all that it takes
+    (STANDARDIZED, (*NOT_LOGITS, *SPARSE)),
+    (("caps", "scales", "a teacher's cap", *(k for k in AXES["temperature"] if " of " in k)), (*NOT_LOGITS, *SPARSE)),
     (STANDARDIZED, ("3x1", "2x2")),  # z is 0, or +-sqrt(1/2), whatever the logits: see test_numbers.py
     (("one row expanded",), ("inplace", "metrics inplace")),  # shared memory cannot be written
     (FAR, SIXTEEN),  # 16 bits have few numbers there
@@ -308,6 +319,9 @@ class Call:
 
         student, teachers, labels = self._drawn(rows, vocab, kind.count or 1)
         student = student.to(dtype)
+        indices = None
+        if kind.missing:
+            teachers, indices = _sparse(teachers[0], teacher_temperature, kind.missing, dtype)
         teachers = [
             as_target(t, kind.target, teacher_temperature).to(OTHER_DTYPES[i % 4] or teacher_dtype)
             for i, t in enumerate(teachers)
@@ -326,14 +340,18 @@ class Call:
             settings["vocab_size"] = vocab
             student = pad(student, (0, padding), value=1e4)
             # an ensemble's teachers differ
-            teachers = [pad(t, (0, teacher_padding * (1 + i % 2)), value=torch.nan) for i, t in enumerate(teachers)]
+            if indices is None:
+                teachers = [pad(t, (0, teacher_padding * (1 + i % 2)), value=torch.nan) for i, t in enumerate(teachers)]
         student = self["layout"](student)
         teachers[0] = self["teacher's layout"](teachers[0])
+        indices = None if indices is None else self["teacher's layout"](indices)
         settings["target"] = kind.target
         if kind.count:
             settings |= {"ensemble": kind.ensemble, "teacher_weights": kind.weights}
         shaped = self["dimensions"]
         teacher: Any = [shaped(t) for t in teachers] if kind.count else shaped(teachers[0])
+        if indices is not None:
+            teacher, settings["missing"] = TopKTargets(shaped(indices), teacher), kind.missing
         settings = {k: shaped(v) if isinstance(v, Tensor) and v.dim() else v for k, v in settings.items()}
         given = None if self.named("terms") == "no labels" else shaped(labels)
         if settings.get("alpha") == 0 and not settings.get("return_metrics") and rows % 2:  # needs no teacher
@@ -357,6 +375,24 @@ class Call:
         if self.named("logits") == "masked":  # no label is a masked class
             labels = labels.clamp_min(first_unmasked(vocab))
         return student, teachers, labels
+
+
+def _sparse(logits: Tensor, temperature: Any, missing: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """log-probabilities, (rows, K), of 1, 5 or 64 classes, the teacher's likeliest and others, and their indices."""
+    rows, vocab = logits.shape
+    count = min(vocab, (1, 5, 64)[(rows + vocab) % 3])
+    log_probs = as_target(logits, "log_probs", temperature)
+    if missing == "tail" and count < vocab:
+        log_probs = log_probs - 0.05  # some of the mass is the rest's, in every dtype: else KL(q, p) is infinite
+    if missing in ("conditional", "renormalize"):
+        log_probs = log_probs + 3  # they may be off by a constant
+    noise = batch(rows, vocab, F64, seed=7).teacher
+    indices = (logits + noise).topk(count, -1).indices
+    log_probs = log_probs.gather(-1, indices)
+    if count == 5:  # row by row 5, 4, ... 0 entries
+        absent = torch.arange(5) >= 5 - torch.arange(rows).unsqueeze(-1) % 6
+        log_probs, indices = log_probs.masked_fill(absent, -torch.inf), indices.masked_fill(absent, vocab + 5)
+    return [log_probs], indices.to(torch.int32 if vocab % 2 else torch.int64)
 
 
 def call(**values: str) -> Call:

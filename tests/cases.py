@@ -86,6 +86,8 @@ def to_device(value: Any, device: torch.device | str) -> Any:
         return {k: to_device(v, device) for k, v in value.items()}
     if type(value) in (list, tuple):
         return type(value)([to_device(v, device) for v in value])
+    if isinstance(value, kdfast.TopKTargets):
+        return kdfast.TopKTargets(*(to_device(v, device) for v in value))
     return value.to(device) if isinstance(value, Tensor) and value.device.type != "meta" else value
 
 

@@ -16,7 +16,10 @@ DEFAULTS = {name: setting.default for name, setting in inspect.signature(kd_loss
 def eager(
     s: Tensor, teachers: list[Tensor], labels: Tensor | None, options: dict[str, Any], kind: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row losses (...), unweighted; A (...) and A_i (..., V) of judge.py for arithmetic in `kind`, in its eps."""
+    """Row losses (...), unweighted; A (...) and A_i (..., V) of judge.py for arithmetic in `kind`, in its eps.
+
+    A sparse teacher's log-probabilities are the only teacher, and its indices are an option.
+    """
     o = _resolve(options, kind)
     s, teachers = apply_scales(s, teachers, o)
     alpha = (1.0 if labels is None else 0.9) if o["alpha"] is None else o["alpha"]
@@ -30,6 +33,10 @@ def eager(
         student, *z = soft_logits(capped, teachers, o)
         if o["divergence"] == "logit_mse":
             loss, loss_off, grad_off = _logit_mse(student, weighted_logits(z, o["teacher_weights"]))
+        elif "indices" in o:
+            from eager_sparse import soft_sparse  # it is made of this file's pieces
+
+            loss, loss_off, grad_off = soft_sparse(student, z[0].z, o)
         else:
             loss, loss_off, grad_off = _soft(student, z, index, o)
         if o["standardize"]:
@@ -58,9 +65,15 @@ def entropies(
     o = _resolve(options, kind)
     s, teachers = apply_scales(s, teachers, o)
     student, *logits = soft_logits(apply_softcap(s, o["softcap"]), teachers, o)
-    x, _ = pair(student, logits or [student], o if teachers else o | {"target": "logits"})
+    is_dense = teachers and "indices" not in o
+    x, _ = pair(student, logits if is_dense else [student], o if is_dense else o | {"target": "logits"})
+    pairs = [x.swapped, x]
+    if "indices" in o:
+        from eager_sparse import sparse_pair
+
+        pairs[1] = sparse_pair(student, logits[0].z, o)[0]
     found = []
-    for each in (x.swapped, x):
+    for each in pairs:
         off = _times(each.p_off, 1 + each.log_p.abs()) + _times(each.p, each.p_more)
         found += [-_times(each.p, each.log_p).sum(-1), off.sum(-1)]
     return tuple(found)  # type: ignore[return-value]
@@ -137,7 +150,7 @@ def _soft(
             t = weighted_logits(teachers, o["teacher_weights"]).z / temperatures(student.z, o)[1]
         loss, loss_off, grad_off = _dkd(x, student.z / T, t, index)  # type: ignore[arg-type]
     else:
-        phi, phi_off, psi_size, psi_off = _DIVERGENCES[o["divergence"]](x)
+        phi, phi_off, psi_size, psi_off = terms_of(x)
         loss, loss_off = phi.sum(-1, True), phi_off.sum(-1, True)
         grad_off = psi_off + x.q_off * psi_size.sum(-1, True)
     factor = T * T if o["t_squared"] else torch.ones_like(T)
@@ -161,7 +174,7 @@ class Pair:
         self.p, self.q, self.log_p, self.log_q, self.p_shift, self.q_shift = p, q, log_p, log_q, p_shift, q_shift
         self.options, self.beta = o, o["beta"]
         # the errors of log p and log q that follow, and those of p and q
-        self.p_more, self.q_more = (shift + _mean(x, shift) for x, shift in ((p, p_shift), (q, q_shift)))
+        self.p_more, self.q_more = (shift + mean(x, shift) for x, shift in ((p, p_shift), (q, q_shift)))
         self.p_off, self.q_off = _probability_off(p, log_p, o, self.p_more), _probability_off(q, log_q, o, self.q_more)
         self.logs = 1 + log_q.abs() + log_p.abs()  # the size of a term with both logarithms
         self.logs_off = self.logs + self.p_more + self.q_more  # the error of their difference
@@ -251,6 +264,10 @@ _DIVERGENCES = {
 }
 
 
+def terms_of(x: Pair) -> Terms:
+    return _DIVERGENCES[x.options["divergence"]](x)
+
+
 def _dkd(x: Pair, s: Tensor, t: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As mdistiller writes it, but masked by -inf, not by -1000: loss and A, (..., 1), and A_i for gradients in s."""
     is_label = torch.zeros_like(x.p, dtype=torch.bool).scatter(-1, index, True)
@@ -258,7 +275,7 @@ def _dkd(x: Pair, s: Tensor, t: Tensor, index: Tensor) -> tuple[Tensor, Tensor, 
     logs = [F.log_softmax(y.masked_fill(is_label, -torch.inf), -1) for y in (t, s)]
     among = Pair(logs[0].exp(), logs[1].exp(), *logs, x.p_shift, x.q_shift, x.options)
     p_shift, q_shift = (
-        torch.cat([a.expand(b.shape).gather(-1, index), _mean(b, a)], -1)
+        torch.cat([a.expand(b.shape).gather(-1, index), mean(b, a)], -1)
         for a, b in ((x.p_shift, among.p), (x.q_shift, among.q))
     )
     binary = Pair(p, q, p.log(), q.log(), p_shift, q_shift, x.options)
@@ -278,7 +295,7 @@ def _hard_softmax(s: Logits) -> tuple[Tensor, Tensor, Tensor]:
     """log q1, q1, and the error of the mean logit under q1 that the logits' errors make."""
     log_q = F.log_softmax(s.z, -1)
     q = log_q.detach().exp()
-    return log_q, q, _mean(q, s.off)
+    return log_q, q, mean(q, s.off)
 
 
 def _hard(s: Logits, index: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -321,7 +338,7 @@ def _times(p: Tensor, log: Tensor | float) -> Tensor:
     return (p * log).nan_to_num(0, 0)
 
 
-def _mean(p: Tensor, x: Tensor | float) -> Tensor:
+def mean(p: Tensor, x: Tensor | float) -> Tensor:
     """The mean of x under p, (..., 1)."""
     return _times(p, x).sum(-1, True)
 
@@ -334,13 +351,13 @@ def temperatures(s: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return T, at
 
 
-def weighted_mean(tensors: list[Tensor], weights: list[float] | None) -> Tensor:
+def weightedmean(tensors: list[Tensor], weights: list[float] | None) -> Tensor:
     weights = weights or [1.0] * len(tensors)
     return sum((w / sum(weights) * x for w, x in zip(weights, tensors, strict=True)), torch.zeros_like(tensors[0]))
 
 
 def weighted_logits(teachers: list[Logits], weights: list[float] | None) -> Logits:
-    return Logits(weighted_mean([t.z for t in teachers], weights), _largest_off(teachers))
+    return Logits(weightedmean([t.z for t in teachers], weights), _largest_off(teachers))
 
 
 def _largest_off(logits: list[Logits]) -> Tensor | float:
@@ -358,9 +375,9 @@ def mixture(teachers: list[Logits], at: Tensor, o: dict[str, Any]) -> tuple[Tens
     if len(teachers) == 1:
         return (teachers[0].z if o["target"] == "probs" else logs[0].exp()), logs[0], shift
     if o["ensemble"] == "geometric":
-        log_p = F.log_softmax(weighted_mean(logs, o["teacher_weights"]), -1)
+        log_p = F.log_softmax(weightedmean(logs, o["teacher_weights"]), -1)
         return log_p.exp(), log_p, shift
-    p = weighted_mean([x.exp() for x in logs], o["teacher_weights"])
+    p = weightedmean([x.exp() for x in logs], o["teacher_weights"])
     return p, p.log(), shift
 
 

@@ -122,7 +122,7 @@ class Truth:
         self.dtype, self.kind = student.dtype, F64 if student.dtype == F64 else F32
 
         s, teachers = real_classes(student, teacher, settings)
-        weight, options = row_weights(student, labels, settings), DEFAULTS | settings
+        weight, options = row_weights(student, labels, settings), DEFAULTS | settings | sparse_options(teacher)
 
         info = torch.finfo(self.kind)
         self.floor = info.tiny
@@ -172,9 +172,16 @@ def half_ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
     return 0.5 * info.eps * power.clamp_min(info.smallest_normal)
 
 
+def sparse_options(teacher: Any) -> dict[str, Any]:
+    """What eager.py has to know of a sparse teacher beside its log-probabilities."""
+    return {"indices": teacher.indices, "target": "log_probs"} if isinstance(teacher, kdfast.TopKTargets) else {}
+
+
 def real_classes(student: Tensor, teacher: Any, settings: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
     """The logits of the student and of each teacher, without their padding."""
     vocab = settings.get("vocab_size") or student.shape[-1]
+    if isinstance(teacher, kdfast.TopKTargets):
+        return student.detach()[..., :vocab], [teacher.log_probs]
     teachers = [] if teacher is None else [teacher] if isinstance(teacher, Tensor) else teacher
     return student.detach()[..., :vocab], [t[..., :vocab] for t in teachers]
 
@@ -200,9 +207,11 @@ def in_fp64(value: Any) -> Any:
     """Floating tensors, also in dicts, lists and tuples, in fp64."""
     if isinstance(value, dict):
         return {k: in_fp64(v) for k, v in value.items()}
+    if isinstance(value, kdfast.TopKTargets):
+        return value.to(F64)
     if isinstance(value, (list, tuple)):
         return [in_fp64(v) for v in value]
-    return value.detach().double() if isinstance(value, Tensor) else value
+    return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _within(what: str, got: Tensor, want: Tensor, allowed: Tensor, limits: bool = False) -> None:

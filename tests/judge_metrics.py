@@ -7,6 +7,7 @@ import torch
 from cases import F32, F64, to_device
 from eager import (
     DEFAULTS,
+    Logits,
     apply_scales,
     apply_softcap,
     eager,
@@ -16,21 +17,25 @@ from eager import (
     standardize,
     temperatures,
 )
-from judge import in_fp64, one_thread, per_row_settings, real_classes, row_weights
+from judge import in_fp64, one_thread, per_row_settings, real_classes, row_weights, sparse_options
 from torch import Tensor
 
 import kdfast
 
 ALONE = {"hard_weight": 0, "z_loss": 0.0}  # the soft term without the others
 FIELDS = ("soft", "hard", "kl", "student_entropy", "teacher_entropy", "agreement", "accuracy")
+MASSES = ("student_mass", "teacher_mass")  # of a sparse teacher
 NAN = math.nan
 
 
 def compute_metrics(student: Tensor, teacher: Any, labels: Tensor | None = None, **settings: Any) -> dict[str, Tensor]:
     _, metrics = kdfast.kd_loss(student, teacher, labels, return_metrics=True, **settings)
     assert isinstance(metrics, kdfast.KDMetrics)
-    assert metrics._fields == FIELDS
-    return metrics._asdict()
+    found = {k: v for k, v in metrics._asdict().items() if v is not None}
+    is_sparse = isinstance(teacher, kdfast.TopKTargets)
+    assert metrics._fields == FIELDS + MASSES
+    assert tuple(found) == (metrics._fields if is_sparse else FIELDS)
+    return found
 
 
 def row_metrics(
@@ -56,8 +61,23 @@ def row_metrics(
         found["kl"] = eager(student, teachers, None, kl, kind)[:2]
         found["teacher_entropy"] = of_p, of_p_off
         best_of_p, p_unclear = _argmax(scaled_teachers, o["teacher_softcap"], o, kind)
+        if "indices" in o:
+            best_of_p = o["indices"].gather(-1, best_of_p.unsqueeze(-1)).squeeze(-1)
+            best_of_p = torch.where((teachers[0] == -torch.inf).all(-1), -1, best_of_p)
+            found |= _masses(apply_softcap(s, o["softcap"]), teachers[0], o)
         found["agreement"] = (best == best_of_p).to(nan.dtype), (unclear | p_unclear).to(nan.dtype)
     return {k: (value, off.nan_to_num(0)) for k, (value, off) in found.items()}
+
+
+def _masses(s: Logits, log_p: Tensor, o: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The sums of q and of p over the entries, with their errors."""
+    absent, T = log_p == -torch.inf, temperatures(s.z, o)[0]
+    log_q = torch.log_softmax(s.z / T, -1)
+    off = (log_q.exp() * (8 + log_q.abs() + s.off / T)).nan_to_num(0) + 8 * log_q.exp()
+    places = torch.where(absent, 0, o["indices"].long())
+    q, q_off = (x.gather(-1, places).masked_fill(absent, 0).sum(-1) for x in (log_q.exp(), off))
+    p = log_p.exp()
+    return {"student_mass": (q, q_off), "teacher_mass": (p.sum(-1), (p * (8 + log_p.abs())).nan_to_num(0).sum(-1))}
 
 
 def _argmax(logits: list[Tensor], cap: float | None, o: dict[str, Any], kind: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -81,6 +101,7 @@ def judge_metrics(
     got = compute_metrics(student, teacher, labels, backend=backend, **settings)
     kind = F64 if student.dtype == F64 else F32
     student, teacher, labels, settings = to_device((student, teacher, labels, settings), "cpu")
+    settings = settings | sparse_options(teacher)
     s, teachers = real_classes(student, teacher, settings)
     weight = row_weights(student, labels, settings)
     keep = weight != 0
@@ -91,6 +112,8 @@ def judge_metrics(
             rows = {k: v for k, v in per_row_settings(settings).items() if k not in ("return_metrics", "vocab_size")}
             rows |= ALONE | {"alpha": 1, "label_smoothing": 0.0, "row_weight": None, "backend": "reference"}
             given = [t.double() for t in teachers] if len(teachers) > 1 else teachers[0].double()
+            if "indices" in settings:
+                given = kdfast.TopKTargets(rows.pop("indices"), given)
             truth["soft"] = kdfast.kd_loss(s.double(), given, labels, **in_fp64(rows)), truth["soft"][1]
         rounded = largest_z(s, teachers, DEFAULTS | settings).squeeze(-1)
     for field, (want, off) in truth.items():

@@ -30,7 +30,7 @@ def test_a_wrong_argument_raises_an_error_that_says_what_is_right(backend: str, 
     if ON_DEVICE and backend == "triton" and "in row" in words:
         pytest.skip("values on a GPU are not checked: reading them would synchronize")
     s, t, y = to_default_device((S, T, Y))
-    settings = {"teacher": t, "labels": y, "backend": backend} | others | {argument.split("[")[0]: value}
+    settings = {"teacher": t, "labels": y, "backend": backend} | others | {re.split(r"[.[]", argument)[0]: value}
     student = settings.pop("student_logits", s.clone().requires_grad_().clone())  # a non-leaf, for inplace
     given = (student, value, *others.values(), t, y)
     tensors = [x for x in given if isinstance(x, Tensor) and x.device.type != "meta" and not x.is_nested]

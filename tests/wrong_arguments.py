@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from cases import batch
 
+from kdfast import TopKTargets
+
 S, T, Y = batch(3, 5)  # three rows of five classes
 NAN, INF = float("nan"), float("inf")
 CAPS = ("softcap", "teacher_softcap")
@@ -18,6 +20,11 @@ SCALES = ("logit_scale", "teacher_logit_scale")
 NOT_NONE = ("temperature", "label_smoothing", "z_loss", *SCALES)  # arguments that cannot be None
 NESTED = torch.nested.nested_tensor([S[0, :2], S[1]], layout=torch.jagged)
 META = torch.empty(3, 5, device="meta")  # another device than the logits'
+
+
+# two entries a row, the last one absent
+IDS, LP = torch.tensor([[0, 1], [2, 3], [4, -1]]), torch.tensor([[-0.5, -1.5], [-0.7, -1.2], [-0.1, -INF]])
+SPARSE = TopKTargets(IDS, LP)
 
 
 class ModelOutput(NamedTuple):
@@ -33,7 +40,13 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("student_logits", None, {}, TypeError, "must be a tensor, not None"),
     ("student_logits", np.zeros((3, 5)), {}, TypeError, "must be a tensor, not ndarray"),
     *(
-        ("teacher", value, {}, TypeError, f"must be a tensor, or a list or tuple of tensors.*, not {type_}")
+        (
+            "teacher",
+            value,
+            {},
+            TypeError,
+            f"must be a tensor, a list or tuple of tensors, or kdfast.TopKTargets .*, not {type_}",
+        )
         for value, type_ in (
             (None, "None"),
             ("logits", "str"),
@@ -200,4 +213,98 @@ WRONG: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
         for value in (0.5, [None, 1.0], "12")
     ),
     ("teacher_weights", torch.ones(2, requires_grad=True), {"teacher": [T, T]}, RuntimeError, "no derivative"),
+    # --- sparse teachers
+    *(
+        (f"teacher.{name}", SPARSE._replace(**{name: value}), {}, error, words)
+        for name, value, error, words in (
+            ("indices", [[0, 1]], TypeError, "must be a tensor, not list"),
+            ("log_probs", None, TypeError, "must be a tensor, not None"),
+            ("indices", IDS.float(), RuntimeError, "torch.float32, but it must be torch.int32 or torch.int64"),
+            ("indices", IDS.short(), RuntimeError, "torch.int16, but it must be torch.int32 or torch.int64"),
+            ("log_probs", IDS, RuntimeError, "torch.int64, but it must be one of torch.float32"),
+            ("indices", IDS.to("meta"), RuntimeError, "is on meta, but student_logits is on (cpu|cuda)"),
+            ("log_probs", LP.to("meta"), RuntimeError, "is on meta, but student_logits is on (cpu|cuda)"),
+            ("log_probs", NESTED, TypeError, r"is a nested tensor; pass its values\(\)"),
+        )
+    ),
+    ("teacher", TopKTargets(IDS, LP[:, :1]), {}, ValueError, r"\(3, 2\) and log_probs of shape \(3, 1\) .* the same"),
+    (
+        "teacher",
+        TopKTargets(LP, IDS),
+        {},
+        RuntimeError,
+        r"indices of .*float32 .*int64; .*\(indices, log_probs\).*torch.topk",
+    ),
+    *(
+        ("teacher.indices", TopKTargets(*(f(x) for x in SPARSE)), {}, ValueError, words)
+        for f, words in (
+            (lambda x: x[:2], r"\(2, 2\), but with student_logits of shape \(3, 5\) it must be \(3, K\)"),
+            (lambda x: x[0], r"\(2,\), but with student_logits of shape \(3, 5\) it must be \(3, K\)"),
+            (lambda x: x[None], r"\(1, 3, 2\), but with student_logits of shape \(3, 5\) it must be \(3, K\)"),
+            (lambda x: x[:, :0], r"\(3, 0\), but K must lie in \[1, 5\], the classes of student_logits"),
+            (lambda x: x.repeat(1, 3), r"\(3, 6\), but K must lie in \[1, 5\], the classes of student_logits"),
+        )
+    ),
+    (
+        "teacher.indices",
+        TopKTargets(IDS.T, LP.T),
+        {"dim": 0, "labels": None},
+        ValueError,
+        r"\(2, 3\), but .* it must be \(K, 5\)",
+    ),
+    *(
+        ("teacher.indices", TopKTargets(torch.tensor([[0, 1], [2, index], [4, -1]]), LP), {}, IndexError, words)
+        for index, words in (
+            (5, r"5 in row 1, entry 1 .*V = 5 it must be in \[0, 4\]; a log-probability of -inf marks .* absent"),
+            (-1, "-1 in row 1, entry 1 is out of range"),
+            (2**40, f"{2**40} in row 1, entry 1 is out of range"),
+        )
+    ),
+    (
+        "teacher.indices",
+        SPARSE,
+        {"vocab_size": 4, "labels": None},
+        IndexError,
+        r"4 in row 2, entry 0 .*V = 4 .*\[0, 3\]",
+    ),
+    ("teacher.indices", TopKTargets(IDS // 2, LP), {}, ValueError, "class 0 is twice in row 0, as entries 0 and 1"),
+    ("teacher[0]", [SPARSE, SPARSE], {}, TypeError, "must be a tensor, not TopKTargets; a sparse teacher goes alone"),
+    ("teacher[1]", [T, SPARSE], {}, TypeError, "must be a tensor, not TopKTargets; a sparse teacher goes alone"),
+    ("teacher", [SPARSE], {}, TypeError, "must be a tensor, not TopKTargets; a sparse teacher goes alone"),
+    ("missing", "conditional", {}, ValueError, "'conditional' with a teacher that is not sparse; .*TopKTargets"),
+    ("missing", "rest", {}, ValueError, "'rest' is not one of 'tail', 'conditional', 'renormalize', 'truncate'"),
+    ("missing", None, {}, ValueError, "None is not one of 'tail', 'conditional', 'renormalize', 'truncate'"),
+    *(
+        (argument, value, {"teacher": SPARSE}, ValueError, words)
+        for argument, value, words in (
+            ("divergence", "dkd", "'dkd' takes no sparse teacher"),
+            ("divergence", "logit_mse", "'logit_mse' takes no sparse teacher"),
+            ("standardize", True, "must be False with a sparse teacher, which has no logits"),
+            ("target", "probs", "'probs' with a sparse teacher, which has log-probabilities"),
+            ("teacher_temperature", 2.0, "with a sparse teacher, whose log-probabilities have it already"),
+            ("teacher_softcap", 30.0, "with a sparse teacher, whose log-probabilities have it already"),
+            ("teacher_logit_scale", 0.5, "with a sparse teacher, whose log-probabilities have it already"),
+            ("teacher_weights", [1.0], "given with one teacher; it is for a sequence"),
+        )
+    ),
+    *(
+        (
+            "divergence",
+            d,
+            {"teacher": SPARSE, "missing": "renormalize"},
+            ValueError,
+            f"'{d}' .*'renormalize' .*'tail'",
+        )
+        for d in ("reverse_kl", "symmetric_kl")
+    ),
+    *(
+        (
+            "divergence",
+            d,
+            {"teacher": SPARSE, "missing": "truncate"},
+            ValueError,
+            f"'{d}' .*'truncate'.* use .*'tail'",
+        )
+        for d in ("reverse_kl", "symmetric_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "hellinger")
+    ),
 ]
