@@ -9,52 +9,72 @@ from torch import Tensor
 
 from kdfast import row_math
 from kdfast.arguments import Inputs, Settings
-from kdfast.triton import launch, matrices, reductions, row_kernels, softmax_kernels, tiny_rows
+from kdfast.triton import (
+    launch,
+    matrices,
+    reductions,
+    row_kernels,
+    softmax_kernels,
+    sparse_kernels,
+    tiny_rows,
+    token_kernels,
+    tokens,
+)
 from kdfast.triton.call import Call
 from kdfast.triton.many_teachers import take_any_number
 from kdfast.triton.matrices import arithmetic_dtype, make_readable, matrix
 from kdfast.triton.prepared import Kernels, matrix_kind, pointer_kind, remember
+from kdfast.triton.sparse import SparseCall, take_any_number_of_entries
 from kdfast.triton.spec import Spec
 
 # A kernel's key in Triton's cache on disk depends on which functions had theirs before: DependenciesFinder._update_hash
 # takes over a callee's global values first, and only then asks for the callee's key, which is what finds them. So all
 # are asked for here, in one order, before any launch; else a process would compile again what is in the cache.
-for _module in (row_kernels, reductions, softmax_kernels, tiny_rows):
+for _module in (row_kernels, reductions, softmax_kernels, tiny_rows, sparse_kernels, token_kernels):
     for _function in vars(_module).values():
         if isinstance(_function, triton.JITFunction):  # the interpreter's functions have no keys
             hash(_function)  # asks for the key
 
 
+def _call(student: Tensor, inputs: Inputs, settings: Settings, reduced: bool = True) -> Call:
+    return (SparseCall if settings.missing else Call)(student, inputs, settings, reduced=reduced)
+
+
 @take_any_number
+@take_any_number_of_entries
 def loss_grad(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    loss, metrics = Call(student, inputs, settings).loss_grad(grad)
+    loss, metrics = _call(student, inputs, settings).loss_grad(grad)
     return loss, grad, metrics
 
 
 @take_any_number
+@take_any_number_of_entries
 def loss_grad_(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
-    call = Call(student, inputs, settings)
+    call = _call(student, inputs, settings)
     results = call.loss_grad(call.student)
     call.copy_back(student)
     return results
 
 
 @take_any_number
+@take_any_number_of_entries
 def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    return Call(student, inputs, settings).stats()
+    return _call(student, inputs, settings).stats()
 
 
 @take_any_number
+@take_any_number_of_entries
 def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     grad = student.new_empty(student.shape)
-    Call(student, inputs, settings, reduced=False).grad(stats, grad_loss, grad)
+    _call(student, inputs, settings, reduced=False).grad(stats, grad_loss, grad)
     return grad
 
 
 @take_any_number
+@take_any_number_of_entries
 def grad_(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> None:
-    call = Call(student, inputs, settings, reduced=False)
+    call = _call(student, inputs, settings, reduced=False)
     call.grad(stats, grad_loss, call.student)
     call.copy_back(student)
 
@@ -81,6 +101,9 @@ def losses_and_coefficients(student: Tensor, sums: Tensor, inputs: Inputs, setti
     if len(inputs.teachers) > 1 or settings.divergence in ("dkd", "logit_mse"):  # theirs are not Sums
         return row_math.losses_and_coefficients(sums, inputs, settings)
     return _shard(student, inputs, settings).losses_and_coefficients(sums)
+
+
+token_stats, token_grad = tokens.token_stats, tokens.token_grad
 
 
 def _prepare_scale(view: Tensor) -> tuple[Kernels, launch.Gpu, launch.Plan]:

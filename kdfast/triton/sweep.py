@@ -122,3 +122,22 @@ def sweep(
             loaded = _load_body(span.student, span.teachers, span.prefix, at, span.n, KEEP_IN_CACHE, SPEC)
             state = PASS(state, _body_tile(span, loaded, at, 0, row, SPEC), context, row, SPEC)
     return state
+
+
+@triton.jit
+def sweep_in_groups(PASS: tl.constexpr, state, context, span, row, SPEC: tl.constexpr, GROUP: tl.constexpr):
+    """`sweep` for a pass with a loop inside, with which the compiler loads nothing ahead: GROUP tiles are loaded first."""
+    if SPEC.tiles > 0:
+        state = sweep(PASS, state, context, span, row, SPEC)
+    else:
+        BLOCK: tl.constexpr = SPEC.lanes * SPEC.vec
+        ends = _load_ends(span.student, span.teachers, span.prefix, span.n, SPEC)
+        state = PASS(state, _end_tile(span, ends, row, SPEC), context, row, SPEC)
+        for at in range(0, span.n - span.prefix, GROUP * BLOCK):
+            tiles = ()
+            for k in tl.static_range(GROUP):
+                place = at + k * BLOCK
+                tiles = tiles + (_load_body(span.student, span.teachers, span.prefix, place, span.n, True, SPEC),)
+            for k in tl.static_range(GROUP):
+                state = PASS(state, _body_tile(span, tiles[k], at + k * BLOCK, 0, row, SPEC), context, row, SPEC)
+    return state
