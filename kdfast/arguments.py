@@ -136,7 +136,7 @@ def metrics_of_unweighted_terms(
     if not settings.metrics:
         return inputs, settings, None
     if settings.missing:
-        from kdfast.sparse_rows import reduced_metrics
+        from kdfast.sparse_metrics import reduced_metrics
 
         return *drop_unused(inputs, settings._replace(metrics=False)), reduced_metrics(ops, student, inputs, settings)
     is_soft = inputs.teachers or settings.standardize or inputs.temperatures is not None or settings.temperature != 1

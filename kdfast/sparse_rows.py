@@ -12,7 +12,7 @@ D is sum phi(p, q) as of any p and q. A divergence of degree 1 has "renormalize"
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,10 +87,3 @@ def masses(log_q: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, T
     absent = entries.indices < 0
     q_k = log_q.gather(-1, entries.indices.clamp(min=0)).exp()
     return torch.where(absent, 0, q_k).sum(-1), entries.log_p[..., :-1].exp().sum(-1)
-
-
-def reduced_metrics(ops: Any, student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    """KDMetrics with a sparse teacher, (9,) or, with reduction "none", (9, ...)."""
-    from kdfast import reference
-
-    return reference.reduced_metrics(student.detach(), inputs, settings)

@@ -48,8 +48,14 @@ from kdfast.triton.support import (
     scalar,
 )
 from kdfast.triton.sweep import open_span, sweep
-from kdfast.triton.tables import COEFFICIENTS, coefficient_columns, padded_width, read_columns, write_columns
-from kdfast.triton.tables import scale_coefficients
+from kdfast.triton.tables import (
+    COEFFICIENTS,
+    coefficient_columns,
+    padded_width,
+    read_columns,
+    scale_coefficients,
+    write_columns,
+)
 from kdfast.triton.tiles import Tile, row_start, row_value, store_tile, zero
 from kdfast.triton.tiny_rows import as_columns
 
