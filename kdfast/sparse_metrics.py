@@ -38,7 +38,7 @@ def reduced_metrics(ops: Any, student: Tensor, inputs: Inputs, settings: Setting
         soft = soft * (temperature.squeeze(-1) if temperature.dim() else temperature).square()
     at = entries.log_p[..., :-1].argmax(-1, keepdim=True)
     likeliest = entries.indices.gather(-1, at).squeeze(-1)
-    metrics = KDMetrics(*own.unbind())._replace(
+    metrics: Any = KDMetrics(*own.unbind())._replace(
         soft=soft,
         kl=times(p, log_p - log_q).sum(-1),
         teacher_entropy=-times(p, log_p).sum(-1),

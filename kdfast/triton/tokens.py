@@ -108,8 +108,8 @@ def token_grad(
     grad_log_rest: Tensor | None, temperatures: Tensor | None, temperature: float, logit_scale: float, cap: float,
     vocab_size: int,
 ) -> Tensor:  # fmt: skip
-    gradients = [grad_log_probs, grad_entropy, grad_log_rest]
-    options = (temperatures, temperature, logit_scale, cap, vocab_size)
+    gradients: list[Any] = [grad_log_probs, grad_entropy, grad_log_rest]
+    options: tuple[Any, ...] = (temperatures, temperature, logit_scale, cap, vocab_size)
     if not 0 < ids.shape[-1] <= MOST_ENTRIES:
         return reference_tokens.token_grad(logits, ids, stats, *gradients, *options)
     return _Call(logits, ids, *options, entropy=False).grad(stats, gradients)
