@@ -156,11 +156,10 @@ def check_targets(teacher: TopKTargets, student: Tensor, dim: int) -> tuple[Tens
             "have the same shape"
         )
     rows = (*student.shape[:dim], *student.shape[dim + 1 :])
-    wanted = f"({', '.join(map(str, (*rows[:dim], 'K', *rows[dim:])))})"
     if indices.dim() != student.dim() or (*indices.shape[:dim], *indices.shape[dim + 1 :]) != rows:
         raise ValueError(
             f"teacher.indices: has shape {tuple(indices.shape)}, but with student_logits of shape "
-            f"{tuple(student.shape)} it must be {wanted}"
+            f"{tuple(student.shape)} it must be ({', '.join(map(str, (*rows[:dim], 'K', *rows[dim:])))})"
         )
     if not 1 <= indices.shape[dim] <= student.shape[dim]:
         raise ValueError(

@@ -26,7 +26,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:kdfast")
 def loss_and_metrics(*args: object, **settings: object) -> Tensor:
     """Their sum, so that each has an effect; the gradient is the loss's."""
     loss, metrics = kdfast.kd_loss(*args, return_metrics=True, **settings)
-    return loss + torch.stack(metrics).nan_to_num(0).sum(0)  # NaN: those of dropped rows
+    given = [metric for metric in metrics if metric is not None]
+    return loss + torch.stack(given).nan_to_num(0).sum(0)  # NaN: those of dropped rows
+
+
+def entries(t: Tensor) -> kdfast.TopKTargets:
+    values, indices = t.topk(3)
+    return kdfast.TopKTargets(indices, values.log_softmax(-1) - 0.1)
 
 
 # Each path of a call through kdfast's Python: loss, gradient in forward or in backward, each optional tensor, each kind
@@ -51,6 +57,11 @@ CALLS: dict[str, Callable[..., Tensor]] = {
     "every option": lambda s, t, y, w, b: kdfast.kd_loss(s, t, y, backend=b, **ALL_OPTIONS),
     "metrics": lambda s, t, y, w, b: loss_and_metrics(s, t, y, row_weight=w, backend=b),
     "metrics none": lambda s, t, y, w, b: loss_and_metrics(s, t, y, reduction="none", backend=b) * w,
+    "sparse": lambda s, t, y, w, b: loss_and_metrics(s, entries(t), y, temperature=2.0, backend=b),
+    "sparse none": lambda s, t, y, w, b: (
+        kdfast.kd_loss(s, entries(t), missing="conditional", divergence="jsd", reduction="none", backend=b) * w
+    ),
+    "topk_targets": lambda s, t, y, w, b: kdfast.kd_loss(s, kdfast.topk_targets(t, 4, 2.0), temperature=2.0, backend=b),
     "KDLoss": lambda s, t, y, w, b: kdfast.KDLoss(temperature=3.0, reduction="sum", backend=b)(s, t, y, row_weight=w),
     "tempered_softmax": lambda s, t, y, w, b: kdfast.tempered_softmax(s, 2.0) * t,
     "its logarithm, per row": lambda s, t, y, w, b: kdfast.tempered_softmax(
@@ -183,7 +194,10 @@ KINDS = (
     "transposed float64",  # the gradient has another layout
     "no rows",
     "dynamic numbers",  # a CPU tensor in place of settings
+    "sparse",
+    "sparse by row",
 )
+NOT_SPARSE = ("sums", "pointwise_sums", "losses_and_coefficients")  # the operators of shards
 
 
 def op_arguments(kind: str) -> tuple[Tensor, Inputs, Settings]:
@@ -199,6 +213,8 @@ def op_arguments(kind: str) -> tuple[Tensor, Inputs, Settings]:
         "transposed float64": (s.double()[:4].T.contiguous().T, None, y[:4], {"alpha": 0}),
         "no rows": (s[:0], t[:0], None, {"reduction": "sum"}),
         "dynamic numbers": (s, t, y, {"temperature": 2.0}),
+        "sparse": (s, entries(t), y, {"temperature": 2.0}),
+        "sparse by row": (s, entries(t), None, by_row | {"missing": "conditional", "teacher_temperature": None}),
     }[kind]
     options = kdfast.kd_loss.__kwdefaults__ | settings
     inputs, settings = check_inputs(student, teacher, labels, options, check_settings(options, labels is not None))
@@ -219,6 +235,8 @@ def heads_for(logits: Tensor, inputs: Inputs, of_teacher: bool) -> tuple[Heads, 
 
 def check_operator(name: str, backend: str | None, kind: str, *checks: str) -> None:
     s, inputs, settings = op_arguments(kind)
+    if inputs.indices is not None and name in NOT_SPARSE:
+        pytest.skip("they take no sparse teacher")
     ops = namespace(backend, s)
     if "loss_grad" in name and settings.reduction == "none":
         settings = settings._replace(reduction="sum")  # these are for scalar losses
