@@ -76,7 +76,13 @@ class TopKTargets(NamedTuple):
                 continue
             if not isinstance(entry, Mapping):
                 raise TypeError(f"prompt_logprobs: entry {at} must map token ids to numbers, not {kind(entry)}")
-            pairs = [(_log_prob(value), int(token)) for token, value in entry.items()]
+            try:
+                pairs = [(_log_prob(value), int(token)) for token, value in entry.items()]
+            except (TypeError, ValueError, KeyError):
+                raise ValueError(
+                    f"prompt_logprobs: entry {at} must map token ids to numbers, or to objects or dicts with "
+                    f"'logprob', but it is {str(entry)[:80]}"
+                ) from None
             rows.append(sorted(pairs, key=lambda pair: -pair[0])[:k])
         width = max([len(row) for row in rows] + [1])
         padded = [row + [(-math.inf, -1)] * (width - len(row)) for row in rows]
