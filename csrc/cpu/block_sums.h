@@ -52,30 +52,50 @@ KD_INLINE void prefetch(const S* p, bool near) {
   }
 }
 
-// A copy of a block without some of its classes. The row's later blocks are prefetched as pass A would.
+// A copy of a block without some of its classes.
 template <class X>
-KD_NOINLINE const X* copy_without(const X* x, int n, const int32_t* places, int count, bool probs,
-                                  bool near) {
+KD_NOINLINE const X* copy_without(const X* x, int n, const int32_t* places, int count, bool probs) {
   static thread_local X copies[2][kBlock];
   static thread_local int next = 0;  // student and teacher may be of one type
   X* copy = copies[next ^= 1];
-  constexpr int kStep = 2 * Types<Compute<X>>::kLanes;
-  int i = 0;
-  for (; i + kStep <= n; i += kStep) {
-    prefetch(x + i, near);
-    std::memcpy((void*)(copy + i), x + i, kStep * sizeof(X));
-  }
-  std::memcpy((void*)(copy + i), x + i, (n - i) * sizeof(X));
+  std::memcpy((void*)copy, x, n * sizeof(X));
   for (int k = 0; k < count; ++k) copy[places[k]] = filler<X>(probs);
   return copy;
 }
 
-// Pass A over one block. The exps go to the scratch where kKeep. The sums are stored where they stay, for a
-// copy of numbers that have just been stored waits for them.
+// A block without some of its classes: steps that hold one are read from a copy. The next block's is another.
+template <class P>
+struct Patches {
+  using S = typename P::S;
+  S* copy;          // (kBlock)
+  bool* is_copied;  // (kBlock / kStep), false between blocks
+
+  KD_INLINE const S* of_step(const S* s, int i) const { return is_copied[i / P::kStep] ? copy : s; }
+  void set(const S* s, int n, const int32_t* places, int count) const {
+    for (int k = 0; k < count; ++k) {
+      const int step = places[k] / P::kStep, at = step * P::kStep;
+      if (!is_copied[step]) {
+        if (n - at >= P::kStep) {  // of a size that is known
+          std::memcpy((void*)(copy + at), s + at, P::kStep * sizeof(S));
+        } else {
+          std::memcpy((void*)(copy + at), s + at, (n - at) * sizeof(S));
+        }
+      }
+      is_copied[step] = true;
+      copy[places[k]] = filler<S>(false);
+    }
+  }
+  void unset(const int32_t* places, int count) const {
+    for (int k = 0; k < count; ++k) is_copied[places[k] / P::kStep] = false;
+  }
+};
+
+// Pass A over one block. The exps go to the scratch where kKeep. patches: Others' alone. The sums are stored
+// where they stay, for a copy of numbers that have just been stored waits for them.
 template <class P, bool kKeep>
 KD_NOINLINE void block_sums(const typename P::S* s, const typename P::T* t, int n, const RowScale& scale,
                             double student_offset, double teacher_offset, Scratch<typename P::C> scratch,
-                            bool near, Sums<double>& sums) {
+                            bool near, Sums<double>& sums, [[maybe_unused]] const Patches<P>& patches = {}) {
   using V = typename P::V;
   const Exponents<P> exponents(scale, student_offset, teacher_offset);
   // Two levels of sums: short chains of additions, so that rounding does not add up over equal terms.
@@ -107,7 +127,9 @@ KD_NOINLINE void block_sums(const typename P::S* s, const typename P::T* t, int 
     prefetch(s + i, near);
     if constexpr (P::kReadsTeacher) prefetch(t + i, near);
     const int m = n - i < P::kStep ? n - i : P::kStep;
-    const auto si = load_student<P>(s + i, m);
+    const typename P::S* from = s;
+    if constexpr (P::D::kOthers) from = patches.of_step(s, i);
+    const auto si = load_student<P>(from + i, m);
     const auto ti = load_teacher<P>(t + i, m);
     Lanes<P> x = exponents(si.a, ti.a), y = exponents(si.b, ti.b);
     if (P::kMSE && m < P::kStep) {  // the fillers' differences

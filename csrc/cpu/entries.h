@@ -24,6 +24,8 @@ struct Entries {
   int64_t* starts;  // of each block's places
   void* small;      // a row of K + 1 classes, see sparse_row.h
   int64_t small_bytes;
+  double* block;  // (kBlock) and (kBlock), see Patches
+  bool* is_copied;
 
   BlockEntries in_block(int64_t block) const {
     return {places + starts[block], (int)(starts[block + 1] - starts[block])};
@@ -36,7 +38,7 @@ constexpr int64_t kEntryPadding = 16;  // numbers after an array, that vectors m
 KD_NOINLINE Entries new_entries(int64_t count, int64_t n) {
   const int64_t padded = (count + 1 + kEntryPadding) / 16 * 16 + kEntryPadding,
                 blocks = (n + kBlock - 1) / kBlock;
-  double* at = (double*)thread_buffer((9 * padded + blocks + 1) * sizeof(double), kEntries);
+  double* at = (double*)thread_buffer((9 * padded + 2 * kBlock + blocks + 1) * sizeof(double), kEntries);
   Entries e{count, (int64_t*)at};
   e.log_p = at + padded;
   e.logit = at + 2 * padded;
@@ -45,7 +47,10 @@ KD_NOINLINE Entries new_entries(int64_t count, int64_t n) {
   e.places = (int32_t*)(at + 5 * padded);
   e.small = at + 6 * padded;
   e.small_bytes = padded * sizeof(double);
-  e.starts = (int64_t*)(at + 9 * padded);
+  e.block = at + 9 * padded;
+  e.is_copied = (bool*)(e.block + kBlock);
+  std::memset(e.is_copied, 0, kBlock);
+  e.starts = (int64_t*)(e.block + 2 * kBlock);
   return e;
 }
 
@@ -73,12 +78,12 @@ KD_NOINLINE void sort_by_blocks(const Entries& e, int64_t n) {
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   for (int64_t b = 0; b <= blocks; ++b) e.starts[b] = 0;
   for (int64_t k = 0; k < e.count; ++k) {
-    if (e.index[k] >= 0) ++e.starts[e.index[k] / kBlock];
+    if (e.index[k] >= 0) ++e.starts[(uint64_t)e.index[k] / kBlock];
   }
   int64_t end = 0;
   for (int64_t b = 0; b <= blocks; ++b) e.starts[b] = end += e.starts[b];
   for (int64_t k = 0; k < e.count; ++k) {
-    if (e.index[k] >= 0) e.places[--e.starts[e.index[k] / kBlock]] = e.index[k] % kBlock;
+    if (e.index[k] >= 0) e.places[--e.starts[(uint64_t)e.index[k] / kBlock]] = (uint64_t)e.index[k] % kBlock;
   }
 }
 
@@ -98,18 +103,19 @@ KD_NOINLINE void gather_logits(const LossArgs& a, int64_t row, const Entries& e)
 // `scaled`, whatever d is where there is nothing to scale.
 KD_INLINE double scaled_sum(double total, double d) { return total == 0 ? 0 : scaled(total, d); }
 
-// The exponents of the entries' logits less an offset; returns the largest, at least `high`.
-KD_NOINLINE double set_exponents(const Entries& e, double offset, double scale, double high) {
-  for (int64_t k = 0; k < e.count; ++k) {
-    e.y[k] = e.index[k] < 0 ? -kInfinity : (e.logit[k] - finite(offset)) * scale;
-    if (e.y[k] > high) high = e.y[k];
-  }
-  return high;
+// The largest of the entries' logits and, if there are other classes, of their offset: what is relative to it
+// keeps its digits.
+KD_NOINLINE double common_offset(const Entries& e, double others, bool has_others) {
+  double high = has_others ? finite(others) : -kInfinity;
+  for (int64_t k = 0; k < e.count; ++k) high = e.logit[k] > high ? e.logit[k] : high;
+  return finite(high);
 }
-// Exponents less `up` become exps.
-KD_NOINLINE void exps_of_exponents(const Entries& e, double up) {
+KD_NOINLINE void set_exponents(const Entries& e, double offset, double scale) {
+  for (int64_t k = 0; k < e.count; ++k) e.y[k] = (e.logit[k] - offset) * scale;
+}
+KD_NOINLINE void exps_of_exponents(const Entries& e) {
   for (int64_t k = e.count; k % Types<double>::kLanes; ++k) e.y[k] = 0;
-  for_vectors(e.y, e.count, [&](DoubleV y, int64_t) { return exp2(y - up); });
+  for_vectors(e.y, e.count, [&](DoubleV y, int64_t) { return exp2(y); });
 }
 
 // Stores the entries' values in the gradient. What it needs of the logits is in e.logit: these may be

@@ -6,6 +6,17 @@
 namespace kdfast {
 namespace {
 
+// A unit of work: all classes of a row, or a segment of a split one.
+struct Segment {
+  int64_t row, first, classes;
+  KD_INLINE Segment(const LossArgs& a, int64_t segments, int64_t unit)
+      : row(unit / segments),
+        first(segments == 1 ? 0 : unit % segments * kSegment),
+        classes(a.vocab - first) {
+    if (segments > 1 && classes > kSegment) classes = kSegment;
+  }
+};
+
 template <class S_, class T_>
 struct Row {
   using S = S_;

@@ -46,7 +46,9 @@ struct Gradient {
       g += x.es * factor;
       if constexpr (P::D::kTeacher) g -= x.et * factors.teacher;
     }
-    if (hide_from_optimizer(is_tilted)) g += tilt * (s - mean);
+    if constexpr (!P::D::kOthers) {  // or the logits would be read for nothing
+      if (hide_from_optimizer(is_tilted)) g += tilt * (s - mean);
+    }
     return g;
   }
 

@@ -45,6 +45,8 @@ KD_NOINLINE Sums<double> row_sums(const typename P::S* row_s, const typename P::
   if (!std::isfinite(about)) about = 0;
   const bool own_offset = P::kSoft && !P::kProbs && !options.given;  // of the teacher
   using C = typename P::C;
+  Patches<P> patches{};
+  if constexpr (P::D::kOthers) patches = {(typename P::S*)options.without->block, options.without->is_copied};
   Sums<double> total{}, later;
   double so = -kInfinity, to = own_offset ? -kInfinity : 0;
   for (int64_t at = 0; at < n; at += kBlock) {
@@ -55,28 +57,32 @@ KD_NOINLINE Sums<double> row_sums(const typename P::S* row_s, const typename P::
     if constexpr (std::is_same_v<typename P::D, ForwardKL>) {  // which decoupled KD is
       if (labelled && options.without_label) {
         const int32_t place = options.label - at;
-        s = copy_without(s, m, &place, 1, false, near);
-        t = copy_without(t, m, &place, 1, P::kProbs, near);
+        s = copy_without(s, m, &place, 1, false);
+        t = copy_without(t, m, &place, 1, P::kProbs);
       }
     }
+    BlockEntries e{};
     if constexpr (P::D::kOthers) {
-      const BlockEntries e = options.without->in_block(at / kBlock);
-      if (e.count) s = copy_without(s, m, e.places, e.count, false, near);
+      e = options.without->in_block(at / kBlock);
+      patches.set(s, m, e.places, e.count);
     }
-    if (so == -kInfinity) so = representable<C>(first_offset(s, m), scale.student, scale.inverse_student);
+    const auto without_entries = [&] { return e.count ? copy_without(s, m, e.places, e.count, false) : s; };
+    if (so == -kInfinity)
+      so = representable<C>(first_offset(without_entries(), m), scale.student, scale.inverse_student);
     if constexpr (P::kMSE) {
       if (at == 0) to = mean_difference<P>(s, t, m, scale);
     } else if constexpr (P::kSoft && !P::kProbs) {
       if (to == -kInfinity) to = representable<C>(first_offset(t, m), scale.teacher, scale.inverse_teacher);
     }
     Sums<double>& more = at == 0 ? total : later;
-    block_sums<P, kKeep>(s, t, m, scale, so, to, scratch, near, more);
+    block_sums<P, kKeep>(s, t, m, scale, so, to, scratch, near, more, patches);
     if (!is_in_range(more, own_offset)) {
-      so = representable<C>(block_max(s, m), scale.student, scale.inverse_student);
+      so = representable<C>(block_max(without_entries(), m), scale.student, scale.inverse_student);
       if constexpr (P::kSoft && !P::kProbs)
         to = own_offset ? representable<C>(block_max(t, m), scale.teacher, scale.inverse_teacher) : 0;
-      block_sums<P, kKeep>(s, t, m, scale, so, to, scratch, near, more);
+      block_sums<P, kKeep>(s, t, m, scale, so, to, scratch, near, more, patches);
     }
+    if constexpr (P::D::kOthers) patches.unset(e.places, e.count);
     if (labelled) {
       const C logit = load_one(row_s + options.label);
       more.label = ((double)logit - finite(so)) * scale.hard;

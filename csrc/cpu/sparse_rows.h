@@ -9,6 +9,7 @@
 #pragma once
 
 #include "others.h"
+#include "small_row.h"
 
 namespace kdfast {
 namespace {
@@ -23,51 +24,11 @@ double log_rest_of_teacher(const EntryArgs& a, const Entries& e, int64_t present
   if (present == 0) return 0;  // all is rest
   if (a.missing != Missing::kTail || present == classes) return -kInfinity;
   for (int64_t k = 0; k < e.count; ++k) e.y[k] = e.index[k] < 0 ? -kInfinity : e.log_p[k] / kLn2;
-  exps_of_exponents(e, 0);
+  exps_of_exponents(e);
   double rest = 1;
   for (int64_t k = 0; k < e.count; ++k) rest -= e.y[k];
   return std::log(rest < 0 ? 0 : rest);  // NaN stays
 }
-
-// A row of K + 1 classes as the dense kernels take it.
-template <class C>
-struct SmallRow {
-  LossArgs args{};
-  Matrix teacher;
-  double one = 1, loss = 0;
-  C *s, *t, *g;
-
-  SmallRow(const LossArgs& a, const Entries& e, double temperature, double factor)
-      : s((C*)e.small), t((C*)((char*)e.small + e.small_bytes)), g((C*)((char*)e.small + 2 * e.small_bytes)) {
-    const DType dtype = std::is_same_v<C, double> ? DType::kDouble : DType::kFloat;
-    const bool given = a.entries.missing == Missing::kTail || a.entries.missing == Missing::kTruncate;
-    args.temperature = temperature;
-    args.teacher_temperature = args.logit_scale = args.teacher_logit_scale = 1;
-    args.alpha = a.alpha;
-    args.t_squared = a.t_squared;
-    args.beta = a.beta;
-    args.rows = 1;
-    args.vocab = args.width = e.count + 1;
-    args.student = matrix(s, dtype);
-    args.grad_layout = matrix(g, dtype);
-    args.grad = g;
-    teacher = matrix(t, dtype);
-    args.teachers = &teacher;
-    args.teacher_weights = &one;
-    args.n_teachers = 1;
-    args.target = given ? Target::kLogProbs : Target::kLogits;
-    args.divergence = a.entries.divergence;
-    args.losses = &loss;
-    args.scale = factor;
-  }
-  Matrix matrix(const C* data, DType dtype) const { return {data, dtype, {1, 1, 1}, {0, 0, args.vocab}}; }
-
-  void run() {
-    current_buffer = kSmallRow;
-    this_set().loss_grad(args, 0, 1);
-    current_buffer = kRow;
-  }
-};
 
 struct SoftTerm {
   double loss;     // alpha T^2 D
@@ -80,13 +41,14 @@ template <class C>
 KD_NOINLINE SoftTerm soft_term(const LossArgs& a, const Entries& e, const RowScale& scale,
                                const Sums<double>& others, double factor) {
   SmallRow<C> row(a, e, scale.temperature, factor);
-  const double z_rest = scale.temperature * kLn2 * std::log2(others.student_total);
   const bool has_rest = a.entries.missing != Missing::kConditional;
+  const double offset = common_offset(e, others.student_offset, has_rest && others.student_total != 0);
+  const double z_rest = (finite(others.student_offset) - offset) * scale.logit_scale +
+                        scale.temperature * kLn2 * std::log2(others.student_total);
   int64_t present = 0;
   double high = has_rest ? z_rest : -kInfinity;
   for (int64_t k = 0; k < e.count; ++k) {
-    e.value[k] =
-        e.index[k] < 0 ? -kInfinity : (e.logit[k] - finite(others.student_offset)) * scale.logit_scale;
+    e.value[k] = (e.logit[k] - offset) * scale.logit_scale;
     if (e.value[k] > high) high = e.value[k];
     present += e.index[k] >= 0;
   }
@@ -104,21 +66,23 @@ KD_NOINLINE SoftTerm soft_term(const LossArgs& a, const Entries& e, const RowSca
   return {row.loss, row.g[e.count]};
 }
 
-// Adds the entries to the sum at temperature 1, to whose offset `up` exponents are added: theirs may be far
+// Adds the entries to the sum at temperature 1, whose offset is raised by `up` exponents: theirs may be far
 // above the others. e.y are their exps then.
 KD_NOINLINE Sums<double> with_entries(const Entries& e, const RowScale& scale, int64_t label, Sums<double> x,
                                       double& up) {
-  up = finite(set_exponents(e, x.student_offset, scale.hard, x.hard_total == 0 ? -kInfinity : 0));
+  const double offset = common_offset(e, x.student_offset, x.hard_total != 0);
+  up = (offset - finite(x.student_offset)) * scale.hard;
+  set_exponents(e, offset, scale.hard);
+  x.label -= up;
   for (int64_t k = 0; k < e.count; ++k) {
     if (label >= 0 && e.index[k] == label) x.label = e.y[k];
   }
-  exps_of_exponents(e, up);
+  exps_of_exponents(e);
   double total = 0;
   for (int64_t k = 0; k < e.count; ++k) total += e.y[k];
   x.hard_total = scaled_sum(x.hard_total, -up) + total;
-  x.label -= up;
   x.exponents -= x.classes * up;
-  x.student_offset = finite(x.student_offset) + up * kLn2 / scale.logit_scale;
+  x.student_offset = offset;
   return x;
 }
 
@@ -146,8 +110,8 @@ KD_NOINLINE bool sparse_losses(const LossArgs& a, int64_t row, const OthersPasse
   Sums<double> others{};
   Label label;
   load_entries(a.entries, row, passes.fuses, e);
-  gather_logits(a, row, e);
   if (reads_others(a) && !passes.sums(a, row, scale, e, keep, r, label, others)) return false;
+  gather_logits(a, row, e);  // which are in the cache now
   const double weight = a.weight(row);
   const auto soft = passes.fuses ? soft_term<float> : soft_term<double>;
   const SoftTerm term = soft(a, e, scale, others, weight * a.scale);

@@ -31,13 +31,15 @@ KD_NOINLINE IdSums id_sums(const Entries& e, const int64_t* first, double offset
                            const RowScale& scale) {
   IdSums x{};
   x.largest = -1;
-  x.up = finite(set_exponents(e, offset, scale.student, others_total == 0 ? -kInfinity : 0));
+  const double common = common_offset(e, offset, others_total != 0);
+  x.up = (common - finite(offset)) * scale.student;
+  set_exponents(e, common, scale.student);
   double high = -kInfinity;
   for (int64_t k = 0; k < e.count; ++k) {
-    e.value[k] = e.y[k] - x.up;  // the exponents are wanted too
-    if (e.index[k] >= 0 && e.y[k] > high) high = e.y[k], x.largest = k;
+    e.value[k] = e.y[k];  // the exponents are wanted too
+    if (e.y[k] > high) high = e.y[k], x.largest = k;
   }
-  exps_of_exponents(e, x.up);
+  exps_of_exponents(e);
   x.others = scaled_sum(others_total, -x.up);
   x.below = x.others;
   for (int64_t k = 0; k < e.count; ++k) {
@@ -81,12 +83,11 @@ KD_NOINLINE void find_first(const Entries& e, int64_t* first, int32_t* owner) {
 KD_INLINE int32_t* owners(const TokenArgs& a) {
   return a.entries.count == 1 ? nullptr : (int32_t*)thread_buffer(a.vocab * sizeof(int32_t), kSmallRow);
 }
-// The ids of a row and their logits. Returns find_first's, in the place of log_p.
+// The ids of a row. Returns find_first's, in the place of log_p.
 KD_NOINLINE int64_t* open_ids(const TokenArgs& a, int64_t row, const Entries& e, int32_t* owner) {
   load_entries(a.entries, row, false, e);
   int64_t* first = (int64_t*)e.log_p;
   find_first(e, first, owner);
-  gather_logits(a, row, e);
   return first;
 }
 
@@ -95,8 +96,12 @@ KD_NOINLINE void store_stats(const TokenArgs& a, int64_t row, const Entries& e, 
   for (int64_t k = 0; k < e.count; ++k) {
     put(a.log_probs, a.wide, row * e.count + k, e.index[k] < 0 ? -kInfinity : kLn2 * log2_q(x, e, first, k));
   }
-  const double log_rest = x.others > x.ids ? -std::log1p(x.ids / x.others)
-                                           : kLn2 * (std::log2(others.student_total) - x.up - x.log2_total);
+  double log_rest = -kInfinity;
+  if (x.others > x.ids) {
+    log_rest = -std::log1p(x.ids / x.others);
+  } else if (others.student_total != 0) {
+    log_rest = kLn2 * (std::log2(others.student_total) - x.up - x.log2_total);
+  }
   put(a.log_rest, a.wide, row, log_rest);
   double entropy = 0;
   if (a.has_entropy) {  // -sum Q log Q / Z + log Z, over exponents less `up`
@@ -125,6 +130,7 @@ KD_NOINLINE void token_row_stats(const TokenArgs& a, const OthersPasses& passes,
       this_set().token_stats(in_doubles(a), row, row + 1);
       continue;
     }
+    gather_logits(a, row, e);  // which are in the cache now
     if (!a.wide)
       rescale<OthersWithEntropy>(others, (float)others.student_offset, 0, scale);  // as the table has it
     store_stats(a, row, e, first, others,
@@ -157,6 +163,7 @@ KD_NOINLINE bool token_coefficients(const TokenArgs& a, int64_t row, const RowSc
     any |= g != 0;
   }
   if (!any) return false;
+  gather_logits(a, row, e);
   const double h = stats[3], others_total = stats[2];
   const IdSums x = id_sums(e, first, stats[0], others_total, scale);
   for (int64_t k = 0; k < e.count; ++k) {

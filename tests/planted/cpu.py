@@ -10,6 +10,8 @@ BUILD = ("test_build.py",)
 # ---- phi and psi ----
 
 DIVERGENCES = "csrc/divergences.h"
+BLOCK_SUMS = "csrc/cpu/block_sums.h"
+PARALLEL = "csrc/cpu/parallel.h"
 
 OF_DIVERGENCES = [
     Mutant("cross-entropy-is-relative", DIVERGENCES,
@@ -134,11 +136,11 @@ OF_SUMS = [
            "x.student_total < most && x.hard_total < 0x1p40 &&", "x.student_total < 0x1p40 &&",
            "The hard term's sum overflows in a block that is above the first one.", CALLS),
     # student and teacher of one dtype
-    Mutant("dkd-copies-in-one-place", CLASSIFIERS,
+    Mutant("dkd-copies-in-one-place", BLOCK_SUMS,
            "copies[next ^= 1]", "copies[0]",
            "dkd's student without its label is overwritten by the teacher.", CALLS),
     # target="probs" alone
-    Mutant("dkd-leaves-out-a-logit", CLASSIFIERS,
+    Mutant("dkd-leaves-out-a-logit", BLOCK_SUMS,
            "filler<X>(probs)", "filler<X>(false)",
            "Of given probabilities dkd's label becomes one of -inf.", CALLS),
     # label smoothing of more than 64 classes
@@ -339,14 +341,14 @@ OF_CALLS = [
     Mutant("splitting-by-threads", OPS,
            "a.rows >= 32 ||", "a.rows >= (int64_t)torch::stable::get_num_threads() ||",
            "Whether a row is split, and with it the last bits, depends on the number of threads.", THREADS),
-    Mutant("forked-children-use-threads", OPS,
+    Mutant("forked-children-use-threads", PARALLEL,
            "if (forked) return f(0, units);", "",
            "A forked child waits for threads that it does not have.", THREADS),
     # few and long rows with an option
     Mutant("split-rows-with-options", OPS,
            "is_pointwise || a.needs_whole_row() ||", "is_pointwise ||",
            "Options that take whole rows get parts of them.", CALLS),
-    Mutant("threads-take-a-row-too-few", OPS,
+    Mutant("threads-take-a-row-too-few", PARALLEL,
            "torch::stable::parallel_for(0, units, grain, f);",
            "torch::stable::parallel_for(0, units - (grain < units), grain, f);",
            "Where the work is split over threads its last row is left out.", THREADS),
