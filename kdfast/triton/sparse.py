@@ -17,6 +17,7 @@ from kdfast.triton.call import Call
 from kdfast.triton.divergences import DIVERGENCES
 from kdfast.triton.matrices import device_guard, matrix
 from kdfast.triton.prepared import make_spec, remember
+from kdfast.triton.sparse_row_math import Entries, Form
 from kdfast.triton.spec import Spec
 from kdfast.triton.support import ABSENT
 
@@ -104,19 +105,19 @@ class SparseCall(Call):
         )  # fmt: skip
         self._launch_sparse(sparse_kernels.sparse_grad, self.rows, args, self.sweep, output, table, grad_loss)
 
-    def _entries(self, ordered: bool) -> sparse_kernels.Entries:
+    def _entries(self, ordered: bool) -> Entries:
         """ordered: for the sums of the rest."""
         in_order = None
         if ordered:
             counted = (self.log_probs != -math.inf) & (self.indices >= 0) & (self.indices < self.vocab)
             in_order = sort_classes(self.indices, counted)
-        return sparse_kernels.Entries(self.log_probs, self.indices, in_order)
+        return Entries(self.log_probs, self.indices, in_order)
 
     def _launch_sparse(
         self, kernel: Any, programs: int, args: tuple[Any, ...], plan: launch.Plan, output: Tensor | None,
         *given: Tensor | None,
     ) -> None:  # fmt: skip
-        form = sparse_kernels.Form(self.settings.missing, self.entries, self.dense, self.reads_rows)
+        form = Form(self.settings.missing, self.entries, self.dense, self.reads_rows)
         with device_guard(self.losses):
             self._launch(
                 kernel, programs, (self.logits[0], *args), plan, output, (self.log_probs, self.indices, *given),

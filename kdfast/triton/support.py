@@ -60,14 +60,14 @@ def _bits_of_tile(line, at, found, begin, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _is_among(line, classes, COUNT: tl.constexpr):
+def _is_among(line, classes, mask, COUNT: tl.constexpr):
     """Whether each of the classes is one of the COUNT given, by bisection."""
     at = classes * 0
     for k in tl.static_range(log2_of(COUNT), -1, -1):
         above = at + (1 << k)
-        there = above <= COUNT
+        there = mask & (above <= COUNT)
         at = tl.where(there & (tl.load(line + above - 1, mask=there, other=0) < classes), above, at)
-    return tl.load(line + at) == classes
+    return mask & (tl.load(line + at, mask=mask, other=0) == classes)
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _accumulate_rest(state, tile, context, row, SPEC: tl.constexpr):
     line, prefix = context[0], context[1]
     COUNT: tl.constexpr = context[2]
     if tile.s.shape[1] == 1:
-        is_given = _is_among(line, tile.classes, COUNT)
+        is_given = _is_among(line, tile.classes, tile.mask, COUNT)
     else:
         bits, at, found = _bits_of_tile(line, at, found, prefix + tile.at, SPEC)
         is_given = ((bits >> tl.arange(0, SPEC.vec)[None, :]) & 1) != 0
@@ -97,6 +97,12 @@ def rest_sums(span, ordered, index, row, COUNT: tl.constexpr, SPEC: tl.constexpr
             _accumulate_rest, state, (line, span.prefix, COUNT), span, row, SPEC, GROUP
         )  # fmt: skip
     return merge(found, row, SPEC)
+
+
+@triton.jit
+def sum_all(x):
+    """Of (1, n)."""
+    return tl.sum(tl.sum(x, 1), 0)
 
 
 @triton.jit
@@ -138,10 +144,10 @@ def scalar(x):
 def add_to_rest(sums, given, offset, row, SPEC: tl.constexpr):
     """The sums at temperature 1 of the rest and of all classes given: the total and the exponents, at `offset`."""
     change = exponent(sums.student_offset, hard_scale(row, SPEC), offset)
-    total = sums.hard_total * tl.exp2(change) + tl.sum(tl.sum(hard_exps_of(given.s, offset, row, SPEC), 1), 0)
+    total = sums.hard_total * tl.exp2(change) + sum_all(hard_exps_of(given.s, offset, row, SPEC))
     exponents = total * 0
     if SPEC.smoothed:
         y = tl.where(given.used, exponent(given.s, hard_scale(row, SPEC), offset), 0)
         of_rest = tl.where(sums.classes == 0, 0, sums.exponents + sums.classes * change)
-        exponents = of_rest + tl.sum(tl.sum(y, 1), 0)
+        exponents = of_rest + sum_all(y)
     return total, exponents

@@ -126,7 +126,7 @@ def sweep(
 
 @triton.jit
 def sweep_in_groups(PASS: tl.constexpr, state, context, span, row, SPEC: tl.constexpr, GROUP: tl.constexpr):
-    """`sweep` for a pass with a loop inside, with which the compiler loads nothing ahead: GROUP tiles are loaded first."""
+    """`sweep` for a pass with a loop inside, with which the compiler loads nothing ahead: GROUP tiles come first."""
     if SPEC.tiles > 0:
         state = sweep(PASS, state, context, span, row, SPEC)
     else:

@@ -26,9 +26,9 @@ from kdfast.triton.logits import exponent, softcap_derivative
 from kdfast.triton.per_row import load_row, number
 from kdfast.triton.row_kernels import SIZES
 from kdfast.triton.spec import LN2
-from kdfast.triton.support import ABSENT, common_offset, load_given, rest_sums, row_of
+from kdfast.triton.support import ABSENT, common_offset, load_given, rest_sums, row_of, sum_all
 from kdfast.triton.sweep import open_span, sweep
-from kdfast.triton.tables import padded_width, store_table_row
+from kdfast.triton.tables import padded_width, read_columns, store_table_row
 from kdfast.triton.tiles import row_start, row_value, store_tile, zero
 
 RUN_TIME = ["logits", "grad", "results", "gradients", "per_row", "numbers", *SIZES]
@@ -50,12 +50,6 @@ class Gradients(NamedTuple):
     log_probs: Any
     entropy: Any
     log_rest: Any
-
-
-@triton.jit
-def sum_all(x):
-    """Of (1, n)."""
-    return tl.sum(tl.sum(x, 1), 0)
 
 
 @triton.jit
@@ -178,9 +172,8 @@ def token_grad(
     WITH_REST: tl.constexpr = gradients.log_rest is not None
     row = load_row(per_row, index, numbers, None, SPEC)
     start, out = row_start(logits, index), row_start(grad, index)
-    line = row_of(table, index, COLUMNS)
-    offset, of_ids = row_value(line, 0, SPEC.dtype), row_value(line, 1, SPEC.dtype)
-    log_others, entropy = row_value(line, 2, SPEC.dtype), row_value(line, 3, SPEC.dtype)
+    line = tl.load(row_of(table, index, COLUMNS) + tl.arange(0, COLUMNS))  # a power of 2
+    offset, of_ids, log_others, entropy = read_columns(line, 0, COLUMNS)
     of_entropy = optional_value(gradients.entropy, index, SPEC.dtype)
     of_rest = optional_value(gradients.log_rest, index, SPEC.dtype)
     of_rest = tl.where(log_others == float("-inf"), 0, of_rest)  # no others: a constant

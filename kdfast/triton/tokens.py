@@ -64,7 +64,7 @@ class _Call:
             self._launch(token_kernels.token_stats, programs, args, (pointer_kind(self.ids),), None)
         return made[0], made[1], made[2], table
 
-    def grad(self, table: Tensor, gradients: list[Tensor | None]) -> Tensor:
+    def grad(self, table: Tensor, gradients: tuple[Tensor | None, ...]) -> Tensor:
         grad = self.logits.new_empty(self.logits.shape)
         if self.rows:
             table = table.contiguous()
@@ -108,8 +108,10 @@ def token_grad(
     grad_log_rest: Tensor | None, temperatures: Tensor | None, temperature: float, logit_scale: float, cap: float,
     vocab_size: int,
 ) -> Tensor:  # fmt: skip
-    gradients: list[Any] = [grad_log_probs, grad_entropy, grad_log_rest]
-    options: tuple[Any, ...] = (temperatures, temperature, logit_scale, cap, vocab_size)
+    gradients = grad_log_probs, grad_entropy, grad_log_rest
     if not 0 < ids.shape[-1] <= MOST_ENTRIES:
-        return reference_tokens.token_grad(logits, ids, stats, *gradients, *options)
-    return _Call(logits, ids, *options, entropy=False).grad(stats, gradients)
+        return reference_tokens.token_grad(
+            logits, ids, stats, *gradients, temperatures, temperature, logit_scale, cap, vocab_size
+        )
+    call = _Call(logits, ids, temperatures, temperature, logit_scale, cap, vocab_size, entropy=False)
+    return call.grad(stats, gradients)

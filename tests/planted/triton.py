@@ -9,6 +9,7 @@ OPTIONS, FAULTS, LAYOUTS = (
     ("test_calls.py", "test_layouts.py"),
 )
 LAUNCHES, STATIC, TRAFFIC = ("test_triton_launches.py",), ("test_triton_static.py",), ("test_triton_traffic.py",)
+SPARSE, SPARSE_KERNELS = ("test_sparse.py", "test_sparse_entries.py"), ("test_triton_sparse.py",)
 DROPPED, DIGITS, MANY = ("test_dropped_terms.py",), ("test_digits.py",), ("test_many_teachers.py",)
 
 
@@ -210,4 +211,25 @@ OF_SPEED = [
            "backward() of the loss itself reads and writes the whole gradient.", TRAFFIC),
 ]  # fmt: skip
 
-MUTANTS = [*OF_NUMBERS, *OF_MEMORY, *OF_SPEED]
+OF_SPARSE_TEACHERS = [
+    Mutant("triton-sparse-rest-smoothed-with-entries", _in("support"),
+           "tile.mask & ~is_given, tile.at)", "tile.mask, tile.at)",
+           "Label smoothing counts the entries once more as classes of the rest.", SPARSE),
+    Mutant("triton-sparse-ends-miss-an-entry", _in("support"),
+           "there = mask & (above <= COUNT)", "there = mask & (above < COUNT)",
+           "An entry that is the row's last class is a class of the rest too.", SPARSE),
+    Mutant("triton-sparse-entries-read-late", _in("sparse_kernels"),
+           "tl.debug_barrier()  # in place, entries are read before anything is written", "pass",
+           "In place, an entry's logit is read where the gradient may stand already.", SPARSE),
+    Mutant("triton-sparse-entries-written-early", _in("sparse_kernels"),
+           "    tl.debug_barrier()  # entries come last\n", "",
+           "An entry has the gradient of a class of the rest or its own, whichever thread is last.", SPARSE_KERNELS),
+    Mutant("triton-sparse-conditional-reads-rows", _in("sparse"),
+           'self.reads_rows = settings.missing != "conditional" or self.spec.hard', "self.reads_rows = True",
+           "A teacher of missing='conditional' has the rows of logits read.", SPARSE_KERNELS),
+    Mutant("triton-sparse-rows-as-long-as-dense-ones", _in("sparse"),
+           "budget = smaller.get(budget, budget)", "pass",
+           "Rows and their entries take more registers than there are.", SPARSE_KERNELS),
+]  # fmt: skip
+
+MUTANTS = [*OF_NUMBERS, *OF_MEMORY, *OF_SPEED, *OF_SPARSE_TEACHERS]
