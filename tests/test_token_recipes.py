@@ -164,11 +164,13 @@ def test_confidence_has_its_values() -> None:
     )
 
 
-def test_an_ignored_token_counts_in_no_mean() -> None:
-    given = names()
-    ids = given["ids"].clone()
+def test_an_ignored_token_has_terms_of_0_and_counts_in_no_mean() -> None:
+    whole, ids = run("k1, k2, k3 =", names()), names()["ids"]
     ids[2] = -100
-    log_q = kdfast.token_log_probs(given["logits"], ids).log_probs
-    keep = ids != -100
+    given = run("advantage = log_p - log_old", run("k1, k2, k3 =", names(ids)))
     (mean,) = re.findall(r"`(x\.sum\(\) / .*?)`", PAGE)
-    torch.testing.assert_close(eval(mean, {"x": log_q, "ids": ids}), given["log_q"][keep].mean())
+    for result in ("k1", "k2", "k3", "log_q"):
+        assert given[result][2] == 0
+        got = eval(mean, {"x": given[result], "ids": ids})
+        torch.testing.assert_close(got, whole[result][ids != -100].mean())
+    assert given["advantage"][2] == 0

@@ -110,12 +110,17 @@ def judge(call: Any, logits: Tensor, ids: Tensor, which: Any = NAMES, **settings
     missed = ((of_eager.double() - of_truth).abs() / (gradient_off + floor)).nan_to_num(0, 0)
     allowed = (ratio + missed.amax(-1, True)) * gradient_off + floor
     allowed = allowed + half_ulp(of_truth, grad.dtype) if grad.dtype.itemsize == 2 else allowed
-    nothing = (of_truth == 0).all(-1, True) | _is_padding(logits, settings)
-    _within("gradient", grad, of_truth, torch.where(nothing & (of_truth == 0), 0, allowed))
+    exact = _is_padding(logits, settings) | _is_ignored(logits, ids, settings)
+    _within("gradient", grad, of_truth, torch.where(exact, 0, allowed))
 
 
 def _is_padding(logits: Tensor, settings: dict[str, Any]) -> Tensor:
     return torch.arange(logits.shape[-1], device=logits.device) >= (settings.get("vocab_size") or logits.shape[-1])
+
+
+def _is_ignored(logits: Tensor, ids: Tensor, settings: dict[str, Any]) -> Tensor:  # (..., 1)
+    several = ids if ids.dim() == logits.dim() else ids.unsqueeze(-1)
+    return (several == settings.get("ignore_index", -100)).all(-1, True)
 
 
 def errors(

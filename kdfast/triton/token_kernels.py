@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from kdfast import arguments
 from kdfast.reference_tokens import TOKEN_STATS
 from kdfast.triton.divergences import log_ratio, masked
 from kdfast.triton.logits import exponent, softcap_derivative
@@ -33,6 +34,7 @@ from kdfast.triton.tiles import row_start, row_value, store_tile, zero
 
 RUN_TIME = ["logits", "grad", "results", "gradients", "per_row", "numbers", *SIZES]
 COLUMNS = tl.constexpr(TOKEN_STATS)
+IGNORED = tl.constexpr(arguments.IGNORED)
 
 
 class Results(NamedTuple):
@@ -63,6 +65,12 @@ def load_unique(logits, ordered, index, vocab, row, COUNT: tl.constexpr, SPEC: t
 
 
 @triton.jit
+def is_kept(ids, index, COUNT: tl.constexpr):
+    """Whether a row is not ignored."""
+    return tl.load(row_of(ids, index, COUNT)) != IGNORED
+
+
+@triton.jit
 def log_of_sum(total, above_1):
     """log(1 + above_1); NaN where there is no sum."""
     return tl.where(total == 0, float("nan"), log_ratio(1 + above_1, above_1 * 0 + 1, above_1))
@@ -76,7 +84,8 @@ def token_stats(
     for index in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = load_row(per_row, index, numbers, None, SPEC)
         start = row_start(logits, index)
-        span = open_span(start, (), vocab, True, SPEC)
+        kept = is_kept(ids, index, COUNT)
+        span = open_span(start, (), tl.where(kept, vocab, 0), kept, SPEC)
         rest = rest_sums(span, ordered, index, row, COUNT, SPEC)
         unique = load_unique(start, ordered, index, vocab, row, COUNT, SPEC)
         offset = common_offset(unique, rest.student_offset)
@@ -91,7 +100,7 @@ def token_stats(
         above_1 = sum_all(tl.where(is_largest, 0, e)) + (sum_all(is_largest.to(SPEC.dtype)) - 1) + others
         log_total = log_of_sum(total, above_1)
         far, near = log_others * LN2 - log_total, -log_ratio(total, others, of_ids)
-        tl.store(results.log_rest + index, tl.where(others > of_ids, near, far))
+        tl.store(results.log_rest + index, tl.where(kept, tl.where(others > of_ids, near, far), 0))
 
         numbers_of_ids = row_of(ids, index, COUNT)
         column = unique.column
@@ -99,13 +108,14 @@ def token_stats(
         given = load_given(start, numbers_of_ids, own >= 0, vocab, row, COUNT, SPEC)
         log_probs = exponent(given.s, row.exp2_scale, offset) * LN2 - log_total
         log_probs = tl.where(given.out_of_range, float("nan"), tl.where(given.used, log_probs, float("-inf")))
+        log_probs = tl.where(kept, log_probs, 0)
         tl.store(row_of(results.log_probs, index, COUNT) + column, log_probs, mask=column < COUNT)
 
         entropy = total * 0
         if results.entropy is not None:
             of_rest = tl.exp2(change) * (rest.over_student[0] + change * rest.student_total)
             terms = sum_all(masked(e, y)) + tl.where(rest.student_total == 0, 0, of_rest)
-            entropy = log_total - terms / total * LN2
+            entropy = tl.where(kept, log_total - terms / total * LN2, 0)
             tl.store(results.entropy + index, entropy)
         store_table_row(results.table, index, (offset, of_ids, log_others, entropy), COLUMNS, SPEC)
 
@@ -202,13 +212,14 @@ def token_grad(
     if SPEC.softcap:
         g *= softcap_derivative(given.s, row, SPEC)
 
-    span = open_span(start, (), vocab, True, SPEC)
+    kept = is_kept(ids, index, COUNT)
+    span = open_span(start, (), tl.where(kept, vocab, 0), kept, SPEC)
     c = (total, log_total, -of_all, of_entropy, entropy)
     of_rest *= of_ids / total
     sweep(
         _write_others, (),
         (out, span.prefix, span.n, offset, log_others, of_rest, factor, c, WITH_ENTROPY, WITH_REST), span, row, SPEC,
     )  # fmt: skip
-    zero(out + vocab, width - vocab, SPEC)
+    zero(out + span.n, width - span.n, SPEC)
     tl.debug_barrier()
     tl.store(out + given.classes, (g * factor).to(out.dtype.element_ty), mask=given.used)

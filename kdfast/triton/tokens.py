@@ -97,7 +97,7 @@ def token_stats(
     args = (logits, ids, temperatures, temperature, logit_scale, cap, vocab_size, entropy)
     if not 0 < ids.shape[-1] <= MOST_ENTRIES:
         return reference_tokens.token_stats(*args)
-    reference_tokens.check_ids(logits, ids, vocab_size)
+    reference_tokens.check_ids(logits, ids, vocab_size, temperatures)
     log_probs, h, log_rest, table = _Call(*args).stats(entropy)
     shape = logits.shape[:-1]
     return log_probs.view(ids.shape), h.view(shape) if entropy else h, log_rest.view(shape), table
