@@ -56,7 +56,7 @@ def _token_stats(logits: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Te
 
 
 def _linear_token_stats(hidden: Tensor, weight: Tensor, bias: Any, ids: Tensor, *numbers: Any) -> tuple[Tensor, ...]:
-    return _token_stats(hidden, ids, True)
+    return _token_stats(hidden, ids, numbers[-3])
 
 
 def _linear_token_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, ...]:

@@ -27,9 +27,10 @@ def token_stats(
     logit_scale: float,
     softcap: float,
     vocab_size: int,
+    entropy: bool,
     chunk_rows: int,
     accumulate_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (..., K), (...), (...), and the table of all rows
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (..., K), (...) or (0,), (...), and the table of all rows
     check_ids(product_like(hidden, weight), ids, vocab_size, temperatures)
     heads = _heads(hidden, weight, bias, chunk_rows, accumulate_dtype)
     chunks = _chunks(heads, ids, temperatures, vocab_size)
@@ -37,13 +38,15 @@ def token_stats(
     totals = [chunks.hidden.new_zeros((chunks.rows, *size), dtype=chunks.loss_dtype) for size in sizes]  # of dropped
     ids = as_matrix(ids)
     for chunk in chunks:
-        call = chunk.inputs.temperatures, temperature, logit_scale, softcap, -1, True
+        call = chunk.inputs.temperatures, temperature, logit_scale, softcap, -1, entropy
         parts = ops.token_stats(chunk.logits, ids[chunk.rows], *call)
         for total, part in zip(totals, parts, strict=True):
-            total[chunk.rows] = part
-    log_probs, entropy, log_rest, table = totals
+            if entropy or part is not parts[1]:
+                total[chunk.rows] = part
+    log_probs, h, log_rest, table = totals
     rows = hidden.shape[:-1]
-    return log_probs.view(*rows, ids.shape[-1]), entropy.view(rows), log_rest.view(rows), table
+    h = h.view(rows) if entropy else h.new_empty(0)
+    return log_probs.view(*rows, ids.shape[-1]), h, log_rest.view(rows), table
 
 
 def token_grad(

@@ -8,7 +8,7 @@ from kdfast.derivatives import is_transformed
 from kdfast.linear_checks import check_accumulate_dtype, check_chunk_rows, check_head, product_like
 from kdfast.options import Backend
 from kdfast.token_autograd import LinearTokenStats
-from kdfast.tokens import TokenLogProbs, check_ids, check_numbers, hide_dynamic
+from kdfast.tokens import TokenLogProbs, as_results, check_ids, check_numbers, hide_dynamic
 from kdfast.torch_private import apply_function, below_autograd
 
 
@@ -21,6 +21,7 @@ def linear_token_log_probs(
     chunk_rows: int | None = None,
     accumulate_dtype: torch.dtype = torch.float32,
     temperature: float | Tensor = 1.0,
+    entropy: bool = True,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
@@ -40,7 +41,7 @@ def linear_token_log_probs(
         bias: (V,), of the same dtype.
         chunk_rows, accumulate_dtype: as in :func:`kdfast.linear_kd_loss`. Two tensors of a chunk's logits are there at
             a time in backward, and one in forward.
-        temperature, logit_scale, softcap, vocab_size, ignore_index, backend: as in :func:`token_log_probs`.
+        temperature, entropy, logit_scale, softcap, vocab_size, ignore_index, backend: as in :func:`token_log_probs`.
 
     Logits are float32 (float64 for a float64 head) and are not rounded before the softmax, on any device. Autocast
     casts hidden states, weight and bias as it does for F.linear. Errors call the product ``logits``.
@@ -61,7 +62,7 @@ def linear_token_log_probs(
     """
     head = check_head("", hidden, weight, bias)
     logits = product_like(*head[:2])
-    rows, numbers = check_numbers(logits, "logits", temperature, logit_scale, softcap, vocab_size)
+    rows, numbers = check_numbers(logits, "logits", temperature, logit_scale, softcap, vocab_size, entropy)
     entries = check_ids(ids, logits, ignore_index)
     checks.check_choice("backend", backend)
     rows, numbers = hide_dynamic(head[0], rows, numbers)
@@ -77,4 +78,4 @@ def linear_token_log_probs(
     else:
         with below_autograd():
             results = ops.linear_token_stats(*head, entries, rows, *numbers, *chunks)
-    return TokenLogProbs(results[0].view(ids.shape), *results[1:3])
+    return as_results(results, ids, entropy)

@@ -88,7 +88,7 @@ def _token_call(ops: Any, is_linear: bool) -> Callable[..., Any]:
         *given, temperatures = args[:tensors]
         if temperatures is not None:
             check_constant("temperatures", temperatures)
-        numbers, others = Numbers(*args[tensors : tensors + 4]), args[tensors + 4 :]
+        numbers, others = Numbers(*args[tensors : tensors + 5]), args[tensors + 5 :]
         return apply_function(function, *given, temperatures, numbers, *(others if is_linear else ()), ops, False)
 
     return call

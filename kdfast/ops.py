@@ -74,8 +74,8 @@ SCHEMAS = {
     "-> (Tensor log_probs, Tensor entropy, Tensor log_rest, Tensor stats)",
     "token_grad": "(Tensor logits, Tensor ids, Tensor stats, Tensor? grad_log_probs, Tensor? grad_entropy, "
     f"Tensor? grad_log_rest, {_TOKENS}) -> Tensor",
-    "linear_token_stats": f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, {_TOKENS}, {_CHUNKS}) "
-    "-> (Tensor log_probs, Tensor entropy, Tensor log_rest, Tensor stats)",
+    "linear_token_stats": f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, {_TOKENS}, bool entropy, "
+    f"{_CHUNKS}) -> (Tensor log_probs, Tensor entropy, Tensor log_rest, Tensor stats)",
     "linear_token_grad": "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor stats, "
     f"Tensor? grad_log_probs, Tensor? grad_entropy, Tensor? grad_log_rest, {_TOKENS}, {_CHUNKS}, "
     f"bool grad_hidden, bool grad_weight, bool grad_bias) -> ({_HEAD_GRADIENTS})",

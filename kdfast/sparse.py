@@ -129,13 +129,13 @@ def topk_targets(
     from kdfast.tokens import check_numbers, hide_dynamic, token_values
 
     check_logits("teacher_logits", teacher_logits)
-    call = check_numbers(teacher_logits, "teacher_logits", temperature, logit_scale, softcap, vocab_size)
+    call = check_numbers(teacher_logits, "teacher_logits", temperature, logit_scale, softcap, vocab_size, False)
     vocab = teacher_logits.shape[-1] if vocab_size is None else vocab_size
     if not 1 <= checks.as_integer("k", k) <= vocab:
         raise ValueError(f"k: {k} must lie in [1, {vocab}], the number of classes")
     logits = teacher_logits.detach()
     indices = logits[..., :vocab].topk(k, -1).indices
-    values = token_values(logits, indices, *hide_dynamic(logits, *call), torch.ops.kdfast, entropy=False)
+    values = token_values(logits, indices, *hide_dynamic(logits, *call), torch.ops.kdfast)
     return TopKTargets(indices, values[0])
 
 

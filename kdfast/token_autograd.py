@@ -15,27 +15,28 @@ from kdfast.torch_private import apply_function, below_autograd, next_level
 
 NO_TANGENTS = "kdfast's token log-probabilities do not support forward-mode AD. Take torch.func.grad, or vjp"
 
-Results = tuple[Tensor, Tensor, Tensor, Tensor]  # log_probs (..., K), entropy and log_rest (...), and the table
+Results = tuple[
+    Tensor, Tensor, Tensor, Tensor
+]  # log_probs (..., K), entropy (...) or (0,), log_rest (...), and the table
 
 
 class Numbers(NamedTuple):
-    """The operators' arguments that are not tensors, in their order."""
+    """token_stats' arguments that are not tensors, in their order; token_grad has all but the last."""
 
     temperature: float  # where there are no temperatures of rows
     logit_scale: float
     softcap: float  # 0: none
     vocab_size: int  # -1: all classes
+    entropy: bool  # whether it is computed
 
 
-def token_values(
-    logits: Tensor, ids: Tensor, temperatures: Tensor | None, numbers: Numbers, ops: Any, entropy: bool = True
-) -> Results:
+def token_values(logits: Tensor, ids: Tensor, temperatures: Tensor | None, numbers: Numbers, ops: Any) -> Results:
     """The results of token_stats, with a graph where the logits want a gradient."""
     calls_operator = torch.compiler.is_compiling() or is_transformed()
     if logits.requires_grad and torch.is_grad_enabled() and not calls_operator:
         return apply_function(TokenStats, logits, ids, temperatures, numbers, ops, True)
     with nullcontext() if calls_operator else below_autograd():
-        return ops.token_stats(logits, ids, temperatures, *numbers, entropy)
+        return ops.token_stats(logits, ids, temperatures, *numbers)
 
 
 class _Stats(torch.autograd.Function):
@@ -67,7 +68,7 @@ class TokenStats(_Stats):
         logits: Tensor, ids: Tensor, temperatures: Tensor | None, numbers: Numbers, ops: Any, fast: bool
     ) -> Results:
         with below_autograd() if fast else next_level():
-            return ops.token_stats(logits, ids, temperatures, *numbers, True)
+            return ops.token_stats(logits, ids, temperatures, *numbers)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
@@ -81,7 +82,7 @@ class TokenStats(_Stats):
             return (None,) * 6
         stats, logits, ids, temperatures = saved(ctx)
         with below_autograd() if ctx.fast and not torch.compiler.is_compiling() else nullcontext():
-            grad = ctx.ops.token_grad(logits, ids, stats, *checked, temperatures, *ctx.numbers)
+            grad = ctx.ops.token_grad(logits, ids, stats, *checked, temperatures, *ctx.numbers[:-1])
         return grad, None, None, None, None, None
 
 
@@ -118,7 +119,7 @@ class LinearTokenStats(_Stats):
             return (None,) * 10
         stats, hidden, weight, bias, ids, temperatures = saved(ctx)
         wanted = ctx.needs_input_grad[:3]
-        call = temperatures, *ctx.numbers, *ctx.chunks, *wanted
+        call = temperatures, *ctx.numbers[:-1], *ctx.chunks, *wanted
         results = ctx.ops.linear_token_grad(hidden, weight, bias, ids, stats, *checked, *call)
         heads = [grad.to(hidden.dtype) if want else None for grad, want in zip(results, wanted, strict=True)]
         return *heads, *(None,) * 7

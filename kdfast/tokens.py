@@ -3,7 +3,7 @@
 linear_tokens.py has the same from hidden states and a head.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from kdfast.options import Backend
 from kdfast.reference_tokens import refuse_negative
 from kdfast.rows import loss_dtype
 from kdfast.tensor_checks import check_dense, check_logits, check_temperature, check_temperatures, kind
-from kdfast.token_autograd import Numbers, token_values
+from kdfast.token_autograd import Numbers, Results, token_values
 
 
 class TokenLogProbs(NamedTuple):
@@ -30,7 +30,7 @@ class TokenLogProbs(NamedTuple):
     """
 
     log_probs: Tensor
-    entropy: Tensor
+    entropy: Any  # a tensor; None with entropy=False
     log_rest: Tensor
 
 
@@ -39,6 +39,7 @@ def token_log_probs(
     ids: Tensor,
     *,
     temperature: float | Tensor = 1.0,
+    entropy: bool = True,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
@@ -60,6 +61,7 @@ def token_log_probs(
         logits: (..., V), float32, bfloat16, float16 or float64.
         ids: (...) int64 or int32, one class for each row; or (..., K), several, any of them more than once.
         temperature: T > 0: a number, a 0-dim tensor, or one per row, (...). A tensor must not require grad.
+        entropy: whether the entropy is computed; False leaves out a sum, and the entropy is None.
         logit_scale, softcap, vocab_size: as in :func:`kdfast.kd_loss`.
         ignore_index: a row is ignored where its id, or each of its K, is ignore_index. All of its results are 0, its
             gradient is 0, and it may hold anything. With (..., K), any other id < 0 is absent: its log-probability is
@@ -87,12 +89,16 @@ def token_log_probs(
         >>> (log_probs + 0.01 * entropy).sum().backward()
     """
     check_logits("logits", logits)
-    rows, numbers = check_numbers(logits, "logits", temperature, logit_scale, softcap, vocab_size)
+    rows, numbers = check_numbers(logits, "logits", temperature, logit_scale, softcap, vocab_size, entropy)
     entries = check_ids(ids, logits, ignore_index)
     checks.check_choice("backend", backend)
     rows, numbers = hide_dynamic(logits, rows, numbers)
     results = token_values(logits, entries, rows, numbers, choice.namespace(backend, logits))
-    return TokenLogProbs(results[0].view(ids.shape), *results[1:3])
+    return as_results(results, ids, entropy)
+
+
+def as_results(results: Results, ids: Tensor, entropy: bool) -> TokenLogProbs:
+    return TokenLogProbs(results[0].view(ids.shape), results[1] if entropy else None, results[2])
 
 
 def check_numbers(
@@ -102,6 +108,7 @@ def check_numbers(
     logit_scale: float,
     softcap: float | None,
     vocab_size: int | None,
+    entropy: bool,
 ) -> tuple[Tensor | None, Numbers]:
     """The temperatures of rows, and the operators' numbers."""
     rows = check_temperatures("temperature", temperature, logits.shape[:-1], logits, of)
@@ -110,6 +117,7 @@ def check_numbers(
         checks.check_positive("logit_scale", logit_scale),
         checks.check_cap("softcap", softcap),
         checks.check_vocab(vocab_size),
+        checks.check_bool("entropy", entropy),
     )
     if numbers.vocab_size > logits.shape[-1]:
         raise ValueError(f"vocab_size: {vocab_size} must lie in [1, {logits.shape[-1]}], the classes of {of}")

@@ -105,6 +105,19 @@ def test_an_ignored_row_may_hold_anything_and_gets_no_gradient(backend: str) -> 
     assert not any(x[[0, 7]].any() for x in (*got[0], got[1][0]))
 
 
+def test_without_entropy_the_others_are_the_same(backend: str) -> None:
+    case, ids = Case(), ids_for(ROWS, VOCAB, 3)
+    ids[4] = -100
+    for grad in (True, False):
+        hidden = case.hidden.clone().requires_grad_(grad)
+        call = {"bias": case.bias, "chunk_rows": 4, "backend": backend}
+        got = kdfast.linear_token_log_probs(hidden, case.weight, ids, entropy=False, **call)
+        want = kdfast.linear_token_log_probs(hidden, case.weight, ids, **call)
+        assert got.entropy is None
+        assert got.log_rest.requires_grad == grad
+        torch.testing.assert_close((got.log_probs, got.log_rest), (want.log_probs, want.log_rest))
+
+
 def test_no_rows_and_ignored_rows_alone_have_results_and_gradients(backend: str) -> None:
     case = Case()
     values, grads = fused(case, torch.full((ROWS,), -100), backend=backend)

@@ -61,6 +61,7 @@ SHARED: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("vocab_size", 4.0, {}, TypeError, "must be an int, not 4.0"),
     ("ignore_index", 1.0, {}, TypeError, "must be an int, not 1.0"),
     ("ignore_index", 2**70, {}, ValueError, "64 bits"),
+    ("entropy", 1, {}, TypeError, "must be a bool, not 1"),
     ("backend", "gpu", {}, ValueError, "'gpu' is not one of None, 'reference', 'cpu', 'triton', 'cuda'"),
 ]
 OF_LOGITS: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [

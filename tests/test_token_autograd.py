@@ -99,9 +99,9 @@ def test_what_is_not_supported_raises(transform, kind):
 
 def test_an_operators_temperature_that_requires_grad_raises():
     rows = torch.ones(ROWS, dtype=F64, requires_grad=True)
-    numbers, chunks = (1.0, 1.0, 0.0, -1), (3, F64)
+    numbers, chunks = (1.0, 1.0, 0.0, -1, True), (3, F64)
     for call in (
-        lambda: torch.ops.kdfast.token_stats(STUDENT, IDS, rows, *numbers, True),
+        lambda: torch.ops.kdfast.token_stats(STUDENT, IDS, rows, *numbers),
         lambda: torch.ops.kdfast.linear_token_stats(*HEADS, IDS, rows, *numbers, *chunks),
     ):
         with pytest.raises(RuntimeError, match="^temperatures: requires grad"):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import BF16, F32, F64, ON_GPU, batch, dtypes_for, name, to_default_device
-from token_cases import NAMES, gradient, judge, plain, tokens
+from token_cases import NAMES, factors, gradient, judge, plain, tokens
 from torch import Tensor
 
 import kdfast
@@ -82,6 +82,19 @@ def test_a_constant_gradient_may_have_no_memory_of_its_own(backend: str) -> None
     sum(x.sum() for x in kdfast.token_log_probs(leaf, ids, backend=backend)).backward()
     sum(x.sum() for x in plain(other, ids)).backward()
     torch.testing.assert_close(leaf.grad, other.grad)
+
+
+def test_without_entropy_the_others_are_the_same(backend: str) -> None:
+    logits, ids = batch(4, 33).student, ids_for(4, 33, 3)
+    both = ("log_probs", "log_rest")
+    want, of_want = gradient(tokens(backend), logits, ids, both)
+    leaf = logits.clone().requires_grad_()
+    got = kdfast.token_log_probs(leaf, ids, entropy=False, backend=backend)
+    assert got.entropy is None
+    torch.testing.assert_close((got.log_probs, got.log_rest), (want.log_probs, want.log_rest))
+    g, _, r = factors(ids, logits)
+    outputs = [x.masked_fill(x.isinf(), 0) for x in (got.log_probs, got.log_rest)]
+    torch.testing.assert_close(torch.autograd.grad(outputs, leaf, [g, r])[0], of_want)
 
 
 @pytest.mark.parametrize("result", NAMES)

@@ -175,6 +175,6 @@ def token_arguments(logits: Tensor, heads: Heads, inputs: Inputs, settings: Sett
     return {
         "token_stats": (logits, ids, *call, inputs.temperatures is None),
         "token_grad": (logits, ids, table, *grads, *call),
-        "linear_token_stats": (*head, *call, *chunks),
+        "linear_token_stats": (*head, *call, inputs.temperatures is None, *chunks),
         "linear_token_grad": (*head, table, *grads, *call, *chunks, heads.grad_hidden, heads.grad_weight, False),
     }
