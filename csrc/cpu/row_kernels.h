@@ -91,6 +91,7 @@ struct TokenArgs : LossArgs {
   const double *grad_log_probs, *grad_entropy, *grad_log_rest;  // each may be null
 };
 constexpr int kTokenStats = 4;
+constexpr int64_t kIgnored = INT64_MIN;  // an ignored row's first id: it is not read, and all that is written is 0
 
 constexpr int kBlock = 2048;  // classes that the passes take at a time
 
