@@ -15,9 +15,8 @@ from kdfast.torch_private import apply_function, below_autograd, next_level
 
 NO_TANGENTS = "kdfast's token log-probabilities do not support forward-mode AD. Take torch.func.grad, or vjp"
 
-Results = tuple[
-    Tensor, Tensor, Tensor, Tensor
-]  # log_probs (..., K), entropy (...) or (0,), log_rest (...), and the table
+# log_probs (..., K), entropy (...) or (0,), log_rest (...), and the table
+Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Numbers(NamedTuple):
