@@ -91,7 +91,8 @@ struct TokenArgs : LossArgs {
   const double *grad_log_probs, *grad_entropy, *grad_log_rest;  // each may be null
 };
 constexpr int kTokenStats = 4;
-constexpr int64_t kIgnored = INT64_MIN;  // an ignored row's first id: it is not read, and all that is written is 0
+// An ignored row's first id: the row is not read, and its results are 0.
+constexpr int64_t kIgnored = INT64_MIN;
 
 constexpr int kBlock = 2048;  // classes that the passes take at a time
 
