@@ -73,8 +73,8 @@ def linear_kd_loss(
         student_weight: (V, H) of the same dtype, as in nn.Linear. A tensor that does not require grad gets no gradient
             and no memory for one. A weight that is tied to an embedding accumulates both gradients.
         teacher_hidden: (..., H'), the teacher's, which never gets a gradient; with ``teacher_weight=None`` a teacher as
-            :func:`kd_loss` takes it: (..., V) logits, probabilities or log-probabilities, or an ensemble of them. May
-            be None where ``alpha`` is 0.
+            :func:`kd_loss` takes it: (..., V) logits, probabilities or log-probabilities, an ensemble of them, or
+            :class:`kdfast.TopKTargets`. May be None where ``alpha`` is 0.
         teacher_weight: (V', H') of the dtype of teacher_hidden. V' may differ from V where ``vocab_size`` is given;
             classes beyond it are skipped.
         labels: (...) int64 class indices, already shifted. Ignored rows and rows of weight 0 are skipped in the matrix
@@ -87,6 +87,9 @@ def linear_kd_loss(
             weight's. The sum is rounded to the weight's dtype once, at the end. bfloat16 avoids the wider tensor for a
             bfloat16 weight. float16 gradients stay float32 until backward applies a loss scaler's factor.
         **options: every other keyword of :func:`kd_loss`, with the same meaning, but ``inplace`` and ``dim``.
+
+    A sparse teacher with ``missing="conditional"``, without a hard term and z-loss, needs the head's rows of its entries
+    alone: K products of length H a row, no chunks, and no memory of size V but the weight's gradient.
 
     Logits are float32 (float64 for float64 heads) and are not rounded before the softmax, on any device. Autocast casts
     hidden states, weights and biases as it does for F.linear. Errors call the heads' products ``student_logits`` and
