@@ -22,6 +22,7 @@ from kdfast.triton.spec import Spec
 from kdfast.triton.support import ABSENT
 
 MOST_ENTRIES = 2047  # which are, with the rest, in one program's registers: more go to the reference
+MANY_ENTRIES = 1023  # with which one program has all registers of a multiprocessor
 
 
 def take_any_number_of_entries(operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,6 +118,8 @@ class SparseCall(Call):
         self, kernel: Any, programs: int, args: tuple[Any, ...], plan: launch.Plan, output: Tensor | None,
         *given: Tensor | None,
     ) -> None:  # fmt: skip
+        if self.entries > MANY_ENTRIES:
+            plan = plan._replace(registers=min(255, 65536 // plan.lanes))
         form = Form(self.settings.missing, self.entries, self.dense, self.reads_rows)
         with device_guard(self.losses):
             self._launch(
