@@ -49,14 +49,20 @@ struct TokenCall {
   Tensor result(std::vector<int64_t> shape) const {
     return torch::stable::new_empty(logits, shape, args.wide ? ScalarType::Double : ScalarType::Float);
   }
+  // An id below 0 that is not allowed has been made one that is far too large.
+  static int64_t as_given(int64_t id) { return id >= (int64_t)1 << 62 ? id + INT64_MIN : id; }
   void check_ids() const {
     const int64_t count = args.entries.count;
     const int64_t* data = (const int64_t*)args.entries.indices;
     for (int64_t i = 0; i < args.rows * count; ++i) {
       if (data[i] < args.vocab) continue;
-      fail<std::out_of_range>("ids: ", data[i], " in row ", i / count, ", entry ", i % count,
+      fail<std::out_of_range>("ids: ", as_given(data[i]), " in row ", i / count, ", entry ", i % count,
                               " is out of range: with V = ", args.vocab, " it must be in [0, ",
                               args.vocab - 1, "]");
+    }
+    for (int64_t row = 0; args.temperatures && row < args.rows; ++row) {
+      if (!is_row_value(args.temperatures[row], false) && !args.is_ignored(row))
+        fail_row_value("temperature", args.temperatures[row], row, false);
     }
   }
 };
