@@ -47,6 +47,8 @@ constexpr int kSums = 12;
 constexpr int kCoefficients = 19;
 // In place of a label that another shard of the vocabulary has.
 constexpr int64_t kOtherShard = INT64_MIN;
+// In place of a row's first id where its token is ignored.
+constexpr int64_t kIgnoredId = INT64_MIN;
 
 // What return_metrics reports, in this order.
 struct RowMetrics {

@@ -89,10 +89,13 @@ struct TokenArgs : LossArgs {
   void *log_probs, *entropy, *log_rest;  // (rows, K), (rows), (rows): token_stats' results, and its table
   void* stats;                           // (rows, kTokenStats); token_grad's argument
   const double *grad_log_probs, *grad_entropy, *grad_log_rest;  // each may be null
+
+  // Of such a row all results are 0, whatever it holds.
+  __attribute__((always_inline)) bool is_ignored(int64_t row) const {
+    return entries.count && ((const int64_t*)entries.indices)[row * entries.count] == kIgnoredId;
+  }
 };
 constexpr int kTokenStats = 4;
-// An ignored row's first id: the row is not read, and its results are 0.
-constexpr int64_t kIgnored = INT64_MIN;
 
 constexpr int kBlock = 2048;  // classes that the passes take at a time
 

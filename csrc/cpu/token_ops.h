@@ -49,21 +49,20 @@ struct TokenCall {
   Tensor result(std::vector<int64_t> shape) const {
     return torch::stable::new_empty(logits, shape, args.wide ? ScalarType::Double : ScalarType::Float);
   }
-  // The errors of kdfast/reference_tokens.py, where a negative id of a single one is 2^63 too large.
-  void check_values() const {
+  // An id below 0 that is not allowed has been made one that is far too large.
+  static int64_t as_given(int64_t id) { return id >= (int64_t)1 << 62 ? id + INT64_MIN : id; }
+  void check_ids() const {
     const int64_t count = args.entries.count;
     const int64_t* data = (const int64_t*)args.entries.indices;
     for (int64_t i = 0; i < args.rows * count; ++i) {
       if (data[i] < args.vocab) continue;
-      const int64_t id = data[i] >= INT64_C(1) << 62 ? data[i] + INT64_MIN : data[i];
-      fail<std::out_of_range>("ids: ", id, " in row ", i / count, ", entry ", i % count,
+      fail<std::out_of_range>("ids: ", as_given(data[i]), " in row ", i / count, ", entry ", i % count,
                               " is out of range: with V = ", args.vocab, " it must be in [0, ",
                               args.vocab - 1, "]");
     }
     for (int64_t row = 0; args.temperatures && row < args.rows; ++row) {
-      const double temperature = args.temperatures[row];
-      if (data[row * count] == kIgnored || is_row_value(temperature, false)) continue;
-      fail_row_value("temperature", temperature, row, false);
+      if (!is_row_value(args.temperatures[row], false) && !args.is_ignored(row))
+        fail_row_value("temperature", args.temperatures[row], row, false);
     }
   }
 };
@@ -74,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor ids
                                                        bool entropy) {
   TokenCall call(logits, ids, temperatures, temperature, logit_scale, softcap, vocab_size);
   TokenArgs& a = call.args;
-  call.check_values();
+  call.check_ids();
   const auto sizes = ids.sizes();
   const std::vector<int64_t> shape(sizes.begin(), sizes.end()), rows(sizes.begin(), sizes.end() - 1);
   Tensor log_probs = call.result(shape), log_rest = call.result(rows);

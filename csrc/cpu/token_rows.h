@@ -117,22 +117,19 @@ KD_NOINLINE void store_stats(const TokenArgs& a, int64_t row, const Entries& e, 
   for (int k = 0; k < kTokenStats; ++k) put(a.stats, a.wide, row * kTokenStats + k, stats[k]);
 }
 
-KD_INLINE bool is_ignored(const TokenArgs& a, int64_t row) {
-  return ((const int64_t*)a.entries.indices)[row * a.entries.count] == kIgnored;
-}
-
 KD_NOINLINE void store_ignored(const TokenArgs& a, int64_t row) {
-  for (int64_t k = 0; k < a.entries.count; ++k) put(a.log_probs, a.wide, row * a.entries.count + k, 0);
-  for (int k = 0; k < kTokenStats; ++k) put(a.stats, a.wide, row * kTokenStats + k, 0);
+  const int64_t count = a.entries.count;
+  for (int64_t k = 0; k < count; ++k) put(a.log_probs, a.wide, row * count + k, 0);
   put(a.log_rest, a.wide, row, 0);
   if (a.has_entropy) put(a.entropy, a.wide, row, 0);
+  for (int k = 0; k < kTokenStats; ++k) put(a.stats, a.wide, row * kTokenStats + k, 0);
 }
 
 KD_NOINLINE void token_row_stats(const TokenArgs& a, const OthersPasses& passes, int64_t begin, int64_t end) {
   const Entries e = new_entries(a.entries.count, a.vocab);
   int32_t* owner = owners(a);
   for (int64_t row = begin; row < end; ++row) {
-    if (is_ignored(a, row)) {
+    if (a.is_ignored(row)) {
       store_ignored(a, row);
       continue;
     }
@@ -205,7 +202,7 @@ KD_NOINLINE void token_row_grad(const TokenArgs& a, const OthersPasses& passes, 
   const Entries e = new_entries(a.entries.count, a.vocab);
   int32_t* owner = owners(a);
   for (int64_t row = begin; row < end; ++row) {
-    if (is_ignored(a, row)) {
+    if (a.is_ignored(row)) {
       zero_gradient(a, row, 0, a.width);
       continue;
     }
