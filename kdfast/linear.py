@@ -88,8 +88,8 @@ def linear_kd_loss(
             bfloat16 weight. float16 gradients stay float32 until backward applies a loss scaler's factor.
         **options: every other keyword of :func:`kd_loss`, with the same meaning, but ``inplace`` and ``dim``.
 
-    A sparse teacher with ``missing="conditional"``, without a hard term and z-loss, needs the head's rows of its entries
-    alone: K products of length H a row, no chunks, and no memory of size V but the weight's gradient.
+    A sparse teacher with ``missing="conditional"``, without a hard term and z-loss, needs the head's rows of its
+    entries alone: K products of length H a row, no chunks, and no memory of size V but the weight's gradient.
 
     Logits are float32 (float64 for float64 heads) and are not rounded before the softmax, on any device. Autocast casts
     hidden states, weights and biases as it does for F.linear. Errors call the heads' products ``student_logits`` and
