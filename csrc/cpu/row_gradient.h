@@ -97,6 +97,10 @@ struct Gradient {
 
   KD_NOINLINE void write(const S* s, const T* t, Scratch<C> scratch, int n, S* out) const {
     for (int i = 0; i < n; i += P::kStep) {
+      if constexpr (!kKeep) {  // of the block before, which is the next
+        prefetch(s + i - 2 * kBlock, false);
+        if constexpr (P::kReadsTeacher) prefetch(t + i - 2 * kBlock, false);
+      }
       const int m = n - i < P::kStep ? n - i : P::kStep;
       const auto si = load_student<P>(s + i, m);
       const auto ti = load_teacher<P>(t + i, m);
