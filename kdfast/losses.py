@@ -93,6 +93,8 @@ def kd_loss(
     inplace: bool = False,
     return_metrics: bool = False,
     dkd_weights: tuple[float, float] = DKD_WEIGHTS,
+    process_group: Any = None,
+    vocab_start: int | None = None,
     backend: Backend | None = None,
     **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, KDMetrics]:
@@ -247,6 +249,8 @@ def kd_loss(
         "inplace": inplace,
         "return_metrics": return_metrics,
         "dkd_weights": dkd_weights,
+        "process_group": process_group,
+        "vocab_start": vocab_start,
         "backend": backend,
     }
     settings = check_settings(options, labels is not None)
@@ -257,6 +261,10 @@ def checked_loss(
     student: Tensor, teacher: Teacher, labels: Tensor | None, options: dict[str, Any], settings: Settings
 ) -> Any:
     """kd_loss with the settings that check_settings made of the options."""
+    if options["process_group"] is not None or options["vocab_start"] is not None:
+        from kdfast import parallel
+
+        return parallel.sharded_loss(student, teacher, labels, options, settings)
     inputs, settings = check_inputs(student, teacher, labels, options, settings)
     inplace = options["inplace"]
     student = classes_last(student, options["dim"], inplace)

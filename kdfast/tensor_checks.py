@@ -16,8 +16,8 @@ def without(shape: torch.Size, dim: int) -> torch.Size:
     return shape[:-1] if dim == len(shape) - 1 else shape[:dim] + shape[dim + 1 :]
 
 
-def check_logits(name: str, logits: Any, dim: int = -1) -> int:
-    """Returns the dimension of the classes, counted from the first."""
+def check_logits(name: str, logits: Any, dim: int = -1, least: int = 1) -> int:
+    """Returns the dimension of the classes, counted from the first. least: the number of classes."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name}: must be a tensor, not {kind(logits)}")
     check_dense(name, logits)
@@ -25,7 +25,7 @@ def check_logits(name: str, logits: Any, dim: int = -1) -> int:
     dims = logits.dim()
     if dims and not -dims <= dim < dims:
         raise IndexError(f"dim: {dim} must lie in [{-dims}, {dims - 1}], the dimensions of {name}")
-    if dims == 0 or logits.shape[dim] == 0:
+    if dims == 0 or logits.shape[dim] < least:
         where = "(..., V)" if dim in (-1, dims - 1) else f"V in dimension {dim}"
         raise ValueError(f"{name}: has shape {tuple(logits.shape)}, but it must be {where} with V >= 1")
     return dim % dims
