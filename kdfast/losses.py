@@ -24,6 +24,7 @@ from kdfast.options import (
 )
 from kdfast.overlap import check_inplace
 from kdfast.sparse import TopKTargets
+from kdfast.tensor_checks import is_dtensor
 
 Teacher = Tensor | Sequence[Tensor] | TopKTargets | None
 
@@ -261,10 +262,14 @@ def checked_loss(
     student: Tensor, teacher: Teacher, labels: Tensor | None, options: dict[str, Any], settings: Settings
 ) -> Any:
     """kd_loss with the settings that check_settings made of the options."""
-    if options["process_group"] is not None or options["vocab_start"] is not None:
-        from kdfast import parallel
+    if is_dtensor(student):
+        from kdfast.dtensors import local_call
 
-        return parallel.sharded_loss(student, teacher, labels, options, settings)
+        student, teacher, labels, options = local_call(student, teacher, labels, options)
+    if options["process_group"] is not None or options["vocab_start"] is not None:
+        from kdfast.parallel import sharded_loss
+
+        return sharded_loss(student, teacher, labels, options, settings)
     inputs, settings = check_inputs(student, teacher, labels, options, settings)
     inplace = options["inplace"]
     student = classes_last(student, options["dim"], inplace)

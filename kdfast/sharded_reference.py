@@ -15,7 +15,7 @@ from torch import Tensor
 from kdfast import row_math
 from kdfast.arguments import Inputs, Settings
 from kdfast.divergences import DIVERGENCES, times
-from kdfast.processes import gather
+from kdfast.processes import all_reduce, gather
 from kdfast.reference import as_column, prepare_rows
 
 
@@ -24,9 +24,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        out = x.clone()
-        dist.all_reduce(out, group=group)
-        return out
+        return all_reduce(x.clone(), group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -41,9 +39,7 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        out = grad.clone()
-        dist.all_reduce(out, group=ctx.group)
-        return out, None
+        return all_reduce(grad.clone(), ctx.group), None
 
 
 class SplitRows:
@@ -63,8 +59,7 @@ class SplitRows:
     def largest(self, z: Tensor) -> Tensor:
         """(...), without a gradient; -inf where there is no class."""
         high = z.detach().amax(-1) if z.shape[-1] else z.new_full(z.shape[:-1], -math.inf)
-        dist.all_reduce(high, dist.ReduceOp.MAX, group=self.group)
-        return high
+        return all_reduce(high, self.group, largest=True)
 
     def log_sum(self, z: Tensor) -> Tensor:
         """log of the sum of exp z, (...)."""

@@ -5,30 +5,18 @@ merged in the order of the processes, so that all have the same bits; a divergen
 two sums as well. The gradient of a process's logits follows from them without another collective.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from kdfast import linear_ops, row_math, rows, sharded_reference
-from kdfast.arguments import OTHER_SHARD, Heads, Inputs, Settings, take_flat, take_flat_heads
+from kdfast import chunks, linear_ops, row_math, rows, sharded_reference
+from kdfast.arguments import Heads, Inputs, Settings, drop_unused, take_flat, take_flat_heads, with_numbers
 from kdfast.divergences import OTHERS
-from kdfast.processes import gather
-from kdfast.row_math import Sums
+from kdfast.exchange import Exchange, no_sums
+from kdfast.processes import Agreement, all_reduce, gather
 from kdfast.torch_private import enable_autograd
-
-IGNORED = OTHER_SHARD + 1  # ignore_index of local labels, which no class of a shard can be
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_FAILED = -1
-
-
-def local_labels(labels: Tensor, ignore_index: int, start: int, classes: int) -> Tensor:
-    """Labels counted from a shard's first class; those of other shards, and of none, are OTHER_SHARD."""
-    here = (labels >= start) & (labels < start + classes)
-    return torch.where(labels == ignore_index, IGNORED, torch.where(here, labels - start, OTHER_SHARD))
 
 
 class ShardedRows:
@@ -37,59 +25,82 @@ class ShardedRows:
     Losses that have no table of sums are sharded_reference.py's, and so is their gradient.
     """
 
-    name = "kdfast_sharded"
-
     def __init__(self, ops: Any, group: Any, labels: Tensor | None = None, reduce_hidden: bool = True) -> None:
         """labels: as they were given, for an error; reduce_hidden: whether linear losses sum up grad_hidden."""
-        self.ops, self.group, self.labels, self.reduce_hidden = ops, group, labels, reduce_hidden
-        self.stats, self.grad, self.grad_ = take_flat(self._stats), take_flat(self._grad), take_flat(self._grad_)
-        self.loss_grad_, self.scale_ = take_flat(self._loss_grad_), ops.scale_
-        self.linear_loss_grad = take_flat_heads(self._linear_loss_grad)
-        self.linear_stats, self.linear_grad = take_flat_heads(self._linear_stats), take_flat_heads(self._linear_grad)
+        self.ops, self.group, self.reduce_hidden = ops, group, reduce_hidden
+        self.exchange = Exchange(group, labels)
 
-    def fail(self, student: Tensor) -> None:
-        """Takes part in the exchange, so that the other processes raise instead of waiting for this one."""
-        self._exchange(_no_sums(student), None, student, failed=True)
+        def flat(function: Callable[..., Any]) -> Callable[..., Any]:
+            return take_flat(with_numbers(function))
+
+        def flat_heads(function: Callable[..., Any]) -> Callable[..., Any]:
+            return take_flat_heads(with_numbers(function))
+
+        self.stats, self.grad, self.grad_ = flat(self._stats), flat(self._grad), flat(self._grad_)
+        self.loss_grad_ = flat(self._loss_grad_)
+        self.linear_loss_grad = flat_heads(self._linear_loss_grad)
+        self.linear_stats, self.linear_grad = flat_heads(self._linear_stats), flat_heads(self._linear_grad)
+
+    @property
+    def name(self) -> str:
+        return self.ops.name
+
+    def scale_(self, grad: Tensor, factor: Tensor) -> None:
+        self.ops.scale_(grad, factor)
+
+    def first_class(self, like: Tensor, classes: int) -> int | Tensor:
+        return self.exchange.first_class(like, classes)
 
     # ---- the operators ----
 
     def _stats(self, student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
         student = student.detach()
-        if not has_sums(inputs, settings):
-            self._exchange(_no_sums(student), inputs, student)
+        self.exchange.begin(student, student.shape[-1])
+        metrics = rows.no_metrics(student)
+        of_loss, every = drop_unused(inputs, settings._replace(metrics=False))
+        if settings.metrics or not has_sums(of_loss, every):
+            self.exchange.sums(no_sums(student), inputs, student)
             with torch.no_grad():
-                losses, metrics = sharded_reference.row_losses(student, inputs, settings, self.group)
+                losses, by_row = sharded_reference.row_losses(student, inputs, settings, self.group)
             if settings.metrics:
-                metrics = rows.mean_metrics(metrics, rows.row_weights(inputs, settings), settings)
-            no_table = losses.new_zeros(losses.numel(), 0)  # by which _grad knows
-            return reduce(losses, student, inputs, settings), no_table, metrics
-        every = settings._replace(reduction="sum", divisor=0.0)
+                metrics = rows.mean_metrics(by_row, rows.row_weights(inputs, settings), settings)
+        columns = row_math.table_columns(self.name, student.device.type, len(inputs.teachers))
+        if has_sums(of_loss, every):
+            losses, table = self._losses_and_coefficients(student, of_loss, every)
+            table = torch.nn.functional.pad(table, (0, columns - table.shape[1]))
+        else:
+            table = losses.new_zeros(losses.numel(), columns)  # which nobody reads
+        return reduce(losses, student, inputs, settings), table, metrics
+
+    def _losses_and_coefficients(self, student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+        """The losses of whole rows, (...), and the coefficients of their gradient, in every process the same bits."""
+        settings = settings._replace(reduction="sum", divisor=0.0)
         has_classes = _has_classes(student, settings)
         try:
-            sums = self.ops.sums(student, *inputs, *every) if has_classes else _no_sums(student)
+            sums = self.ops.sums(student, *inputs, *settings) if has_classes else no_sums(student)
         except Exception:
-            self.fail(student)
+            self.exchange.fail(student)
             raise
-        merged = row_math.merge(self._exchange(sums, inputs, student), inputs, settings)
+        merged = row_math.merge(self.exchange.sums(sums, inputs, student), inputs, settings)
         if inputs.teachers and row_math.shares(settings) is None:
             own = sums.new_zeros(len(sums), 2)
             if has_classes:
-                own = self.ops.pointwise_sums(student, merged, *inputs, *every)[:, -2:]
+                own = self.ops.pointwise_sums(student, merged, *inputs, *settings)[:, -2:]
             merged = torch.cat([merged[:, :-2], gather(own, self.group).sum(0)], 1)
-        if has_classes:
-            losses, table = self.ops.losses_and_coefficients(student, merged, *inputs, *every)
-        else:
-            losses, table = row_math.losses_and_coefficients(merged, inputs, every)
-        columns = row_math.table_columns(self.ops.name, student.device.type, len(inputs.teachers))
-        table = torch.nn.functional.pad(table, (0, columns - table.shape[1]))
-        losses = losses.view(student.shape[:-1])
-        return reduce(losses, student, inputs, settings), table, rows.no_metrics(student)
+        # of the logits this operator reads only the shape: those of one class do where there is none
+        one = student.new_zeros(()).expand(*student.shape[:-1], 1)
+        few = inputs._replace(teachers=[one.to(t.dtype) for t in inputs.teachers])
+        if few.labels is not None:
+            few = few._replace(labels=few.labels.clamp(max=0))
+        losses, table = self.ops.losses_and_coefficients(one, merged, *few, *settings._replace(vocab_size=-1))
+        return losses.view(student.shape[:-1]), table
 
     def _grad(self, student: Tensor, table: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-        if not table.shape[1]:
+        inputs, settings = drop_unused(inputs, settings._replace(metrics=False))
+        if not has_sums(inputs, settings):
             with torch.enable_grad(), enable_autograd():
                 leaf = student.detach().requires_grad_()
-                losses, _ = sharded_reference.row_losses(leaf, inputs, settings._replace(metrics=False), self.group)
+                losses, _ = sharded_reference.row_losses(leaf, inputs, settings, self.group)
                 loss = reduce(losses, student, inputs, settings)
                 (grad,) = torch.autograd.grad(loss, leaf, grad_loss)
             return grad.contiguous()
@@ -98,7 +109,8 @@ class ShardedRows:
         return self.ops.grad(student, table, grad_loss, *inputs, *settings)
 
     def _grad_(self, student: Tensor, table: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> None:
-        if table.shape[1] and _has_classes(student, settings):
+        inputs, settings = drop_unused(inputs, settings._replace(metrics=False))
+        if has_sums(inputs, settings) and _has_classes(student, settings):
             self.ops.grad_(student, table, grad_loss, *inputs, *settings)
         else:
             student.copy_(self._grad(student, table, grad_loss, inputs, settings))
@@ -109,67 +121,49 @@ class ShardedRows:
         return loss, metrics
 
     def _linear_loss_grad(self, heads: Heads, inputs: Inputs, settings: Settings) -> tuple[Tensor, ...]:
+        heads = self._agreed_chunks(heads, inputs, settings)
         loss, *grads, metrics = linear_ops.loss_grad(self, heads, inputs, settings)
         return loss, *self._reduce_hidden(heads, grads), metrics
 
     def _linear_stats(self, heads: Heads, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+        heads = self._agreed_chunks(heads, inputs, settings)
         return linear_ops.stats(self, heads, inputs, settings)
 
     def _linear_grad(
         self, heads: Heads, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings
     ) -> tuple[Tensor, ...]:
+        if not heads.chunk_rows:
+            device = heads.student_hidden.device
+            classes = Agreement(self.group, heads.student_hidden, len(heads.student_weight)).check()
+            heads = heads._replace(chunk_rows=chunks.default_rows(max(1, *classes), device.type))
         return self._reduce_hidden(heads, linear_ops.grad(self, heads, stats, grad_loss, inputs, settings))
+
+    def _agreed_chunks(self, heads: Heads, inputs: Inputs, settings: Settings) -> Heads:
+        """chunk_rows of 0 become those of the largest shard: each chunk is a collective, in all processes."""
+        hidden, here = heads.student_hidden, len(heads.student_weight)
+        vocab = here if settings.vocab_size < 0 else settings.vocab_size
+        try:
+            rows.check_values(hidden, inputs, settings._replace(vocab_size=vocab))
+        except Exception:
+            self.exchange.fail(hidden)
+            raise
+        self.exchange.begin(hidden, here, always=not heads.chunk_rows)
+        if self.exchange.agreement is not None:
+            classes = self.exchange.agreement.check()
+            if not heads.chunk_rows:
+                heads = heads._replace(chunk_rows=chunks.default_rows(max(1, *classes), hidden.device.type))
+        return heads
 
     def _reduce_hidden(self, heads: Heads, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Each process's classes have a part in the gradient of the hidden states."""
         if heads.grad_hidden and self.reduce_hidden:
             wide = grads[0].to(torch.promote_types(grads[0].dtype, torch.float32))
-            dist.all_reduce(wide, group=self.group)
-            grads = wide.to(grads[0].dtype), *grads[1:]
+            grads = all_reduce(wide, self.group).to(grads[0].dtype), *grads[1:]
         return tuple(grads)
-
-    # ---- the exchange ----
-
-    def _exchange(self, sums: Tensor, inputs: Inputs | None, student: Tensor, failed: bool = False) -> Tensor:
-        """The sums of all processes, (processes, rows, columns). Raises, on a CPU, if one of them has failed."""
-        found = sums.new_zeros(len(sums), 1)
-        labels = None if inputs is None else inputs.labels
-        if labels is not None:
-            found = (labels.reshape(-1, 1) != OTHER_SHARD).to(sums.dtype)  # an ignored one counts as found
-        state = torch.full_like(found, _FAILED if failed else _DTYPES.index(student.dtype))
-        every = gather(torch.cat([sums, found, state], 1), self.group)
-        if failed or not len(sums):
-            return every[..., :-2]
-        is_found = every[..., -2].amax(0) > 0
-        if student.device.type == "cpu":
-            self._raise_for_states(every[:, 0, -1].tolist())
-            if labels is not None and not is_found.all():
-                self._raise_for_label(int((~is_found).nonzero()[0]))
-        elif labels is not None:
-            every = torch.where(is_found[:, None], every, math.nan)
-        return every[..., :-2]
-
-    def _raise_for_states(self, states: list[float]) -> None:
-        for rank, state in enumerate(states):
-            if state == _FAILED:
-                raise RuntimeError(f"process_group: process {rank} of the group failed; its own error says why")
-        if len(set(states)) > 1:
-            names = ", ".join(str(_DTYPES[int(state)]) for state in states)
-            raise RuntimeError(f"student_logits: must have one dtype in all processes, not {names}")
-
-    def _raise_for_label(self, row: int) -> None:
-        label, where = "a label", ""
-        if self.labels is not None:
-            label, where = f"label {self.labels.reshape(-1)[row].item()}", f" in row {row}"
-        raise IndexError(
-            f"labels: {label}{where} is out of range: no process of the group has it, and it is not ignore_index"
-        )
 
 
 def has_sums(inputs: Inputs, settings: Settings) -> bool:
     """Whether the rows' sums of row_math.py serve this loss."""
-    if settings.metrics:
-        return False
     if not inputs.teachers:
         return True
     is_mixed = settings.target == "logits" and settings.ensemble == "arithmetic" and len(inputs.teachers) > 1
@@ -186,11 +180,3 @@ def reduce(losses: Tensor, student: Tensor, inputs: Inputs, settings: Settings) 
 
 def _has_classes(student: Tensor, settings: Settings) -> bool:
     return student.shape[-1] > 0 and settings.vocab_size != 0
-
-
-def _no_sums(student: Tensor) -> Tensor:
-    """The sums of no classes."""
-    nothing = torch.zeros(student.shape[:-1].numel(), dtype=rows.loss_dtype(student), device=student.device)
-    x = Sums(*[nothing] * len(Sums._fields))
-    low = nothing - math.inf
-    return torch.stack(x._replace(student_offset=low, teacher_offset=low, label=low), -1)

@@ -1,5 +1,6 @@
 """Checks of tensors: an error names the argument, what it was, and what it may be."""
 
+import sys
 from typing import Any
 
 import torch
@@ -129,11 +130,16 @@ def check_dense(name: str, tensor: Tensor, parts: str = "pass to_local() of logi
         return
     if tensor.is_nested:
         raise TypeError(f"{name}: is a nested tensor; pass its values(), and labels and teacher of the same rows")
-    if torch.distributed.is_available():
-        from torch.distributed.tensor import DTensor
+    if is_dtensor(tensor):
+        raise TypeError(f"{name}: is a DTensor, of which each process holds a part; {parts}")
 
-        if isinstance(tensor, DTensor):
-            raise TypeError(f"{name}: is a DTensor, of which each process holds a part; {parts}")
+
+def is_dtensor(x: Any) -> bool:
+    """Does not import torch.distributed.tensor: nobody has a DTensor who has not."""
+    if type(x) in (Tensor, torch.nn.Parameter):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
