@@ -21,7 +21,7 @@ _TENSOR_PARALLEL = (
 
 
 def local_call(
-    student: DTensor, teacher: Any, labels: Any, options: dict[str, Any]
+    student: Any, teacher: Any, labels: Any, options: dict[str, Any]
 ) -> tuple[Any, Any, Any, dict[str, Any]]:
     """kd_loss's arguments as this process has them; with process_group where classes are split."""
     if options["process_group"] is not None or options["vocab_start"] is not None:

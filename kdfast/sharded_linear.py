@@ -33,7 +33,8 @@ def sharded_linear_loss(
         except Exception:
             operators.exchange.fail(student[0])
             raise
-    loss, metrics = linear_loss(*arguments, operators)
+    heads, inputs, settings = arguments
+    loss, metrics = linear_loss(heads, inputs, settings, operators)
     return (loss, KDMetrics(*metrics.unbind())) if settings.metrics else loss
 
 

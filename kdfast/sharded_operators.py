@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed import distributed_c10d
 
 from kdfast.derivatives import is_transformed, refuse_vmap
 from kdfast.fakes import fake
@@ -59,6 +59,10 @@ class Operators:
         return torch.ops.kdfast_sharded.first_class(self.first[0], like, classes)
 
 
+def _group(name: Any) -> Any:
+    return distributed_c10d._resolve_process_group(name)
+
+
 def compiled(ops: Any, group: Any, reduce_hidden: bool = True) -> Operators:
     return Operators(group.group_name, ops.name, reduce_hidden)
 
@@ -66,7 +70,7 @@ def compiled(ops: Any, group: Any, reduce_hidden: bool = True) -> Operators:
 def _implementation(name: str) -> Callable[..., Any]:
     def call(group: str, namespace: str, reduce_hidden: bool, *args: Any) -> Any:
         ops = getattr(torch.ops, namespace)
-        rows = ShardedRows(ops, _resolve_process_group(group), None, reduce_hidden)
+        rows = ShardedRows(ops, _group(group), None, reduce_hidden)
         device = args[0].device.type  # the heads' checks have applied autocast already
         off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
         with off:
@@ -97,7 +101,7 @@ def _autograd(name: str) -> Callable[..., Any]:
 
 
 def _first_class(group: str, like: Tensor, classes: int) -> Tensor:
-    start = ShardedRows(None, _resolve_process_group(group)).first_class(like.detach(), classes)
+    start = ShardedRows(None, _group(group)).first_class(like.detach(), classes)
     return torch.as_tensor(start, device=like.device)
 
 
