@@ -35,30 +35,36 @@ class Exchange:
     def __init__(self, group: Any, labels: Tensor | None) -> None:
         """labels: as they were given, for an error."""
         self.group, self.labels = group, labels
+        self.local_labels: Tensor | None = None  # of all rows, where sums are those of a chunk
         self.agreement: Agreement | None = None
+        self.is_over = False  # nobody waits for this process
 
-    def begin(self, like: Tensor, classes: int, always: bool = False) -> None:
+    def begin(self, like: Tensor, classes: int, kept: int = 0, always: bool = False) -> None:
         """Begins the agreement, once, and on a CPU alone: reading it on a GPU would synchronize. like: (..., V)."""
         if self.agreement is None and (always or like.device.type == "cpu"):
-            self.agreement = Agreement(self.group, like, classes)
+            self.agreement = Agreement(self.group, like, classes, kept)
 
     def first_class(self, like: Tensor, classes: int) -> int | Tensor:
         """This process's first class; on a GPU 0-dim, there."""
-        self.agreement = Agreement(self.group, like, classes)
-        before = dist.get_rank(self.group)
+        sizes, before = Agreement(self.group, like, classes), dist.get_rank(self.group)
         if like.device.type == "cpu":
-            return sum(self.agreement.check()[:before])
-        return self.agreement.classes()[:before].sum()
+            self.is_over = True  # where this raises, all processes do
+            classes = sizes.check()
+            self.is_over = False
+            return sum(classes[:before])
+        return sizes.classes()[:before].sum()
 
     def fail(self, like: Any) -> None:
         """Tells the other processes that this one has failed, so that they raise instead of waiting for it.
 
         like: (..., V), the logits or hidden states, or whatever was given for them.
         """
+        if self.is_over:
+            return
         like = like if isinstance(like, Tensor) and like.dim() else torch.empty(0)
         if like.device.type == "cpu":
             if self.agreement is None:
-                Agreement(self.group, like, 0, failed=True).classes()
+                Agreement(self.group, like, failed=True).classes()
                 return
             try:
                 self.agreement.check()
@@ -85,14 +91,17 @@ class Exchange:
         if on_cpu:
             check_states([int(x) for x in every[:, 0, -1].tolist()])
             if labels is not None and not (is_found := every[..., -2].amax(0) > 0).all():
-                self._raise_for_label(int((~is_found).nonzero()[0]))
+                self._raise_for_label(is_found)
             return every[..., :-2]
         is_right = every[..., -1].amin(0) != FAILED
         if labels is not None:
             is_right &= every[..., -2].amax(0) > 0
         return torch.where(is_right[:, None], every[..., :-2], math.nan)
 
-    def _raise_for_label(self, row: int) -> None:
+    def _raise_for_label(self, is_found: Tensor) -> None:
+        if self.local_labels is not None:
+            is_found = gather((self.local_labels.flatten() != OTHER_SHARD).to(torch.uint8), self.group).amax(0) > 0
+        row = int((~is_found).nonzero()[0])
         label = "a label" if self.labels is None else f"label {self.labels.reshape(-1)[row].item()}"
         raise IndexError(
             f"labels: {label} in row {row} is out of range: no process of the group has it, and it is not ignore_index"

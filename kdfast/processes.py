@@ -33,30 +33,32 @@ def all_reduce(x: Tensor, group: Any, largest: bool = False) -> Tensor:
 class Agreement:
     """Each process says how many classes and rows it has, and of which dtype, or that it has failed.
 
-    A message of 24 bytes, sent while sums are computed. Rows are not exchanged before it has come: gloo ends the whole
+    A message of 32 bytes, sent while sums are computed. Rows are not exchanged before it has come: gloo ends the whole
     program where a message is longer than its receiver expects.
     """
 
-    def __init__(self, group: Any, like: Tensor, classes: int, failed: bool = False) -> None:
-        """like: (..., V), the logits, or (0,) where they are not known."""
+    def __init__(self, group: Any, like: Tensor, classes: int = 0, kept: int = 0, failed: bool = False) -> None:
+        """like: (..., V), the logits, or (0,) where they are not known; kept: the rows, where some are left out."""
         rows = like.shape[:-1].numel()
         state = FAILED if failed else DTYPES.index(like.dtype)
-        message = torch.tensor([classes, rows, state], device=like.device)
-        self.table, self.work = gather_later(message, group)
+        self.table, self.work = gather_later(torch.tensor([classes, rows, kept, state], device=like.device), group)
 
     def classes(self) -> Tensor:
         """(processes,), on the device."""
-        if self.work is not None:
-            self.work.wait()
+        self.work.wait()
         return self.table[:, 0]
 
     def check(self) -> list[int]:
         """The classes of all processes; an error, the same in all, where one has failed or does not fit the others."""
         self.classes()
-        classes, rows, states = self.table.t().tolist()
+        classes, rows, kept, states = self.table.t().tolist()
         check_states(states)
         if len(set(rows)) > 1:
             raise ValueError(f"student_logits: must have the same rows in all processes of process_group, not {rows}")
+        if len(set(kept)) > 1:
+            raise ValueError(
+                f"labels: with row_weight, must keep the same rows in all processes of process_group, not {kept} of them"
+            )
         return classes
 
 

@@ -122,7 +122,7 @@ class ShardedRows:
 
     def _linear_loss_grad(self, heads: Heads, inputs: Inputs, settings: Settings) -> tuple[Tensor, ...]:
         heads = self._agreed_chunks(heads, inputs, settings)
-        loss, *grads, metrics = linear_ops.loss_grad(self, heads, inputs, settings)
+        loss, *grads, metrics = linear_ops.loss_grad(self, heads, inputs, settings, self.reduce_hidden)
         return loss, *self._reduce_hidden(heads, grads), metrics
 
     def _linear_stats(self, heads: Heads, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,18 +136,21 @@ class ShardedRows:
             device = heads.student_hidden.device
             classes = Agreement(self.group, heads.student_hidden, len(heads.student_weight)).check()
             heads = heads._replace(chunk_rows=chunks.default_rows(max(1, *classes), device.type))
-        return self._reduce_hidden(heads, linear_ops.grad(self, heads, stats, grad_loss, inputs, settings))
+        grads = linear_ops.grad(self, heads, stats, grad_loss, inputs, settings, self.reduce_hidden)
+        return self._reduce_hidden(heads, grads)
 
     def _agreed_chunks(self, heads: Heads, inputs: Inputs, settings: Settings) -> Heads:
         """chunk_rows of 0 become those of the largest shard: each chunk is a collective, in all processes."""
         hidden, here = heads.student_hidden, len(heads.student_weight)
+        self.exchange.local_labels = inputs.labels
         vocab = here if settings.vocab_size < 0 else settings.vocab_size
         try:
             rows.check_values(hidden, inputs, settings._replace(vocab_size=vocab))
         except Exception:
             self.exchange.fail(hidden)
             raise
-        self.exchange.begin(hidden, here, always=not heads.chunk_rows)
+        kept = int(rows.kept_rows(hidden, inputs, settings).sum()) if hidden.device.type == "cpu" else 0
+        self.exchange.begin(hidden, here, kept, always=not heads.chunk_rows)
         if self.exchange.agreement is not None:
             classes = self.exchange.agreement.check()
             if not heads.chunk_rows:
@@ -157,8 +160,8 @@ class ShardedRows:
     def _reduce_hidden(self, heads: Heads, grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Each process's classes have a part in the gradient of the hidden states."""
         if heads.grad_hidden and self.reduce_hidden:
-            wide = grads[0].to(torch.promote_types(grads[0].dtype, torch.float32))
-            grads = all_reduce(wide, self.group).to(grads[0].dtype), *grads[1:]
+            dtype = linear_ops.grad_dtype(heads.student_hidden.dtype)
+            return all_reduce(grads[0], self.group).to(dtype), *grads[1:]
         return tuple(grads)
 
 
