@@ -57,7 +57,7 @@ class Agreement:
             raise ValueError(f"student_logits: must have the same rows in all processes of process_group, not {rows}")
         if len(set(kept)) > 1:
             raise ValueError(
-                f"labels: with row_weight, must keep the same rows in all processes of process_group, not {kept} of them"
+                f"labels: with row_weight, must keep the same rows in all processes of process_group, not {kept}"
             )
         return classes
 

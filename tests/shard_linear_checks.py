@@ -200,3 +200,4 @@ CHECKS = [
     an_error_of_one_rank_is_an_error_of_every_rank,
     modules_take_a_group_and_are_copied_with_it,
 ]
+FEW = CHECKS[:3]
