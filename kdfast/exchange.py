@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdfast import rows
 from kdfast.arguments import OTHER_SHARD, Inputs
-from kdfast.processes import DTYPES, FAILED, Agreement, check_states, gather
+from kdfast.processes import DTYPES, FAILED, Agreement, Facts, check_states, gather
 from kdfast.row_math import Sums
 
 IGNORED = OTHER_SHARD + 1  # ignore_index of local labels, which no class of a shard can be
@@ -37,21 +37,26 @@ class Exchange:
         self.group, self.labels = group, labels
         self.local_labels: Tensor | None = None  # of all rows, where sums are those of a chunk
         self.agreement: Agreement | None = None
+        self.teachers = 0, 0  # Facts' whole and split
         self.is_over = False  # nobody waits for this process
 
     def begin(self, like: Tensor, classes: int, kept: int = 0, always: bool = False) -> None:
         """Begins the agreement, once, and on a CPU alone: reading it on a GPU would synchronize. like: (..., V)."""
         if self.agreement is None and (always or like.device.type == "cpu"):
-            self.agreement = Agreement(self.group, like, classes, kept)
+            self.agreement = self._agreement(like, classes, kept)
+
+    def _agreement(self, like: Tensor, classes: int, kept: int = 0) -> Agreement:
+        rows, state = like.shape[:-1].numel(), DTYPES.index(like.dtype)
+        return Agreement(self.group, Facts(classes, rows, kept, *self.teachers, state), like.device)
 
     def first_class(self, like: Tensor, classes: int) -> int | Tensor:
         """This process's first class; on a GPU 0-dim, there."""
-        sizes, before = Agreement(self.group, like, classes), dist.get_rank(self.group)
+        sizes, before = self._agreement(like, classes), dist.get_rank(self.group)
         if like.device.type == "cpu":
             self.is_over = True  # where this raises, all processes do
-            classes = sizes.check()
+            of_all = sizes.check()
             self.is_over = False
-            return sum(classes[:before])
+            return sum(of_all[:before])
         return sizes.classes()[:before].sum()
 
     def fail(self, like: Any) -> None:
@@ -64,7 +69,7 @@ class Exchange:
         like = like if isinstance(like, Tensor) and like.dim() else torch.empty(0)
         if like.device.type == "cpu":
             if self.agreement is None:
-                Agreement(self.group, like, failed=True).classes()
+                Agreement(self.group, Facts(), like.device).classes()
                 return
             try:
                 self.agreement.check()

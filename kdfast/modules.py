@@ -39,7 +39,7 @@ class LossModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         if self.process_group is not None:
             raise TypeError(
-                f"process_group: must be None for a {type(self).__name__} to be pickled: a group belongs to its process. "
+                f"process_group: must be None for a {type(self).__name__} to be pickled; it belongs to a process. "
                 "Set it again after loading"
             )
         return self.__dict__

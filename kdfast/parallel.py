@@ -5,6 +5,7 @@ them would get. sharded_rows.py computes them; sharded_linear.py is the same for
 dtensors.py for DTensors.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -99,10 +100,19 @@ def _arguments(
     if start is None:
         start = operators.first_class(student.movedim(dim, -1), student.shape[dim])
     inputs, settings = local_arguments(student, teacher, labels, options, settings, start, dim)
+    given = teacher if type(teacher) in (list, tuple) else [teacher]
+    tell_teachers(operators, [t.shape[dim] for t in given if t is not None], student.shape[dim], start)
     student = classes_last(student, dim, options["inplace"])
     if options["inplace"]:
         check_inplace(student, inputs)
     return student, inputs, settings
+
+
+def tell_teachers(operators: Any, classes: Sequence[int], here: int, start: int | Tensor) -> None:
+    """Keeps for the agreement which teachers are whole; classes: of each, here: of the student in this process."""
+    if isinstance(operators, ShardedRows) and isinstance(start, int):
+        whole = sum(1 << i for i, n in enumerate(classes) if n != here)
+        operators.exchange.teachers = whole, sum(1 << i for i, n in enumerate(classes) if n == here and start)
 
 
 def as_number(start: int | Tensor, why: str) -> int:

@@ -1,6 +1,8 @@
 """What the processes of a group tell each other, with torch.distributed. Every collective of the losses is here."""
 
-from typing import Any
+from functools import reduce
+from operator import or_
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,18 +32,26 @@ def all_reduce(x: Tensor, group: Any, largest: bool = False) -> Tensor:
     return x
 
 
+class Facts(NamedTuple):
+    """What a process says of itself."""
+
+    classes: int = 0
+    rows: int = 0
+    kept: int = 0  # of the rows, where some are left out of the exchange
+    whole: int = 0  # a bit for each teacher that has other classes than this process
+    split: int = 0  # a bit for each one that has as many, and would be cut elsewhere if it were whole
+    state: int = FAILED  # or the index of the logits' dtype
+
+
 class Agreement:
     """Each process says how many classes and rows it has, and of which dtype, or that it has failed.
 
-    A message of 32 bytes, sent while sums are computed. Rows are not exchanged before it has come: gloo ends the whole
+    A message of 48 bytes, sent while sums are computed. Rows are not exchanged before it has come: gloo ends the whole
     program where a message is longer than its receiver expects.
     """
 
-    def __init__(self, group: Any, like: Tensor, classes: int = 0, kept: int = 0, failed: bool = False) -> None:
-        """like: (..., V), the logits, or (0,) where they are not known; kept: the rows, where some are left out."""
-        rows = like.shape[:-1].numel()
-        state = FAILED if failed else DTYPES.index(like.dtype)
-        self.table, self.work = gather_later(torch.tensor([classes, rows, kept, state], device=like.device), group)
+    def __init__(self, group: Any, facts: Facts, device: torch.device) -> None:
+        self.table, self.work = gather_later(torch.tensor(facts, device=device), group)
 
     def classes(self) -> Tensor:
         """(processes,), on the device."""
@@ -51,13 +61,17 @@ class Agreement:
     def check(self) -> list[int]:
         """The classes of all processes; an error, the same in all, where one has failed or does not fit the others."""
         self.classes()
-        classes, rows, kept, states = self.table.t().tolist()
+        classes, rows, kept, whole, split, states = self.table.t().tolist()
         check_states(states)
+        everywhere = "in all processes of process_group"
         if len(set(rows)) > 1:
-            raise ValueError(f"student_logits: must have the same rows in all processes of process_group, not {rows}")
+            raise ValueError(f"student_logits: must have the same rows {everywhere}, not {rows}")
         if len(set(kept)) > 1:
+            raise ValueError(f"labels: with row_weight, must keep the same rows {everywhere}, not {kept}")
+        if reduce(or_, whole) & reduce(or_, split):
             raise ValueError(
-                f"labels: with row_weight, must keep the same rows in all processes of process_group, not {kept}"
+                f"teacher: must be split {everywhere} or whole in all; one has as many classes as a process has: pass "
+                "each process its own"
             )
         return classes
 

@@ -9,7 +9,7 @@ from kdfast import choice
 from kdfast.arguments import KDMetrics, Settings
 from kdfast.linear_autograd import linear_loss
 from kdfast.linear_checks import check_chunk_rows, check_head, check_teacher_head, make_heads, product_like
-from kdfast.parallel import Shard, as_number, check_group, check_teacher, local_arguments
+from kdfast.parallel import Shard, as_number, check_group, check_teacher, local_arguments, tell_teachers
 from kdfast.sharded_operators import compiled
 from kdfast.sharded_rows import ShardedRows
 
@@ -56,6 +56,9 @@ def _arguments(
         start = operators.first_class(logits, len(weight))
     teacher_side, like = check_teacher_head(_own_head(teacher, len(weight), start), settings, least=0)
     inputs, settings = local_arguments(logits, like, labels, options, settings, start, logits.dim() - 1)
+    given = teacher[0] if teacher[1] is None else teacher[1].t()  # (..., V)
+    given = given if type(given) in (list, tuple) else [given]
+    tell_teachers(operators, [t.shape[-1] for t in given if t is not None], len(weight), start)
     chunk_rows = options["chunk_rows"]  # 0: the largest shard's default
     chunk_rows = 0 if chunk_rows is None else check_chunk_rows(chunk_rows, 1, logits.device.type)
     heads, inputs = make_heads((hidden, weight, bias), teacher_side, chunk_rows, inputs, settings, options)

@@ -15,7 +15,7 @@ from kdfast import chunks, linear_ops, row_math, rows, sharded_reference
 from kdfast.arguments import Heads, Inputs, Settings, drop_unused, take_flat, take_flat_heads, with_numbers
 from kdfast.divergences import OTHERS
 from kdfast.exchange import Exchange, no_sums
-from kdfast.processes import Agreement, all_reduce, gather
+from kdfast.processes import all_reduce, gather
 from kdfast.torch_private import enable_autograd
 
 
@@ -133,9 +133,7 @@ class ShardedRows:
         self, heads: Heads, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings
     ) -> tuple[Tensor, ...]:
         if not heads.chunk_rows:
-            device = heads.student_hidden.device
-            classes = Agreement(self.group, heads.student_hidden, len(heads.student_weight)).check()
-            heads = heads._replace(chunk_rows=chunks.default_rows(max(1, *classes), device.type))
+            heads = self._agreed_chunks(heads, inputs, settings)
         grads = linear_ops.grad(self, heads, stats, grad_loss, inputs, settings, self.reduce_hidden)
         return self._reduce_hidden(heads, grads)
 
