@@ -90,6 +90,10 @@ def linear_kd_loss(
         accumulate_dtype: the dtype in which the weight's gradient is summed over chunks, where it is wider than the
             weight's. The sum is rounded to the weight's dtype once, at the end. bfloat16 avoids the wider tensor for a
             bfloat16 weight. float16 gradients stay float32 until backward applies a loss scaler's factor.
+        reduce_hidden: with a ``process_group``, sum up the gradient of student_hidden over it. False leaves each
+            process its own part, for a layer before that sums it, as the input of Megatron's ColumnParallelLinear does.
+            With a group each process has some rows of the weights (or DTensors, Shard(0) on the group's mesh
+            dimension), and hidden states are the same in all of them. See docs/parallel.md.
         **options: every other keyword of :func:`kd_loss`, with the same meaning, but ``inplace`` and ``dim``.
 
     Logits are float32 (float64 for float64 heads) and are not rounded before the softmax, on any device. Autocast casts

@@ -169,6 +169,13 @@ def kd_loss(
             teacher, though alpha is 0, and ``hard`` whenever there are labels, though hard_weight is 0; these may take
             another pass.
         dkd_weights: the two weights of ``"dkd"``, see below.
+        process_group: the logits are some classes of all rows, and the processes of this torch.distributed group have
+            the others (tensor parallel). The loss is that of all classes, the same bits in every process, and the
+            gradient is that of the process's own: do not sum the loss over the group, nor divide it. Labels count all
+            classes, as does ``vocab_size``; a teacher has the same classes in each process, or all of them. Not for a
+            sparse teacher. A DTensor whose classes are split, Shard(-1) on one mesh dimension and Replicate() on the
+            others, needs no group. See docs/parallel.md.
+        vocab_start: the first class of this process. None: the numbers of classes are exchanged. Needs a group.
         backend: None (by device), ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; see
             :func:`kdfast.backends`. ``"triton"`` also takes CPU tensors where Triton can launch on them.
 

@@ -73,7 +73,8 @@ class KDLoss(LossModule):
     """:func:`kd_loss` as a module. It takes and checks the options once; ``forward`` takes the tensors.
 
     Takes every keyword of :func:`kd_loss` except ``row_weight`` and ``normalizer``, which ``forward`` takes. It has no
-    parameters and no buffers. The options are plain attributes and can be changed between calls.
+    parameters and no buffers. The options are plain attributes and can be changed between calls. Copies share a
+    ``process_group``; a module that has one cannot be pickled.
 
     Example::
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from cases import BF16, F32, F64
 from linear_cases import Case, plain_results, results_of
 from linear_cases import judge as judge_linear
-from shard_checks import FAILED, Counter, raises
+from shard_promises import FAILED, Counter, raises
 from shards import Group
 from torch import Tensor
 

@@ -7,7 +7,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from cases import F32, F64
 from linear_cases import HIDDEN, Case, plain_results
-from shard_checks import VOCAB, data, raises
+from shard_checks import VOCAB, data
+from shard_promises import raises
 from shards import Group, as_pair, grad_output, part, same, whole_results
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh

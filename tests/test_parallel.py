@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import shard_checks
 import shard_linear_checks
+import shard_promises
 import shard_torch_checks
 import torch
 from cases import batch, run_python
@@ -17,9 +18,9 @@ import kdfast
 
 # Two ranks have all that does not depend on their number; of three and four shards some are empty, or of one class.
 CHECKS = {
-    2: [*shard_checks.CHECKS, *shard_linear_checks.CHECKS, *shard_torch_checks.CHECKS],
-    3: [*shard_checks.FEW, *shard_linear_checks.CHECKS, *shard_torch_checks.DTENSORS],
-    4: [*shard_checks.FEW, *shard_linear_checks.FEW, *shard_torch_checks.ON_FOUR],
+    2: [*shard_checks.CHECKS, *shard_promises.CHECKS, *shard_linear_checks.CHECKS, *shard_torch_checks.CHECKS],
+    3: [*shard_checks.FEW, *shard_promises.CHECKS, *shard_linear_checks.CHECKS, *shard_torch_checks.DTENSORS],
+    4: [*shard_checks.FEW, *shard_promises.FEW, *shard_linear_checks.FEW, *shard_torch_checks.ON_FOUR],
 }
 
 
