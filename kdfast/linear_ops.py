@@ -82,7 +82,7 @@ def grad(
 class Gradients:
     """Accumulates the gradients over chunks."""
 
-    def __init__(self, heads: Heads, wide_hidden: bool) -> None:
+    def __init__(self, heads: Heads, wide_hidden: bool = False) -> None:
         hidden, weight = heads.student_hidden, heads.student_weight
         self.like = hidden
         self.hidden = self.weight = self.bias = None
