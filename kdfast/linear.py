@@ -7,12 +7,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from kdfast import choice
-from kdfast.arguments import Heads, KDMetrics, Settings
+from kdfast.arguments import KDMetrics, Settings
 from kdfast.linear_autograd import linear_loss
-from kdfast.linear_checks import check_accumulate_dtype, check_chunk_rows, check_head, product_like
+from kdfast.linear_checks import check_chunk_rows, check_head, check_teacher_head, make_heads, product_like
 from kdfast.losses import Teacher, kd_loss
 from kdfast.modules import KDLoss, LossModule
 from kdfast.options import CallOptions, Options, check_inputs, check_names, check_settings
+from kdfast.tensor_checks import is_dtensor
 
 _DEFAULTS = dict(kd_loss.__kwdefaults__ or {})
 del _DEFAULTS["dim"]  # the logits are the heads'
@@ -30,6 +31,7 @@ def linear_kd_loss(
     teacher_bias: Tensor | None = None,
     chunk_rows: int | None = None,
     accumulate_dtype: torch.dtype = torch.float32,
+    reduce_hidden: bool = True,
     return_metrics: Literal[False] = False,
     **options: Unpack[CallOptions],
 ) -> Tensor: ...
@@ -45,6 +47,7 @@ def linear_kd_loss(
     teacher_bias: Tensor | None = None,
     chunk_rows: int | None = None,
     accumulate_dtype: torch.dtype = torch.float32,
+    reduce_hidden: bool = True,
     return_metrics: Literal[True],
     **options: Unpack[CallOptions],
 ) -> tuple[Tensor, KDMetrics]: ...
@@ -59,6 +62,7 @@ def linear_kd_loss(
     teacher_bias: Tensor | None = None,
     chunk_rows: int | None = None,
     accumulate_dtype: torch.dtype = torch.float32,
+    reduce_hidden: bool = True,
     return_metrics: bool = False,
     **options: Unpack[CallOptions],
 ) -> Tensor | tuple[Tensor, KDMetrics]:
@@ -86,6 +90,10 @@ def linear_kd_loss(
         accumulate_dtype: the dtype in which the weight's gradient is summed over chunks, where it is wider than the
             weight's. The sum is rounded to the weight's dtype once, at the end. bfloat16 avoids the wider tensor for a
             bfloat16 weight. float16 gradients stay float32 until backward applies a loss scaler's factor.
+        reduce_hidden: with a ``process_group``, sum up the gradient of student_hidden over it. False leaves each
+            process its own part, for a layer before that sums it, as the input of Megatron's ColumnParallelLinear does.
+            With a group each process has some rows of the weights (or DTensors, Shard(0) on the group's mesh
+            dimension), and hidden states are the same in all of them. See docs/parallel.md.
         **options: every other keyword of :func:`kd_loss`, with the same meaning, but ``inplace`` and ``dim``.
 
     A sparse teacher with ``missing="conditional"``, without a hard term and z-loss, needs the head's rows of its
@@ -114,8 +122,8 @@ def linear_kd_loss(
         torch.Size([100, 16])
     """
     check_names("linear_kd_loss", options, _DEFAULTS)
-    own = {"chunk_rows": chunk_rows, "accumulate_dtype": accumulate_dtype, "return_metrics": return_metrics}
-    given = {**_DEFAULTS, **options, **own}
+    own = {"chunk_rows": chunk_rows, "accumulate_dtype": accumulate_dtype, "reduce_hidden": reduce_hidden}
+    given = {**_DEFAULTS, **options, **own, "return_metrics": return_metrics}
     settings = check_settings(given, labels is not None)
     student = student_hidden, student_weight, student_bias
     teacher = teacher_hidden, teacher_weight, teacher_bias
@@ -130,36 +138,21 @@ def _checked_loss(
     settings: Settings,
 ) -> Any:
     """linear_kd_loss with the settings that check_settings made of the options."""
+    if is_dtensor(student_head[0]) or is_dtensor(student_head[1]):
+        from kdfast.dtensors import local_heads
+
+        student_head, teacher_head, labels, options = local_heads(student_head, teacher_head, labels, options)
+    if options["process_group"] is not None or options["vocab_start"] is not None:
+        from kdfast.sharded_linear import sharded_linear_loss
+
+        return sharded_linear_loss(student_head, teacher_head, labels, options, settings)
     student = check_head("student_", *student_head)
-    teacher_hidden, teacher_weight, teacher_bias = teacher_head
-    like = teacher_hidden
-    teacher: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    has_head = teacher_weight is not None and not (teacher_hidden is None and settings.alpha == 0)
-    if has_head:
-        if settings.target != "logits":
-            raise ValueError(f"target: {settings.target!r} with a teacher_weight, whose product gives 'logits'")
-        hidden, weight, bias = check_head("teacher_", *teacher_head)
-        teacher = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-        like = product_like(hidden, weight)
-    elif teacher_bias is not None and teacher_weight is None:
-        raise ValueError("teacher_bias: given without teacher_weight")
+    teacher, like = check_teacher_head(teacher_head, settings)
     logits = product_like(*student[:2])
-    if options["inplace"]:
-        raise ValueError("inplace: must be False; linear_kd_loss always overwrites the logits of a chunk")
     inputs, settings = check_inputs(logits, like, labels, options, settings)
-    if has_head:
-        teacher = teacher if settings.reads_teacher else (None, None, None)
-        inputs = inputs._replace(teachers=[])
     vocab = logits.shape[-1] if settings.vocab_size < 0 else settings.vocab_size
-    heads = Heads(
-        *student,
-        *teacher,
-        chunk_rows=check_chunk_rows(options["chunk_rows"], vocab, logits.device.type),
-        accumulate_dtype=check_accumulate_dtype(options["accumulate_dtype"]),
-        grad_hidden=_wants_grad(student[0]),
-        grad_weight=_wants_grad(student[1]),
-        grad_bias=_wants_grad(student[2]),
-    )
+    chunk_rows = check_chunk_rows(options["chunk_rows"], vocab, logits.device.type)
+    heads, inputs = make_heads(student, teacher, chunk_rows, inputs, settings, options)
     loss, metrics = linear_loss(heads, inputs, settings, choice.namespace(options["backend"], logits))
     return (loss, KDMetrics(*metrics.unbind())) if settings.metrics else loss
 
@@ -179,6 +172,7 @@ class LinearKDLoss(LossModule):
     """
 
     defaults: ClassVar[dict[str, Any]] = KDLoss.defaults | {"chunk_rows": None, "accumulate_dtype": torch.float32}
+    defaults["reduce_hidden"] = True
     del defaults["dim"]
 
     def __init__(
@@ -186,11 +180,12 @@ class LinearKDLoss(LossModule):
         *,
         chunk_rows: int | None = None,
         accumulate_dtype: torch.dtype = torch.float32,
+        reduce_hidden: bool = True,
         return_metrics: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        own = {"chunk_rows": chunk_rows, "accumulate_dtype": accumulate_dtype, "return_metrics": return_metrics}
-        super().__init__(own | options)
+        own = {"chunk_rows": chunk_rows, "accumulate_dtype": accumulate_dtype, "reduce_hidden": reduce_hidden}
+        super().__init__(own | {"return_metrics": return_metrics} | options)
 
     def forward(
         self,
@@ -210,7 +205,3 @@ class LinearKDLoss(LossModule):
         options = self.options() | {"row_weight": row_weight, "normalizer": normalizer}
         settings = self.checked_settings(labels is not None)
         return _checked_loss(student, teacher, labels, options, settings)
-
-
-def _wants_grad(x: Tensor | None) -> bool:
-    return x is not None and x.requires_grad and torch.is_grad_enabled()

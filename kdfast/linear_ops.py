@@ -27,10 +27,13 @@ from kdfast.rows import as_matrix
 
 
 def loss_grad(
-    ops: Any, heads: Heads, inputs: Inputs, settings: Settings
+    ops: Any, heads: Heads, inputs: Inputs, settings: Settings, wide_hidden: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The reduced loss, the gradients of hidden states, weight and bias, (0,) where not wanted, and the metrics."""
-    chunks, gradients = Chunks(heads, inputs, settings), Gradients(heads)
+    """The reduced loss, the gradients of hidden states, weight and bias, (0,) where not wanted, and the metrics.
+
+    wide_hidden: that of hidden states is not rounded to their dtype, because others are to be added.
+    """
+    chunks, gradients = Chunks(heads, inputs, settings), Gradients(heads, wide_hidden)
     results = Results(chunks, settings)
     for chunk in chunks:
         args = metrics_of_unweighted_terms(ops, chunk.logits, chunk.inputs, chunks.settings)
@@ -57,10 +60,16 @@ def stats(ops: Any, heads: Heads, inputs: Inputs, settings: Settings) -> tuple[T
 
 
 def grad(
-    ops: Any, heads: Heads, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings
+    ops: Any,
+    heads: Heads,
+    stats: Tensor,
+    grad_loss: Tensor,
+    inputs: Inputs,
+    settings: Settings,
+    wide_hidden: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients for grad_loss, (...), of reduction "none"."""
-    chunks, gradients = Chunks(heads, inputs, settings), Gradients(heads)
+    chunks, gradients = Chunks(heads, inputs, settings), Gradients(heads, wide_hidden)
     grad_loss = grad_loss.flatten()
     columns = table_columns(ops.name, chunks.hidden.device.type, len(inputs.teachers), inputs.indices)
     stats = stats[:, :columns].contiguous()  # it has more where metrics alone read the teacher
@@ -73,11 +82,13 @@ def grad(
 class Gradients:
     """Accumulates the gradients over chunks."""
 
-    def __init__(self, heads: Heads) -> None:
+    def __init__(self, heads: Heads, wide_hidden: bool = False) -> None:
         hidden, weight = heads.student_hidden, heads.student_weight
         self.like = hidden
         self.hidden = self.weight = self.bias = None
         self.dtypes = [grad_dtype(x.dtype) for x in (hidden, weight, weight)]
+        if wide_hidden:
+            self.dtypes[0] = torch.promote_types(hidden.dtype, torch.float32)
         wide = torch.promote_types(grad_dtype(weight.dtype), heads.accumulate_dtype)
         if heads.grad_hidden:
             self.hidden = hidden.new_zeros(hidden.shape, dtype=self.dtypes[0])

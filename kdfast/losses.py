@@ -24,6 +24,7 @@ from kdfast.options import (
 )
 from kdfast.overlap import check_inplace
 from kdfast.sparse import TopKTargets
+from kdfast.tensor_checks import is_dtensor
 
 Teacher = Tensor | Sequence[Tensor] | TopKTargets | None
 
@@ -93,6 +94,8 @@ def kd_loss(
     inplace: bool = False,
     return_metrics: bool = False,
     dkd_weights: tuple[float, float] = DKD_WEIGHTS,
+    process_group: Any = None,
+    vocab_start: int | None = None,
     backend: Backend | None = None,
     **unknown: NoReturn,
 ) -> Tensor | tuple[Tensor, KDMetrics]:
@@ -166,6 +169,13 @@ def kd_loss(
             teacher, though alpha is 0, and ``hard`` whenever there are labels, though hard_weight is 0; these may take
             another pass.
         dkd_weights: the two weights of ``"dkd"``, see below.
+        process_group: the logits are some classes of all rows, and the processes of this torch.distributed group have
+            the others (tensor parallel). The loss is that of all classes, the same bits in every process, and the
+            gradient is that of the process's own: do not sum the loss over the group, nor divide it. Labels count all
+            classes, as does ``vocab_size``; a teacher has the same classes in each process, or all of them. Not for a
+            sparse teacher. A DTensor whose classes are split, Shard(-1) on one mesh dimension and Replicate() on the
+            others, needs no group. See docs/parallel.md.
+        vocab_start: the first class of this process. None: the numbers of classes are exchanged. Needs a group.
         backend: None (by device), ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; see
             :func:`kdfast.backends`. ``"triton"`` also takes CPU tensors where Triton can launch on them.
 
@@ -247,6 +257,8 @@ def kd_loss(
         "inplace": inplace,
         "return_metrics": return_metrics,
         "dkd_weights": dkd_weights,
+        "process_group": process_group,
+        "vocab_start": vocab_start,
         "backend": backend,
     }
     settings = check_settings(options, labels is not None)
@@ -257,6 +269,14 @@ def checked_loss(
     student: Tensor, teacher: Teacher, labels: Tensor | None, options: dict[str, Any], settings: Settings
 ) -> Any:
     """kd_loss with the settings that check_settings made of the options."""
+    if is_dtensor(student):
+        from kdfast.dtensors import local_call
+
+        student, teacher, labels, options = local_call(student, teacher, labels, options)
+    if options["process_group"] is not None or options["vocab_start"] is not None:
+        from kdfast.parallel import sharded_loss
+
+        return sharded_loss(student, teacher, labels, options, settings)
     inputs, settings = check_inputs(student, teacher, labels, options, settings)
     inplace = options["inplace"]
     student = classes_last(student, options["dim"], inplace)

@@ -1,5 +1,6 @@
 """KDLoss, and losses as modules: options are attributes, checked when a module is built and after each change."""
 
+import copy
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +28,21 @@ class LossModule(nn.Module):
         super().__setattr__(name, value)
         if name in self.defaults:  # changed between calls: the next call checks it
             self.__dict__.pop("_checked", None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copies share the process group, which is nobody's to copy."""
+        memo[id(self.process_group)] = self.process_group
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError(
+                f"process_group: must be None for a {type(self).__name__} to be pickled; it belongs to a process. "
+                "Set it again after loading"
+            )
+        return self.__dict__
 
     def options(self) -> dict[str, Any]:
         """The options by name."""
@@ -57,7 +73,8 @@ class KDLoss(LossModule):
     """:func:`kd_loss` as a module. It takes and checks the options once; ``forward`` takes the tensors.
 
     Takes every keyword of :func:`kd_loss` except ``row_weight`` and ``normalizer``, which ``forward`` takes. It has no
-    parameters and no buffers. The options are plain attributes and can be changed between calls.
+    parameters and no buffers. The options are plain attributes and can be changed between calls. Copies share a
+    ``process_group``; a module that has one cannot be pickled.
 
     Example::
 

@@ -31,21 +31,22 @@ def autograd(namespace: str, name: str) -> Callable[..., Any]:
     """The kernel of an operator of a namespace for tensors that may require grad or have a tangent."""
     ops = getattr(torch.ops, namespace)
     operator = getattr(ops, name)
-    differentiable = _differentiable(ops, name)
+    with_gradient = differentiable(ops, name)
 
     def call(*args: Any) -> Any:
         if functorch_is_active():
             with single_level_functions():
-                return differentiable(*args)
+                return with_gradient(*args)
         if any(map(_asks_for_derivative, args)):
-            return differentiable(*args)
+            return with_gradient(*args)
         with below_autograd():
             return operator(*args)
 
     return call
 
 
-def _differentiable(ops: Any, name: str) -> Callable[..., Any]:
+def differentiable(ops: Any, name: str) -> Callable[..., Any]:
+    """The operator of this name in `ops` with its derivative, or one that raises where it has none."""
     if name in ("loss_grad", "loss_grad_", "stats", "stats_for_inplace"):
         function = LossGrad if name.startswith("loss_grad") else Stats
         inplace = name in ("loss_grad_", "stats_for_inplace")

@@ -46,10 +46,15 @@ class Options(TypedDict, total=False):
     teacher_weights: Sequence[float] | None
     ensemble: Ensemble
     dkd_weights: tuple[float, float]
+    process_group: Any
+    vocab_start: int | None
     backend: Backend | None
 
 
-_of_settings = operator.itemgetter(*Options.__annotations__, "inplace", "return_metrics")
+_of_settings = operator.itemgetter(
+    *(name for name in Options.__annotations__ if name not in ("process_group", "vocab_start")),
+    *("inplace", "return_metrics"),
+)
 
 
 class CallOptions(Options, total=False):
@@ -137,13 +142,19 @@ def _check_settings(options: Mapping[str, Any], has_labels: bool) -> Settings:
 
 
 def check_inputs(
-    student: Tensor, teacher: Any, labels: Tensor | None, options: Mapping[str, Any], settings: Settings
+    student: Tensor,
+    teacher: Any,
+    labels: Tensor | None,
+    options: Mapping[str, Any],
+    settings: Settings,
+    least: int = 1,
 ) -> tuple[Inputs, Settings]:
     """Checks the tensors of a call, and completes its settings. Uses only shape, dtype and device of the student.
 
-    The teachers' classes are moved to the last dimension.
+    The teachers' classes are moved to the last dimension. least: the number of classes, 0 where others have some.
     """
-    dim = tensor_checks.check_logits("student_logits", student, checks.as_integer("dim", options.get("dim", -1)))
+    dim = checks.as_integer("dim", options.get("dim", -1))
+    dim = tensor_checks.check_logits("student_logits", student, dim, least)
     shape, vocab_size = tensor_checks.without(student.shape, dim), options["vocab_size"]
     if settings.vocab_size > student.shape[dim]:
         raise ValueError(

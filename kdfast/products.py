@@ -63,7 +63,7 @@ class Head:
 
     def _parts(self, total: Tensor, grad: Tensor) -> Iterator[slice]:
         """One part, but slices where a product needs memory of its own."""
-        step = len(total) if total.dtype == grad.dtype else SLICE
+        step = max(1, len(total)) if total.dtype == grad.dtype else SLICE
         return (slice(start, start + step) for start in range(0, len(total), step))
 
 

@@ -150,35 +150,27 @@ def unit(settings: Settings) -> float:
     return 1.0 if settings.softcap else settings.logit_scale
 
 
-def merge(shards: Sequence[Tensor], inputs: Inputs, settings: Settings) -> Tensor:
-    """The sums of whole rows from those of their shards, each (rows, len(Sums._fields)).
+def merge(shards: Sequence[Tensor] | Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+    """The sums of whole rows from those of their shards, each (rows, len(Sums._fields)); or all in one tensor.
 
     With d = (old - new offset) * scale, total' = total * 2^d and over' = over * 2^d + over_teacher(total', ...).
     """
-    tables = [Sums(*shard.unbind(-1)) for shard in shards]
-    scale = exp2_scales(inputs, settings, shards[0])
-    offsets = {}
-    for name in ("student_offset", "teacher_offset"):
-        offsets[name] = torch.stack([getattr(x, name) for x in tables]).amax(0)  # NaN stays
-    rescaled = []
-    for x in tables:
-        student, teacher = (torch.where(old == new, 0, old - new) for old, new in (
-            (x.student_offset, offsets["student_offset"]), (x.teacher_offset, offsets["teacher_offset"]),
-        ))  # fmt: skip
-        ds, dt = student * scale.student, teacher * scale.teacher
-        q, p = _rescale(x.student_total, ds), _rescale(x.teacher_total, dt)
-        exponents = (finite(x.student_offset) - finite(offsets["student_offset"])) * scale.hard
-        rescaled.append(x._replace(
-            student_total=q, teacher_total=p, hard_total=_rescale(x.hard_total, student * scale.hard),
-            over_teacher=_rescale(x.over_teacher, dt) + over_teacher(p, ds, ds - dt, settings),
-            over_student=_rescale(x.over_student, ds) + times(q, ds - dt),
-            label=x.label + exponents, exponents=x.exponents + x.classes * exponents,
-        ))  # fmt: skip
-    columns = {}
-    for name in Sums._fields:
-        stacked = torch.stack([getattr(x, name) for x in rescaled])
-        columns[name] = offsets.get(name, stacked.amax(0) if name == "label" else stacked.sum(0))
-    return torch.stack(Sums(**columns), -1)
+    x = Sums(*(shards if isinstance(shards, Tensor) else torch.stack(list(shards))).unbind(-1))  # each (shards, rows)
+    scale = exp2_scales(inputs, settings, x.label)
+    student_offset, teacher_offset = x.student_offset.amax(0), x.teacher_offset.amax(0)  # NaN stays
+    student = torch.where(x.student_offset == student_offset, 0, x.student_offset - student_offset)
+    teacher = torch.where(x.teacher_offset == teacher_offset, 0, x.teacher_offset - teacher_offset)
+    ds, dt = student * scale.student, teacher * scale.teacher
+    q, p = _rescale(x.student_total, ds), _rescale(x.teacher_total, dt)
+    exponents = (finite(x.student_offset) - finite(student_offset)) * scale.hard
+    merged = Sums(
+        student_offset, q.sum(0), teacher_offset, p.sum(0), _rescale(x.hard_total, student * scale.hard).sum(0),
+        over_teacher=(_rescale(x.over_teacher, dt) + over_teacher(p, ds, ds - dt, settings)).sum(0),
+        over_student=(_rescale(x.over_student, ds) + times(q, ds - dt)).sum(0),
+        label=(x.label + exponents).amax(0), exponents=(x.exponents + x.classes * exponents).sum(0),
+        classes=x.classes.sum(0), phi=x.phi.sum(0), psi=x.psi.sum(0),
+    )  # fmt: skip
+    return torch.stack(merged, -1)
 
 
 def losses_and_coefficients(sums: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Checks of tensors: an error names the argument, what it was, and what it may be."""
 
+import sys
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ def without(shape: torch.Size, dim: int) -> torch.Size:
     return shape[:-1] if dim == len(shape) - 1 else shape[:dim] + shape[dim + 1 :]
 
 
-def check_logits(name: str, logits: Any, dim: int = -1) -> int:
-    """Returns the dimension of the classes, counted from the first."""
+def check_logits(name: str, logits: Any, dim: int = -1, least: int = 1) -> int:
+    """Returns the dimension of the classes, counted from the first. least: the number of classes."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name}: must be a tensor, not {kind(logits)}")
     check_dense(name, logits)
@@ -25,7 +26,7 @@ def check_logits(name: str, logits: Any, dim: int = -1) -> int:
     dims = logits.dim()
     if dims and not -dims <= dim < dims:
         raise IndexError(f"dim: {dim} must lie in [{-dims}, {dims - 1}], the dimensions of {name}")
-    if dims == 0 or logits.shape[dim] == 0:
+    if dims == 0 or logits.shape[dim] < least:
         where = "(..., V)" if dim in (-1, dims - 1) else f"V in dimension {dim}"
         raise ValueError(f"{name}: has shape {tuple(logits.shape)}, but it must be {where} with V >= 1")
     return dim % dims
@@ -129,11 +130,16 @@ def check_dense(name: str, tensor: Tensor, parts: str = "pass to_local() of logi
         return
     if tensor.is_nested:
         raise TypeError(f"{name}: is a nested tensor; pass its values(), and labels and teacher of the same rows")
-    if torch.distributed.is_available():
-        from torch.distributed.tensor import DTensor
+    if is_dtensor(tensor):
+        raise TypeError(f"{name}: is a DTensor, of which each process holds a part; {parts}")
 
-        if isinstance(tensor, DTensor):
-            raise TypeError(f"{name}: is a DTensor, of which each process holds a part; {parts}")
+
+def is_dtensor(x: Any) -> bool:
+    """Does not import torch.distributed.tensor: nobody has a DTensor who has not."""
+    if type(x) in (Tensor, torch.nn.Parameter):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

@@ -52,6 +52,14 @@ def test_both_losses_of_distill_lm_train_alike(tmp_path):
     assert_png(tmp_path / "distill_lm.png")
 
 
+def test_a_mesh_of_processes_trains_as_one_process_does(tmp_path):
+    ranks = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"
+    printed = run(tmp_path, *ranks, str(ROOT / "examples" / "distill_parallel.py"), "--quick")
+    (apart,) = re.findall("at most (.*) of the loss apart", printed)
+    assert float(apart) < 1e-5
+    assert_png(tmp_path / "distill_parallel.png")
+
+
 def test_the_linear_benchmark_prints_time_memory_and_shares(tmp_path):
     size = "--rows", "16", "--vocab", "300", "--rounds", "1"
     for dtype in ("fp32", "bf16"):

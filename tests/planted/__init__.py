@@ -3,9 +3,11 @@
 `text` is as short as occurs once, so that it survives most of what moves code.
 """
 
-from planted import cpu, cuda, linear, package, tokens, triton
+from planted import cpu, cuda, linear, package, parallel, tokens, triton
 from planted.mutant import Mutant
 
-MUTANTS = [*package.MUTANTS, *linear.MUTANTS, *tokens.MUTANTS, *triton.MUTANTS, *cuda.MUTANTS, *cpu.MUTANTS]
+MUTANTS = [
+    *package.MUTANTS, *linear.MUTANTS, *parallel.MUTANTS, *tokens.MUTANTS, *triton.MUTANTS, *cuda.MUTANTS, *cpu.MUTANTS,
+]  # fmt: skip
 
 __all__ = ["MUTANTS", "Mutant"]

@@ -46,7 +46,7 @@ MUTANTS = [
     Mutant("linear-wide-accumulator-keeps-the-last", HEADS,
            "total[part].copy_(product) if first else total[part].add_(product)", "total[part].copy_(product)",
            "A 16-bit weight's gradient is that of the last chunk.", DTYPES),
-    Mutant("linear-bias-wants-what-the-weight-wants", "kdfast/linear.py",
+    Mutant("linear-bias-wants-what-the-weight-wants", "kdfast/linear_checks.py",
            "grad_bias=_wants_grad(student[2])", "grad_bias=_wants_grad(student[2]) and _wants_grad(student[1])",
            "A bias in training above a frozen weight gets no gradient.", (*PRODUCTS, *LINEAR)),
     # ---- speed and memory alone: numbers stay right ----
