@@ -218,3 +218,11 @@ def test_forms_and_divergences_that_do_not_go_together_are_refused(cpu: str) -> 
     assert not is_form("truncate", "jsd")
     with pytest.raises(ValueError, match="'truncate'"):
         fused_results(case, None, sparse(case, 3), missing="truncate", divergence="jsd", beta=BETA["jsd"])
+
+
+def test_metrics_alone_may_read_the_teacher(backend: str) -> None:
+    """The table that forward makes then has columns that backward does not read."""
+    case = Case()
+    for missing in ("tail", "conditional"):
+        settings = options(missing, alpha=0, reduction="none", return_metrics=True, backend=backend)
+        check(case, case.labels, sparse(case, 5), **settings)

@@ -175,3 +175,14 @@ def test_infinities_are_those_of_a_dense_loss(backend: str) -> None:
     for divergence in ("jsd", "tvd", "hellinger"):
         for value in kd(student, teacher, reduction="none", backend=backend, **options("tail", divergence)):
             assert value.isfinite().all(), divergence
+
+
+def test_entries_that_rounding_made_more_than_1_leave_nothing_to_the_rest(backend: str) -> None:
+    """P = 1.004 in bfloat16: the rest has probability 0."""
+    student, _, _ = sparse_batch(2, 12, 2, F32)
+    probs = torch.tensor([0.7, 0.304]).expand(2, 2)
+    teacher = TopKTargets(torch.tensor([[0, 1], [5, 3]]), probs.log())
+    loss, grad = kd(student, teacher, reduction="none", backend=backend, **options("tail", "forward_kl"))
+    log_q = torch.log_softmax(student, -1).gather(-1, teacher.indices)
+    torch.testing.assert_close(loss, (probs * (probs.log() - log_q)).sum(-1))
+    assert grad.isfinite().all()

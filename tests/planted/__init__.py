@@ -3,11 +3,12 @@
 `text` is as short as occurs once, so that it survives most of what moves code.
 """
 
-from planted import cpu, cuda, linear, package, parallel, tokens, triton
+from planted import cpu, cuda, linear, package, parallel, sparse, tokens, triton
 from planted.mutant import Mutant
 
 MUTANTS = [
-    *package.MUTANTS, *linear.MUTANTS, *parallel.MUTANTS, *tokens.MUTANTS, *triton.MUTANTS, *cuda.MUTANTS, *cpu.MUTANTS,
+    *package.MUTANTS, *linear.MUTANTS, *parallel.MUTANTS, *sparse.MUTANTS, *tokens.MUTANTS,
+    *triton.MUTANTS, *cuda.MUTANTS, *cpu.MUTANTS,
 ]  # fmt: skip
 
 __all__ = ["MUTANTS", "Mutant"]
