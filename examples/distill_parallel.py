@@ -9,6 +9,7 @@ nor the teacher's probabilities are ever whole. The same student is trained by o
 """
 
 import argparse
+import ctypes
 import os
 import statistics
 import time
@@ -110,6 +111,8 @@ def head_megabytes(size: Size, rows: slice, teacher_weight: Tensor, mesh: Device
 
     step(8)  # libraries and threads allocate what they keep
     weight.grad = hidden.grad = None
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what training has freed would be taken again unseen
     return peak_memory(lambda: step(count)) / 1e6
 
 
