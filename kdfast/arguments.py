@@ -135,7 +135,7 @@ def metrics_of_unweighted_terms(
     """
     if not settings.metrics:
         return inputs, settings, None
-    if settings.missing:
+    if settings.missing and not getattr(ops, "is_sharded", False):
         from kdfast.sparse_metrics import reduced_metrics
 
         return *drop_unused(inputs, settings._replace(metrics=False)), reduced_metrics(ops, student, inputs, settings)

@@ -1,5 +1,7 @@
 """linear_token_log_probs: token_log_probs from hidden states and a head, without materializing the logits."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,8 @@ from kdfast import checks, choice
 from kdfast.derivatives import is_transformed
 from kdfast.linear_checks import check_accumulate_dtype, check_chunk_rows, check_head, product_like
 from kdfast.options import Backend
+from kdfast.parallel import check_group
+from kdfast.sharded_tokens import split_linear_values
 from kdfast.token_autograd import LinearTokenStats
 from kdfast.tokens import TokenLogProbs, as_results, check_ids, check_numbers, hide_dynamic
 from kdfast.torch_private import apply_function, below_autograd
@@ -26,6 +30,9 @@ def linear_token_log_probs(
     softcap: float | None = None,
     vocab_size: int | None = None,
     ignore_index: int = -100,
+    process_group: Any = None,
+    vocab_start: int | None = None,
+    reduce_hidden: bool = True,
     backend: Backend | None = None,
 ) -> TokenLogProbs:
     r""":func:`token_log_probs` of ``hidden @ weight.T``, without tensors of (rows, V).
@@ -42,6 +49,7 @@ def linear_token_log_probs(
         chunk_rows, accumulate_dtype: as in :func:`kdfast.linear_kd_loss`. Two tensors of a chunk's logits are there at
             a time in backward, and one in forward.
         temperature, entropy, logit_scale, softcap, vocab_size, ignore_index, backend: as in :func:`token_log_probs`.
+        process_group, vocab_start, reduce_hidden: as in :func:`kdfast.linear_kd_loss`.
 
     Logits are float32 (float64 for a float64 head) and are not rounded before the softmax, on any device. Autocast
     casts hidden states, weight and bias as it does for F.linear. Errors call the product ``logits``.
@@ -60,11 +68,17 @@ def linear_token_log_probs(
         >>> head.grad.shape
         torch.Size([100, 16])
     """
-    head = check_head("", hidden, weight, bias)
+    is_split = process_group is not None or vocab_start is not None
+    head = check_head("", hidden, weight, bias, least=0 if is_split else 1)
     logits = product_like(*head[:2])
-    rows, numbers = check_numbers(logits, "logits", temperature, logit_scale, softcap, vocab_size, entropy)
+    rows, numbers = check_numbers(logits, "logits", temperature, logit_scale, softcap, vocab_size, entropy, is_split)
     entries = check_ids(ids, logits, ignore_index)
     checks.check_choice("backend", backend)
+    if is_split:
+        shard = check_group({"process_group": process_group, "vocab_start": vocab_start})
+        given = 512 if chunk_rows is None else check_chunk_rows(chunk_rows, 1, "cpu")  # the same in all processes
+        results = split_linear_values(*head, entries, rows, numbers, shard, given, reduce_hidden)
+        return as_results(results, ids, entropy)
     rows, numbers = hide_dynamic(head[0], rows, numbers)
     vocab = logits.shape[-1] if numbers.vocab_size < 0 else numbers.vocab_size
     chunk_rows = check_chunk_rows(chunk_rows, vocab, logits.device.type)

@@ -176,7 +176,7 @@ def check_inputs(
     indices = None
     if isinstance(teacher, TopKTargets):
         check_options(options, settings)
-        indices, log_probs = check_targets(teacher, student, dim)
+        indices, log_probs = check_targets(teacher, student, dim, has_all_classes=least > 0)
         teachers, weights, teacher_temperatures = [log_probs], [1.0], None
         settings = settings._replace(target="log_probs", teacher_temperature=1.0, missing=options["missing"])
     elif teacher is not None and options["missing"] != "tail":

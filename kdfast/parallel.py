@@ -20,11 +20,14 @@ from kdfast.derivatives import is_transformed
 from kdfast.exchange import IGNORED, local_labels
 from kdfast.options import check_inputs
 from kdfast.overlap import check_inplace
+from kdfast.sharded_entries import local_indices
 from kdfast.sharded_operators import NO_TRANSFORMS, compiled
 from kdfast.sharded_rows import ShardedRows
-from kdfast.sparse import TopKTargets
+from kdfast.sparse import TopKTargets, check_entries
 from kdfast.tensor_checks import check_logits
 from kdfast.torch_private import apply_function, below_autograd
+
+MOST_CLASSES = 1 << 62  # where the classes of all processes are not known
 
 
 class Shard(NamedTuple):
@@ -52,11 +55,6 @@ def check_group(options: dict[str, Any]) -> Shard:
     if is_transformed():
         raise RuntimeError(NO_TRANSFORMS)
     return Shard(group, start)
-
-
-def check_teacher(teacher: Any) -> None:
-    if isinstance(teacher, TopKTargets):
-        raise ValueError("teacher: kdfast.TopKTargets with process_group are not supported; pass a dense teacher")
 
 
 def sharded_loss(student: Any, teacher: Any, labels: Tensor | None, options: dict[str, Any], settings: Settings) -> Any:
@@ -94,13 +92,12 @@ def _arguments(
     operators: Any,
 ) -> tuple[Tensor, Inputs, Settings]:
     """The checked arguments of stats, with the classes in the last dimension."""
-    check_teacher(teacher)
     dim = check_logits("student_logits", student, checks.as_integer("dim", options["dim"]), least=0)
     start: int | Tensor | None = shard.start
     if start is None:
         start = operators.first_class(student.movedim(dim, -1), student.shape[dim])
     inputs, settings = local_arguments(student, teacher, labels, options, settings, start, dim)
-    given = teacher if type(teacher) in (list, tuple) else [teacher]
+    given = teacher if type(teacher) in (list, tuple) else [] if isinstance(teacher, TopKTargets) else [teacher]
     tell_teachers(operators, [t.shape[dim] for t in given if t is not None], student.shape[dim], start)
     student = classes_last(student, dim, options["inplace"])
     if options["inplace"]:
@@ -141,6 +138,10 @@ def local_arguments(
     options = options | {"vocab_size": None if settings.vocab_size < 0 else vocab}
     settings = settings._replace(vocab_size=-1 if settings.vocab_size < 0 else vocab)
     inputs, settings = check_inputs(student, parts if several else parts[0], labels, options, settings, least=0)
+    if inputs.indices is not None:
+        if student.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_entries(student.movedim(dim, -1), inputs, settings, MOST_CLASSES)
+        inputs = inputs._replace(indices=local_indices(inputs.indices, start, vocab))
     if inputs.labels is not None:
         own = local_labels(inputs.labels, settings.ignore_index, start, vocab)
         inputs, settings = inputs._replace(labels=own), settings._replace(ignore_index=IGNORED)

@@ -9,9 +9,10 @@ from kdfast import choice
 from kdfast.arguments import KDMetrics, Settings
 from kdfast.linear_autograd import linear_loss
 from kdfast.linear_checks import check_chunk_rows, check_head, check_teacher_head, make_heads, product_like
-from kdfast.parallel import Shard, as_number, check_group, check_teacher, local_arguments, tell_teachers
+from kdfast.parallel import Shard, as_number, check_group, local_arguments, tell_teachers
 from kdfast.sharded_operators import compiled
 from kdfast.sharded_rows import ShardedRows
+from kdfast.sparse import TopKTargets
 
 Head = tuple[Any, Any, Any]  # hidden states, weight, bias
 
@@ -48,7 +49,6 @@ def _arguments(
     operators: Any,
 ) -> Any:
     """The checked heads, inputs and settings."""
-    check_teacher(teacher[0])
     hidden, weight, bias = check_head("student_", *student, least=0)
     logits = product_like(hidden, weight)
     start: int | Tensor | None = shard.start
@@ -57,7 +57,7 @@ def _arguments(
     teacher_side, like = check_teacher_head(_own_head(teacher, len(weight), start), settings, least=0)
     inputs, settings = local_arguments(logits, like, labels, options, settings, start, logits.dim() - 1)
     given = teacher[0] if teacher[1] is None else teacher[1].t()  # (..., V)
-    given = given if type(given) in (list, tuple) else [given]
+    given = given if type(given) in (list, tuple) else [] if isinstance(given, TopKTargets) else [given]
     tell_teachers(operators, [t.shape[-1] for t in given if t is not None], len(weight), start)
     chunk_rows = options["chunk_rows"]  # 0: the largest shard's default
     chunk_rows = 0 if chunk_rows is None else check_chunk_rows(chunk_rows, 1, logits.device.type)

@@ -42,6 +42,11 @@ class _Spread(torch.autograd.Function):
         return all_reduce(grad.clone(), ctx.group), None
 
 
+def spread_gradient(x: Tensor, group: Any) -> Tensor:
+    """x itself, whose gradient is the sum of all processes'."""
+    return _Spread.apply(x, group)
+
+
 class SplitRows:
     """The sums of reference.py over the classes of all processes. labels, here: (...), of this process's classes."""
 
@@ -51,6 +56,10 @@ class SplitRows:
     def total(self, x: Tensor) -> Tensor:
         """The sum over all classes, (...), of (..., V of this process)."""
         return _Total.apply(x.sum(-1), self.group)
+
+    def add_up(self, x: Tensor) -> Tensor:
+        """The sum over the processes, each of which has an addend for every element."""
+        return _Total.apply(x, self.group)
 
     def spread(self, x: Tensor) -> Tensor:
         """A number of each row, (...), for use with its classes, (..., 1)."""
@@ -113,10 +122,12 @@ def teacher_log_probs(teachers: list[Tensor], temperature: Tensor, settings: Set
 
 
 def row_losses(student: Tensor, inputs: Inputs, settings: Settings, group: Any) -> tuple[Tensor, Tensor]:
-    """Each row's loss, (...), differentiable in the student, and KDMetrics of the rows, (7, ...).
+    """Each row's loss, (...), differentiable in the student, and KDMetrics of the rows, (7, ...) or (9, ...).
 
-    labels count from this process's first class; see sharded_rows.local_labels.
+    labels and indices count from this process's first class; see exchange.local_labels.
     """
+    from kdfast.sharded_entries import soft_terms
+
     split = SplitRows(group)
     rows = prepare_rows(student, inputs, settings)
     s, nothing = rows.s, rows.s.detach().new_zeros(rows.s.shape[:-1])
@@ -139,7 +150,13 @@ def row_losses(student: Tensor, inputs: Inputs, settings: Settings, group: Any) 
     temperature = as_column(inputs.temperatures, settings.temperature, s)
     if settings.metrics or (inputs.teachers and settings.alpha):
         z = standardize(s, classes, split) if settings.standardize else s
-        log_q = split.log_softmax((z - row_math.finite(split.largest(z)).unsqueeze(-1)) / temperature)
+        z = (z - row_math.finite(split.largest(z)).unsqueeze(-1)) / temperature
+        log_q = split.log_softmax(z)
+    sparse: dict[str, Tensor] = {}
+    if settings.missing and inputs.teachers:
+        soft, sparse = soft_terms(z, temperature, log_q, inputs, settings, classes, split)
+        if settings.alpha:
+            loss = loss + settings.alpha * soft
     if rows.teachers:
         teachers = [standardize(t, classes, split) if settings.standardize else t for t in rows.teachers]
         log_p = teacher_log_probs(
@@ -147,7 +164,7 @@ def row_losses(student: Tensor, inputs: Inputs, settings: Settings, group: Any) 
         )
         if settings.divergence == "logit_mse":
             t = torch.stack([w * x for w, x in zip(settings.teacher_weights, teachers, strict=True)]).sum(0)
-            d = z - t
+            d = (standardize(s, classes, split) if settings.standardize else s) - t
             soft = split.total((d - split.spread(split.total(d) / classes)).square()) / (2 * classes)
         else:
             soft = _divergence(log_p, log_q, is_label, inputs, settings, split)
@@ -171,7 +188,13 @@ def row_losses(student: Tensor, inputs: Inputs, settings: Settings, group: Any) 
             kl, teacher_entropy = split.total(times(p, log_p - log_q)), -split.total(times(p, log_p))
             best_t = split.argmax(rows.teachers[0] if len(rows.teachers) == 1 else log_p)
             agreement = ((best[0] == best_t[0]) & (best[1] == best_t[1])).to(nan.dtype)
-        metrics = torch.stack([soft, hard, kl, student_entropy, teacher_entropy, agreement, accuracy])
+        masses: list[Tensor] = []
+        if sparse:
+            kl, teacher_entropy = sparse["kl"], sparse["teacher_entropy"]
+            is_likeliest = (best[0] == dist.get_rank(group)) & (best[1] == sparse["likeliest"])
+            agreement = split.total(is_likeliest.to(nan.dtype).unsqueeze(-1))
+            masses = [sparse["student_mass"], sparse["teacher_mass"]]
+        metrics = torch.stack([soft, hard, kl, student_entropy, teacher_entropy, agreement, accuracy, *masses])
     return loss, torch.where(rows.kept, metrics, math.nan).detach()
 
 

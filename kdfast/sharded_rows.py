@@ -25,6 +25,8 @@ class ShardedRows:
     Losses that have no table of sums are sharded_reference.py's, and so is their gradient.
     """
 
+    is_sharded = True
+
     def __init__(self, ops: Any, group: Any, labels: Tensor | None = None, reduce_hidden: bool = True) -> None:
         """labels: as they were given, for an error; reduce_hidden: whether linear losses sum up grad_hidden."""
         self.ops, self.group, self.reduce_hidden = ops, group, reduce_hidden
@@ -167,6 +169,8 @@ def has_sums(inputs: Inputs, settings: Settings) -> bool:
     """Whether the rows' sums of row_math.py serve this loss."""
     if not inputs.teachers:
         return True
+    if settings.missing:
+        return False
     is_mixed = settings.target == "logits" and settings.ensemble == "arithmetic" and len(inputs.teachers) > 1
     return not (is_mixed or settings.standardize or settings.divergence in OTHERS)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdfast import checks
-from kdfast.arguments import Inputs, Settings
+from kdfast.arguments import OTHER_SHARD, Inputs, Settings
 from kdfast.rows import kept_rows
 from kdfast.tensor_checks import check_dense, check_floating, check_logits, kind
 
@@ -139,7 +139,9 @@ def topk_targets(
     return TopKTargets(indices, values[0])
 
 
-def check_targets(teacher: TopKTargets, student: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def check_targets(
+    teacher: TopKTargets, student: Tensor, dim: int, has_all_classes: bool = True
+) -> tuple[Tensor, Tensor]:
     """The indices and log-probabilities, each (..., K). dim: of the K classes, as the student's are in its logits."""
     indices, log_probs = teacher
     for name, value in (("indices", indices), ("log_probs", log_probs)):
@@ -167,7 +169,7 @@ def check_targets(teacher: TopKTargets, student: Tensor, dim: int) -> tuple[Tens
             f"teacher.indices: has shape {tuple(indices.shape)}, but with student_logits of shape "
             f"{tuple(student.shape)} it must be ({', '.join(map(str, (*rows[:dim], 'K', *rows[dim:])))})"
         )
-    if not 1 <= indices.shape[dim] <= student.shape[dim]:
+    if not indices.shape[dim] >= 1 or (has_all_classes and indices.shape[dim] > student.shape[dim]):
         raise ValueError(
             f"teacher.indices: has shape {tuple(indices.shape)}, but K must lie in [1, {student.shape[dim]}], the "
             "classes of student_logits"
@@ -211,13 +213,14 @@ def check_entries(student: Tensor, inputs: Inputs, settings: Settings, vocab: in
     entries = indices.shape[-1]
     kept = kept_rows(student, inputs, settings).reshape(-1, 1)
     indices = indices.reshape(-1, entries).long()
-    present = kept & (log_probs.reshape(-1, entries) != -math.inf)
+    present = kept & (log_probs.reshape(-1, entries) != -math.inf) & (indices != OTHER_SHARD)
     bad = present & ((indices < 0) | (indices >= vocab))
     if bad.any():
         row, entry = bad.nonzero()[0].tolist()
+        allowed = f"with V = {vocab} it must be in [0, {vocab - 1}]" if vocab < 2**31 else "it must be at least 0"
         raise IndexError(
-            f"teacher.indices: {indices[row, entry].item()} in row {row}, entry {entry} is out of range: with V = "
-            f"{vocab} it must be in [0, {vocab - 1}]; a log-probability of -inf marks an entry as absent"
+            f"teacher.indices: {indices[row, entry].item()} in row {row}, entry {entry} is out of range: {allowed}; a "
+            "log-probability of -inf marks an entry as absent"
         )
     absent = -1 - torch.arange(entries)
     ordered, order = torch.where(present, indices, absent).sort(dim=-1, stable=True)

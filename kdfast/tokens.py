@@ -3,6 +3,7 @@
 linear_tokens.py has the same from hidden states and a head.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 from kdfast import checks, choice
 from kdfast.arguments import IGNORED
 from kdfast.options import Backend
+from kdfast.parallel import check_group
 from kdfast.reference_tokens import refuse_negative
 from kdfast.rows import loss_dtype
+from kdfast.sharded_tokens import split_values
 from kdfast.tensor_checks import check_dense, check_logits, check_temperature, check_temperatures, kind
-from kdfast.token_autograd import Numbers, Results, token_values
+from kdfast.token_autograd import Numbers, token_values
 
 
 class TokenLogProbs(NamedTuple):
@@ -44,6 +47,8 @@ def token_log_probs(
     softcap: float | None = None,
     vocab_size: int | None = None,
     ignore_index: int = -100,
+    process_group: Any = None,
+    vocab_start: int | None = None,
     backend: Backend | None = None,
 ) -> TokenLogProbs:
     r"""log q of given tokens, the entropy of q and the log of the rest, of q = softmax(logits / T), in one pass.
@@ -66,6 +71,8 @@ def token_log_probs(
         ignore_index: a row is ignored where its id, or each of its K, is ignore_index. All of its results are 0, its
             gradient is 0, and it may hold anything. With (..., K), any other id < 0 is absent: its log-probability is
             -inf, and it has no gradient.
+        process_group, vocab_start: as in :func:`kdfast.kd_loss`; ids count from the first class of all. It is plain
+            PyTorch then, and makes tensors of the size of this process's logits.
         backend: as in :func:`kdfast.kd_loss`.
 
     Returns:
@@ -88,16 +95,20 @@ def token_log_probs(
         tensor([-0.0360,  0.0000])
         >>> (log_probs + 0.01 * entropy).sum().backward()
     """
-    check_logits("logits", logits)
-    rows, numbers = check_numbers(logits, "logits", temperature, logit_scale, softcap, vocab_size, entropy)
+    is_split = process_group is not None or vocab_start is not None
+    check_logits("logits", logits, least=0 if is_split else 1)
+    rows, numbers = check_numbers(logits, "logits", temperature, logit_scale, softcap, vocab_size, entropy, is_split)
     entries = check_ids(ids, logits, ignore_index)
     checks.check_choice("backend", backend)
+    if is_split:
+        shard = check_group({"process_group": process_group, "vocab_start": vocab_start})
+        return as_results(split_values(logits, entries, rows, numbers, shard), ids, entropy)
     rows, numbers = hide_dynamic(logits, rows, numbers)
     results = token_values(logits, entries, rows, numbers, choice.namespace(backend, logits))
     return as_results(results, ids, entropy)
 
 
-def as_results(results: Results, ids: Tensor, entropy: bool) -> TokenLogProbs:
+def as_results(results: Sequence[Tensor], ids: Tensor, entropy: bool) -> TokenLogProbs:
     return TokenLogProbs(results[0].view(ids.shape), results[1] if entropy else None, results[2])
 
 
@@ -109,8 +120,9 @@ def check_numbers(
     softcap: float | None,
     vocab_size: int | None,
     entropy: bool,
+    is_split: bool = False,
 ) -> tuple[Tensor | None, Numbers]:
-    """The temperatures of rows, and the operators' numbers."""
+    """The temperatures of rows, and the operators' numbers. is_split: the logits have some of all classes."""
     rows = check_temperatures("temperature", temperature, logits.shape[:-1], logits, of)
     numbers = Numbers(
         check_temperature("temperature", temperature),
@@ -119,7 +131,7 @@ def check_numbers(
         checks.check_vocab(vocab_size),
         checks.check_bool("entropy", entropy),
     )
-    if numbers.vocab_size > logits.shape[-1]:
+    if numbers.vocab_size > logits.shape[-1] and not is_split:
         raise ValueError(f"vocab_size: {vocab_size} must lie in [1, {logits.shape[-1]}], the classes of {of}")
     return rows, numbers
 

@@ -1,0 +1,121 @@
+"""Sparse teachers and tokens of rows whose classes are split over processes, in plain PyTorch.
+
+The entries of a row, K of its classes, may lie with any process. Each number of an entry is a sum over the processes,
+of which one alone has it.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast import sparse_rows
+from kdfast.arguments import OTHER_SHARD, Inputs, Settings
+from kdfast.divergences import DIVERGENCES, times
+from kdfast.processes import all_reduce
+from kdfast.reference import as_column, softcap
+from kdfast.rows import loss_dtype
+from kdfast.sharded_reference import SplitRows
+
+
+def local_indices(indices: Tensor, start: int | Tensor, classes: int) -> Tensor:
+    """Classes counted from a shard's first one; those of other shards, and of none, are OTHER_SHARD."""
+    indices = indices.long()
+    here = (indices >= start) & (indices < start + classes)
+    return torch.where(here, indices - start, OTHER_SHARD)
+
+
+def at_entries(x: Tensor, local: Tensor, split: SplitRows) -> Tensor:
+    """x, (..., V of this process), at the entries of all processes, (..., K); 0 at those that nobody has."""
+    if not x.shape[-1]:
+        return split.add_up(x.new_zeros(local.shape) + x.sum())  # which is 0, with a graph
+    return split.add_up(torch.where(local < 0, 0, x.gather(-1, local.clamp(min=0))))
+
+
+def has_owner(local: Tensor, wanted: Tensor, name: str, group: Any) -> Tensor:
+    """Which entries some process has, (..., K). On a CPU one that is wanted and has none is an error."""
+    found = all_reduce((local >= 0).float(), group) > 0
+    if local.device.type == "cpu" and (bad := (wanted & ~found).reshape(-1, local.shape[-1])).any():
+        row, entry = bad.nonzero()[0].tolist()
+        raise IndexError(f"{name}: entry {entry} of row {row} is out of range: no process of the group has this class")
+    return found
+
+
+def log_of_rest(log_q: Tensor, local: Tensor, split: SplitRows) -> Tensor:
+    """The log of the sum of q over the classes that are no entries, (...)."""
+    if not log_q.shape[-1]:
+        return split.log_sum(log_q)
+    places, is_here = local.clamp(min=0), (local >= 0).int()
+    is_entry = torch.zeros(log_q.shape, dtype=torch.int32, device=log_q.device).scatter_add_(-1, places, is_here) > 0
+    return split.log_sum(torch.where(is_entry, -math.inf, log_q))
+
+
+def soft_terms(
+    z: Tensor, temperature: Tensor, log_q: Tensor, inputs: Inputs, settings: Settings, classes: Tensor, split: SplitRows
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """T^2 D of each row, (...), and its metrics; z: logits / T less a number of the row; log_q: (..., V)."""
+    assert inputs.indices is not None
+    local, log_p = inputs.indices, inputs.teachers[0].to(log_q.dtype)
+    present = log_p != -math.inf
+    found = has_owner(local, present, "teacher.indices", split.group)
+    log_p = torch.where(present & ~found, math.nan, log_p)
+    count = present.sum(-1, keepdim=True)
+    p_rest = torch.full_like(log_p[..., :1], -math.inf)
+    if settings.missing == "tail":
+        p_rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=0).log()
+        p_rest = torch.where(count == classes.unsqueeze(-1), -math.inf, p_rest)
+    p_rest = torch.where(count == 0, 0, p_rest)
+    mass = log_p.exp().sum(-1)
+    log_p = torch.cat([log_p, p_rest], -1)
+    if not sparse_rows.is_given(settings):
+        log_p = torch.log_softmax(log_p, -1)
+    q_k = at_entries(log_q, local, split)
+    if settings.missing == "conditional":
+        z_k = torch.where(present, at_entries(z, local, split), -math.inf)
+        rest = torch.where(count == 0, 0, -math.inf).to(z_k.dtype)
+        log_q_k = torch.log_softmax(torch.cat([z_k, rest], -1), -1)
+    else:
+        rest = torch.where(count == 0, 0, log_of_rest(log_q, local, split).unsqueeze(-1))
+        log_q_k = torch.cat([torch.where(present, q_k, -math.inf), rest], -1)
+    p, q, of = log_p.exp(), log_q_k.exp(), DIVERGENCES[settings.divergence]
+    soft = of.phi(p, q, log_p, log_q_k, settings.beta).sum(-1) + of.first_order(settings.beta) * (p.sum(-1) - 1)
+    if settings.missing != "truncate":  # rounding may leave less than 0
+        soft = soft - soft.detach().clamp(max=0)
+    if settings.t_squared:
+        soft = soft * (temperature.squeeze(-1) if temperature.dim() else temperature).square()
+    with torch.no_grad():
+        at = log_p[..., :-1].argmax(-1, keepdim=True)
+        metrics = {
+            "kl": times(p, log_p - log_q_k).sum(-1),
+            "teacher_entropy": -times(p, log_p).sum(-1),
+            "likeliest": local.gather(-1, at).squeeze(-1),  # in this process
+            "student_mass": torch.where(present, q_k.exp(), 0).sum(-1),
+            "teacher_mass": mass,
+        }
+    return soft, metrics
+
+
+def token_values(
+    logits: Tensor,  # (..., V of this process)
+    local: Tensor,  # (..., K), OTHER_SHARD where another process has the id
+    wanted: Tensor,  # (..., K), whether there is an id
+    ignored: Tensor,  # (..., 1), rows that may hold anything
+    temperatures: Tensor | None,
+    numbers: Any,  # token_autograd.Numbers, whose vocab_size is this process's
+    group: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """reference_tokens.token_stats' first three results, differentiable."""
+    split = SplitRows(group)
+    found = has_owner(local, wanted & ~ignored, "ids", group)
+    z = logits if numbers.vocab_size < 0 else logits[..., : numbers.vocab_size]
+    z = torch.where(ignored, 0, z.to(loss_dtype(logits)))
+    z = softcap(numbers.logit_scale * z, numbers.softcap)
+    temperature = as_column(temperatures, numbers.temperature, z)
+    temperature = torch.where(ignored, 1, temperature) if temperature.dim() else temperature
+    log_q = split.log_softmax((z - split.largest(z).unsqueeze(-1)) / temperature)
+    log_probs = torch.where(wanted, torch.where(found, at_entries(log_q, local, split), math.nan), -math.inf)
+    entropy = -split.total(times(log_q.exp(), log_q))
+    rest = log_of_rest(log_q, local, split)
+    row = ignored.squeeze(-1)
+    return torch.where(ignored, 0, log_probs), torch.where(row, 0, entropy), torch.where(row, 0, rest)
