@@ -4,8 +4,8 @@ A row of its tables is a sequence; of each token ``compressed_logprobs`` has, by
 
     exact      exact_k numbers of exact_dtype: the highest log-probabilities
     terms      the coefficients, of term_dtype, of a polynomial in the place among the rest: sum_j c_j * f_j(place)
-    bins       for each bin its scale, then num_elements whole numbers of element_bits bits, which scale multiplies: what
-               the polynomial leaves
+    bins       what the polynomial leaves: for each bin its scale, then num_elements whole numbers of element_bits bits,
+               which the scale multiplies
 
 and, with delta_encoding, all of these are differences, whose running sums are the log-probabilities. Places are 0, 1, 2
 ... or, with normalize_t, 0 to 1. ``bytepacked_indices`` has k whole numbers of ceil(log2(d)) bits. Bits are packed from
@@ -49,14 +49,17 @@ def read_distillkit(table: Any, config: Mapping[str, Any]) -> Iterator[tuple[Ten
         log_probs = _decode(_matrix(values, count), config)
         bits = math.ceil(math.log2(config["d"]))
         classes = _unpack(_matrix(indices, count), bits, config["k"])
-        yield torch.tensor(token_ids).view(1, count), TopKTargets(classes.unsqueeze(0), log_probs.unsqueeze(0))
+        yield (
+            torch.from_numpy(np.asarray(token_ids.values).astype(np.int64)).view(1, count),
+            TopKTargets(classes.unsqueeze(0), log_probs.unsqueeze(0)),
+        )
 
 
 def _rows(table: Any) -> Iterator[tuple[Any, Any, Any]]:
     names = ["input_ids", "compressed_logprobs", "bytepacked_indices"]
     if isinstance(table, (str, bytes)) or hasattr(table, "__fspath__"):
         try:
-            import pyarrow.dataset
+            import pyarrow.dataset  # type: ignore[import-untyped]
         except ImportError:
             raise ImportError("read_distillkit needs pyarrow to read parquet files: pip install pyarrow") from None
         batches = pyarrow.dataset.dataset(table, format="parquet").to_batches(columns=names)

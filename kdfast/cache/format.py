@@ -22,8 +22,10 @@ VERSION = 1
 MANIFEST = "manifest.json"
 SMALL_VOCAB = 65536  # up to here indices are uint16
 DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
-_NAMES: dict[np.dtype[Any], str] = {np.dtype("<u2"): "U16", np.dtype("<i4"): "I32", np.dtype("<i8"): "I64", DTYPES["float16"]: "F16",
-          DTYPES["float32"]: "F32"}  # fmt: skip
+_NAMES: dict[np.dtype[Any], str] = {
+    np.dtype("<u2"): "U16", np.dtype("<i4"): "I32", np.dtype("<i8"): "I64",
+    DTYPES["float16"]: "F16", DTYPES["float32"]: "F32",
+}  # fmt: skip
 _MOST_HEADER = 1 << 20  # bytes; ours have some hundred
 
 
