@@ -132,7 +132,7 @@ class TopKWriter:
             raise ValueError("write: the writer is closed")
         if isinstance(teacher, Tensor):
             m = self._manifest
-            teacher = topk_targets(teacher, m.k, m.temperature, vocab_size=m.vocab_size)
+            teacher = topk_targets(teacher, m.k, m.temperature, vocab_size=min(m.vocab_size, teacher.shape[-1]))
         if not isinstance(teacher, TopKTargets):
             raise TypeError(f"teacher: must be logits or kdfast.TopKTargets, not {kind(teacher)}")
         self._check_shapes(teacher, token_ids)
@@ -196,7 +196,12 @@ class TopKWriter:
         tensors = {"offsets": np.cumsum([0, *self._lengths], dtype=np.int64)}
         for name in ("indices", "log_probs", "token_ids"):
             tensors[name] = np.concatenate([rows[name] for rows in self._rows])
-        shard = write_shard(self.path, f"shard-{len(m.shards):05}.safetensors", tensors)
+        try:
+            shard = write_shard(self.path, f"shard-{len(m.shards):05}.safetensors", tensors)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{error.strerror}: the cache at {self.path} holds {self.sequences_done} sequences"
+            ) from error
         self._manifest = m._replace(shards=[*m.shards, shard])
         write_manifest(self.path, self._manifest)
         self._rows, self._lengths = [], []
