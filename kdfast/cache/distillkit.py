@@ -86,7 +86,8 @@ def _take(data: Tensor, at: int, count: int, dtype: torch.dtype) -> tuple[Tensor
     end = at + count * dtype.itemsize
     if end > data.shape[1]:
         raise CacheError(f"table: rows of {data.shape[1]} bytes are shorter than the config says")
-    return data[:, at:end].contiguous().view(dtype), end
+    part = data[:, at:end].reshape(-1).clone()  # at the beginning of its memory, as a view of another dtype needs it
+    return part.view(dtype).view(len(data), count), end
 
 
 def _unpack(data: Tensor, bits: int, count: int) -> Tensor:
