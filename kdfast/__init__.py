@@ -1,7 +1,7 @@
 """kdfast: fused knowledge-distillation losses for PyTorch."""
 
 import kdfast.ops  # noqa: F401 - defines the operators
-from kdfast.arguments import KDMetrics
+from kdfast.arguments import KDMetrics, SparseKDMetrics
 from kdfast.choice import backends
 from kdfast.linear import LinearKDLoss, linear_kd_loss
 from kdfast.linear_tokens import linear_token_log_probs
@@ -16,6 +16,7 @@ __all__ = [
     "KDLoss",
     "KDMetrics",
     "LinearKDLoss",
+    "SparseKDMetrics",
     "TokenLogProbs",
     "TopKTargets",
     "backends",

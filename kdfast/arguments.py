@@ -166,8 +166,7 @@ def take_flat_heads(function: Callable[..., Any]) -> Callable[..., Any]:
 class KDMetrics(NamedTuple):
     """The detached metrics that `return_metrics` adds: weighted means over the rows kept, or (...), unweighted.
 
-    NaN where there is nothing to measure: no labels, no teacher, no row. With a sparse teacher the classes of p and q
-    in soft, kl and teacher_entropy are its entries and, where it is one, their rest.
+    NaN where there is nothing to measure: no labels, no teacher, no row.
     """
 
     soft: Tensor  # the soft term without alpha: T^2 * D, or D where t_squared is False
@@ -177,13 +176,33 @@ class KDMetrics(NamedTuple):
     teacher_entropy: Tensor
     agreement: Tensor  # share of rows whose argmax is the same in student and teacher; the first of equal maxima
     accuracy: Tensor  # share of rows whose student's argmax is the label
-    student_mass: Tensor | None = None  # of a sparse teacher's classes: the sum of q, at T; None with other teachers
-    teacher_mass: Tensor | None = None  # the sum of p, as its log-probabilities have it
 
 
-METRICS = len(KDMetrics._fields) - 2  # of a dense teacher
+class SparseKDMetrics(NamedTuple):
+    """KDMetrics with a sparse teacher, and what its entries have of both distributions.
+
+    The classes of p and q in soft, kl and teacher_entropy are the entries and, where it is one, their rest.
+    """
+
+    soft: Tensor
+    hard: Tensor
+    kl: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    agreement: Tensor  # the teacher's argmax is its most probable entry
+    accuracy: Tensor
+    student_mass: Tensor  # the sum of q over the entries, at T
+    teacher_mass: Tensor  # the sum of p, as the log-probabilities have it
+
+
+METRICS = len(KDMetrics._fields)
 
 
 def metrics_count(inputs: Inputs) -> int:
-    """How many of KDMetrics a call has."""
-    return METRICS if inputs.indices is None else len(KDMetrics._fields)
+    """How many metrics a call has."""
+    return METRICS if inputs.indices is None else len(SparseKDMetrics._fields)
+
+
+def as_metrics(table: Tensor) -> KDMetrics | SparseKDMetrics:
+    """Of (7, ...) or (9, ...)."""
+    return (KDMetrics if len(table) == METRICS else SparseKDMetrics)(*table.unbind())

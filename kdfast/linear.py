@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from kdfast import choice
-from kdfast.arguments import KDMetrics, Settings
+from kdfast.arguments import KDMetrics, Settings, SparseKDMetrics, as_metrics
 from kdfast.linear_autograd import linear_loss
 from kdfast.linear_checks import check_chunk_rows, check_head, check_teacher_head, make_heads, product_like
 from kdfast.losses import Teacher, kd_loss
@@ -50,7 +50,7 @@ def linear_kd_loss(
     reduce_hidden: bool = True,
     return_metrics: Literal[True],
     **options: Unpack[CallOptions],
-) -> tuple[Tensor, KDMetrics]: ...
+) -> tuple[Tensor, KDMetrics | SparseKDMetrics]: ...
 def linear_kd_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -65,7 +65,7 @@ def linear_kd_loss(
     reduce_hidden: bool = True,
     return_metrics: bool = False,
     **options: Unpack[CallOptions],
-) -> Tensor | tuple[Tensor, KDMetrics]:
+) -> Tensor | tuple[Tensor, KDMetrics | SparseKDMetrics]:
     r""":func:`kd_loss` of ``student_hidden @ student_weight.T`` without tensors of (rows, V).
 
     The logits of a few rows at a time are computed and overwritten with their gradient, so memory grows with rows * H
@@ -154,7 +154,7 @@ def _checked_loss(
     chunk_rows = check_chunk_rows(options["chunk_rows"], vocab, logits.device.type)
     heads, inputs = make_heads(student, teacher, chunk_rows, inputs, settings, options)
     loss, metrics = linear_loss(heads, inputs, settings, choice.namespace(options["backend"], logits))
-    return (loss, KDMetrics(*metrics.unbind())) if settings.metrics else loss
+    return (loss, as_metrics(metrics)) if settings.metrics else loss
 
 
 class LinearKDLoss(LossModule):

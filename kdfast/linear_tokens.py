@@ -9,8 +9,6 @@ from kdfast import checks, choice
 from kdfast.derivatives import is_transformed
 from kdfast.linear_checks import check_accumulate_dtype, check_chunk_rows, check_head, product_like
 from kdfast.options import Backend
-from kdfast.parallel import check_group
-from kdfast.sharded_tokens import split_linear_values
 from kdfast.token_autograd import LinearTokenStats
 from kdfast.tokens import TokenLogProbs, as_results, check_ids, check_numbers, hide_dynamic
 from kdfast.torch_private import apply_function, below_autograd
@@ -75,6 +73,9 @@ def linear_token_log_probs(
     entries = check_ids(ids, logits, ignore_index)
     checks.check_choice("backend", backend)
     if is_split:
+        from kdfast.parallel import check_group
+        from kdfast.sharded_tokens import split_linear_values
+
         shard = check_group({"process_group": process_group, "vocab_start": vocab_start})
         given = 512 if chunk_rows is None else check_chunk_rows(chunk_rows, 1, "cpu")  # the same in all processes
         results = split_linear_values(*head, entries, rows, numbers, shard, given, reduce_hidden)

@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from kdfast import choice
-from kdfast.arguments import KDMetrics, Settings
+from kdfast.arguments import KDMetrics, Settings, SparseKDMetrics, as_metrics
 from kdfast.autograd import row_loss
 from kdfast.classes_last import classes_last
 from kdfast.options import (
@@ -50,7 +50,7 @@ def kd_loss(
     inplace: bool = False,
     return_metrics: Literal[True],
     **options: Unpack[CallOptions],
-) -> tuple[Tensor, KDMetrics]: ...
+) -> tuple[Tensor, KDMetrics | SparseKDMetrics]: ...
 @overload
 def kd_loss(
     student_logits: Tensor,
@@ -61,7 +61,7 @@ def kd_loss(
     inplace: bool = False,
     return_metrics: bool,
     **options: Unpack[CallOptions],
-) -> Tensor | tuple[Tensor, KDMetrics]: ...
+) -> Tensor | tuple[Tensor, KDMetrics | SparseKDMetrics]: ...
 def kd_loss(
     student_logits: Tensor,
     teacher: Teacher,
@@ -98,7 +98,7 @@ def kd_loss(
     vocab_start: int | None = None,
     backend: Backend | None = None,
     **unknown: NoReturn,
-) -> Tensor | tuple[Tensor, KDMetrics]:
+) -> Tensor | tuple[Tensor, KDMetrics | SparseKDMetrics]:
     """The distillation loss of a student against a teacher, and against labels where they are given.
 
     With q = softmax(s / T), p = softmax(t / T) and q1 = softmax(s), a row (a token, an image) of weight w costs
@@ -172,9 +172,9 @@ def kd_loss(
         process_group: the logits are some classes of all rows, and the processes of this torch.distributed group have
             the others (tensor parallel). The loss is that of all classes, the same bits in every process, and the
             gradient is that of the process's own: do not sum the loss over the group, nor divide it. Labels count all
-            classes, as does ``vocab_size``; a teacher has the same classes in each process, or all of them. Not for a
-            sparse teacher. A DTensor whose classes are split, Shard(-1) on one mesh dimension and Replicate() on the
-            others, needs no group. See docs/parallel.md.
+            classes, as do ``vocab_size`` and a sparse teacher's indices; a dense teacher has the same classes in each
+            process, or all of them. A DTensor whose classes are split, Shard(-1) on one mesh dimension and Replicate()
+            on the others, needs no group. See docs/parallel.md.
         vocab_start: the first class of this process. None: the numbers of classes are exchanged. Needs a group.
         backend: None (by device), ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; see
             :func:`kdfast.backends`. ``"triton"`` also takes CPU tensors where Triton can launch on them.
@@ -283,4 +283,4 @@ def checked_loss(
     if inplace:
         check_inplace(student, inputs)
     loss, metrics = row_loss(student, inputs, settings, choice.namespace(options["backend"], student), inplace)
-    return (loss, KDMetrics(*metrics.unbind())) if settings.metrics else loss
+    return (loss, as_metrics(metrics)) if settings.metrics else loss

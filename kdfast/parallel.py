@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdfast import checks, choice
-from kdfast.arguments import Inputs, KDMetrics, Settings
+from kdfast.arguments import Inputs, Settings, as_metrics
 from kdfast.autograd import Stats
 from kdfast.classes_last import classes_last
 from kdfast.derivatives import is_transformed
@@ -79,7 +79,7 @@ def sharded_loss(student: Any, teacher: Any, labels: Tensor | None, options: dic
         else:
             with below_autograd():
                 results = operators.stats(student, *inputs, *settings)
-    return (results[0], KDMetrics(*results[2].unbind())) if settings.metrics else results[0]
+    return (results[0], as_metrics(results[2])) if settings.metrics else results[0]
 
 
 def _arguments(

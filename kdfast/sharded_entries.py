@@ -56,8 +56,9 @@ def soft_terms(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """T^2 D of each row, (...), and its metrics; z: logits / T less a number of the row; log_q: (..., V)."""
     assert inputs.indices is not None
-    local, log_p = inputs.indices, inputs.teachers[0].to(log_q.dtype)
+    log_p = inputs.teachers[0].to(log_q.dtype)
     present = log_p != -math.inf
+    local = torch.where(present, inputs.indices, OTHER_SHARD)
     found = has_owner(local, present, "teacher.indices", split.group)
     log_p = torch.where(present & ~found, math.nan, log_p)
     count = present.sum(-1, keepdim=True)

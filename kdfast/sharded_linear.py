@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdfast import choice
-from kdfast.arguments import KDMetrics, Settings
+from kdfast.arguments import Settings, as_metrics
 from kdfast.linear_autograd import linear_loss
 from kdfast.linear_checks import check_chunk_rows, check_head, check_teacher_head, make_heads, product_like
 from kdfast.parallel import Shard, as_number, check_group, local_arguments, tell_teachers
@@ -36,7 +36,7 @@ def sharded_linear_loss(
             raise
     heads, inputs, settings = arguments
     loss, metrics = linear_loss(heads, inputs, settings, operators)
-    return (loss, KDMetrics(*metrics.unbind())) if settings.metrics else loss
+    return (loss, as_metrics(metrics)) if settings.metrics else loss
 
 
 def _arguments(

@@ -1,4 +1,4 @@
-"""KDMetrics with a sparse teacher: of operators that make nothing of the logits' size, and K + 1 numbers a row."""
+"""SparseKDMetrics: of operators that make nothing of the logits' size, and K + 1 numbers a row."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.arguments import Inputs, KDMetrics, Settings
+from kdfast.arguments import Inputs, KDMetrics, Settings, SparseKDMetrics
 from kdfast.divergences import DIVERGENCES, times
 from kdfast.reference import as_column
 from kdfast.rows import kept_rows, mean_metrics, row_weights
@@ -38,23 +38,26 @@ def reduced_metrics(ops: Any, student: Tensor, inputs: Inputs, settings: Setting
         soft = soft * (temperature.squeeze(-1) if temperature.dim() else temperature).square()
     at = entries.log_p[..., :-1].argmax(-1, keepdim=True)
     likeliest = entries.indices.gather(-1, at).squeeze(-1)
-    metrics: Any = KDMetrics(*own.unbind())._replace(
+    metrics = SparseKDMetrics(
         soft=soft,
+        hard=own.hard,
         kl=times(p, log_p - log_q).sum(-1),
+        student_entropy=own.student_entropy,
         teacher_entropy=-times(p, log_p).sum(-1),
         agreement=(_argmax(student, settings) == likeliest).to(soft.dtype),
+        accuracy=own.accuracy,
         student_mass=log_q_k.exp().sum(-1),
         teacher_mass=entries.log_p[..., :-1].exp().sum(-1),
     )
-    table = torch.where(kept_rows(student, inputs, settings), torch.stack(metrics), math.nan)
+    table = torch.where(kept_rows(student, inputs, settings), torch.stack(tuple(metrics)), math.nan)
     return mean_metrics(table, row_weights(inputs, settings), settings)
 
 
-def student_metrics(ops: Any, student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    """The metrics that need no teacher, of each row, (7, ...)."""
+def student_metrics(ops: Any, student: Tensor, inputs: Inputs, settings: Settings) -> KDMetrics:
+    """Of each row, (...); those that need a teacher are NaN."""
     alone = inputs._replace(teachers=[], indices=None, teacher_temperatures=None, normalizer=None)
     settings = settings._replace(alpha=0.0, missing="", target="logits", reduction="none", divisor=0.0)
-    return ops.stats(student, *alone, *settings)[2]
+    return KDMetrics(*ops.stats(student, *alone, *settings)[2].unbind())
 
 
 def _argmax(student: Tensor, settings: Settings) -> Tensor:

@@ -12,10 +12,8 @@ from torch import Tensor
 from kdfast import checks, choice
 from kdfast.arguments import IGNORED
 from kdfast.options import Backend
-from kdfast.parallel import check_group
 from kdfast.reference_tokens import refuse_negative
 from kdfast.rows import loss_dtype
-from kdfast.sharded_tokens import split_values
 from kdfast.tensor_checks import check_dense, check_logits, check_temperature, check_temperatures, kind
 from kdfast.token_autograd import Numbers, token_values
 
@@ -101,6 +99,9 @@ def token_log_probs(
     entries = check_ids(ids, logits, ignore_index)
     checks.check_choice("backend", backend)
     if is_split:
+        from kdfast.parallel import check_group
+        from kdfast.sharded_tokens import split_values
+
         shard = check_group({"process_group": process_group, "vocab_start": vocab_start})
         return as_results(split_values(logits, entries, rows, numbers, shard), ids, entropy)
     rows, numbers = hide_dynamic(logits, rows, numbers)

@@ -160,14 +160,6 @@ def an_error_of_one_rank_is_an_error_of_every_rank(group: Group) -> None:
         raises(group, ValueError, "must keep the same rows", call(row_weight=weights, vocab_start=start))
         weights[3] = -1 if last else 1
         raises(group, ValueError, "row_weight: -1", call(row_weight=weights, vocab_start=start), FAILED)
-    sparse = kdfast.TopKTargets(torch.zeros(13, 1, dtype=torch.int64), torch.zeros(13, 1))
-    options = {"process_group": dist.group.WORLD, "vocab_start": own.start}
-    raises(
-        group,
-        ValueError,
-        "TopKTargets with process",
-        lambda: kdfast.linear_kd_loss(hidden, weight, sparse, None, **options),
-    )
 
 
 def modules_take_a_group_and_are_copied_with_it(group: Group) -> None:

@@ -188,8 +188,6 @@ def an_error_on_one_rank_is_an_error_on_every_rank(group: Group) -> None:
         weight = torch.ones(ROWS)
         weight[3] = -1 if last else 1  # a value, which kernels find
         raises(group, ValueError, "row_weight: -1 in row 3", call(row_weight=weight, vocab_start=start), FAILED)
-    sparse = kdfast.TopKTargets(torch.zeros(ROWS, 1, dtype=torch.int64), torch.zeros(ROWS, 1))
-    raises(group, ValueError, "TopKTargets with process_group are not supported", call(teacher=sparse))
     raises(group, RuntimeError, "transforms of torch.func", lambda: torch.func.grad(lambda x: call(x)())(here.detach()))
     same("after them", sharded_results(group, s.double(), t.double(), y), whole_results(s.double(), t.double(), y), own)
 

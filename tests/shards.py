@@ -113,8 +113,8 @@ def same(what: str, got: Any, want: Any, own: slice, tolerance: float = 1e-12) -
     torch.testing.assert_close(
         got[1], want[1][..., own], rtol=0, atol=tolerance * max(scale, 1e-3), msg=lambda m: f"{what}: gradient: {m}"
     )
-    for name, x, y in zip(kdfast.KDMetrics._fields, got[2], want[2], strict=False):
-        if x is not None:
-            torch.testing.assert_close(
-                x, y, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m, n=name: f"{what}: {n}: {m}"
-            )
+    names = getattr(got[2], "_fields", ())
+    for name, x, y in zip(names, got[2], want[2], strict=True):
+        torch.testing.assert_close(
+            x, y, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m, n=name: f"{what}: {n}: {m}"
+        )

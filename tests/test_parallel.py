@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import shard_checks
+import shard_entry_checks
 import shard_linear_checks
 import shard_promises
 import shard_torch_checks
@@ -19,9 +20,12 @@ import kdfast
 # Two ranks have all that does not depend on their number; of three and four shards some are empty, or of one class.
 CHECKS = {
     2: [*shard_checks.CHECKS, *shard_promises.CHECKS, *shard_linear_checks.CHECKS, *shard_torch_checks.CHECKS],
-    3: [*shard_checks.FEW, *shard_promises.CHECKS, *shard_linear_checks.CHECKS, *shard_torch_checks.DTENSORS],
+    3: [
+        *shard_checks.FEW, *shard_promises.CHECKS, *shard_linear_checks.CHECKS, *shard_torch_checks.DTENSORS,
+        *shard_entry_checks.CHECKS,
+    ],
     4: [*shard_checks.FEW, *shard_promises.FEW, *shard_linear_checks.FEW, *shard_torch_checks.ON_FOUR],
-}
+}  # fmt: skip
 
 
 @lru_cache
