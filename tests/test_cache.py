@@ -342,7 +342,7 @@ def test_a_malicious_shard_is_an_error(tmp_path: Path, fault: str) -> None:
 # ---- wrong arguments ----
 
 WRONG = {
-    "bf16": ({"dtype": torch.bfloat16}, "dtype: torch.bfloat16 is refused: its log-probabilities are 0.7 to 21 % off"),
+    "bf16": ({"dtype": torch.bfloat16}, "dtype: torch.bfloat16 is refused: a gradient is 1.1 to 33 % off"),
     "a dtype": ({"dtype": torch.int8}, "dtype: torch.int8 is not torch.float16 or torch.float32"),
     "k": ({"k": 0}, r"k: 0 must lie in \[1, 200\]"),
     "k above V": ({"k": 201}, r"k: 201 must lie in \[1, 200\]"),

@@ -245,6 +245,7 @@ def check_operator(name: str, backend: str | None, kind: str, *checks: str) -> N
     heads, their_inputs = heads_for(s, inputs, of_teacher=kind in ("mean", "every option and metrics"))
     if name == "linear_grad":
         settings = settings._replace(reduction="none")
+        stats = ops.linear_stats(*heads, *their_inputs, *settings)[1]
     arguments = {
         "linear_loss_grad": (*heads, *their_inputs, *settings),
         "linear_stats": (*heads, *their_inputs, *settings),

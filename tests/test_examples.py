@@ -52,6 +52,13 @@ def test_both_losses_of_distill_lm_train_alike(tmp_path):
     assert_png(tmp_path / "distill_lm.png")
 
 
+def test_a_student_trains_from_a_cache_that_was_interrupted(tmp_path):
+    printed = run(tmp_path, str(ROOT / "examples" / "distill_offline.py"), "--quick")
+    assert "interrupted, and resumed" in printed
+    assert "nan" not in printed
+    assert_png(tmp_path / "distill_offline.png")
+
+
 def test_a_mesh_of_processes_trains_as_one_process_does(tmp_path):
     ranks = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"
     printed = run(tmp_path, *ranks, str(ROOT / "examples" / "distill_parallel.py"), "--quick")

@@ -59,7 +59,7 @@ def _rows(table: Any) -> Iterator[tuple[Any, Any, Any]]:
     names = ["input_ids", "compressed_logprobs", "bytepacked_indices"]
     if isinstance(table, (str, bytes)) or hasattr(table, "__fspath__"):
         try:
-            import pyarrow.dataset  # type: ignore[import-untyped]
+            import pyarrow.dataset
         except ImportError:
             raise ImportError("read_distillkit needs pyarrow to read parquet files: pip install pyarrow") from None
         batches = pyarrow.dataset.dataset(table, format="parquet").to_batches(columns=names)
