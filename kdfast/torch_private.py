@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -85,10 +86,18 @@ def next_level() -> Iterator[None]:
         yield
 
 
+@lru_cache
+def _single_level(function: type[torch.autograd.Function]) -> Any:
+    """The same Function without Function.apply, which asks functorch and inspect.signature."""
+    names = ("forward", "setup_context", "backward", "jvp")
+    methods = {name: staticmethod(getattr(function, name)) for name in names}
+    return type(function.__name__, (torch.autograd.function._SingleLevelFunction,), methods)
+
+
 def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(), but at one level of transforms, and without inspect.signature, which takes 50 us."""
     unwrapped = [unwrap_if_dead(x) if type(x) in _TENSORS else x for x in args]  # of a transform that has ended
-    return super(torch.autograd.Function, function).apply(*unwrapped)  # type: ignore[misc]
+    return _single_level(function).apply(*unwrapped)
 
 
 def entry_products(x: Tensor, table: Tensor, places: Tensor) -> Tensor:
