@@ -89,8 +89,8 @@ def next_level() -> Iterator[None]:
 @lru_cache
 def _single_level(function: type[torch.autograd.Function]) -> Any:
     """The same Function without Function.apply, which asks functorch and inspect.signature."""
-    names = ("forward", "setup_context", "backward", "jvp")
-    methods = {name: staticmethod(getattr(function, name)) for name in names}
+    names = ("forward", "setup_context", "backward", "jvp", "_compiled_autograd_key")
+    methods = {name: staticmethod(getattr(function, name)) for name in names if hasattr(function, name)}
     return type(function.__name__, (torch.autograd.function._SingleLevelFunction,), methods)
 
 
