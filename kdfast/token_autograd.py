@@ -77,7 +77,7 @@ class TokenStats(_Stats):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         checked = _Stats.check(ctx, grads)
-        if checked.count(None) == len(checked):
+        if all(each is None for each in checked):
             return (None,) * 6
         stats, logits, ids, temperatures = saved(ctx)
         with below_autograd() if ctx.fast and not torch.compiler.is_compiling() else nullcontext():
@@ -114,7 +114,7 @@ class LinearTokenStats(_Stats):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         checked = _Stats.check(ctx, grads)
-        if checked.count(None) == len(checked):
+        if all(each is None for each in checked):
             return (None,) * 10
         stats, hidden, weight, bias, ids, temperatures = saved(ctx)
         wanted = ctx.needs_input_grad[:3]
