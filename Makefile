@@ -20,7 +20,7 @@ BUILT := $(VENV)/.built
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-full versions emulator-test mutants bench gpu-smoke gpu-check .gpu-build .gpu-smoke \
+.PHONY: help build demo test test-full versions torch-versions emulator-test mutants bench gpu-smoke gpu-check .gpu-build .gpu-smoke \
     .gpu-check cuda-check .cuda-check lint format sanitize build-check arm-check clean
 
 help: ## this list
@@ -94,6 +94,20 @@ versions: $(VENV)/.extra-test ## four calls compiled and run by each Triton from
 	    PYTHONPATH=$(CURDIR) $$python -m pytest -q -p no:cacheprovider tests/test_triton_launches.py -k four_kinds \
 	        || failed="$$failed $$version"; \
 	done; test -z "$$failed" || { echo "failed with Triton$$failed"; exit 1; }
+
+# The CPU library as .venv's torch built it, loaded and run by the oldest torch that pyproject.toml takes, and by newer
+# ones, each in a venv of its own. What pip finds of these are builds for CUDA, of 3 to 6 GB.
+TORCHES ?= 2.10.0 2.14.1
+RUN_BY_TORCHES := tests/test_limits.py tests/test_autograd.py tests/test_transforms.py tests/test_operator_autograd.py
+torch-versions: $(BUILT) ## the built CPU operators under the oldest torch and a newer one
+	@failed=; for version in $(TORCHES); do \
+	    home=build/versions/torch-$$version; python=$$home/bin/python; \
+	    test -x $$python || $(PYTHON) -m venv $$home || exit 1; \
+	    $$python -m pip install --quiet --disable-pip-version-check torch==$$version numpy pytest hypothesis || exit 1; \
+	    echo "torch $$version"; \
+	    PYTHONPATH=$(CURDIR) $$python -m pytest -q -p no:cacheprovider $(RUN_BY_TORCHES) -k 'cpu and not triton and not cuda' \
+	        || failed="$$failed $$version"; \
+	done; test -z "$$failed" || { echo "failed with torch$$failed"; exit 1; }
 
 emulator-test: $(VENV)/.extra-test ## the own tests of the emulator that runs GPU kernels on the CPU, tools/ptxemu
 	PTXEMU_CACHE=$(CURDIR)/build/ptxemu $(PY) -m pytest tools/ptxemu/tests $(ARGS)
