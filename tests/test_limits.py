@@ -319,3 +319,13 @@ def test_the_soft_gradient_of_a_single_class_is_exactly_0(cpu: str, divergence: 
         given = teacher.sigmoid() if "target" in options else teacher  # whose sum is not 1
         _, grad = run(student, given, labels, **settings, **options)
         assert not grad.any()
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "tvd"])  # bounded ones, whose loss is finite at any T
+def test_a_temperature_whose_inverse_fp32_does_not_hold_is_that_of_the_argmax(cpu: str, divergence: str) -> None:
+    s, t, y = batch(5, 300)
+    options = {"temperature": 1e-39, "t_squared": False, "divergence": divergence, "hard_weight": 0.5}
+    loss, gradient = run(s, t, y, backend="cpu", **options)
+    want, want_gradient = run(s.double(), t.double(), y, backend="reference", **options)
+    torch.testing.assert_close(loss.double(), want)
+    torch.testing.assert_close(gradient.double(), want_gradient, rtol=1e-5, atol=1e-8)
