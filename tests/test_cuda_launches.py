@@ -104,14 +104,16 @@ BEYOND = [(axis, value) for axis, values in NOT_IN_CUDA.items() for value in val
 @pytest.mark.parametrize(("axis", "value"), BEYOND, ids=[value for _, value in BEYOND])
 def test_what_they_have_not_is_an_error_that_names_it_and_goes_to_triton(axis: str, value: str) -> None:
     arguments, settings = call(**{axis: value, "shape": "3x16", "output": "metrics"}).arguments()
-    checked = check_settings(dict(KDLoss.defaults) | settings | {"row_weight": None, "normalizer": None}, True)
-    teachers = arguments[1] if isinstance(arguments[1], list) else arguments[1:2]
+    options = dict(KDLoss.defaults) | settings | {"row_weight": None, "normalizer": None}
+    inputs, checked = check_inputs(*arguments, options, check_settings(options, True))
+    teachers = inputs.teachers
     assert gpu_backend(("cuda", "triton"), "loss_grad", arguments[0], teachers, checked) == "triton"
     assert gpu_backend(("cuda",), "loss_grad", arguments[0], teachers, checked) == "reference"
     what = {
         "divergence": "divergence='dkd'",
         "dtypes": "float64|a teacher of another dtype than student_logits",
-        "teacher": "several teachers|target='probs' and 'log_probs'|a teacher of another dtype than student_logits",
+        "teacher": "several teachers|target='probs' and 'log_probs'|a teacher of another dtype than student_logits|"
+        "a sparse teacher",
         "option": "softcap|teacher_softcap|standardize",
     }[axis]
     advice = 'use backend="triton", or None, which chooses by call'
