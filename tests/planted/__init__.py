@@ -3,11 +3,11 @@
 `text` is as short as occurs once, so that it survives most of what moves code.
 """
 
-from planted import cpu, cuda, linear, package, parallel, sparse, tokens, triton
+from planted import cache, cpu, cuda, linear, package, parallel, sparse, tokens, triton
 from planted.mutant import Mutant
 
 MUTANTS = [
-    *package.MUTANTS, *linear.MUTANTS, *parallel.MUTANTS, *sparse.MUTANTS, *tokens.MUTANTS,
+    *package.MUTANTS, *cache.MUTANTS, *linear.MUTANTS, *parallel.MUTANTS, *sparse.MUTANTS, *tokens.MUTANTS,
     *triton.MUTANTS, *cuda.MUTANTS, *cpu.MUTANTS,
 ]  # fmt: skip
 
