@@ -190,7 +190,7 @@ def _distributions(rows: Rows, inputs: Inputs, settings: Settings) -> tuple[Tens
 
 
 def row_metrics(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    """KDMetrics of each row, (7, ...), with a sparse teacher (9, ...); NaN in dropped rows."""
+    """KDMetrics of each row, (7, ...); NaN in dropped rows. sparse_metrics.py has those of sparse teachers."""
     rows = prepare_rows(student.detach(), inputs, settings)
     nan = torch.full_like(rows.s[..., 0], math.nan)
     soft = hard = kl = teacher_entropy = agreement = accuracy = nan
@@ -200,18 +200,15 @@ def row_metrics(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
         accuracy = (best == rows.labels.squeeze(-1)).to(nan.dtype)
     log_q = torch.log_softmax(student_exponents(rows, inputs, settings)[1], -1)
     student_entropy = -times(log_q.exp(), log_q).sum(-1)
-    masses: tuple[Tensor, ...] = ()
-    if inputs.teachers:
+    if rows.teachers:
         soft = _soft_losses(rows, inputs, settings)
         _, x = _distributions(rows, inputs, settings)
-        kl = times(x.p, x.log_p - (x.log_q if settings.missing else log_q)).sum(-1)
+        kl = times(x.p, x.log_p - log_q).sum(-1)
         teacher_entropy = -times(x.p, x.log_p).sum(-1)
         # one teacher's logits may differ where its probabilities are equal
         teacher = rows.teachers[0] if len(rows.teachers) == 1 else x.log_p
-        likeliest = sparse_rows.likeliest(rows.s, inputs, settings) if settings.missing else teacher.argmax(-1)
-        agreement = (best == likeliest).to(nan.dtype)
-        masses = sparse_rows.masses(log_q, inputs, settings) if settings.missing else ()
-    metrics = (soft, hard, kl, student_entropy, teacher_entropy, agreement, accuracy, *masses)
+        agreement = (best == teacher.argmax(-1)).to(nan.dtype)
+    metrics = (soft, hard, kl, student_entropy, teacher_entropy, agreement, accuracy)
     return torch.where(rows.kept, torch.stack(metrics), math.nan)
 
 

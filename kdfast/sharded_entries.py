@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdfast import sparse_rows
 from kdfast.arguments import OTHER_SHARD, Inputs, Settings
-from kdfast.divergences import DIVERGENCES, times
+from kdfast.divergences import times
 from kdfast.processes import all_reduce
 from kdfast.reference import as_column, softcap
 from kdfast.rows import loss_dtype
@@ -61,31 +61,22 @@ def soft_terms(
     local = torch.where(present, inputs.indices, OTHER_SHARD)
     found = has_owner(local, present, "teacher.indices", split.group)
     log_p = torch.where(present & ~found, math.nan, log_p)
-    count = present.sum(-1, keepdim=True)
-    p_rest = torch.full_like(log_p[..., :1], -math.inf)
-    if settings.missing == "tail":
-        p_rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=0).log()
-        p_rest = torch.where(count == classes.unsqueeze(-1), -math.inf, p_rest)
-    p_rest = torch.where(count == 0, 0, p_rest)
+    is_empty = ~present.any(-1, keepdim=True)
     mass = log_p.exp().sum(-1)
-    log_p = torch.cat([log_p, p_rest], -1)
+    log_p = sparse_rows.with_rest(log_p, present, classes.unsqueeze(-1), settings)
     if not sparse_rows.is_given(settings):
         log_p = torch.log_softmax(log_p, -1)
     q_k = at_entries(log_q, local, split)
     if settings.missing == "conditional":
         z_k = torch.where(present, at_entries(z, local, split), -math.inf)
-        rest = torch.where(count == 0, 0, -math.inf).to(z_k.dtype)
+        rest = torch.where(is_empty, 0, -math.inf).to(z_k.dtype)
         log_q_k = torch.log_softmax(torch.cat([z_k, rest], -1), -1)
     else:
-        rest = torch.where(count == 0, 0, log_of_rest(log_q, local, split).unsqueeze(-1))
+        rest = torch.where(is_empty, 0, log_of_rest(log_q, local, split).unsqueeze(-1))
         log_q_k = torch.cat([torch.where(present, q_k, -math.inf), rest], -1)
-    p, q, of = log_p.exp(), log_q_k.exp(), DIVERGENCES[settings.divergence]
-    soft = of.phi(p, q, log_p, log_q_k, settings.beta).sum(-1) + of.first_order(settings.beta) * (p.sum(-1) - 1)
-    if settings.missing != "truncate":  # rounding may leave less than 0
-        soft = soft - soft.detach().clamp(max=0)
-    if settings.t_squared:
-        soft = soft * (temperature.squeeze(-1) if temperature.dim() else temperature).square()
+    soft = sparse_rows.soft_losses(log_p, log_q_k, temperature, settings)
     with torch.no_grad():
+        p = log_p.exp()
         at = log_p[..., :-1].argmax(-1, keepdim=True)
         metrics = {
             "kl": times(p, log_p - log_q_k).sum(-1),

@@ -150,11 +150,11 @@ def row_losses(student: Tensor, inputs: Inputs, settings: Settings, group: Any) 
     temperature = as_column(inputs.temperatures, settings.temperature, s)
     if settings.metrics or (inputs.teachers and settings.alpha):
         z = standardize(s, classes, split) if settings.standardize else s
-        z = (z - row_math.finite(split.largest(z)).unsqueeze(-1)) / temperature
-        log_q = split.log_softmax(z)
+        tempered = (z - row_math.finite(split.largest(z)).unsqueeze(-1)) / temperature
+        log_q = split.log_softmax(tempered)
     sparse: dict[str, Tensor] = {}
     if settings.missing and inputs.teachers:
-        soft, sparse = soft_terms(z, temperature, log_q, inputs, settings, classes, split)
+        soft, sparse = soft_terms(tempered, temperature, log_q, inputs, settings, classes, split)
         if settings.alpha:
             loss = loss + settings.alpha * soft
     if rows.teachers:
@@ -164,7 +164,7 @@ def row_losses(student: Tensor, inputs: Inputs, settings: Settings, group: Any) 
         )
         if settings.divergence == "logit_mse":
             t = torch.stack([w * x for w, x in zip(settings.teacher_weights, teachers, strict=True)]).sum(0)
-            d = (standardize(s, classes, split) if settings.standardize else s) - t
+            d = z - t
             soft = split.total((d - split.spread(split.total(d) / classes)).square()) / (2 * classes)
         else:
             soft = _divergence(log_p, log_q, is_label, inputs, settings, split)

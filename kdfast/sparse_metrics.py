@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from kdfast.arguments import Inputs, KDMetrics, Settings, SparseKDMetrics
-from kdfast.divergences import DIVERGENCES, times
+from kdfast.divergences import times
 from kdfast.reference import as_column
 from kdfast.rows import kept_rows, mean_metrics, row_weights
-from kdfast.sparse_rows import entries_of, is_given
+from kdfast.sparse_rows import entries_of, is_given, soft_losses
 
 
 def reduced_metrics(ops: Any, student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
@@ -28,14 +28,8 @@ def reduced_metrics(ops: Any, student: Tensor, inputs: Inputs, settings: Setting
         is_empty = (entries.indices < 0).all(-1, keepdim=True)
         rest = torch.where(is_empty, 0, -math.inf).to(log_q.dtype)
         log_q = torch.log_softmax(torch.cat([log_q_k, rest], -1), -1)
-    p, q = log_p.exp(), log_q.exp()
-    of = DIVERGENCES[settings.divergence]
-    soft = of.phi(p, q, log_p, log_q, settings.beta).sum(-1) + of.first_order(settings.beta) * (p.sum(-1) - 1)
-    if settings.missing != "truncate":  # rounding may leave less than 0
-        soft = soft.clamp(min=0)
-    if settings.t_squared:
-        temperature = as_column(inputs.temperatures, settings.temperature, soft)
-        soft = soft * (temperature.squeeze(-1) if temperature.dim() else temperature).square()
+    p = log_p.exp()
+    soft = soft_losses(log_p, log_q, as_column(inputs.temperatures, settings.temperature, p), settings)
     at = entries.log_p[..., :-1].argmax(-1, keepdim=True)
     likeliest = entries.indices.gather(-1, at).squeeze(-1)
     metrics = SparseKDMetrics(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kdfast.arguments import Inputs, Settings
+from kdfast.divergences import DIVERGENCES
 from kdfast.rows import loss_dtype
 
 
@@ -36,13 +37,31 @@ def entries_of(student: Tensor, inputs: Inputs, settings: Settings) -> Entries:
     log_p, indices = inputs.teachers[0].to(wide), inputs.indices.long()
     present, inside = log_p != -math.inf, (indices >= 0) & (indices < vocab)
     log_p = torch.where(present & ~inside, math.nan, log_p)
+    return Entries(torch.where(present & inside, indices, -1), with_rest(log_p, present, vocab, settings))
+
+
+def with_rest(log_p: Tensor, present: Tensor, vocab: int | Tensor, settings: Settings) -> Tensor:
+    """log p of the entries, (..., K), and after them of their rest. vocab: all classes; a tensor is (..., 1)."""
     count = present.sum(-1, keepdim=True)
     rest = torch.full_like(log_p[..., :1], -math.inf)
     if settings.missing == "tail":
-        precise = log_p.double() if student.device.type in ("cpu", "cuda") else log_p
-        rest = torch.where(count == vocab, rest, (1 - precise.exp().sum(-1, keepdim=True)).clamp(min=0).log().to(wide))
+        precise = log_p.double() if log_p.device.type in ("cpu", "cuda") else log_p
+        of_all = (1 - precise.exp().sum(-1, keepdim=True)).clamp(min=0).log().to(log_p.dtype)
+        rest = torch.where(count == vocab, rest, of_all)
     rest = torch.where(count == 0, 0, rest)  # no entries: all is rest, on both sides
-    return Entries(torch.where(present & inside, indices, -1), torch.cat([log_p, rest], -1))
+    return torch.cat([log_p, rest], -1)
+
+
+def soft_losses(log_p: Tensor, log_q: Tensor, temperature: Tensor, settings: Settings) -> Tensor:
+    """T^2 D of rows of K + 1 classes, (...); temperature: 0-dim, or one of each row, (..., 1)."""
+    p, of = log_p.exp(), DIVERGENCES[settings.divergence]
+    losses = of.phi(p, log_q.exp(), log_p, log_q, settings.beta).sum(-1)
+    losses = losses + of.first_order(settings.beta) * (p.sum(-1) - 1)
+    if settings.missing != "truncate":  # rounding may leave less than 0
+        losses = losses - losses.detach().clamp(max=0)
+    if not settings.t_squared:
+        return losses
+    return losses * (temperature.squeeze(-1) if temperature.dim() else temperature).square()
 
 
 def is_given(settings: Settings) -> bool:
@@ -72,18 +91,3 @@ def student_log_probs(z: Tensor, entries: Entries, settings: Settings) -> Tensor
     rest = torch.where(empty, 0, rest)  # exactly
     log_q = torch.where(absent, -math.inf, log_q.gather(-1, places))
     return torch.cat([log_q, torch.where(nothing, -math.inf, rest)], -1)
-
-
-def likeliest(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    """The class of the highest log-probability, (...); -1 where there are no entries."""
-    entries = entries_of(student, inputs, settings)
-    at = entries.log_p[..., :-1].argmax(-1, keepdim=True)
-    return entries.indices.gather(-1, at).squeeze(-1)
-
-
-def masses(log_q: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
-    """The sums of q and of p over the entries, each (...); log_q: (..., V)."""
-    entries = entries_of(log_q, inputs, settings)
-    absent = entries.indices < 0
-    q_k = log_q.gather(-1, entries.indices.clamp(min=0)).exp()
-    return torch.where(absent, 0, q_k).sum(-1), entries.log_p[..., :-1].exp().sum(-1)

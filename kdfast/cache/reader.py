@@ -20,7 +20,7 @@ class CachedSequence(NamedTuple):
     """A sequence of S tokens. Row i of the targets is what the teacher says after token i."""
 
     token_ids: Tensor  # (S,) int64
-    targets: TopKTargets  # of (S, k): int32 or, up to 65536 classes, int64; float16 or float32
+    targets: TopKTargets  # of (S, k): int32, and float16 or float32
 
 
 class TopKCache(torch.utils.data.Dataset[CachedSequence]):

@@ -90,6 +90,7 @@ class TopKWriter:
         self._manifest = Manifest(k, vocab_size, number, name, metadata, [])
         self._rows: list[dict[str, np.ndarray[Any, Any]]] = []
         self._lengths: list[int] = []
+        self._buffered = 0  # their sum
         self._open(resume)
 
     def _open(self, resume: bool) -> None:
@@ -152,7 +153,8 @@ class TopKWriter:
             self._rows.append({name: column[begin : begin + n] for name, column in stored.items()})
             self._lengths.append(n)
             begin += n
-            if sum(self._lengths) >= self.rows_per_shard:
+            self._buffered += n
+            if self._buffered >= self.rows_per_shard:
                 self._flush()
 
     def _check_shapes(self, targets: TopKTargets, token_ids: Tensor) -> None:
@@ -204,7 +206,7 @@ class TopKWriter:
             ) from error
         self._manifest = m._replace(shards=[*m.shards, shard])
         write_manifest(self.path, self._manifest)
-        self._rows, self._lengths = [], []
+        self._rows, self._lengths, self._buffered = [], [], 0
 
     def close(self) -> None:
         """Writes the rest."""
