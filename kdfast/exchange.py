@@ -15,10 +15,16 @@ from kdfast.row_math import Sums
 IGNORED = OTHER_SHARD + 1  # ignore_index of local labels, which no class of a shard can be
 
 
+def local_indices(indices: Tensor, start: int | Tensor, classes: int) -> Tensor:
+    """Classes counted from a shard's first one; those of other shards, and of none, are OTHER_SHARD."""
+    indices = indices.long()
+    here = (indices >= start) & (indices < start + classes)
+    return torch.where(here, indices - start, OTHER_SHARD)
+
+
 def local_labels(labels: Tensor, ignore_index: int, start: int | Tensor, classes: int) -> Tensor:
-    """Labels counted from a shard's first class; those of other shards, and of none, are OTHER_SHARD."""
-    here = (labels >= start) & (labels < start + classes)
-    return torch.where(labels == ignore_index, IGNORED, torch.where(here, labels - start, OTHER_SHARD))
+    """local_indices of labels; those that are ignored are IGNORED."""
+    return torch.where(labels == ignore_index, IGNORED, local_indices(labels, start, classes))
 
 
 def no_sums(student: Tensor) -> Tensor:

@@ -17,17 +17,14 @@ from kdfast.arguments import Inputs, Settings, as_metrics
 from kdfast.autograd import Stats
 from kdfast.classes_last import classes_last
 from kdfast.derivatives import is_transformed
-from kdfast.exchange import IGNORED, local_labels
+from kdfast.exchange import IGNORED, local_indices, local_labels
 from kdfast.options import check_inputs
 from kdfast.overlap import check_inplace
-from kdfast.sharded_entries import local_indices
 from kdfast.sharded_operators import NO_TRANSFORMS, compiled
 from kdfast.sharded_rows import ShardedRows
 from kdfast.sparse import TopKTargets, check_entries
 from kdfast.tensor_checks import check_logits
 from kdfast.torch_private import apply_function, below_autograd
-
-MOST_CLASSES = 1 << 62  # where the classes of all processes are not known
 
 
 class Shard(NamedTuple):
@@ -119,6 +116,11 @@ def as_number(start: int | Tensor, why: str) -> int:
     return int(start)
 
 
+def real_classes(vocab_size: int, start: int, here: int) -> int:
+    """How many of the classes that are here are among the first vocab_size."""
+    return min(max(vocab_size - start, 0), here)
+
+
 def local_arguments(
     student: Tensor,
     teacher: Any,
@@ -132,7 +134,7 @@ def local_arguments(
     here = vocab = student.shape[dim]
     if settings.vocab_size >= 0:
         start = as_number(start, "vocab_size")
-        vocab = min(max(settings.vocab_size - start, 0), here)
+        vocab = real_classes(settings.vocab_size, start, here)
     several = type(teacher) in (list, tuple)
     parts = [_own_classes(t, student, start, vocab, dim) for t in (teacher if several else [teacher])]
     options = options | {"vocab_size": None if settings.vocab_size < 0 else vocab}
@@ -140,7 +142,7 @@ def local_arguments(
     inputs, settings = check_inputs(student, parts if several else parts[0], labels, options, settings, least=0)
     if inputs.indices is not None:
         if student.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_entries(student.movedim(dim, -1), inputs, settings, MOST_CLASSES)
+            check_entries(student.movedim(dim, -1), inputs, settings, None)
         inputs = inputs._replace(indices=local_indices(inputs.indices, start, vocab))
     if inputs.labels is not None:
         own = local_labels(inputs.labels, settings.ignore_index, start, vocab)

@@ -19,13 +19,6 @@ from kdfast.rows import loss_dtype
 from kdfast.sharded_reference import SplitRows
 
 
-def local_indices(indices: Tensor, start: int | Tensor, classes: int) -> Tensor:
-    """Classes counted from a shard's first one; those of other shards, and of none, are OTHER_SHARD."""
-    indices = indices.long()
-    here = (indices >= start) & (indices < start + classes)
-    return torch.where(here, indices - start, OTHER_SHARD)
-
-
 def at_entries(x: Tensor, local: Tensor, split: SplitRows) -> Tensor:
     """x, (..., V of this process), at the entries of all processes, (..., K); 0 at those that nobody has."""
     if not x.shape[-1]:

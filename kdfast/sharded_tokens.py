@@ -8,10 +8,10 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from kdfast.arguments import IGNORED
-from kdfast.exchange import Exchange
-from kdfast.parallel import Shard, as_number
+from kdfast.exchange import Exchange, local_indices
+from kdfast.parallel import Shard, as_number, real_classes
 from kdfast.rows import as_matrix
-from kdfast.sharded_entries import local_indices, token_values
+from kdfast.sharded_entries import token_values
 from kdfast.sharded_reference import spread_gradient
 from kdfast.token_autograd import Numbers
 
@@ -27,7 +27,7 @@ def begin(like: Tensor, shard: Shard, numbers: Numbers) -> tuple[int | Tensor, i
         exchange.agreement.check()
     if numbers.vocab_size < 0:
         return start, here, numbers
-    real = min(max(numbers.vocab_size - as_number(start, "vocab_size"), 0), here)
+    real = real_classes(numbers.vocab_size, as_number(start, "vocab_size"), here)
     return start, real, numbers._replace(vocab_size=real)
 
 

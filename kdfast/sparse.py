@@ -206,18 +206,22 @@ def check_options(options: Mapping[str, Any], settings: Settings) -> None:
         )
 
 
-def check_entries(student: Tensor, inputs: Inputs, settings: Settings, vocab: int) -> None:
-    """Raises for an index out of range and for a class that is there twice, of rows that are kept. On a CPU only."""
+def check_entries(student: Tensor, inputs: Inputs, settings: Settings, vocab: int | None) -> None:
+    """Raises for an index out of range and for a class that is there twice, of rows that are kept. On a CPU only.
+
+    vocab: None where the number of all classes is not known, as over shards.
+    """
     indices, log_probs = inputs.indices, inputs.teachers[0]
     assert indices is not None
     entries = indices.shape[-1]
     kept = kept_rows(student, inputs, settings).reshape(-1, 1)
     indices = indices.reshape(-1, entries).long()
     present = kept & (log_probs.reshape(-1, entries) != -math.inf) & (indices != OTHER_SHARD)
-    bad = present & ((indices < 0) | (indices >= vocab))
+    limit = math.inf if vocab is None else vocab
+    bad = present & ((indices < 0) | (indices >= limit))
     if bad.any():
         row, entry = bad.nonzero()[0].tolist()
-        allowed = f"with V = {vocab} it must be in [0, {vocab - 1}]" if vocab < 2**31 else "it must be at least 0"
+        allowed = f"with V = {vocab} it must be in [0, {vocab - 1}]" if vocab is not None else "it must be at least 0"
         raise IndexError(
             f"teacher.indices: {indices[row, entry].item()} in row {row}, entry {entry} is out of range: {allowed}; a "
             "log-probability of -inf marks an entry as absent"

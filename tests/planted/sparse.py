@@ -43,7 +43,7 @@ MUTANTS = [
            "absent = -1 - torch.arange(entries)", "absent = -1 - 0 * torch.arange(entries)",
            "Two absent entries are a class that is twice there.", ENTRIES),
     Mutant("sparse-index-v-is-in-range", SPARSE,
-           "(indices >= vocab))\n    if bad.any():", "(indices > vocab))\n    if bad.any():",
+           "(indices >= limit))\n    if bad.any():", "(indices > limit))\n    if bad.any():",
            "An index of V is read beyond the row.", ARGUMENTS),
     Mutant("sparse-entries-of-dropped-rows", SPARSE,
            "present = kept & (", "present = (kept | True) & (",
