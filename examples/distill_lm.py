@@ -181,9 +181,9 @@ def train(size: Size, shape: tuple[int, int], batches: list, loss_of: Any, teach
     return run
 
 
-def megabytes(name: str, quick: bool) -> float:
-    """By how much a step raises the peak of a fresh process."""
-    command = [sys.executable, __file__, "--peak", name] + ["--quick"] * quick
+def megabytes(name: str, quick: bool, script: str = __file__) -> float:
+    """By how much a step raises the peak of a fresh process, which runs the script."""
+    command = [sys.executable, script, "--peak", name] + ["--quick"] * quick
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout) / 1e6
 
 
@@ -196,33 +196,33 @@ def print_peak(name: str, size: Size) -> None:
     print(peak_memory(lambda: LOSSES[name](student, teacher, tokens[:, :-1], tokens[:, 1:]).backward()))
 
 
-def show(runs: dict[str, Run], nats: dict[str, float], memory: dict[str, float], size: Size) -> None:
+def print_runs(runs: dict[str, Run], nats: dict[str, float], memory: dict[str, float], size: Size) -> None:
+    """memory: of the runs whose steps are compared."""
     table = Table("", title=f"{size.rows} tokens a step, V = {size.vocab}, {torch.get_num_threads()} threads")
     for column in ("validation, nats a token", "step, ms", "extra memory of a step, MB"):
         table.add_column(column, justify="right")
     for name, run in runs.items():
         cells = (f"{1e3 * statistics.median(run.seconds):.0f}", f"{memory[name]:.0f}") if name in memory else ("", "")
         table.add_row(name, f"{nats[name]:.3f}", *cells)
-    console = Console()
-    console.print(table)
-    apart = max(abs(a / b - 1) for a, b in zip(runs[FUSED].curve, runs[UNFUSED].curve, strict=True))
-    console.print(f"the two distilled curves are at most {apart:.1e} of the loss apart", highlight=False)
+    Console().print(table)
 
 
-def draw(runs: dict[str, Run], memory: dict[str, float], size: Size, out: str) -> None:
+def draw(
+    runs: dict[str, Run], memory: dict[str, float], size: Size, out: str, names: tuple[str, str], bars_of: list[str]
+) -> None:
+    """names: of the run that is drawn in front, and of the one behind it; bars_of: their short names."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained", width_ratios=[2, 1, 1])
-    axes[0].plot(runs[UNFUSED].curve, color="0.7", linewidth=5, label=UNFUSED)
-    axes[0].plot(runs[FUSED].curve, color="tab:blue", linewidth=1.2, label=FUSED)
+    axes[0].plot(runs[names[1]].curve, color="0.7", linewidth=5, label=names[1])
+    axes[0].plot(runs[names[0]].curve, color="tab:blue", linewidth=1.2, label=names[0])
     axes[0].set(title="Loss of the student", xlabel="step", ylabel="nats")
     axes[0].legend(frameon=False)
-    names = [FUSED, UNFUSED]
     milliseconds = [1e3 * statistics.median(runs[name].seconds) for name in names]
     panels = (
         (axes[1], "Time of a step", "ms", milliseconds),
         (axes[2], "Extra memory", "MB", [memory[n] for n in names]),
     )
     for ax, heading, unit, values in panels:
-        bars = ax.bar(["fused", "unfused"], values, color=["tab:blue", "0.7"])
+        bars = ax.bar(bars_of, values, color=["tab:blue", "0.7"])
         ax.bar_label(bars, [f"{value:.0f}" for value in values])
         ax.set(title=heading, ylabel=unit)
     for ax in axes:
@@ -258,8 +258,10 @@ def main() -> None:
         note(f"student, {name}")
         runs[name] = train(size, size.student, batches, loss_of, teacher, note)
     memory = {name: megabytes(name, args.quick) for name in LOSSES}
-    show(runs, {name: data.loss(run.model) for name, run in runs.items()}, memory, size)
-    draw(runs, memory, size, args.out)
+    print_runs(runs, {name: data.loss(run.model) for name, run in runs.items()}, memory, size)
+    apart = max(abs(a / b - 1) for a, b in zip(runs[FUSED].curve, runs[UNFUSED].curve, strict=True))
+    note(f"the two distilled curves are at most {apart:.1e} of the loss apart")
+    draw(runs, memory, size, args.out, (FUSED, UNFUSED), ["fused", "unfused"])
     print(f"picture: {args.out}")
 
 

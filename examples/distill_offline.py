@@ -15,25 +15,29 @@ The curves' objectives differ by what the rest of the classes is, so it is the v
 
 import argparse
 import shutil
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # needs no display
-
-import matplotlib.pyplot as plt
 import torch
 from common import peak_memory
-from distill_lm import ALPHA, QUICK, TEMPERATURE, Batches, LanguageModel, Run, Size, labels_alone, train
+from distill_lm import (
+    ALPHA,
+    QUICK,
+    TEMPERATURE,
+    Batches,
+    LanguageModel,
+    Run,
+    Size,
+    draw,
+    labels_alone,
+    megabytes,
+    print_runs,
+    train,
+)  # fmt: skip
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -109,12 +113,6 @@ def train_from_cache(size: Size, cache: TopKCache, dataset: Sequences, labels: T
     return train(size, size.student, pairs, loss_of, None, note)
 
 
-def megabytes(name: str, quick: bool) -> float:
-    """By how much a step raises the peak of a fresh process."""
-    command = [sys.executable, __file__, "--peak", name] + ["--quick"] * quick
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout) / 1e6
-
-
 def print_peak(name: str, size: Size) -> None:
     student, teacher = LanguageModel(size, *size.student), LanguageModel(size, *size.teacher)
     tokens = torch.randint(size.vocab, (size.batch, size.length + 1))
@@ -131,43 +129,6 @@ def print_peak(name: str, size: Size) -> None:
     step(tokens[:1])  # libraries and threads allocate what they keep
     student.zero_grad()
     print(peak_memory(lambda: step(tokens)))
-
-
-def show(runs: dict[str, Run], nats: dict[str, float], memory: dict[str, float], size: Size, cache: TopKCache) -> None:
-    table = Table("", title=f"{size.rows} tokens a step, V = {size.vocab}, {torch.get_num_threads()} threads")
-    for column in ("validation, nats a token", "step, ms", "extra memory of a step, MB"):
-        table.add_column(column, justify="right")
-    for name, run in runs.items():
-        cells = (f"{1e3 * statistics.median(run.seconds):.0f}", f"{memory[name]:.0f}") if name in memory else ("", "")
-        table.add_row(name, f"{nats[name]:.3f}", *cells)
-    console = Console()
-    console.print(table)
-    size_on_disk = sum(shard.bytes for shard in cache.manifest.shards) / cache.manifest.rows
-    console.print(f"the cache takes {size_on_disk:.0f} bytes a token", highlight=False)
-
-
-def draw(runs: dict[str, Run], memory: dict[str, float], size: Size, out: str) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained", width_ratios=[2, 1, 1])
-    axes[0].plot(runs[LIVE].curve, color="0.7", linewidth=5, label=LIVE)
-    axes[0].plot(runs[CACHE].curve, color="tab:blue", linewidth=1.2, label=CACHE)
-    axes[0].set(title="Loss of the student", xlabel="step", ylabel="nats")
-    axes[0].legend(frameon=False)
-    names = [CACHE, LIVE]
-    milliseconds = [1e3 * statistics.median(runs[name].seconds) for name in names]
-    panels = (
-        (axes[1], "Time of a step", "ms", milliseconds),
-        (axes[2], "Extra memory", "MB", [memory[n] for n in names]),
-    )
-    for ax, heading, unit, values in panels:
-        bars = ax.bar(["cache", "live"], values, color=["tab:blue", "0.7"])
-        ax.bar_label(bars, [f"{value:.0f}" for value in values])
-        ax.set(title=heading, ylabel=unit)
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"{size.rows} tokens a step, V = {size.vocab}, {torch.get_num_threads()} threads", fontsize="medium"
-    )
-    figure.savefig(out, dpi=150)
 
 
 def main() -> None:
@@ -204,11 +165,13 @@ def main() -> None:
         runs[CACHE] = train_from_cache(size, cache, dataset, labels, note)
         note(f"student, {LIVE}")
         runs[LIVE] = train(size, size.student, batches, from_teacher, teacher, note)
-        memory = {name: megabytes(name, args.quick) for name in (CACHE, LIVE)}
-        show(runs, {name: data.loss(run.model) for name, run in runs.items()}, memory, size, cache)
+        memory = {name: megabytes(name, args.quick, __file__) for name in (CACHE, LIVE)}
+        print_runs(runs, {name: data.loss(run.model) for name, run in runs.items()}, memory, size)
+        size_on_disk = sum(shard.bytes for shard in cache.manifest.shards) / cache.manifest.rows
+        note(f"the cache takes {size_on_disk:.0f} bytes a token")
     finally:
         shutil.rmtree(folder)
-    draw(runs, memory, size, args.out)
+    draw(runs, memory, size, args.out, (CACHE, LIVE), ["cache", "live"])
     print(f"picture: {args.out}")
 
 
