@@ -19,7 +19,7 @@ import kdfast
 from kdfast import TopKTargets, topk_targets
 from kdfast.cache import CacheError, TopKCache, TopKWriter, read_distillkit
 from kdfast.cache.__main__ import main
-from kdfast.cache.writer import round_down_to_a_distribution
+from kdfast.cache.rounding import round_down_to_a_distribution
 
 VOCAB, K = 200, 8
 LENGTHS = [30, 5, 0, 12, 30, 7]

@@ -21,10 +21,10 @@ from kdfast.cache.format import (
     write_manifest,
     write_shard,
 )
+from kdfast.cache.rounding import round_down_to_a_distribution
 from kdfast.sparse import TopKTargets, topk_targets
 from kdfast.tensor_checks import kind
 
-_LEAST = -65504.0  # of float16; what lies below is absent
 _BF16 = (
     "torch.bfloat16 is refused: a gradient is 1.1 to 33 % off by its log-probabilities, by float16's 0.2 to 5.3 % (a "
     "student at a KL of 8e-2 to 1e-4 from the teacher)"
@@ -221,32 +221,12 @@ class TopKWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, kind_of_error: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        if error is None:
             self.close()
         else:  # a shorter shard would not be the one of a writer that was never interrupted
             self._lock.close()
-
-
-def round_down_to_a_distribution(log_probs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Log-probabilities, (rows, K), in a narrower dtype, to nearest, but a row's sum of p never becomes more than 1.
-
-    Where it would, the first entries that were rounded up are rounded down, as many as it takes. A row whose sum is
-    more than 1 as it is given holds no probabilities, and is rounded to nearest.
-    """
-    near = log_probs.masked_fill(log_probs < _LEAST, -math.inf).to(dtype)
-    at_risk = (near.float().exp().sum(-1) > 1 - 1e-5).nonzero().squeeze(-1)
-    if not len(at_risk):
-        return near
-    exact, part = log_probs[at_risk].double(), near[at_risk]
-    p = part.double().exp()
-    below = torch.where(part == -math.inf, part, torch.nextafter(part, torch.full_like(part, -math.inf)))
-    gain = (p - below.double().exp()).masked_fill(p <= exact.exp(), 0)  # of those that were rounded up
-    is_too_much = p.sum(-1, keepdim=True) - (gain.cumsum(-1) - gain) > 1  # before this entry is rounded down
-    is_distribution = exact.exp().sum(-1, keepdim=True) <= 1 + 1e-6
-    near[at_risk] = torch.where(is_too_much & is_distribution & (gain > 0), below, part)
-    return near
 
 
 def _lock(path: Path) -> IO[str]:

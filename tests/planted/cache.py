@@ -3,14 +3,15 @@
 from planted.mutant import Mutant
 
 TESTS = ("test_cache.py",)
-WRITER, READER, FORMAT = "kdfast/cache/writer.py", "kdfast/cache/reader.py", "kdfast/cache/format.py"
+WRITER, READER = "kdfast/cache/writer.py", "kdfast/cache/reader.py"
+FORMAT, ROUNDING = "kdfast/cache/format.py", "kdfast/cache/rounding.py"
 
 MUTANTS = [
-    Mutant("cache-rounds-to-nearest", WRITER,
+    Mutant("cache-rounds-to-nearest", ROUNDING,
            "    if not len(at_risk):\n", "    if True:\n",
            "A row's probabilities sum up to more than 1 after rounding.", TESTS),
     Mutant("cache-writes-what-an-error-left", WRITER,
-           "        if kind is None:\n", "        if True:\n",
+           "        if error is None:\n", "        if True:\n",
            "An interrupted writer leaves a shorter shard, so that a resumed cache has other bytes.", TESTS),
     Mutant("cache-digest", FORMAT,
            "        digest = file_sha256(temporary)\n", "        digest = name\n",
