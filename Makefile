@@ -20,11 +20,11 @@ BUILT := $(VENV)/.built
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-full versions torch-versions emulator-test mutants bench gpu-smoke gpu-check .gpu-build .gpu-smoke \
+.PHONY: help build demo test test-full versions torch-versions integration-test emulator-test mutants bench gpu-smoke gpu-check .gpu-build .gpu-smoke \
     .gpu-check cuda-check .cuda-check lint format sanitize build-check arm-check clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 # -- set-up ------------------------------------------------------------------------------------------------------------
 
@@ -54,6 +54,16 @@ $(VENV)/.extra-test: $(VENV)/.triton
 # Without what it depends on: its torch and triton would replace those of a ROCm build.
 $(VENV)/.liger: $(VENV)/.torch
 	$(PIP) --no-deps liger-kernel
+	@touch $@
+
+# The trainers that kdfast.integrations is tested in, pinned, beside the same torch.
+TRAINERS := .venv-integrations
+$(TRAINERS)/.installed: $(wildcard tests/integrations/*.txt)
+	$(PYTHON) -m venv $(TRAINERS)
+	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check "torch==$$($(TRAINERS)/bin/python -c \
+	    'import importlib.metadata as m; print(m.version("torch"))')" -r tests/integrations/requirements.txt
+	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/integrations/trainers.txt
 	@touch $@
 
 $(BUILT): $(VENV)/.torch setup.py CMakeLists.txt $(CSRC)
@@ -108,6 +118,10 @@ torch-versions: $(BUILT) ## the built CPU operators under the oldest torch and a
 	    PYTHONPATH=$(CURDIR) $$python -m pytest -q -p no:cacheprovider $(RUN_BY_TORCHES) -k 'cpu and not triton and not cuda' \
 	        || failed="$$failed $$version"; \
 	done; test -z "$$failed" || { echo "failed with torch$$failed"; exit 1; }
+
+integration-test: $(BUILT) $(TRAINERS)/.installed ## kdfast.integrations in each trainer, beside its own loss
+	PYTHONPATH=$(CURDIR) $(TRAINERS)/bin/python -m pytest -p no:cacheprovider --confcutdir tests/integrations \
+	    tests/integrations $(ARGS)
 
 emulator-test: $(VENV)/.extra-test ## the own tests of the emulator that runs GPU kernels on the CPU, tools/ptxemu
 	PTXEMU_CACHE=$(CURDIR)/build/ptxemu $(PY) -m pytest tools/ptxemu/tests $(ARGS)
