@@ -27,7 +27,7 @@ class Patch:
         self._before: list[tuple[Any, str, Any]] = []
 
     def replace(self, module: str, name: str, replacement: Callable[[Any], Any]) -> None:
-        """Sets ``module.name``, or ``module.Class.name``, to ``replacement(original)``. Does nothing where that was done.
+        """Sets ``module.name`` to ``replacement(original)``. Does nothing where that was done.
 
         Args:
             module: the module to import.
