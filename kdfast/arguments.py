@@ -79,6 +79,10 @@ OTHER_SHARD = -(2**63)
 # In place of a row's first id where its token is ignored: the operators do not read that row.
 IGNORED = -(2**63)
 
+# The columns of token_stats' table, with Q = exp((z - offset) / T): the offset, the sum of Q over the ids' classes,
+# log2 of the others' sum, the entropy, and log2 of the sum over ids that other processes have.
+TOKEN_STATS = 5
+
 
 def drop_unused(inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:
     """Clears what neither the loss nor the metrics read, so that no backend has to ask which terms have a weight."""

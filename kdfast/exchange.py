@@ -51,6 +51,11 @@ class Exchange:
         if self.agreement is None and (always or like.device.type == "cpu"):
             self.agreement = self._agreement(like, classes, kept)
 
+    def check(self) -> None:
+        """On a CPU an error, the same in all processes, where one has failed or does not fit the others."""
+        if self.agreement is not None and self.agreement.table.device.type == "cpu":
+            self.agreement.check()
+
     def _agreement(self, like: Tensor, classes: int, kept: int = 0) -> Agreement:
         rows, state = like.shape[:-1].numel(), DTYPES.index(like.dtype)
         return Agreement(self.group, Facts(classes, rows, kept, *self.teachers, state), like.device)
@@ -89,8 +94,7 @@ class Exchange:
         Where one has failed, or none has a label: an error on a CPU, NaN in the rows on a GPU.
         """
         on_cpu = student.device.type == "cpu"
-        if self.agreement is not None and on_cpu:
-            self.agreement.check()
+        self.check()
         found = own.new_zeros(len(own), 1)
         labels = None if inputs is None else inputs.labels
         if labels is not None:

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from kdfast import products
-from kdfast.arguments import Heads, Inputs, Settings, metrics_count, take_flat, take_flat_heads
-from kdfast.reference_tokens import TOKEN_STATS
+from kdfast.arguments import TOKEN_STATS, Heads, Inputs, Settings, metrics_count, take_flat, take_flat_heads
 from kdfast.row_math import Coefficients, Sums, table_columns
 from kdfast.rows import loss_dtype
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.arguments import IGNORED, NO_LOSS, Heads, Inputs
+from kdfast.arguments import IGNORED, NO_LOSS, TOKEN_STATS, Heads, Inputs
 from kdfast.chunks import Chunks
 from kdfast.linear_checks import product_like
 from kdfast.linear_ops import Gradients
-from kdfast.reference_tokens import TOKEN_STATS, check_ids
+from kdfast.reference_tokens import check_ids
 from kdfast.rows import as_matrix
 
 
@@ -67,10 +67,11 @@ def token_grad(
     chunk_rows: int,
     accumulate_dtype: torch.dtype,
     *wanted: bool,  # grad_hidden, grad_weight, grad_bias
+    wide_hidden: bool = False,  # whether the hidden states' gradient is not yet rounded to 16 bits
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden states, weight and bias, (0,) where not wanted."""
     heads = _heads(hidden, weight, bias, chunk_rows, accumulate_dtype, *wanted)
-    chunks, gradients = _chunks(heads, ids, temperatures, vocab_size), Gradients(heads)
+    chunks, gradients = _chunks(heads, ids, temperatures, vocab_size), Gradients(heads, wide_hidden)
     ids = as_matrix(ids)
     grads = [
         None if grad_log_probs is None else as_matrix(grad_log_probs),
@@ -79,7 +80,7 @@ def token_grad(
     for chunk in chunks:
         call = chunk.inputs.temperatures, temperature, logit_scale, softcap, -1
         of_chunk = [None if grad is None else grad[chunk.rows] for grad in grads]
-        grad = ops.token_grad(chunk.logits, ids[chunk.rows], stats[chunk.rows], *of_chunk, *call)
+        grad = ops.token_grad(chunk.logits, ids[chunk.rows], stats[chunk.rows], *of_chunk, None, *call)
         gradients.add(chunk._replace(logits=grad), chunks)
     return gradients.result(None)
 

@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from kdfast import checks, choice
-from kdfast.derivatives import is_transformed
 from kdfast.linear_checks import check_accumulate_dtype, check_chunk_rows, check_head, product_like
 from kdfast.options import Backend
-from kdfast.token_autograd import LinearTokenStats
+from kdfast.token_autograd import linear_token_values
 from kdfast.tokens import TokenLogProbs, as_results, check_ids, check_numbers, hide_dynamic
-from kdfast.torch_private import apply_function, below_autograd
 
 
 def linear_token_log_probs(
@@ -77,20 +75,14 @@ def linear_token_log_probs(
         from kdfast.sharded_tokens import split_linear_values
 
         shard = check_group({"process_group": process_group, "vocab_start": vocab_start})
-        given = 512 if chunk_rows is None else check_chunk_rows(chunk_rows, 1, "cpu")  # the same in all processes
-        results = split_linear_values(*head, entries, rows, numbers, shard, given, reduce_hidden)
+        # the same in all processes
+        chunk_rows = 512 if chunk_rows is None else check_chunk_rows(chunk_rows, 1, "cpu")
+        chunks = chunk_rows, check_accumulate_dtype(accumulate_dtype)
+        results = split_linear_values(head, entries, rows, numbers, shard, chunks, reduce_hidden, backend)
         return as_results(results, ids, entropy)
     rows, numbers = hide_dynamic(head[0], rows, numbers)
     vocab = logits.shape[-1] if numbers.vocab_size < 0 else numbers.vocab_size
     chunk_rows = check_chunk_rows(chunk_rows, vocab, logits.device.type)
     chunks = chunk_rows, check_accumulate_dtype(accumulate_dtype)
-    ops = choice.namespace(backend, logits)
-    wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
-    if torch.compiler.is_compiling() or is_transformed():
-        results = ops.linear_token_stats(*head, entries, rows, *numbers, *chunks)
-    elif wants_grad:
-        results = apply_function(LinearTokenStats, *head, entries, rows, numbers, *chunks, ops, True)
-    else:
-        with below_autograd():
-            results = ops.linear_token_stats(*head, entries, rows, *numbers, *chunks)
+    results = linear_token_values(head, entries, rows, numbers, chunks, choice.namespace(backend, logits))
     return as_results(results, ids, entropy)

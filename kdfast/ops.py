@@ -73,7 +73,7 @@ SCHEMAS = {
     "token_stats": f"(Tensor logits, Tensor ids, {_TOKENS}, bool entropy) "
     "-> (Tensor log_probs, Tensor entropy, Tensor log_rest, Tensor stats)",
     "token_grad": "(Tensor logits, Tensor ids, Tensor stats, Tensor? grad_log_probs, Tensor? grad_entropy, "
-    f"Tensor? grad_log_rest, {_TOKENS}) -> Tensor",
+    f"Tensor? grad_log_rest, Tensor? grad_elsewhere, {_TOKENS}) -> Tensor",
     "linear_token_stats": f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, {_TOKENS}, bool entropy, "
     f"{_CHUNKS}) -> (Tensor log_probs, Tensor entropy, Tensor log_rest, Tensor stats)",
     "linear_token_grad": "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor stats, "

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.arguments import Inputs, Settings
+from kdfast.arguments import TOKEN_STATS, Inputs, Settings
 from kdfast.divergences import DIVERGENCES, times
 from kdfast.rows import row_weights
 
@@ -81,6 +81,8 @@ def table_columns(namespace: str, device: str, teachers: int, indices: Tensor | 
     has_further = (namespace.endswith("triton") or device == "cuda") and teachers <= MOST_TEACHERS
     further = max(0, teachers - 1) if has_further else 0
     entries = 0 if indices is None else indices.shape[-1]  # of a sparse teacher's classes the soft gradient
+    if indices is not None and namespace.startswith("sharded_"):
+        entries += 1 + TOKEN_STATS  # that of the rest, and what the entries' log-probabilities need
     return len(Coefficients._fields) + further * FURTHER_COLUMNS + entries
 
 

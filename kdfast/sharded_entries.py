@@ -1,7 +1,7 @@
-"""Sparse teachers and tokens of rows whose classes are split over processes, in plain PyTorch.
+"""The metrics of sparse teachers of rows whose classes are split over processes, in plain PyTorch.
 
-The entries of a row, K of its classes, may lie with any process. Each number of an entry is a sum over the processes,
-of which one alone has it.
+sharded_sparse.py has the losses. The entries of a row, K of its classes, may lie with any process. Each number of an
+entry is a sum over the processes, of which one alone has it.
 """
 
 import math
@@ -14,8 +14,6 @@ from kdfast import sparse_rows
 from kdfast.arguments import OTHER_SHARD, Inputs, Settings
 from kdfast.divergences import times
 from kdfast.processes import all_reduce
-from kdfast.reference import as_column, softcap
-from kdfast.rows import loss_dtype
 from kdfast.sharded_reference import SplitRows
 
 
@@ -79,28 +77,3 @@ def soft_terms(
             "teacher_mass": mass,
         }
     return soft, metrics
-
-
-def token_values(
-    logits: Tensor,  # (..., V of this process)
-    local: Tensor,  # (..., K), OTHER_SHARD where another process has the id
-    wanted: Tensor,  # (..., K), whether there is an id
-    ignored: Tensor,  # (..., 1), rows that may hold anything
-    temperatures: Tensor | None,
-    numbers: Any,  # token_autograd.Numbers, whose vocab_size is this process's
-    group: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """reference_tokens.token_stats' first three results, differentiable."""
-    split = SplitRows(group)
-    found = has_owner(local, wanted & ~ignored, "ids", group)
-    z = logits if numbers.vocab_size < 0 else logits[..., : numbers.vocab_size]
-    z = torch.where(ignored, 0, z.to(loss_dtype(logits)))
-    z = softcap(numbers.logit_scale * z, numbers.softcap)
-    temperature = as_column(temperatures, numbers.temperature, z)
-    temperature = torch.where(ignored, 1, temperature) if temperature.dim() else temperature
-    log_q = split.log_softmax((z - split.largest(z).unsqueeze(-1)) / temperature)
-    log_probs = torch.where(wanted, torch.where(found, at_entries(log_q, local, split), math.nan), -math.inf)
-    entropy = -split.total(times(log_q.exp(), log_q))
-    rest = log_of_rest(log_q, local, split)
-    row = ignored.squeeze(-1)
-    return torch.where(ignored, 0, log_probs), torch.where(row, 0, entropy), torch.where(row, 0, rest)

@@ -1,4 +1,4 @@
-"""ShardedRows as operators of the dispatcher, which graphs of torch.compile call: `torch.ops.kdfast_sharded.*`.
+"""ShardedRows and ShardedTokens as operators of the dispatcher, `torch.ops.kdfast_sharded.*`, for torch.compile.
 
 Each takes first the name of the process group, the namespace whose operators compute its own classes, and whether
 grad_hidden is summed up, and then what the operator of this name in that namespace takes. They exchange inside.
@@ -17,6 +17,7 @@ from kdfast.fakes import fake
 from kdfast.operator_autograd import differentiable
 from kdfast.ops import SCHEMAS
 from kdfast.sharded_rows import ShardedRows
+from kdfast.sharded_token_ops import ShardedTokens
 from kdfast.torch_private import below_autograd
 
 NO_TRANSFORMS = (
@@ -24,12 +25,15 @@ NO_TRANSFORMS = (
     "their gradient by backward()"
 )
 _FIRST = "str group, str namespace, bool reduce_hidden"
-_NAMES = ("stats", "stats_for_inplace", "grad", "grad_", "linear_loss_grad", "linear_stats", "linear_grad")
+_NAMES = (
+    "stats", "stats_for_inplace", "grad", "grad_", "linear_loss_grad", "linear_stats", "linear_grad", "token_stats",
+    "token_grad", "linear_token_stats", "linear_token_grad",
+)  # fmt: skip
 _library = torch.library.Library("kdfast_sharded", "DEF")
 
 
 class Operators:
-    """Has ShardedRows' methods, each of which calls the operator of its name."""
+    """Has their methods, each of which calls the operator of its name."""
 
     def __init__(self, group: str, namespace: str, reduce_hidden: bool) -> None:
         self.first = group, namespace, reduce_hidden
@@ -55,6 +59,18 @@ class Operators:
     def linear_grad(self, *args: Any) -> Any:
         return torch.ops.kdfast_sharded.linear_grad(*self.first, *args)
 
+    def token_stats(self, *args: Any) -> Any:
+        return torch.ops.kdfast_sharded.token_stats(*self.first, *args)
+
+    def token_grad(self, *args: Any) -> Any:
+        return torch.ops.kdfast_sharded.token_grad(*self.first, *args)
+
+    def linear_token_stats(self, *args: Any) -> Any:
+        return torch.ops.kdfast_sharded.linear_token_stats(*self.first, *args)
+
+    def linear_token_grad(self, *args: Any) -> Any:
+        return torch.ops.kdfast_sharded.linear_token_grad(*self.first, *args)
+
     def first_class(self, like: Tensor, classes: int) -> Tensor:
         return torch.ops.kdfast_sharded.first_class(self.first[0], like, classes)
 
@@ -70,7 +86,8 @@ def compiled(ops: Any, group: Any, reduce_hidden: bool = True) -> Operators:
 def _implementation(name: str) -> Callable[..., Any]:
     def call(group: str, namespace: str, reduce_hidden: bool, *args: Any) -> Any:
         ops = getattr(torch.ops, namespace)
-        rows = ShardedRows(ops, _group(group), None, reduce_hidden)
+        kind: Any = ShardedTokens if "token" in name else ShardedRows
+        rows = kind(ops, _group(group), reduce_hidden=reduce_hidden)
         device = args[0].device.type  # the heads' checks have applied autocast already
         off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
         with off:
@@ -81,7 +98,7 @@ def _implementation(name: str) -> Callable[..., Any]:
 
 def _fake(name: str) -> Callable[..., Any]:
     def call(group: str, namespace: str, reduce_hidden: bool, *args: Any) -> Any:
-        return fake(name.removesuffix("_for_inplace"), namespace)(*args)
+        return fake(name.removesuffix("_for_inplace"), f"sharded_{namespace}")(*args)
 
     return call
 

@@ -42,11 +42,6 @@ class _Spread(torch.autograd.Function):
         return all_reduce(grad.clone(), ctx.group), None
 
 
-def spread_gradient(x: Tensor, group: Any) -> Tensor:
-    """x itself, whose gradient is the sum of all processes'."""
-    return _Spread.apply(x, group)
-
-
 class SplitRows:
     """The sums of reference.py over the classes of all processes. labels, here: (...), of this process's classes."""
 

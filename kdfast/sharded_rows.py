@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import chunks, linear_ops, row_math, rows, sharded_reference
+from kdfast import chunks, linear_ops, row_math, rows, sharded_reference, sharded_sparse
 from kdfast.arguments import Heads, Inputs, Settings, drop_unused, take_flat, take_flat_heads, with_numbers
 from kdfast.divergences import OTHERS
 from kdfast.exchange import Exchange, no_sums
 from kdfast.processes import all_reduce, gather
+from kdfast.sharded_token_ops import ShardedTokens
 from kdfast.torch_private import enable_autograd
 
 
@@ -45,7 +46,7 @@ class ShardedRows:
 
     @property
     def name(self) -> str:
-        return self.ops.name
+        return f"sharded_{self.ops.name}"
 
     def scale_(self, grad: Tensor, factor: Tensor) -> None:
         self.ops.scale_(grad, factor)
@@ -57,17 +58,19 @@ class ShardedRows:
 
     def _stats(self, student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
         student = student.detach()
-        self.exchange.begin(student, student.shape[-1])
         metrics = rows.no_metrics(student)
         of_loss, every = drop_unused(inputs, settings._replace(metrics=False))
-        if settings.metrics or not has_sums(of_loss, every):
+        self.exchange.begin(student, _real_classes(student.shape[-1], settings), always=bool(every.missing))
+        if settings.metrics or not (every.missing or has_sums(of_loss, every)):
             self.exchange.sums(no_sums(student), inputs, student)
             with torch.no_grad():
                 losses, by_row = sharded_reference.row_losses(student, inputs, settings, self.group)
             if settings.metrics:
                 metrics = rows.mean_metrics(by_row, rows.row_weights(inputs, settings), settings)
-        columns = row_math.table_columns(self.name, student.device.type, len(inputs.teachers))
-        if has_sums(of_loss, every):
+        columns = row_math.table_columns(self.name, student.device.type, len(inputs.teachers), inputs.indices)
+        if every.missing:
+            losses, table = self._sparse_losses(student, of_loss, every)
+        elif has_sums(of_loss, every):
             losses, table = self._losses_and_coefficients(student, of_loss, every)
             table = torch.nn.functional.pad(table, (0, columns - table.shape[1]))
         else:
@@ -97,8 +100,50 @@ class ShardedRows:
         losses, table = self.ops.losses_and_coefficients(one, merged, *few, *settings._replace(vocab_size=-1))
         return losses.view(student.shape[:-1]), table
 
+    def _sparse_losses(self, student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
+        """The losses of whole rows, (...), and a table of the other terms' coefficients and of soft_stats'."""
+        assert self.exchange.agreement is not None
+        parts, columns = sharded_sparse.parts_of(student, inputs, settings), len(row_math.Coefficients._fields)
+        if parts.has_other_terms():
+            losses, table = self._losses_and_coefficients(student, parts.inputs, parts.settings)
+        else:
+            if inputs.labels is None:
+                self.exchange.check()
+            else:
+                self.exchange.sums(no_sums(student), inputs, student)  # a label that nobody has is an error
+            losses = torch.zeros(student.shape[:-1], dtype=rows.loss_dtype(student), device=student.device)
+            table = losses.new_zeros(losses.numel(), columns)
+        classes = self.exchange.agreement.classes().sum()
+        soft, of_soft = sharded_sparse.soft_stats(self._tokens(), student, inputs, settings, classes, parts)
+        weights = rows.row_weights(inputs, settings)
+        if weights is not None:
+            soft = torch.where(weights == 0, 0, soft * weights)
+        return losses + soft, torch.cat([table[:, :columns], of_soft], -1)
+
+    def _sparse_grad(
+        self, student: Tensor, table: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings
+    ) -> Tensor:
+        parts, columns = sharded_sparse.parts_of(student, inputs, settings), len(row_math.Coefficients._fields)
+        wide, other = student, None
+        if parts.has_other_terms():
+            wide = student.to(rows.loss_dtype(student))  # the sum is rounded once
+            other = self._grad(wide, table[:, :columns].contiguous(), grad_loss, parts.inputs, parts.settings)
+        factor, weights = grad_loss, rows.row_weights(inputs, settings)
+        if settings.reduction != "none":
+            total = rows.denominator(student, inputs, settings)
+            factor = (grad_loss / torch.where(total == 0, 1, total)).expand(student.shape[:-1])
+        if weights is not None:
+            factor = torch.where(weights == 0, 0, factor * weights)
+        grad = sharded_sparse.soft_grad(self._tokens(), wide, table[:, columns:], factor, inputs.temperatures, parts)
+        return grad if other is None else grad.add_(other).to(student.dtype)
+
+    def _tokens(self) -> ShardedTokens:
+        return ShardedTokens(self.ops, self.group, of="teacher.indices")
+
     def _grad(self, student: Tensor, table: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
         inputs, settings = drop_unused(inputs, settings._replace(metrics=False))
+        if settings.missing:
+            return self._sparse_grad(student, table, grad_loss, inputs, settings)
         if not has_sums(inputs, settings):
             with torch.enable_grad(), enable_autograd():
                 leaf = student.detach().requires_grad_()
@@ -150,7 +195,9 @@ class ShardedRows:
             self.exchange.fail(hidden)
             raise
         kept = int(rows.kept_rows(hidden, inputs, settings).sum()) if hidden.device.type == "cpu" else 0
-        self.exchange.begin(hidden, here, kept, always=not heads.chunk_rows)
+        self.exchange.begin(
+            hidden, _real_classes(here, settings), kept, always=not heads.chunk_rows or bool(settings.missing)
+        )
         if self.exchange.agreement is not None:
             classes = self.exchange.agreement.check()
             if not heads.chunk_rows:
@@ -181,6 +228,10 @@ def reduce(losses: Tensor, student: Tensor, inputs: Inputs, settings: Settings) 
         return losses
     total = rows.denominator(student, inputs, settings)
     return torch.where(total == 0, 0, losses.sum() / torch.where(total == 0, 1, total))
+
+
+def _real_classes(here: int, settings: Settings) -> int:
+    return here if settings.vocab_size < 0 else min(here, settings.vocab_size)
 
 
 def _has_classes(student: Tensor, settings: Settings) -> bool:

@@ -1,30 +1,26 @@
-"""token_log_probs and linear_token_log_probs of classes that are split over processes."""
+"""token_log_probs and linear_token_log_probs of classes that are split over the processes of a group."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
-from kdfast.arguments import IGNORED
-from kdfast.exchange import Exchange, local_indices
+from kdfast import choice
+from kdfast.exchange import local_indices
 from kdfast.parallel import Shard, as_number, real_classes
-from kdfast.rows import as_matrix
-from kdfast.sharded_entries import token_values
-from kdfast.sharded_reference import spread_gradient
-from kdfast.token_autograd import Numbers
+from kdfast.sharded_operators import compiled
+from kdfast.sharded_token_ops import ELSEWHERE, ShardedTokens
+from kdfast.token_autograd import Numbers, linear_token_values, token_values
 
-Results = tuple[Tensor, Tensor, Tensor]
+Results = tuple[Tensor, ...]
 
 
-def begin(like: Tensor, shard: Shard, numbers: Numbers) -> tuple[int | Tensor, int, Numbers]:
+def begin(like: Tensor, shard: Shard, numbers: Numbers, operators: Any) -> tuple[int | Tensor, int, Numbers]:
     """This process's first class, how many real ones it has, and the numbers for these. like: (..., V)."""
-    exchange, here = Exchange(shard.group, None), like.shape[-1]
-    start: int | Tensor = exchange.first_class(like, here) if shard.start is None else shard.start
-    exchange.begin(like, here)
-    if exchange.agreement is not None:
-        exchange.agreement.check()
+    here = like.shape[-1]
+    start: int | Tensor = operators.first_class(like, here) if shard.start is None else shard.start
+    if not torch.compiler.is_compiling():
+        operators.agree(like, here)
     if numbers.vocab_size < 0:
         return start, here, numbers
     real = real_classes(numbers.vocab_size, as_number(start, "vocab_size"), here)
@@ -32,46 +28,39 @@ def begin(like: Tensor, shard: Shard, numbers: Numbers) -> tuple[int | Tensor, i
 
 
 def split_values(
-    logits: Tensor, entries: Tensor, temperatures: Tensor | None, numbers: Numbers, shard: Shard
+    logits: Tensor, entries: Tensor, temperatures: Tensor | None, numbers: Numbers, shard: Shard, backend: str | None
 ) -> Results:
     """entries: (..., K), as tokens.check_ids has them, of all classes."""
-    start, real, numbers = begin(logits, shard, numbers)
-    return _values(logits, entries, temperatures, start, real, numbers, shard.group)
+    operators = _operators(choice.namespace(backend, logits), shard.group)
+    start, real, numbers = begin(logits, shard, numbers, operators)
+    return token_values(logits, _local_ids(entries, start, real), temperatures, numbers, operators)
 
 
 def split_linear_values(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: tuple[Tensor, Tensor, Tensor | None],  # hidden states, weight, bias
     entries: Tensor,
     temperatures: Tensor | None,
     numbers: Numbers,
     shard: Shard,
-    chunk_rows: int,
+    chunks: tuple[int, torch.dtype],
     reduce_hidden: bool,
+    backend: str | None,
 ) -> Results:
-    """The logits of chunk_rows at a time; backward computes them again."""
+    """The logits of a chunk of rows at a time; backward computes them again."""
+    hidden, weight, _ = head
     like = hidden.new_empty(()).expand(*hidden.shape[:-1], len(weight))
-    start, real, numbers = begin(like, shard, numbers)
-    rows = as_matrix(spread_gradient(hidden, shard.group) if reduce_hidden else hidden)
-    flat = as_matrix(entries)
-    by_row = None if temperatures is None else temperatures.reshape(-1)
-
-    def chunk(x: Tensor, weight: Tensor, bias: Tensor | None, own: slice) -> Results:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        logits = linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
-        return _values(logits, flat[own], None if by_row is None else by_row[own], start, real, numbers, shard.group)
-
-    parts = [slice(at, min(at + chunk_rows, len(rows))) for at in range(0, len(rows), chunk_rows)] or [slice(0, 0)]
-    done: list[Any] = [checkpoint(chunk, rows[own], weight, bias, own, use_reentrant=False) for own in parts]
-    log_probs, entropy, log_rest = (torch.cat(each) for each in zip(*done, strict=True))
-    shape = hidden.shape[:-1]
-    return log_probs.view(entries.shape), entropy.view(shape), log_rest.view(shape)
+    operators = _operators(choice.namespace(backend, hidden), shard.group, reduce_hidden)
+    start, real, numbers = begin(like, shard, numbers, operators)
+    return linear_token_values(head, _local_ids(entries, start, real), temperatures, numbers, chunks, operators)
 
 
-def _values(
-    logits: Tensor, entries: Tensor, temperatures: Tensor | None, start: Any, real: int, numbers: Numbers, group: Any
-) -> Results:
-    ignored = entries[..., :1] == IGNORED
+def _operators(ops: Any, group: Any, reduce_hidden: bool = True) -> Any:
+    if torch.compiler.is_compiling():
+        return compiled(ops, group, reduce_hidden)
+    return ShardedTokens(ops, group, reduce_hidden)
+
+
+def _local_ids(entries: Tensor, start: int | Tensor, real: int) -> Tensor:
+    """Ids counted from this process's first class; those that are < 0 stay."""
     local = local_indices(entries, start, real)
-    return token_values(logits, local, entries >= 0, ignored, temperatures, numbers, group)
+    return torch.where(entries < 0, entries, torch.where(local < 0, ELSEWHERE, local))

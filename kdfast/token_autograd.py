@@ -1,6 +1,6 @@
 """The autograd Functions of tokens' log-probabilities. autograd.py says when each is applied, and what `fast` means.
 
-Forward saves four numbers per row, and backward computes the gradient of whichever results have one.
+Forward saves five numbers per row, and backward computes the gradient of whichever results have one.
 """
 
 from contextlib import nullcontext
@@ -36,6 +36,23 @@ def token_values(logits: Tensor, ids: Tensor, temperatures: Tensor | None, numbe
         return apply_function(TokenStats, logits, ids, temperatures, numbers, ops, True)
     with nullcontext() if calls_operator else below_autograd():
         return ops.token_stats(logits, ids, temperatures, *numbers)
+
+
+def linear_token_values(
+    head: tuple[Tensor, Tensor, Tensor | None],  # hidden states, weight, bias
+    ids: Tensor,
+    temperatures: Tensor | None,
+    numbers: Numbers,
+    chunks: tuple[int, torch.dtype],
+    ops: Any,
+) -> Results:
+    """The results of linear_token_stats, with a graph where the head wants a gradient."""
+    if torch.compiler.is_compiling() or is_transformed():
+        return ops.linear_token_stats(*head, ids, temperatures, *numbers, *chunks)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head):
+        return apply_function(LinearTokenStats, *head, ids, temperatures, numbers, *chunks, ops, True)
+    with below_autograd():
+        return ops.linear_token_stats(*head, ids, temperatures, *numbers, *chunks)
 
 
 class _Stats(torch.autograd.Function):
@@ -81,7 +98,7 @@ class TokenStats(_Stats):
             return (None,) * 6
         stats, logits, ids, temperatures = saved(ctx)
         with below_autograd() if ctx.fast and not torch.compiler.is_compiling() else nullcontext():
-            grad = ctx.ops.token_grad(logits, ids, stats, *checked, temperatures, *ctx.numbers[:-1])
+            grad = ctx.ops.token_grad(logits, ids, stats, *checked, None, temperatures, *ctx.numbers[:-1])
         return grad, None, None, None, None, None
 
 

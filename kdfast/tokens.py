@@ -103,7 +103,7 @@ def token_log_probs(
         from kdfast.sharded_tokens import split_values
 
         shard = check_group({"process_group": process_group, "vocab_start": vocab_start})
-        return as_results(split_values(logits, entries, rows, numbers, shard), ids, entropy)
+        return as_results(split_values(logits, entries, rows, numbers, shard, backend), ids, entropy)
     rows, numbers = hide_dynamic(logits, rows, numbers)
     results = token_values(logits, entries, rows, numbers, choice.namespace(backend, logits))
     return as_results(results, ids, entropy)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import F64, batch
+from shard_promises import Counter
 from shards import Group, same, sharded_results, whole_results
 from torch import Tensor
 
@@ -89,6 +90,72 @@ def tokens_of_any_shard_give_one_process_s_numbers(group: Group) -> None:
         torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
 
 
+def tokens_keep_their_digits(group: Group) -> None:
+    """One shard's logits far above the others', and probabilities near 1 and 0: as exact as one process is."""
+    s, _, y = data()
+    own = group.own(VOCAB)
+    for base in (0.0, 40.0, 1e4):
+        logits = s.float() + base * (torch.arange(VOCAB) >= VOCAB - 4)
+        ids = torch.stack([y.clamp(min=0), torch.full_like(y, VOCAB - 1), torch.full_like(y, 0)], -1)
+        exact, whole, got = (
+            differentiated(x, ids, part, more)
+            for x, part, more in (
+                (logits.double(), slice(None), {}), (logits, slice(None), {}),
+                (logits, own, {"process_group": dist.group.WORLD, "vocab_start": own.start}),
+            )
+        )  # fmt: skip
+        for i, (want, one, found) in enumerate(zip(exact, whole, got, strict=True)):
+            worst = (one - want).abs().nan_to_num(0.0).max()
+            want = want[:, own] if i == 3 else want  # the gradient
+            error = (found - want).abs().nan_to_num(0.0)
+            allowed = 2 * worst + 4e-7 * want.abs().nan_to_num(0.0, 0.0, 0.0) + 1e-9
+            assert (error <= allowed).all(), (base, i, (error - allowed).max())
+
+
+def differentiated(logits: Tensor, ids: Tensor, part: slice, more: dict[str, Any]) -> tuple[Tensor, ...]:
+    leaf = logits[:, part].clone().requires_grad_()
+    results = kdfast.token_log_probs(leaf, ids, temperature=1.5, **more)
+    finite = torch.where(results.log_probs > -1e3, results.log_probs, 0)
+    (finite.sum() + results.entropy.sum() + torch.where(results.log_rest > -1e3, results.log_rest, 0).sum()).backward()
+    return *(x.detach() for x in results), leaf.grad
+
+
+def entries_and_tokens_have_one_gather_and_none_in_backward(group: Group) -> None:
+    s, teacher, y = data()
+    own = group.own(VOCAB)
+    options: dict[str, Any] = {"process_group": dist.group.WORLD, "vocab_start": own.start}
+    for loss, counts in (
+        (lambda leaf: kdfast.token_log_probs(leaf, teacher.indices, **options).log_rest.sum(), (1, 1, K + 4, 0)),
+        (lambda leaf: kdfast.kd_loss(leaf, teacher, divergence="jsd", **options), (1, 1, K + 3, 0)),
+        (lambda leaf: kdfast.kd_loss(leaf, teacher, y, **options), (1, 2, 14 + K + 3, 0)),
+    ):
+        leaf = s[:, own].clone().requires_grad_()
+        with Counter() as forward:
+            value = loss(leaf)
+        with Counter() as backward:
+            value.backward()
+        assert forward.counts() == counts, forward.counts()
+        assert backward.counts() == (0, 0, 0, 0), backward.counts()
+
+
+def entries_and_tokens_compile_to_one_graph(group: Group) -> None:
+    s, teacher, y = data()
+    own = group.own(VOCAB)
+    options: dict[str, Any] = {"process_group": dist.group.WORLD, "vocab_start": own.start}
+
+    def step(leaf: Tensor) -> Tensor:
+        loss = kdfast.kd_loss(leaf, teacher, y, temperature=2.0, **options)
+        return loss + value_of(kdfast.token_log_probs(leaf, teacher.indices, **options))
+
+    found = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaf = s[:, own].clone().requires_grad_()
+        loss = function(leaf)
+        loss.backward()
+        found.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
 def a_class_that_nobody_has_is_an_error_everywhere(group: Group) -> None:
     s, teacher, _ = data()
     own = group.own(VOCAB)
@@ -107,5 +174,8 @@ CHECKS = [
     sparse_teachers_of_any_shard_give_one_process_s_numbers,
     heads_that_are_split_take_sparse_teachers,
     tokens_of_any_shard_give_one_process_s_numbers,
+    tokens_keep_their_digits,
+    entries_and_tokens_have_one_gather_and_none_in_backward,
+    entries_and_tokens_compile_to_one_graph,
     a_class_that_nobody_has_is_an_error_everywhere,
 ]

@@ -69,7 +69,7 @@ def token_reports(capability: int, vocab: int, k: int) -> list[Any]:
         log_probs, entropy, log_rest, table = torch.ops.kdfast_triton.token_stats(
             logits, teacher.indices, *options, True
         )
-        torch.ops.kdfast_triton.token_grad(logits, teacher.indices, table, log_probs, entropy, log_rest, *options)
+        torch.ops.kdfast_triton.token_grad(logits, teacher.indices, table, log_probs, entropy, log_rest, None, *options)
     return reports
 
 
@@ -179,7 +179,7 @@ def test_no_kernel_spills(made: Any, row: Any, full: bool) -> None:
     options = (None, 3.7, 1.0, settings.get("softcap", 0.0), -1)
     of_tokens = torch.ops.kdfast_triton.token_stats(student, teacher.indices, *options, True)
     results, table = of_tokens[:3], of_tokens[3]
-    torch.ops.kdfast_triton.token_grad(student, teacher.indices, table, *results, *options)
+    torch.ops.kdfast_triton.token_grad(student, teacher.indices, table, *results, None, *options)
     assert len(made()) >= 4
     for kernel in made():
         for arch in (80, 90, 100) if full else (90,):

@@ -174,7 +174,7 @@ def token_arguments(logits: Tensor, heads: Heads, inputs: Inputs, settings: Sett
     head, chunks = (*heads[:3], ids), (2, torch.float32)
     return {
         "token_stats": (logits, ids, *call, inputs.temperatures is None),
-        "token_grad": (logits, ids, table, *grads, *call),
+        "token_grad": (logits, ids, table, *grads, None, *call),
         "linear_token_stats": (*head, *call, inputs.temperatures is None, *chunks),
         "linear_token_grad": (*head, table, *grads, *call, *chunks, heads.grad_hidden, heads.grad_weight, False),
     }

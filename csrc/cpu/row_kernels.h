@@ -89,13 +89,14 @@ struct TokenArgs : LossArgs {
   void *log_probs, *entropy, *log_rest;  // (rows, K), (rows), (rows): token_stats' results, and its table
   void* stats;                           // (rows, kTokenStats); token_grad's argument
   const double *grad_log_probs, *grad_entropy, *grad_log_rest;  // each may be null
+  const double* grad_elsewhere;  // (rows), the sum of the gradients of ids that other processes have; may be null
 
   // Of such a row all results are 0, whatever it holds.
   __attribute__((always_inline)) bool is_ignored(int64_t row) const {
     return entries.count && ((const int64_t*)entries.indices)[row * entries.count] == kIgnoredId;
   }
 };
-constexpr int kTokenStats = 4;
+constexpr int kTokenStats = 5;
 
 constexpr int kBlock = 2048;  // classes that the passes take at a time
 

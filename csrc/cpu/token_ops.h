@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor ids
 
 Tensor token_grad(Tensor logits, Tensor ids, Tensor stats, std::optional<Tensor> grad_log_probs,
                   std::optional<Tensor> grad_entropy, std::optional<Tensor> grad_log_rest,
-                  std::optional<Tensor> temperatures, double temperature, double logit_scale, double softcap,
+                  std::optional<Tensor> grad_elsewhere, std::optional<Tensor> temperatures, double temperature, double logit_scale, double softcap,
                   int64_t vocab_size) {
   TokenCall call(logits, ids, temperatures, temperature, logit_scale, softcap, vocab_size);
   TokenArgs& a = call.args;
@@ -98,6 +98,7 @@ Tensor token_grad(Tensor logits, Tensor ids, Tensor stats, std::optional<Tensor>
   a.grad_log_probs = call.doubles(grad_log_probs);
   a.grad_entropy = call.doubles(grad_entropy);
   a.grad_log_rest = call.doubles(grad_log_rest);
+  a.grad_elsewhere = call.doubles(grad_elsewhere);
   Tensor grad = torch::stable::new_empty(call.logits, call.logits.sizes());
   advise_huge_pages(grad);
   a.grad = grad.mutable_data_ptr();

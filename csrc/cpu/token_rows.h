@@ -27,11 +27,13 @@ struct IdSums {
   double at_largest;  // log2 q of the largest, which has its digits near 0
 };
 
+// log2_elsewhere: of the exps of ids that other processes have.
 KD_NOINLINE IdSums id_sums(const Entries& e, const int64_t* first, double offset, double others_total,
-                           const RowScale& scale) {
+                           double log2_elsewhere, const RowScale& scale) {
   IdSums x{};
   x.largest = -1;
-  const double common = common_offset(e, offset, others_total != 0);
+  double common = common_offset(e, offset, others_total != 0);
+  if (log2_elsewhere != -kInfinity) common = std::fmax(common, finite(offset) + log2_elsewhere / scale.student);
   x.up = (common - finite(offset)) * scale.student;
   set_exponents(e, common, scale.student);
   double high = -kInfinity;
@@ -41,7 +43,8 @@ KD_NOINLINE IdSums id_sums(const Entries& e, const int64_t* first, double offset
   }
   exps_of_exponents(e);
   x.others = scaled_sum(others_total, -x.up);
-  x.below = x.others;
+  x.ids = log2_elsewhere == -kInfinity ? 0 : std::exp2(log2_elsewhere - x.up);
+  x.below = x.others + x.ids;
   for (int64_t k = 0; k < e.count; ++k) {
     if (first[k] != k) continue;
     x.ids += e.y[k];
@@ -112,8 +115,8 @@ KD_NOINLINE void store_stats(const TokenArgs& a, int64_t row, const Entries& e, 
     entropy = not_below_0(kLn2 * (x.log2_total - logs / x.total));
     put(a.entropy, a.wide, row, entropy);
   }
-  const double stats[] = {finite(others.student_offset), scaled_sum(x.ids, x.up), others.student_total,
-                          entropy};
+  const double stats[] = {others.student_total == 0 ? -kInfinity : others.student_offset, scaled_sum(x.ids, x.up),
+                          std::log2(others.student_total), entropy, -kInfinity};
   for (int k = 0; k < kTokenStats; ++k) put(a.stats, a.wide, row * kTokenStats + k, stats[k]);
 }
 
@@ -146,7 +149,7 @@ KD_NOINLINE void token_row_stats(const TokenArgs& a, const OthersPasses& passes,
     if (!a.wide)
       rescale<OthersWithEntropy>(others, (float)others.student_offset, 0, scale);  // as the table has it
     store_stats(a, row, e, first, others,
-                id_sums(e, first, others.student_offset, others.student_total, scale));
+                id_sums(e, first, others.student_offset, others.student_total, -kInfinity, scale));
   }
 }
 
@@ -174,10 +177,15 @@ KD_NOINLINE bool token_coefficients(const TokenArgs& a, int64_t row, const RowSc
     all += g;
     any |= g != 0;
   }
+  if (a.grad_elsewhere) {
+    const double g = a.grad_elsewhere[row] * factor;
+    all += g;
+    any |= g != 0;
+  }
   if (!any) return false;
   gather_logits(a, row, e);
-  const double h = stats[3], others_total = stats[2];
-  const IdSums x = id_sums(e, first, stats[0], others_total, scale);
+  const double h = stats[3], others_total = std::exp2(stats[2]);
+  const IdSums x = id_sums(e, first, stats[0], others_total, stats[4], scale);
   for (int64_t k = 0; k < e.count; ++k) {
     if (first[k] != k) continue;
     const double log_q = kLn2 * log2_q(x, e, first, k), q = std::exp(log_q);
@@ -187,11 +195,11 @@ KD_NOINLINE bool token_coefficients(const TokenArgs& a, int64_t row, const RowSc
   for (int64_t k = 0; k < e.count; ++k) {
     if (first[k] >= 0) e.value[k] = e.value[first[k]];
   }
-  c.student_offset = stats[0];
+  c.student_offset = finite(stats[0]);
   c.student_total = c.teacher_total = c.hard_total = 1;
   if (others_total == 0) return true;
   const double q_rest = x.others / x.total,
-               log_q_rest = kLn2 * (std::log2(others_total) - x.up - x.log2_total);
+               log_q_rest = kLn2 * (stats[2] - x.up - x.log2_total);
   c.student_total = others_total;
   c.level = g_rest * (x.ids / x.total) - q_rest * all - masked(q_rest, g_entropy * (h + log_q_rest));
   c.slope = -q_rest * g_entropy;
@@ -209,7 +217,7 @@ KD_NOINLINE void token_row_grad(const TokenArgs& a, const OthersPasses& passes, 
     const RowScale scale = row_scale(a, row);
     double stats[kTokenStats];
     for (int k = 0; k < kTokenStats; ++k) stats[k] = get(a.stats, a.wide, row * kTokenStats + k);
-    if (passes.fuses && scale.is_huge(stats[0], 0)) {
+    if (passes.fuses && scale.is_huge(finite(stats[0]), 0)) {
       this_set().token_grad(in_doubles(a), row, row + 1);
       continue;
     }

@@ -12,7 +12,8 @@ own_j being what the gradients of the log-probabilities of class j add up to. Th
 where that is an id's, Z - 1 is a sum of its own: so a probability near 1 has the digits of its logarithm.
 
     token_stats     one read
-    token_grad      one read, one write, from the table of token_stats: the offset, sum e, log2 R, the entropy
+    token_grad      one read, one write, from the table of token_stats: the offset, sum e, log2 R, the entropy, and
+                    log2 of sum e of ids that other processes have
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 
 from kdfast import arguments
-from kdfast.reference_tokens import TOKEN_STATS
+from kdfast.arguments import TOKEN_STATS
 from kdfast.triton.divergences import log_ratio, masked
 from kdfast.triton.logits import exponent, softcap_derivative
 from kdfast.triton.per_row import load_row, number
@@ -52,6 +53,7 @@ class Gradients(NamedTuple):
     log_probs: Any
     entropy: Any
     log_rest: Any
+    elsewhere: Any  # the sum of those of ids that other processes have
 
 
 @triton.jit
@@ -117,7 +119,8 @@ def token_stats(
             terms = sum_all(masked(e, y)) + tl.where(rest.student_total == 0, 0, of_rest)
             entropy = tl.where(kept, log_total - terms / total * LN2, 0)
             tl.store(results.entropy + index, entropy)
-        store_table_row(results.table, index, (offset, of_ids, log_others, entropy), COLUMNS, SPEC)
+        nothing = tl.zeros_like(total) - float("inf")
+        store_table_row(results.table, index, (offset, of_ids, log_others, entropy, nothing), COLUMNS, SPEC)
 
 
 @triton.constexpr_function
@@ -182,8 +185,9 @@ def token_grad(
     WITH_REST: tl.constexpr = gradients.log_rest is not None
     row = load_row(per_row, index, numbers, None, SPEC)
     start, out = row_start(logits, index), row_start(grad, index)
-    line = tl.load(row_of(table, index, COLUMNS) + tl.arange(0, COLUMNS))  # a power of 2
-    offset, of_ids, log_others, entropy = read_columns(line, 0, COLUMNS)
+    lane = tl.arange(0, padded_width(COLUMNS))
+    line = tl.load(row_of(table, index, COLUMNS) + lane, mask=lane < COLUMNS, other=0)
+    offset, of_ids, log_others, entropy, elsewhere = read_columns(line, 0, COLUMNS)
     of_entropy = optional_value(gradients.entropy, index, SPEC.dtype)
     of_rest = optional_value(gradients.log_rest, index, SPEC.dtype)
     of_rest = tl.where(log_others == float("-inf"), 0, of_rest)  # no others: a constant
@@ -197,6 +201,9 @@ def token_grad(
         grads = row_of(gradients.log_probs, index, COUNT)
         own = add_up(numbers_of_ids, grads, given, COUNT, SPEC)
         of_all = sum_all(tl.load(grads + column, mask=given.used, other=0).to(SPEC.dtype))
+    if gradients.elsewhere is not None:
+        of_ids += tl.exp2(elsewhere)
+        of_all += row_value(gradients.elsewhere, index, SPEC.dtype)
 
     factor = row.exp2_scale * LN2
     if SPEC.softcap:

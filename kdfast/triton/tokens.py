@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdfast import reference_tokens
-from kdfast.reference_tokens import TOKEN_STATS
+from kdfast.arguments import TOKEN_STATS
 from kdfast.rows import as_matrix, loss_dtype
 from kdfast.triton import launch, matrices, token_kernels
 from kdfast.triton.call import optional_bits
@@ -105,10 +105,10 @@ def token_stats(
 
 def token_grad(
     logits: Tensor, ids: Tensor, stats: Tensor, grad_log_probs: Tensor | None, grad_entropy: Tensor | None,
-    grad_log_rest: Tensor | None, temperatures: Tensor | None, temperature: float, logit_scale: float, cap: float,
-    vocab_size: int,
+    grad_log_rest: Tensor | None, grad_elsewhere: Tensor | None, temperatures: Tensor | None, temperature: float,
+    logit_scale: float, cap: float, vocab_size: int,
 ) -> Tensor:  # fmt: skip
-    gradients = grad_log_probs, grad_entropy, grad_log_rest
+    gradients = grad_log_probs, grad_entropy, grad_log_rest, grad_elsewhere
     if not 0 < ids.shape[-1] <= MOST_ENTRIES:
         return reference_tokens.token_grad(
             logits, ids, stats, *gradients, temperatures, temperature, logit_scale, cap, vocab_size
