@@ -156,6 +156,16 @@ def entries_and_tokens_compile_to_one_graph(group: Group) -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
 
 
+def a_16_bit_gradient_is_rounded_once(group: Group) -> None:
+    s, teacher, y = data()
+    own = group.own(VOCAB)
+    s = s.bfloat16()
+    want = whole_results(s.double(), teacher, y, temperature=2.0)[1][:, own]
+    got = sharded_results(group, s, teacher, y, whole=True, temperature=2.0)[1]
+    assert got.dtype == torch.bfloat16
+    assert ((got.double() - want).abs() <= 1.01 * 2**-8 * want.abs() + 1e-7).all()
+
+
 def a_class_that_nobody_has_is_an_error_everywhere(group: Group) -> None:
     s, teacher, _ = data()
     own = group.own(VOCAB)
@@ -177,5 +187,6 @@ CHECKS = [
     tokens_keep_their_digits,
     entries_and_tokens_have_one_gather_and_none_in_backward,
     entries_and_tokens_compile_to_one_graph,
+    a_16_bit_gradient_is_rounded_once,
     a_class_that_nobody_has_is_an_error_everywhere,
 ]

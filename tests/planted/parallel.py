@@ -6,6 +6,7 @@ TESTS = ("test_parallel.py",)
 ROWS, REFERENCE, EXCHANGE = "kdfast/sharded_rows.py", "kdfast/sharded_reference.py", "kdfast/exchange.py"
 PROCESSES, DTENSORS, LINEAR = "kdfast/processes.py", "kdfast/dtensors.py", "kdfast/sharded_linear.py"
 PARALLEL = "kdfast/parallel.py"
+TOKEN_OPS = "kdfast/sharded_token_ops.py"
 
 MUTANTS = [
     # what other libraries had
@@ -36,6 +37,15 @@ MUTANTS = [
            "most = -(-classes // mesh.size(at))", "most = classes // mesh.size(at)",
            "DTensors of a vocabulary that the mesh does not divide begin too early.", TESTS),
     # errors
+    Mutant("parallel-gradient-of-ids-elsewhere", TOKEN_OPS,
+           "grad_log_rest, elsewhere\n", "grad_log_rest, None\n",
+           "A shard's gradient lacks what the ids of the other shards have in it.", TESTS),
+    Mutant("parallel-exps-of-ids-elsewhere", TOKEN_OPS,
+           "h, elsewhere / _LN2], -1)", "h, elsewhere - math.inf], -1)",
+           "A shard's q is of its own ids and of the others alone.", TESTS),
+    Mutant("parallel-sparse-gradients-rounded-before-the-sum", ROWS,
+           "wide = student.to(rows.loss_dtype(student))", "wide = student",
+           "A bf16 gradient of a sparse teacher and labels is a sum of two rounded ones.", TESTS),
     Mutant("parallel-rows-not-compared", PROCESSES,
            "if len(set(rows)) > 1:", "if False:",
            "Processes with other numbers of rows end each other's program.", TESTS),
