@@ -69,8 +69,8 @@ def token_log_probs(
         ignore_index: a row is ignored where its id, or each of its K, is ignore_index. All of its results are 0, its
             gradient is 0, and it may hold anything. With (..., K), any other id < 0 is absent: its log-probability is
             -inf, and it has no gradient.
-        process_group, vocab_start: as in :func:`kdfast.kd_loss`; ids count from the first class of all. It is plain
-            PyTorch then, and makes tensors of the size of this process's logits.
+        process_group, vocab_start: as in :func:`kdfast.kd_loss`; ids count from the first class of all. One
+            all_gather of K + 4 numbers a row, and none in backward.
         backend: as in :func:`kdfast.kd_loss`.
 
     Returns:
