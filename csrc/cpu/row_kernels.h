@@ -89,7 +89,8 @@ struct TokenArgs : LossArgs {
   void *log_probs, *entropy, *log_rest;  // (rows, K), (rows), (rows): token_stats' results, and its table
   void* stats;                           // (rows, kTokenStats); token_grad's argument
   const double *grad_log_probs, *grad_entropy, *grad_log_rest;  // each may be null
-  const double* grad_elsewhere;  // (rows), the sum of the gradients of ids that other processes have; may be null
+  const double*
+      grad_elsewhere;  // (rows), the sum of the gradients of ids that other processes have; may be null
 
   // Of such a row all results are 0, whatever it holds.
   __attribute__((always_inline)) bool is_ignored(int64_t row) const {

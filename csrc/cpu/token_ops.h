@@ -90,8 +90,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_stats(Tensor logits, Tensor ids
 
 Tensor token_grad(Tensor logits, Tensor ids, Tensor stats, std::optional<Tensor> grad_log_probs,
                   std::optional<Tensor> grad_entropy, std::optional<Tensor> grad_log_rest,
-                  std::optional<Tensor> grad_elsewhere, std::optional<Tensor> temperatures, double temperature, double logit_scale, double softcap,
-                  int64_t vocab_size) {
+                  std::optional<Tensor> grad_elsewhere, std::optional<Tensor> temperatures,
+                  double temperature, double logit_scale, double softcap, int64_t vocab_size) {
   TokenCall call(logits, ids, temperatures, temperature, logit_scale, softcap, vocab_size);
   TokenArgs& a = call.args;
   a.stats = stats.mutable_data_ptr();

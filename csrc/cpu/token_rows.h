@@ -33,7 +33,8 @@ KD_NOINLINE IdSums id_sums(const Entries& e, const int64_t* first, double offset
   IdSums x{};
   x.largest = -1;
   double common = common_offset(e, offset, others_total != 0);
-  if (log2_elsewhere != -kInfinity) common = std::fmax(common, finite(offset) + log2_elsewhere / scale.student);
+  if (log2_elsewhere != -kInfinity)
+    common = std::fmax(common, finite(offset) + log2_elsewhere / scale.student);
   x.up = (common - finite(offset)) * scale.student;
   set_exponents(e, common, scale.student);
   double high = -kInfinity;
@@ -115,8 +116,8 @@ KD_NOINLINE void store_stats(const TokenArgs& a, int64_t row, const Entries& e, 
     entropy = not_below_0(kLn2 * (x.log2_total - logs / x.total));
     put(a.entropy, a.wide, row, entropy);
   }
-  const double stats[] = {others.student_total == 0 ? -kInfinity : others.student_offset, scaled_sum(x.ids, x.up),
-                          std::log2(others.student_total), entropy, -kInfinity};
+  const double stats[] = {others.student_total == 0 ? -kInfinity : others.student_offset,
+                          scaled_sum(x.ids, x.up), std::log2(others.student_total), entropy, -kInfinity};
   for (int k = 0; k < kTokenStats; ++k) put(a.stats, a.wide, row * kTokenStats + k, stats[k]);
 }
 
@@ -198,8 +199,7 @@ KD_NOINLINE bool token_coefficients(const TokenArgs& a, int64_t row, const RowSc
   c.student_offset = finite(stats[0]);
   c.student_total = c.teacher_total = c.hard_total = 1;
   if (others_total == 0) return true;
-  const double q_rest = x.others / x.total,
-               log_q_rest = kLn2 * (stats[2] - x.up - x.log2_total);
+  const double q_rest = x.others / x.total, log_q_rest = kLn2 * (stats[2] - x.up - x.log2_total);
   c.student_total = others_total;
   c.level = g_rest * (x.ids / x.total) - q_rest * all - masked(q_rest, g_entropy * (h + log_q_rest));
   c.slope = -q_rest * g_entropy;
