@@ -1,10 +1,14 @@
 """kdfast.integrations.liger: ignored rows, masked classes, padded heads, rounding, and what stays with Liger's code."""
 
 import itertools
+import re
+from pathlib import Path
 from typing import Any
 
 import liger_cases
 import liger_kernel.chunked_loss
+import liger_kernel.functional
+import liger_kernel.transformers
 import pytest
 import torch
 from liger_cases import CASES, F32, FALLBACKS, IGNORED, Case, chunked, inputs, run
@@ -12,6 +16,7 @@ from liger_interpreted import interpreted
 
 from kdfast import kd_loss
 from kdfast.integrations import liger
+from kdfast.integrations.liger import distillation
 from kdfast.integrations.patching import FallbackWarning
 
 
@@ -128,6 +133,41 @@ def test_classes_have_ligers_arguments() -> None:
         ours = getattr(liger, name)
         if name != "patch":
             assert ours.__init__ is ours.__mro__[1].__init__, name
+
+
+def test_an_implementation_that_a_call_names_is_not_replaced() -> None:
+    x = inputs(F32, F32)
+    log_q, log_p = x.s.log_softmax(-1), x.t.log_softmax(-1)
+    with liger.patch():
+        liger_kernel.functional.jsd(log_q, log_p)
+        with pytest.raises(RuntimeError, match="active drivers"):  # Triton's: a CPU is no device to it
+            liger_kernel.functional.jsd(log_q, log_p, impl="nvidia-triton")
+
+
+def test_a_chunk_size_that_was_chosen_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger's counts sequences where there are some, and kdfast's rows."""
+    x = inputs(F32, F32)
+    chunks = []
+    monkeypatch.setattr(distillation, "linear_kd_loss", lambda *_, chunk_rows, **__: chunks.append(chunk_rows))
+    for options in ({}, {"chunk_size": 4}):
+        loss = liger.LigerFusedLinearJSDLoss(**options)
+        loss(x.h.view(3, 2, -1), x.w, x.ht.view(3, 2, -1), x.wt, x.y.view(3, 2))
+        loss(x.h, x.w, x.ht, x.wt, x.y)
+    assert chunks == [None, None, 8, 4]
+
+
+def test_the_documented_lines_run() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    pages = [page.read_text() for page in (docs / "trainers.md", docs / "trainers-liger.part.md") if page.exists()]
+    section = next(page for page in pages if "## Liger-Kernel" in page).split("## Liger-Kernel")[1].split("\n## ")[0]
+    x = inputs(F32, F32)
+    names: dict[str, Any] = {"hidden": x.h, "head": x.w, "teacher_hidden": x.ht, "teacher_head": x.wt}
+    names["shift_labels"] = x.y
+    for code in re.findall("```python\n(.*?)```", section, re.DOTALL):
+        exec(code, names)
+    theirs = liger_kernel.transformers.LigerFusedLinearJSD(0.1, temperature=2.0)(x.h, x.w, x.ht, x.wt, x.y)
+    names["patched"].undo()
+    assert torch.equal(names["loss"], theirs)
 
 
 def test_wrong_arguments_are_errors() -> None:
