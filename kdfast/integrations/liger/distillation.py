@@ -132,7 +132,7 @@ def chunked_jsd(
         vocab_size=_classes(student_weight, teacher_weight),
         ignore_index=ignore_index,
         row_weight=row_weight,
-        chunk_rows=None if chunk_size == CHUNK_SIZE else chunk_size * student_input[:1, ..., 0].numel(),
+        chunk_rows=None if chunk_size == CHUNK_SIZE else chunk_size * max(1, student_input[:1, ..., 0].numel()),
     )
     if not return_soft_hard_loss:
         return loss()
