@@ -21,6 +21,7 @@ peers
     torch.compile   the recipe compiled
     liger           Liger-Kernel's chunked loss without the head, compiled as Liger compiles it; its other losses
                     need Triton and do not run on a CPU
+    trl             TRL's generalized_jsd_loss for beta = 0, without a hard term
 """
 
 import functools
@@ -145,6 +146,15 @@ def _jsd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, log_m: Tensor, beta
     return beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * (q * (log_q - log_m)).sum(-1)
 
 
+def trl(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """generalized_jsd_loss (1.16) for beta = 0, which is forward KL, of the rows whose label is not -100."""
+    log_q = F.log_softmax(student / temperature, dim=-1)
+    log_p = F.log_softmax(teacher / temperature, dim=-1)
+    terms = F.kl_div(log_q, log_p, reduction="none", log_target=True)
+    kept = labels != -100
+    return terms[kept].sum() / kept.sum()
+
+
 def family_recipe(divergence: str) -> Callable[..., Tensor]:
     def loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
         soft = soft_terms(divergence, student, teacher, labels, temperature).mean()
@@ -230,6 +240,7 @@ def candidate(name: str, data: Data) -> Candidate:
         "eager forward": lambda: _forward(recipe, student, teacher, labels, temperature),
         "eager softmax": lambda: _forward(lambda: torch.softmax(student / temperature, dim=-1)),
         "torch.compile": lambda: _trained(data, _compiled(recipe)),
+        "trl": lambda: _trained(data, trl),
         "liger": lambda: Candidate(lambda: None, lambda _: liger(student, teacher, labels, temperature)),
     }
     for divergence in names():

@@ -37,6 +37,7 @@ from torch import Tensor
 
 import kdfast
 from benchmarks.candidates import ALPHA, recipe, soft_terms
+from benchmarks.memory import added
 from benchmarks.timing import Candidate, interleave
 from kdfast import chunks
 
@@ -147,21 +148,13 @@ def shares(data: Data) -> dict[str, float]:
 
 def peak(data: Data, name: str, dtype: torch.dtype) -> int:
     """The bytes that one call adds to this process at its peak, beyond gradients and the accumulator."""
-
-    def resident(field: str) -> int:
-        with open("/proc/self/status") as status:
-            return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
-
     few, leaves = data.first(WARMUP), data.leaves()
     kept = RUNS[name](few, few.leaves())  # threads and libraries allocate what they keep
     del kept
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # resets the peak
-    before = resident("VmRSS")
-    RUNS[name](data, leaves)
+    total = added(lambda: RUNS[name](data, leaves))
     returned = sum(x.nbytes for x in leaves)
     accumulator = 4 * data.weight.numel() if dtype.itemsize == 2 and name.startswith("kdfast") else 0
-    return resident("VmHWM") - before - returned - accumulator
+    return total - returned - accumulator
 
 
 def peak_megabytes(name: str, rows: int, vocab: int, dtype: str) -> float:
