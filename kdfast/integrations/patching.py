@@ -1,6 +1,7 @@
 """Other libraries' functions replaced by kdfast's, and put back."""
 
 import importlib
+import inspect
 import warnings
 from collections.abc import Callable
 from types import TracebackType
@@ -55,8 +56,9 @@ class Patch:
             return
         replaced = replacement(original)
         replaced.kdfast_original = original
-        self._before.append((owner, last, original))
-        setattr(owner, last, replaced)
+        before = inspect.getattr_static(owner, last, original)  # getattr has taken a static method out of its object
+        self._before.append((owner, last, before))
+        setattr(owner, last, staticmethod(replaced) if isinstance(before, staticmethod) else replaced)
 
     def undo(self) -> None:
         """Puts the originals back. A second call does nothing."""
