@@ -1,9 +1,13 @@
 """Trainers' own losses beside kdfast's. `make integration-test` runs these tests, in an environment of its own."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parent.parent))  # ranks.py: a function on the ranks of a process group
 
 
 @pytest.fixture(autouse=True)
