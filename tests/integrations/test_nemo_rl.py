@@ -68,6 +68,15 @@ def batch(logits: Tensor) -> dict[str, Tensor]:
     }
 
 
+def spoil_dropped(data: dict[str, Tensor]) -> Tensor:
+    """Gives the teacher NaN in positions that do not count, and the indices of a padded batch; returns which."""
+    dropped = torch.ones(data["token_mask"].shape, dtype=torch.bool)
+    dropped[:, :-1] = (data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)) == 0
+    data["teacher_topk_logits"] = torch.where(dropped.unsqueeze(-1), torch.nan, data["teacher_topk_logits"])
+    data["teacher_topk_indices"] = torch.where(dropped.unsqueeze(-1), 0, data["teacher_topk_indices"])
+    return dropped
+
+
 def valid_tokens(data: dict[str, Tensor]) -> Tensor:
     return (data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)).sum()
 
@@ -140,11 +149,8 @@ def test_positions_that_do_not_count_may_hold_anything(config):
     loss_fn = nemo_rl.DistillationLossFn(config)
     loss, _ = loss_fn(logits, data, None, valid_tokens(data))
     (expected,) = torch.autograd.grad(loss, logits)
-    dropped = torch.ones(BATCH, POSITIONS, dtype=torch.bool)
-    dropped[:, :-1] = (data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)) == 0
+    dropped = spoil_dropped(data)
     spoiled = torch.where(dropped.unsqueeze(-1), torch.nan, logits.detach()).requires_grad_()
-    data["teacher_topk_logits"][dropped] = torch.nan
-    data["teacher_topk_indices"][dropped] = 0  # as where a batch is padded
     loss_fn(spoiled, data, None, valid_tokens(data))[0].backward()
     torch.testing.assert_close(spoiled.grad, expected, rtol=0, atol=0)
 
@@ -303,8 +309,9 @@ def test_each_process_gets_its_part_of_one_processes_gradient(tmp_path):
     logits = random_logits().detach()
     data = batch(logits)
     data = {name: value[:, :7] if value.dim() > 1 else value for name, value in data.items()}
-    total = valid_tokens(data)
-    ranks = results_of_ranks(tmp_path, on_rank, logits, data, total, ranks=4)
+    total, spoiled = valid_tokens(data), dict(data)
+    spoil_dropped(spoiled)
+    ranks = results_of_ranks(tmp_path, on_rank, logits, spoiled, total, ranks=4)
     for config in CONFIGS:
         whole = logits.clone().requires_grad_()
         expected = nemo_rl_loss(whole[:, :7], data, config, total)
