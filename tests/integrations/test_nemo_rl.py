@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import pytest
 import torch
 import torch.distributed as dist
+from documentation import blocks
 from ranks import results_of_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -244,6 +245,13 @@ def test_patch_puts_the_class_where_distillation_is_set_up(monkeypatch):
     with nemo_rl.patch():
         assert distillation.DistillationLossFn is nemo_rl.DistillationLossFn
     assert distillation.DistillationLossFn is object
+
+
+def test_the_documentations_code_patches(monkeypatch):
+    distillation = stub_modules(monkeypatch)["nemo_rl.algorithms.distillation"]
+    (code,) = blocks("NeMo-RL")
+    exec(code, {})
+    assert distillation.DistillationLossFn is nemo_rl.DistillationLossFn
 
 
 def test_the_loss_can_be_sent_to_another_process():

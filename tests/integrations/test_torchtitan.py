@@ -10,6 +10,7 @@ import pytest
 import spmd_types as spmd
 import torch
 import torch.distributed as dist
+from documentation import blocks
 from ranks import results_of_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -173,7 +174,7 @@ def test_the_chunked_loss_wrapper_trains_as_the_loss_alone(skips):
 def one_batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logits of a student and of a teacher, labels, and the number of tokens of all batches."""
     torch.manual_seed(3)
-    student, teacher = torch.randn(2, BATCH, LENGTH, VOCABULARY, dtype=dtype) * 2
+    student, teacher = (torch.randn(2, BATCH, LENGTH, VOCABULARY, dtype=torch.float64) * 2).to(dtype)
     labels = batches()[0][1]
     return student.requires_grad_(), teacher, labels, (labels != -100).sum() * 3
 
@@ -232,6 +233,19 @@ def test_a_compiled_loss_is_the_same():
     expected = plain_loss(student, teacher, labels) / tokens
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (loss, expected)))
+
+
+def test_the_documentations_code_makes_a_loss_and_a_trainer():
+    class Trainer:
+        def __init__(self, config: Any) -> None:
+            self.config = config
+
+    namespace: dict[str, Any] = {"Trainer": Trainer, "load_teacher": lambda config: Model().train()}
+    for code in blocks("torchtitan"):
+        exec(code, namespace)
+    assert (loss_fn := namespace["loss"].build()).kd["temperature"] == 2 and loss_fn.kd["alpha"] == 0.9
+    trainer = namespace["DistillTrainer"]("config")
+    assert isinstance(trainer, Distill) and not trainer.teacher.training
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
