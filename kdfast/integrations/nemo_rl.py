@@ -118,8 +118,7 @@ class DistillationLossFn(LossFunction):
         Args:
             logits: (B, S, V), of any floating dtype. Position i predicts token i + 1. Of tensor-parallel processes
                 (B, S, V / tp), of context-parallel ones (B, S / cp, V), in NeMo-RL's order: of 2 cp chunks of the
-                sequence, the r-th from either end. A DTensor has mesh dimensions "tp" and perhaps "cp", as in
-                NeMo-RL's automodel workers.
+                sequence, the r-th from either end. Of a DTensor, as automodel's workers have, the placements say it.
             data: a mapping with ``input_ids``, ``teacher_topk_logits`` and ``teacher_topk_indices``, (B, S, K) of all
                 positions; and ``token_mask``, (B, S), with ``sample_mask``, (B,). Without masks all positions count.
             global_valid_seqs: not used; NeMo-RL passes it to each loss.

@@ -25,8 +25,7 @@ from kdfast.losses import kd_loss
 from kdfast.modules import KDLoss
 from kdfast.sparse import TopKTargets
 
-TESTED = "0.3.0"
-TITANS = ("reduction", "ignore_index", "dim", "return_metrics", "process_group", "vocab_start")
+TORCHTITANS = ("reduction", "ignore_index", "dim", "return_metrics", "process_group", "vocab_start")
 PLAIN_CROSS_ENTROPY = {"alpha": 0.0, "hard_weight": 1.0, "label_smoothing": 0.0, "z_loss": 0.0}
 
 
@@ -56,7 +55,7 @@ class DistillationLoss(BaseLoss):
         """Keywords of kdfast.KDLoss."""
 
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:
-        for name in TITANS:
+        for name in TORCHTITANS:
             if name in config.kd:
                 raise ValueError(f"kd: {name!r} is torchtitan's to decide, and cannot be given")
         self.kd = KDLoss(ignore_index=IGNORE_INDEX, **config.kd).options()

@@ -1,9 +1,4 @@
-"""NeMo-RL's distillation loss: kdfast's, from logits, beside NeMo-RL's formula, on one process and on several.
-
-NeMo-RL is not on PyPI. The formula is that of v0.7.0: get_distillation_topk_logprobs_from_logits in
-nemo_rl/distributed/model_utils.py, DistillationLossFn in nemo_rl/algorithms/loss/loss_functions.py and masked_mean in
-nemo_rl/algorithms/utils.py.
-"""
+"""NeMo-RL's distillation loss: kdfast's, from logits, beside NeMo-RL's formula."""
 
 import enum
 import importlib.util
@@ -14,76 +9,22 @@ from typing import Any, Protocol
 
 import pytest
 import torch
-import torch.distributed as dist
 from documentation import blocks
-from ranks import results_of_ranks
+from nemo_rl_cases import (
+    BATCH,
+    CONFIGS,
+    VOCABULARY,
+    batch,
+    nemo_rl_loss,
+    random_logits,
+    spoil_dropped,
+    valid_tokens,
+)
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from kdfast.integrations import nemo_rl
 
-BATCH, POSITIONS, VOCABULARY, TOP_K = 3, 8, 20, 4
-CONFIGS = [
-    {"kl_type": kl_type, "mixed_kl_weight": 0.3, "zero_outside_topk": outside}
-    for kl_type in ("forward", "reverse", "mixed")
-    for outside in (False, True)
-]
 names = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c["kl_type"] + "-outside" * c["zero_outside_topk"])
-
-
-def nemo_rl_loss(logits: Tensor, data: dict[str, Tensor], config: dict[str, Any], valid_tokens: Any) -> Tensor:
-    """The formula, in the logits' dtype."""
-    whole = logits.log_softmax(-1)
-    chosen = data["teacher_topk_indices"]
-    log_q = whole.gather(-1, chosen) if config["zero_outside_topk"] else logits.gather(-1, chosen).log_softmax(-1)
-    log_p = data["teacher_topk_logits"].to(logits.dtype).log_softmax(-1)
-    p, q = log_p.exp(), log_q.exp()
-    forward, reverse = (p * (log_p - log_q)).sum(-1), (q * (log_q - log_p)).sum(-1)
-    if config["zero_outside_topk"]:
-        rest = (whole.exp() * whole).sum(-1) - (q * log_q).sum(-1)
-        reverse = reverse + rest + 100 * (1 - q.sum(-1))
-    weight = {"forward": 1, "reverse": 0, "mixed": config["mixed_kl_weight"]}[config["kl_type"]]
-    rows = (weight * forward + (1 - weight) * reverse)[:, :-1]
-    if "token_mask" not in data:
-        return rows.mean()
-    mask = data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)
-    return (rows * mask).sum() / (valid_tokens + 1e-8)
-
-
-def batch(logits: Tensor) -> dict[str, Tensor]:
-    """A teacher's top k, prompts that are masked, and a sample that does not count."""
-    teacher = torch.randn_like(logits, dtype=torch.float32) * 2
-    values, indices = teacher.topk(TOP_K)
-    token_mask = torch.ones(logits.shape[:2])
-    token_mask[:, :2] = 0
-    token_mask[0, 6:] = 0
-    sample_mask = torch.ones(len(logits))
-    sample_mask[1] = 0
-    return {
-        "input_ids": torch.randint(logits.shape[-1], logits.shape[:2]),
-        "teacher_topk_logits": values,
-        "teacher_topk_indices": indices,
-        "token_mask": token_mask,
-        "sample_mask": sample_mask,
-    }
-
-
-def spoil_dropped(data: dict[str, Tensor]) -> Tensor:
-    """Gives the teacher NaN in positions that do not count, and the indices of a padded batch; returns which."""
-    dropped = torch.ones(data["token_mask"].shape, dtype=torch.bool)
-    dropped[:, :-1] = (data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)) == 0
-    data["teacher_topk_logits"] = torch.where(dropped.unsqueeze(-1), torch.nan, data["teacher_topk_logits"])
-    data["teacher_topk_indices"] = torch.where(dropped.unsqueeze(-1), 0, data["teacher_topk_indices"])
-    return dropped
-
-
-def valid_tokens(data: dict[str, Tensor]) -> Tensor:
-    return (data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)).sum()
-
-
-def random_logits() -> Tensor:
-    return (torch.randn(BATCH, POSITIONS, VOCABULARY, dtype=torch.float64) * 2).requires_grad_()
 
 
 def assert_equal_to_formula(loss: Tensor, logits: Tensor, expected: Tensor, their_logits: Tensor) -> None:
@@ -257,85 +198,3 @@ def test_the_documentations_code_patches(monkeypatch):
 def test_the_loss_can_be_sent_to_another_process():
     sent = pickle.loads(pickle.dumps(nemo_rl.DistillationLossFn({"kl_type": "reverse"})))
     assert sent.kl_type == "reverse"
-
-
-# -- several processes: 2 context-parallel x 2 tensor-parallel ---------------------------------------------------------
-
-
-def own_positions(x: Tensor, rank: int, ranks: int) -> Tensor:
-    """NeMo-RL's balanced order: of 2 n chunks of the sequence the r-th from either end."""
-    chunks = x.chunk(2 * ranks, 1)
-    return torch.cat((chunks[rank], chunks[-1 - rank]), 1)
-
-
-def megatron(tp: Any, cp: Any) -> Any:
-    return SimpleNamespace(
-        model_parallel_is_initialized=lambda: True,
-        get_tensor_model_parallel_group=lambda: tp,
-        get_context_parallel_group=lambda: cp,
-    )
-
-
-def on_rank(rank: int, logits: Tensor, data: dict[str, Tensor], total: Tensor) -> dict[str, Any]:
-    """For each config and kind of call the loss and the gradient of this process's part of the logits."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
-    cp, tp = mesh.get_group("cp"), mesh.get_group("tp")
-    alone = dist.new_subgroups(1)[0]  # a group of this process, which Megatron has where nothing is split
-    classes = logits.chunk(2, -1)[mesh.get_local_rank("tp")]
-    both = own_positions(classes, mesh.get_local_rank("cp"), 2)
-    positions = own_positions(logits, mesh.get_local_rank("cp"), 2)
-    results: dict[str, Any] = {}
-
-    def add(name: str, part: Tensor, loss_fn: Any, wrap: Any = lambda x: x, scale: float = 1, **groups: Any) -> None:
-        part = part.clone().requires_grad_()
-        loss, metrics = loss_fn(wrap(part), data, None, total, **groups)
-        (loss * scale).backward()
-        results[name] = loss.item(), metrics["loss"], part.grad
-
-    for config in CONFIGS:
-        loss_fn = nemo_rl.DistillationLossFn(config)
-        name = f"{config['kl_type']} {config['zero_outside_topk']}"
-        add(f"{name} tp", classes, loss_fn, vocab_parallel_group=tp)
-        add(f"{name} cp", positions, loss_fn, scale=1 / 2, context_parallel_group=cp)
-        sys.modules["megatron.core.parallel_state"] = megatron(tp, cp)
-        add(f"{name} both", both, loss_fn, scale=1 / 2)  # the worker divides by cp
-        sys.modules["megatron.core.parallel_state"] = megatron(alone, alone)
-        add(f"{name} whole", logits, loss_fn)
-        del sys.modules["megatron.core.parallel_state"]
-        split = Shard(1), Shard(-1)
-        add(f"{name} both by DTensor", both, loss_fn, lambda x: DTensor.from_local(x, mesh, split))  # noqa: B023
-        whole = Replicate(), Shard(2)
-        add(f"{name} tp by DTensor", classes, loss_fn, lambda x: DTensor.from_local(x, mesh, whole))  # noqa: B023
-    for placements in ((Shard(0), Shard(2)), (Partial(), Shard(2))):
-        with pytest.raises(TypeError, match="logits: is a DTensor with placements"):
-            loss_fn(DTensor.from_local(both, mesh, placements), data, None, total)
-    return results
-
-
-def test_each_process_gets_its_part_of_one_processes_gradient(tmp_path):
-    """Seven positions of data with eight of logits, as where NeMo-RL pads sequences to a multiple of 2 cp."""
-    logits = random_logits().detach()
-    data = batch(logits)
-    data = {name: value[:, :7] if value.dim() > 1 else value for name, value in data.items()}
-    total, spoiled = valid_tokens(data), dict(data)
-    spoil_dropped(spoiled)
-    ranks = results_of_ranks(tmp_path, on_rank, logits, spoiled, total, ranks=4)
-    for config in CONFIGS:
-        whole = logits.clone().requires_grad_()
-        expected = nemo_rl_loss(whole[:, :7], data, config, total)
-        expected.backward()
-        for rank, results in enumerate(ranks):
-            c, t = divmod(rank, 2)
-            classes = whole.grad.chunk(2, -1)[t]
-            parts = {
-                "tp": classes,
-                "cp": own_positions(whole.grad, c, 2),
-                "both": own_positions(classes, c, 2),
-                "whole": whole.grad,
-                "both by DTensor": own_positions(classes, c, 2),
-                "tp by DTensor": classes,
-            }
-            for name, gradient in parts.items():
-                loss, metric, own = results[f"{config['kl_type']} {config['zero_outside_topk']} {name}"]
-                assert (loss, metric) == pytest.approx((expected.item(), expected.item()), rel=1e-7), name
-                torch.testing.assert_close(own, gradient, rtol=1e-7, atol=1e-12, msg=lambda m: f"{name}: {m}")  # noqa: B023
