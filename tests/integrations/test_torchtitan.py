@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import tyro
 from documentation import blocks
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.config import CompileConfig
@@ -85,6 +86,12 @@ def test_arguments_that_torchtitan_decides_are_refused_and_others_checked():
     with pytest.raises(ValueError, match="temperature: 0 must be finite and > 0"):
         DistillationLoss.Config(kd={"temperature": 0}).build()
     assert DistillationLoss.Config(kd=KD).to_dict() == {"kd": KD}
+
+
+def test_an_argument_can_be_changed_on_the_command_line():
+    """By tyro, with which torchtitan parses its own."""
+    config = tyro.cli(DistillationLoss.Config, default=DistillationLoss.Config(kd=KD), args=["--kd.temperature", "3"])
+    assert config.build().kd["temperature"] == 3
 
 
 def test_a_compiled_loss_is_the_same():
