@@ -23,6 +23,24 @@ def own_positions(x: Tensor, rank: int, ranks: int) -> Tensor:
     return torch.cat((chunks[rank], chunks[-1 - rank]), 1)
 
 
+class NeMoRLsGather(torch.autograd.Function):
+    """What AllGatherCPTensor of nemo_rl/distributed/model_utils.py does for two ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(2)]
+        dist.all_gather(parts, x, group=group)
+        (first, last), (second, third) = (part.chunk(2, 1) for part in parts)
+        return torch.cat((first, second, third, last), 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return own_positions(total, dist.get_rank(ctx.group), 2), None
+
+
 def megatron(tp: Any, cp: Any) -> Any:
     return SimpleNamespace(
         model_parallel_is_initialized=lambda: True,
@@ -31,8 +49,14 @@ def megatron(tp: Any, cp: Any) -> Any:
     )
 
 
-def on_rank(rank: int, logits: Tensor, data: dict[str, Tensor], total: Tensor) -> dict[str, Any]:
-    """For each config and kind of call the loss and the gradient of this process's part of the logits."""
+def on_rank(
+    rank: int, logits: Tensor, data: dict[str, Tensor], spoiled: dict[str, Tensor], total: Tensor
+) -> dict[str, Any]:
+    """For each config and kind of call the loss and the gradient of this process's part of the logits.
+
+    spoiled: the data, with other values where they do not count. The losses are scaled as NeMo-RL's workers do, but for
+    the ranks whose gradients are then summed.
+    """
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
     cp, tp = mesh.get_group("cp"), mesh.get_group("tp")
     alone = dist.new_subgroups(1)[0]  # a group of this process, which Megatron has where nothing is split
@@ -43,7 +67,7 @@ def on_rank(rank: int, logits: Tensor, data: dict[str, Tensor], total: Tensor) -
 
     def add(name: str, part: Tensor, loss_fn: Any, wrap: Any = lambda x: x, scale: float = 1, **groups: Any) -> None:
         part = part.clone().requires_grad_()
-        loss, metrics = loss_fn(wrap(part), data, None, total, **groups)
+        loss, metrics = loss_fn(wrap(part), spoiled, None, total, **groups)
         (loss * scale).backward()
         results[name] = loss.item(), metrics["loss"], part.grad
 
@@ -61,6 +85,10 @@ def on_rank(rank: int, logits: Tensor, data: dict[str, Tensor], total: Tensor) -
         add(f"{name} both by DTensor", both, loss_fn, lambda x: DTensor.from_local(x, mesh, split))  # noqa: B023
         whole = Replicate(), Shard(2)
         add(f"{name} tp by DTensor", classes, loss_fn, lambda x: DTensor.from_local(x, mesh, whole))  # noqa: B023
+    part = positions.clone().requires_grad_()
+    theirs = nemo_rl_loss(NeMoRLsGather.apply(part, cp)[:, :7], data, CONFIGS[0], total)
+    theirs.backward()
+    results["NeMo-RL by DTensor"] = theirs.item(), theirs.item(), part.grad
     for placements in ((Shard(0), Shard(2)), (Partial(), Shard(2))):
         with pytest.raises(TypeError, match="logits: is a DTensor with placements"):
             loss_fn(DTensor.from_local(both, mesh, placements), data, None, total)
@@ -68,13 +96,16 @@ def on_rank(rank: int, logits: Tensor, data: dict[str, Tensor], total: Tensor) -
 
 
 def test_each_process_gets_its_part_of_one_processes_gradient(tmp_path: Path):
-    """Seven positions of data with eight of logits, as where NeMo-RL pads sequences to a multiple of 2 cp."""
+    """Seven positions of data with eight of logits, as where NeMo-RL pads sequences to a multiple of 2 cp.
+
+    NeMo-RL's own is cp times too large in automodel's workers, which do not divide the loss by cp as Megatron's do.
+    """
     logits = random_logits().detach()
     data = batch(logits)
     data = {name: value[:, :7] if value.dim() > 1 else value for name, value in data.items()}
     total, spoiled = valid_tokens(data), dict(data)
     spoil_dropped(spoiled)
-    ranks = results_of_ranks(tmp_path, on_rank, logits, spoiled, total, ranks=4)
+    ranks = results_of_ranks(tmp_path, on_rank, logits, data, spoiled, total, ranks=4)
     for config in CONFIGS:
         whole = logits.clone().requires_grad_()
         expected = nemo_rl_loss(whole[:, :7], data, config, total)
@@ -82,15 +113,18 @@ def test_each_process_gets_its_part_of_one_processes_gradient(tmp_path: Path):
         for rank, results in enumerate(ranks):
             c, t = divmod(rank, 2)
             classes = whole.grad.chunk(2, -1)[t]
+            name = f"{config['kl_type']} {config['zero_outside_topk']}"
             parts = {
-                "tp": classes,
-                "cp": own_positions(whole.grad, c, 2),
-                "both": own_positions(classes, c, 2),
-                "whole": whole.grad,
-                "both by DTensor": own_positions(classes, c, 2),
-                "tp by DTensor": classes,
+                f"{name} tp": classes,
+                f"{name} cp": own_positions(whole.grad, c, 2),
+                f"{name} both": own_positions(classes, c, 2),
+                f"{name} whole": whole.grad,
+                f"{name} both by DTensor": own_positions(classes, c, 2),
+                f"{name} tp by DTensor": classes,
             }
+            if config is CONFIGS[0]:
+                parts["NeMo-RL by DTensor"] = 2 * own_positions(whole.grad, c, 2)
             for name, gradient in parts.items():
-                loss, metric, own = results[f"{config['kl_type']} {config['zero_outside_topk']} {name}"]
+                loss, metric, own = results[name]
                 assert (loss, metric) == pytest.approx((expected.item(), expected.item()), rel=1e-7), name
                 torch.testing.assert_close(own, gradient, rtol=1e-7, atol=1e-12, msg=lambda m: f"{name}: {m}")  # noqa: B023
