@@ -165,7 +165,7 @@ class DistillationLossFn(LossFunction):
         kept = weight != 0
         ids = torch.where(kept.unsqueeze(-1), indices, IGNORED)
         log_q, entropy, log_rest = token_log_probs(logits, ids, ignore_index=IGNORED, process_group=group)
-        log_p = log_softmax(torch.where(kept.unsqueeze(-1), teacher, 0).to(log_q.dtype), -1)
+        log_p = log_softmax(teacher.to(log_q.dtype), -1)
         log_p = torch.where(log_p == -torch.inf, LOG_OUTSIDE, log_p)
         # sum_k q_k log(q_k / p_k) + sum_rest q (log q + 100)
         rows = -entropy - (log_q.exp() * log_p).sum(-1) - LOG_OUTSIDE * log_rest.exp()
