@@ -105,7 +105,7 @@ def test_each_process_gets_its_part_of_one_processes_gradient(tmp_path: Path):
     data = {name: value[:, :7] if value.dim() > 1 else value for name, value in data.items()}
     total, spoiled = valid_tokens(data), dict(data)
     spoil_dropped(spoiled)
-    ranks = results_of_ranks(tmp_path, on_rank, logits, data, spoiled, total, ranks=4)
+    ranks = results_of_ranks(tmp_path, on_rank, logits, data, spoiled, total, ranks=4, start_method="fork")
     for config in CONFIGS:
         whole = logits.clone().requires_grad_()
         expected = nemo_rl_loss(whole[:, :7], data, config, total)

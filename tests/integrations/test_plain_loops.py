@@ -126,7 +126,7 @@ def on_rank(rank: int, port: int) -> dict[str, list[Tensor]]:
 def test_two_processes_train_as_one_by_ddp_and_by_accelerate(tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    for rank in results_of_ranks(tmp_path, on_rank, port):
+    for rank in results_of_ranks(tmp_path, on_rank, port, start_method="fork"):
         assert len(rank) == 4
         for parameters in rank.values():
             assert_trained_plainly(parameters)

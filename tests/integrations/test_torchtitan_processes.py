@@ -113,7 +113,7 @@ def on_rank(rank: int) -> dict[str, Any]:
 
 def test_two_processes_train_as_one(tmp_path: Path):
     """Of data in parallel, and of a head that torchtitan splits over tp, in both of its ways to hold such logits."""
-    ranks = results_of_ranks(tmp_path, on_rank)
+    ranks = results_of_ranks(tmp_path, on_rank, start_method="fork")
     student, teacher, labels, tokens = one_batch()
     losses = {
         "a whole teacher": plain_loss(student, teacher, labels) / tokens,
