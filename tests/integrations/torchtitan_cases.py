@@ -99,6 +99,7 @@ def train(loss_fn: Any, model: nn.Module, teacher: nn.Module | None = None, step
         setattr(trainer, name, value)
     for batch in batches() if steps is None else steps:
         trainer.train_step(iter(micro_batches(batch, pieces)))
+        assert trainer.loss_fn is loss_fn  # the teacher's logits of one batch are not kept for another
 
 
 def plain_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
