@@ -1,6 +1,7 @@
 """Other libraries' functions replaced by kdfast's, and put back."""
 
 import importlib
+import inspect
 import warnings
 from collections.abc import Callable
 from types import TracebackType
@@ -43,7 +44,7 @@ class Patch:
         try:
             for part in path:
                 owner = getattr(owner, part)
-            original = getattr(owner, last)
+            original = before = getattr(owner, last)
         except AttributeError:
             self.undo()
             version = getattr(importlib.import_module(self.library), "__version__", "this version")
@@ -51,12 +52,15 @@ class Patch:
                 f"{module}.{name}: not found in {self.library} {version}. kdfast.integrations was tested with "
                 f"{self.library} {self.tested}"
             ) from None
+        is_static = isinstance(owner, type) and isinstance(inspect.getattr_static(owner, last), staticmethod)
+        if is_static:  # setattr would make a method of the function alone
+            before = staticmethod(original)
         if hasattr(original, "kdfast_original"):
             return
         replaced = replacement(original)
         replaced.kdfast_original = original
-        self._before.append((owner, last, original))
-        setattr(owner, last, replaced)
+        self._before.append((owner, last, before))
+        setattr(owner, last, staticmethod(replaced) if is_static else replaced)
 
     def undo(self) -> None:
         """Puts the originals back. A second call does nothing."""
