@@ -72,11 +72,13 @@ def test_four_micro_batches_make_the_steps_of_one_batch(name: str, dtype: torch.
     torch.testing.assert_close(parts.parameters, whole.parameters, rtol=0, atol=1e-7)
 
 
-def test_golds_own_accumulation_divides_the_loss_once_more_which_kdfast_leaves_as_it_is() -> None:
+@pytest.mark.parametrize("name", ["gold", "iw_opd"])
+def test_a_buffering_trainer_divides_by_the_micro_batches_once_more_which_kdfast_leaves_as_it_is(name: str) -> None:
     """Its buffer counts the tokens of all micro-batches once for each of them, whatever computes the loss."""
-    options = {"lmbda": 0.0, "use_uld_loss": False, "max_steps": 1}
+    own = {"use_uld_loss": False} if name == "gold" else {"distillation_objective": "jsd"}
+    options = own | {"lmbda": 0.0, "max_steps": 1, "beta": 0.5}
     for patched in (False, True):
         with integration.patch() if patched else nullcontext():
-            whole = trained("gold", **options)
-            parts = trained("gold", per_device_train_batch_size=1, gradient_accumulation_steps=4, **options)
+            whole = trained(name, **options)
+            parts = trained(name, per_device_train_batch_size=1, gradient_accumulation_steps=4, **options)
         assert parts.logged[0]["loss"] == pytest.approx(whole.logged[0]["loss"] / 4, rel=1e-6)
