@@ -12,6 +12,8 @@ import torch
 from trl_calls import BATCH, BETAS, LABELS, LENGTH, NAMES, VOCAB, check, found, logits, value_and_gradients
 
 import kdfast.integrations.trl as integration
+from kdfast import TopKTargets
+from kdfast.integrations.trl.logits import leave_tail
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -170,3 +172,33 @@ def test_async_distillations_chunked_loss_is_the_originals(beta: float, add_tail
         leaves = [hidden, weight, bias] if with_bias else [hidden, weight]
         given = hidden, weight, bias if with_bias else None, own, cap, ids, log_p, there, beta, 1.5, add_tail, whose, 2
         check(loss, leaves, *given, 3, rtol=2e-6)
+
+
+def test_reverse_kl_of_a_teacher_that_is_sure_is_finite_as_trls_is() -> None:
+    """Its tail is 0, so that reverse KL is infinite; TRL takes a tail of 1e-7."""
+    student, teacher = logits()
+    tokens = student.argmax(-1)
+    teacher.scatter_(-1, tokens.unsqueeze(-1), 200.0)
+    student.requires_grad_()
+    iw_opd = found("iw_opd.IWOPDTrainer")
+    check(iw_opd.generalized_jsd_loss, [student], student, teacher, beta=1.0, top_k=1, rtol=1e-6)
+    own = object.__new__(iw_opd)
+    own.__dict__ |= {"beta": 1.0, "temperature": 1.5, "loss_add_tail": True, "reverse_kl_top_1_mode": "sampled"}
+    check(
+        iw_opd._compute_local_sparse_top_1_divergence_loss, [student], own, student, teacher, tokens, LABELS, rtol=1e-6
+    )
+    options = {"distillation_topk": 3, "distillation_alpha": 1.0, "distillation_add_tail": True}
+    check(found("sdft.compute_topk_self_distillation_loss"), [student], student, teacher, rtol=1e-6, **options)
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(VOCAB, 8, requires_grad=True)
+    for log_p in (0.0, 3e-8):  # of rounding, a little more than all
+        given = torch.tensor([[1], [2], [3], [4]]), torch.full((4, 1), log_p), torch.ones(4, 1, dtype=torch.bool)
+        loss = found("async_distillation._chunked_jsd_loss")
+        check(loss, [hidden, weight], hidden, weight, None, 1.0, None, *given, 1.0, 1.5, True, None, 1, 3, rtol=1e-5)
+
+
+def test_rounded_entries_leave_a_tail() -> None:
+    """Whatever float32 makes of their sum."""
+    log_probs = torch.log_softmax(torch.randn(2000, 14), -1)
+    targets = leave_tail(TopKTargets(torch.arange(14).expand(2000, 14), log_probs), 1.0, True)
+    mass = targets.log_probs.double().exp().sum(-1)
+    assert (mass < 1 - 5e-8).all() and (mass > 1 - 1e-6).all()

@@ -33,7 +33,7 @@ RUNS: list[tuple[str, str, torch.dtype, dict[str, Any]]] = [
     ),
     ("sdpo", "llama", F64, {"distillation_mode": "sampled_token", "distillation_alpha": 1.0}),
     ("server", "llama", F64, {"beta": 0.0, "loss_top_k": 5, "temperature": 1.5}),
-    ("server", "llama", F64, {"beta": 0.5, "loss_top_k": 1}),
+    ("server", "llama", F64, {"beta": 0.5, "loss_top_k": 1, "gradient_accumulation_steps": 2}),
     ("server", "llama", F64, {"beta": 1.0, "loss_top_k": 1, "loss_add_tail": True}),
 ]
 

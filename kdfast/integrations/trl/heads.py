@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdfast import TopKTargets, linear_kd_loss
 from kdfast.integrations.trl.calls import in_place_of, teacher_gradient
-from kdfast.integrations.trl.logits import divergence, missing
+from kdfast.integrations.trl.logits import divergence, leave_tail, missing
 from kdfast.tensor_checks import is_dtensor
 
 
@@ -34,7 +34,7 @@ def _chunked_divergence(
     """The loss, the sum of the student's entropies, and the number of rows that are kept."""
     student, teacher = student_hidden_states, teacher_hidden_states
     classes = student_lm_head_weight.shape[0]
-    kept = (completion_mask != 0).view(student.shape[:-1])
+    kept = (completion_mask != 0).reshape(student.shape[:-1])
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(student.device)
     loss, metrics = linear_kd_loss(
@@ -61,13 +61,17 @@ def _chunked_divergence(
 def _cannot(call: Mapping[str, Any]) -> str:
     if hasattr(call["student_lm_head_weight"], "ds_id"):
         return "a head that DeepSpeed ZeRO-3 has partitioned"
-    for side in ("student", "teacher"):
-        scale, cap = call[f"{side}_logit_scale"], call[f"{side}_final_logit_softcapping"]
-        if not scale > 0:
-            return f"a logit_scale of {scale}"
-        if cap is not None and not cap > 0:
-            return f"a final_logit_softcapping of {cap}"
-    return teacher_gradient(call["teacher_hidden_states"])
+    scaled = [
+        _cannot_scale(call[f"{side}_logit_scale"], call[f"{side}_final_logit_softcapping"])
+        for side in ("student", "teacher")
+    ]
+    return scaled[0] or scaled[1] or teacher_gradient(call["teacher_hidden_states"])
+
+
+def _cannot_scale(scale: float, cap: float | None) -> str:
+    if not scale > 0:
+        return f"a logit_scale of {scale}"
+    return "" if cap is None or cap > 0 else f"a final_logit_softcapping of {cap}"
 
 
 def _candidates(
@@ -88,17 +92,17 @@ def _candidates(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sums over rows: the loss, its value, both entropies, and of each teacher its rows, their loss and entropy."""
     dtype = torch.promote_types(hidden_valid.dtype, lm_head_weight.dtype)
-    rows = teacher_id_idx is not None
+    served = TopKTargets(target_ids, teacher_target_logps.masked_fill(~valid_candidate_mask, -math.inf))
     loss, metrics = linear_kd_loss(
         hidden_valid.to(dtype),
         lm_head_weight.to(dtype),
-        TopKTargets(target_ids, teacher_target_logps.masked_fill(~valid_candidate_mask, -math.inf)),
+        leave_tail(served, beta, add_tail_bucket),
         None,
         student_bias=_optional(lm_head_bias, dtype),
         missing=missing(add_tail_bucket),
         logit_scale=logit_scale,
         softcap=final_logit_softcapping,
-        reduction="none" if rows else "sum",
+        reduction="sum" if teacher_id_idx is None else "none",
         return_metrics=True,
         **divergence(beta, temperature),
     )
@@ -112,12 +116,7 @@ def _candidates(
 
 
 def _cannot_candidates(call: Mapping[str, Any]) -> str:
-    scale, cap = call["logit_scale"], call["final_logit_softcapping"]
-    if not scale > 0:
-        return f"a logit_scale of {scale}"
-    if cap is not None and not cap > 0:
-        return f"a final_logit_softcapping of {cap}"
-    return ""
+    return _cannot_scale(call["logit_scale"], call["final_logit_softcapping"])
 
 
 def _optional(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

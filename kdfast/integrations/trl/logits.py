@@ -23,6 +23,20 @@ def missing(add_tail: bool) -> Missing:
     return "tail" if add_tail else "conditional"
 
 
+def leave_tail(teacher: TopKTargets, beta: float, add_tail: bool) -> TopKTargets:
+    """For reverse KL, which is infinite where the teacher has no tail: entries whose mass is at most 1 - 1e-7.
+
+    So TRL has it. Served log-probabilities of tokens that a teacher is sure of are often rounded to 0. The entropy
+    bounds what rounding the entries to float32 adds to their mass.
+    """
+    if beta != 1 or not add_tail:
+        return teacher
+    mass = torch.logsumexp(teacher.log_probs, -1, keepdim=True)
+    least = 1e-7 * (1 + torch.special.entr(teacher.log_probs.exp()).sum(-1, keepdim=True))
+    over = (mass + least).clamp(min=0)
+    return TopKTargets(teacher.indices, torch.where(mass > -math.inf, teacher.log_probs - over, teacher.log_probs))
+
+
 def _generalized_jsd(
     student_logits: Tensor,  # (..., V)
     teacher_logits: Tensor,
@@ -40,6 +54,7 @@ def _generalized_jsd(
     teacher: Tensor | TopKTargets = teacher_logits
     if 0 < top_k < columns:
         teacher = _top_k(student_logits.detach(), teacher_logits, top_k, beta, temperature)
+        teacher = leave_tail(teacher, beta, add_tail)
         columns = (top_k if beta in (0, 1) else 2 * top_k) + add_tail
         options["missing"] = missing(add_tail)
     options |= _reduced(labels, reduction, num_items_in_batch, student_logits, columns)
@@ -113,7 +128,7 @@ def _local_top_1(
     teacher = TopKTargets(indices, teacher.log_probs.masked_fill(absent, -math.inf))
     options = divergence(self.beta, self.temperature) | {"missing": missing(self.loss_add_tail)}
     options |= _reduced(labels, "batchmean", num_items_in_batch, student_logits, 1)
-    return kd_loss(student_logits, teacher, **options)
+    return kd_loss(student_logits, leave_tail(teacher, self.beta, self.loss_add_tail), **options)
 
 
 def _full_logit(student_logits: Tensor, teacher_logits: Tensor, distillation_alpha: float) -> Tensor:
@@ -135,6 +150,7 @@ def _of_students_top_k(
             teacher = _teacher_at(teacher_logits, indices, 1.0)
         else:  # which is right up to a constant for each row
             teacher = TopKTargets(indices, teacher_logits.gather(-1, indices))
+    teacher = leave_tail(teacher, distillation_alpha, distillation_add_tail)
     options = divergence(distillation_alpha, 1.0) | {"missing": missing(distillation_add_tail)}
     return kd_loss(student_logits, teacher, reduction="none", **options)
 

@@ -64,6 +64,7 @@ def from_server(original: Loss) -> Loss:
     TRL's own losses get the student's log-probabilities of these K + 1 tokens, and their places among them as token
     ids. So errors, tails, reductions, and methods that a subclass overrides stay.
     """
+    from trl.extras.profiling import profiling_decorator
 
     @functools.wraps(original)
     def compute_loss(
@@ -96,7 +97,7 @@ def from_server(original: Loss) -> Loss:
             loss = loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
-    return compute_loss
+    return profiling_decorator(compute_loss)
 
 
 def _with_labels(inputs: dict[str, Any]) -> dict[str, Any]:
