@@ -116,6 +116,14 @@ def finish(variant: Path, settings: dict, name: str) -> None:
     (variant / "metadata.json").write_text(json.dumps(metadata, indent=2))
 
 
+def check_objects(folder: Path) -> None:
+    """One set's object must not define what the linker may take for all: it would not run on another processor."""
+    for path in folder.rglob("row_kernels_*.o"):
+        listing = subprocess.run(["nm", "--defined-only", path], check=True, capture_output=True, text=True).stdout
+        if weak := [line for line in listing.splitlines() if line.split()[1] in "WwVvu"]:
+            sys.exit(f"{path.name} defines weak symbols: {weak}")
+
+
 def check_abi(library: Path) -> None:
     """What the Hub asks of a library: manylinux_2_28, and Python 3.9's stable ABI."""
     found = kernel_abi_check.ObjectFile(library)
@@ -152,5 +160,6 @@ if __name__ == "__main__":
     name = f"_{settings['general']['name']}_cpu_{UNIQUE}"
     variant = build(kernel, settings, name)
     finish(variant, settings, name)
+    check_objects(kernel.parent / "check")
     check_abi(variant / f"{name}.abi3.so")
     use(kernel)

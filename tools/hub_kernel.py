@@ -185,7 +185,7 @@ def build_toml() -> str:
     shared = [f"csrc/cpu/{name}.cpp" for name in ("build_info", "isa", "older_libraries")]
     text = BUILD_TOML.format(torch=LEAST_TORCH, shared=quoted(shared))
     for isa, flags in isa_flags().items():
-        flags = [*flags, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+        flags = [*flags, "-O2", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
         text += ROW_KERNELS_TOML.format(isa=isa, flags=quoted(flags))
     return text
 
