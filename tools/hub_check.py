@@ -111,7 +111,7 @@ def finish(variant: Path, settings: dict, name: str) -> None:
     digest = kernels_data.Digest.hash_variant(kernels_data.DigestAlgorithm.SHA256, variant)
     metadata = {
         "id": name, "name": general["name"], "version": general["version"], "license": general["license"],
-        "backend": {"type": "cpu"}, "digest": {"algorithm": "sha256", "files": digest.files},
+        "python-depends": [], "backend": {"type": "cpu"}, "digest": {"algorithm": "sha256", "files": digest.files},
     }  # fmt: skip
     (variant / "metadata.json").write_text(json.dumps(metadata, indent=2))
 
@@ -147,6 +147,8 @@ def use(kernel: Path) -> None:
     for keywords in ({}, {"backend": "reference"}):
         found = loss_and_gradient(hub, student, teacher, labels, temperature=2.0, **keywords)
         torch.testing.assert_close(found, expected)
+    compiled = torch.compile(lambda *args: hub.kd_loss(*args, temperature=2.0), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(student, teacher, labels).detach(), expected[0])
     facts = hub.backends()
     assert facts["by_device"]["cpu"] == "cpu", facts
     assert hub.kd_loss is not kdfast.kd_loss
