@@ -221,7 +221,8 @@ $(DIST): $(VENV)/.extra-release setup.py CMakeLists.txt MANIFEST.in README.md $(
 	rm -rf dist build/wheels
 	KDFAST_BUILD_EXT=1 KDFAST_CUDA=0 $(PY) -m build --no-isolation --outdir build/wheels .
 	mkdir dist && mv build/wheels/*.tar.gz dist
-	$(IN_VENV) auditwheel repair --plat $(PLATFORM) --exclude 'libtorch*.so' --wheel-dir dist build/wheels/*.whl
+	$(IN_VENV) auditwheel repair --plat $(PLATFORM) --only-plat --exclude 'libtorch*.so' --wheel-dir dist \
+	    build/wheels/*.whl
 	KDFAST_BUILD_EXT=0 $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
 	@touch $@
 
