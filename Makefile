@@ -21,7 +21,7 @@ BUILT := $(VENV)/.built
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help build demo test test-full versions torch-versions integration-test emulator-test mutants bench gpu-smoke gpu-check .gpu-build .gpu-smoke \
-    .gpu-check cuda-check .cuda-check lint format sanitize build-check arm-check clean
+    .gpu-check cuda-check .cuda-check lint format sanitize wheels build-check hub-check arm-check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -211,19 +211,46 @@ sanitize: $(VENV)/.extra-test ## the suite over C++ built with ASan and UBSan (G
 	cp -R $(wildcard tests tools benchmarks examples pyproject.toml) build/sanitize
 	cd build/sanitize && $(SANITIZE_ENV) $(CURDIR)/$(PY) -m pytest -p no:cacheprovider $(ARGS)
 
-# The wheel as a user's pip builds it, isolated, then in a venv that shares nothing but torch with .venv; the same for
-# the pure-Python install.
-build-check: $(VENV)/.torch ## a wheel, and a pure-Python install, each in an empty venv, used
-	rm -rf build/check build/lib* build/bdist*
-	for kind in cpu reference; do \
-	    if [ $$kind = cpu ]; then ext=1; else ext=0; fi; \
-	    KDFAST_BUILD_EXT=$$ext $(PY) -m pip wheel --quiet --no-deps --wheel-dir build/check/$$kind . && \
-	    $(PYTHON) -m venv build/check/$$kind/venv && \
-	    build/check/$$kind/venv/bin/python -m pip install --quiet --no-deps build/check/$$kind/*.whl && \
-	    $(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	        > $$(echo build/check/$$kind/venv/lib/python*/site-packages)/torch.pth && \
-	    build/check/$$kind/venv/bin/python tests/smoke.py $$kind || exit 1; \
+# What a release uploads: the source; of it a wheel for x86-64 Linux, without the CUDA kernels, which source and checkout
+# build where nvcc is; and a pure-Python wheel. PLATFORM is that of PyTorch's own wheels, and the least of the library's
+# symbols: csrc/cpu/older_libraries.cpp. A compiler that brings newer ones is auditwheel's error here.
+PLATFORM ?= manylinux_2_28_x86_64
+IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+DIST := dist/.made
+$(DIST): $(VENV)/.extra-release setup.py CMakeLists.txt MANIFEST.in README.md $(CSRC) $(shell find kdfast -name '*.py')
+	rm -rf dist build/wheels
+	KDFAST_BUILD_EXT=1 KDFAST_CUDA=0 $(PY) -m build --no-isolation --outdir build/wheels .
+	mkdir dist && mv build/wheels/*.tar.gz dist
+	$(IN_VENV) auditwheel repair --plat $(PLATFORM) --only-plat --exclude 'libtorch*.so' --wheel-dir dist \
+	    build/wheels/*.whl
+	KDFAST_BUILD_EXT=0 $(PY) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+	@touch $@
+
+wheels: $(DIST) ## dist/: the source, a wheel for x86-64 Linux, a pure-Python wheel; sizes
+	$(IN_VENV) auditwheel show dist/*manylinux*.whl
+	@cd dist && stat --format='%s bytes  %n' *
+
+# Each file of dist/ in a venv that shares nothing but torch with .venv, used as a user would. The source is built as a
+# user's pip does it, isolated; KDFAST_CUDA=1 builds its CUDA kernels too.
+build-check: $(DIST) ## each file of dist/ installed into an empty venv and used
+	rm -rf build/check
+	$(IN_VENV) twine check --strict dist/*
+	@for kind in wheel pure source; do \
+	    case $$kind in \
+	        wheel) file=$$(ls dist/*manylinux*.whl); backend=cpu;; \
+	        pure) file=$$(ls dist/*-any.whl); backend=reference;; \
+	        source) KDFAST_CUDA=$${KDFAST_CUDA:-0} $(PY) -m pip wheel --quiet --no-deps --wheel-dir build/check/source \
+	            dist/*.tar.gz && file=$$(ls build/check/source/*.whl) || exit 1; backend=cpu;; \
+	    esac; \
+	    home=build/check/$$kind/venv && $(PYTHON) -m venv $$home && \
+	    $$home/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-index $$file && \
+	    echo $(SITE) > $$(echo $$home/lib/python*/site-packages)/torch.pth && \
+	    (cd build/check && echo "$$kind: $$file" && $$kind/venv/bin/python $(CURDIR)/tests/smoke.py $$backend) || exit 1; \
 	done
+
+# What kernel-builder of the Hugging Face Hub takes, in build/hub/kdfast, and its CPU variant built by this CMake.
+hub-check: $(VENV)/.extra-release ## kdfast as a Hub kernel: written, its CPU variant built, loaded and used
+	PYTHONPATH=$(CURDIR):tools $(PY) tools/hub_check.py build/hub
 
 arm-check: $(VENV)/.torch ## the kernels cross-compiled for 64-bit Arm, their check under emulation
 	@for need in aarch64-linux-gnu-g++:g++-aarch64-linux-gnu qemu-aarch64:qemu-user; do command -v $${need%%:*} \
@@ -234,4 +261,4 @@ arm-check: $(VENV)/.torch ## the kernels cross-compiled for 64-bit Arm, their ch
 	qemu-aarch64 build/aarch64/kernel_check
 
 clean: ## remove what was built; the set-up stays (rm -r .venv)
-	rm -rf build kdfast/*.so *.egg-info $(BUILT)
+	rm -rf build dist kdfast/*.so *.egg-info $(BUILT)

@@ -11,7 +11,7 @@ from kdfast.softmax import tempered_softmax
 from kdfast.sparse import TopKTargets, topk_targets
 from kdfast.tokens import TokenLogProbs, token_log_probs
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "KDLoss",
     "KDMetrics",

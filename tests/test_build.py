@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -66,6 +67,19 @@ def test_a_library_needs_only_torchs_stable_abi(library):
     foreign = [name for kind, name in symbols(library, "-D", "--undefined-only") if kind == "U" and "@" not in name]
     assert foreign
     assert [name for name in foreign if not re.match(r"aoti_torch_|torch_", name)] == []
+
+
+# Of manylinux_2_28, PyTorch's own wheels' platform: the newest symbols that it has.
+NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+
+
+@built_here
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="a wheel is built for x86-64 alone")
+def test_the_library_loads_where_pytorchs_wheels_do():
+    versions = [name.split("@")[-1].split("_") for _, name in symbols(LIBRARY, "-D", "--undefined-only") if "@" in name]
+    assert versions
+    newer = [version for version in versions if tuple(map(int, version[1].split("."))) > NEWEST[version[0]]]
+    assert newer == [], "csrc/cpu/older_libraries.cpp has what else is newer"
 
 
 # -- the choice of an instruction set ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-import kdfast
+from kdfast import __version__
 
 MOST_ROWS = 16384  # more of them are many times as many as a device has room for
 
@@ -33,7 +33,7 @@ def choose(
     run: Callable[[Choice, Tensor], Any],
 ) -> Choice:
     """The fastest of the choices, whose order is the same for all numbers of rows; run: launches one, which writes."""
-    where = f"{_device_name(output.device)}, Triton {triton.__version__}, kdfast {kdfast.__version__}"
+    where = f"{_device_name(output.device)}, Triton {triton.__version__}, kdfast {__version__}"
     known = _places.setdefault(where, {})
     if not known:
         known.update(_read().get(where, {}))
