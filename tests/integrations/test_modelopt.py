@@ -201,19 +201,30 @@ def test_two_processes(check: Any, of_two_processes: list[dict[str, str | None]]
 # ---- the trainer ----
 
 
-def trained(
-    folder: Path, batch: int = 4, accumulation: int = 1, criterion: Any = None, ddp_backend: str | None = None
-) -> nn.Module:
-    """A Llama after 4 steps of Model-Optimizer's KDTrainer, at temperature 2."""
+def models() -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    student, teacher = tiny_models.llama(initializer_range=0.2), tiny_models.llama(initializer_range=0.2)
+    return tiny_models.llama(initializer_range=0.2), tiny_models.llama(initializer_range=0.2)
+
+
+def trained(
+    folder: Path,
+    batch: int = 4,
+    accumulation: int = 1,
+    steps: int = 4,
+    criterion: Any = None,
+    prompts: Tensor | None = None,
+    ddp_backend: str | None = None,
+) -> nn.Module:
+    """A Llama after some steps of Model-Optimizer's KDTrainer, at temperature 2; prompts: their lengths, (16, 1)."""
+    student, teacher = models()
     input_ids = torch.randint(3, tiny_models.VOCABULARY, (16, 10), generator=torch.Generator().manual_seed(2))
-    labels = input_ids.masked_fill(torch.arange(10) < torch.arange(16).unsqueeze(1) * 3 % 8, -100)
+    prompts = torch.arange(16).unsqueeze(1) * 3 % 8 if prompts is None else prompts
+    labels = input_ids.masked_fill(torch.arange(10) < prompts, -100)
     arguments = transformers.TrainingArguments(
         str(folder),
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
-        max_steps=4,
+        max_steps=steps,
         learning_rate=0.1,
         lr_scheduler_type="constant",
         optim="sgd",
@@ -253,8 +264,10 @@ def test_kd_loss_module_is_the_trainers_criterion(tmp_path: Path) -> None:
 
 def test_gradient_accumulation_changes_model_optimizers_gradient_and_not_kdfasts(tmp_path: Path) -> None:
     """Its KDTrainer takes each micro-batch's own mean, and Trainer does not divide these by their number."""
+    start, alike = parameters(models()[0]), torch.full((16, 1), 3)  # each example has as many labels
+    one, four = (parameters(trained(tmp_path, *split, steps=1, prompts=alike)) for split in ((4, 1), (1, 4)))
+    assert_same(four - start, 4 * (one - start), 1e-6)
     whole = parameters(trained(tmp_path))
-    assert (parameters(trained(tmp_path, batch=1, accumulation=4)) - whole).abs().max() > 1e-2
     with modelopt.patch():
         assert_same(parameters(trained(tmp_path, batch=1, accumulation=4)), whole, 1e-7)
 
