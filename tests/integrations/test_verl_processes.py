@@ -1,0 +1,158 @@
+"""kdfast.integrations.verl's form for Megatron: a vocabulary that is split over two gloo processes, as in one."""
+
+import functools
+import re
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+import verl.trainer.distillation.losses as losses
+from torch import Tensor
+from verl_runs import LENGTHS, K, loss_config, nested, teacher
+
+from kdfast.integrations.verl import TAIL, register
+
+RANKS, SECONDS, V = 2, 240, 96
+PAGE = Path(__file__).parents[2] / "docs" / "trainers-verl.part.md"
+PLUGIN = "kdfast.integrations.verl_plugin"
+CASES = {  # mode, the clamp of log-probabilities, how verl packs tokens
+    "packed": ("forward_kl_topk", None, "thd"),
+    "packed, clamped": ("forward_kl_topk", -4.0, "thd"),
+    "padded": ("forward_kl_topk", None, "bshd"),
+    "tail": (TAIL, None, "thd"),
+}
+BOTH = [name for name in CASES if name != "tail"]
+
+
+def student(data_format: str) -> Tensor:
+    """Logits of all tokens of the sequences, one after the other or padded."""
+    shape = (1, sum(LENGTHS), V) if data_format == "thd" else (len(LENGTHS), max(LENGTHS), V)
+    return 3 * torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+
+def numbers(function: Any, case: str, own: slice) -> dict[str, Tensor]:
+    """What Megatron's compute_forward_kl_topk returns for these tokens of the vocabulary, and the gradient."""
+    mode, least, data_format = CASES[case]
+    logits = student(data_format)[..., own].clone().requires_grad_()
+    log_p, ids = map(nested, teacher(K, V))
+    results = function(logits, log_p, ids, loss_config(mode, log_prob_min_clamp=least), data_format)
+    rows = results["distillation_losses"]
+    weights = torch.linspace(-1, 2, rows.numel()).to(rows.dtype).view(rows.shape)
+    (gradient,) = torch.autograd.grad(rows, logits, weights)
+    return {**{name: each.detach() for name, each in results.items()}, "gradient": gradient}
+
+
+def processed(own: slice, narrow: torch.dtype) -> dict[str, Tensor]:
+    """verl's logits processor: a top-k loss and sampled tokens of the same logits, which Megatron's own overwrites."""
+    from verl.trainer.distillation.losses import distillation_ppo_loss
+    from verl.workers.config import ActorConfig
+    from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
+
+    log_p, ids = map(nested, teacher(K, V))
+    actor = ActorConfig(strategy="megatron", rollout_n=1, use_dynamic_bsz=True)
+    config = loss_config("forward_kl_topk", log_prob_min_clamp=None)
+    leaf = student("thd")[..., own].to(narrow).requires_grad_()
+    labels = torch.arange(leaf.shape[1]).view(1, -1) * 5 % V
+    wanted = {"calculate_sum_pi_squared": False, "calculate_entropy": False, "distillation_only": False}
+    results = MegatronEngineWithLMHead._lm_head_logits_processor(
+        SimpleNamespace(),
+        leaf * 1,
+        labels,
+        torch.full(labels.shape, 0.7),
+        **wanted,
+        distillation_use_topk=True,
+        logits_processor_func=functools.partial(distillation_ppo_loss, actor, config),
+        batch={"teacher_logprobs": log_p, "teacher_ids": ids},
+        data_format="thd",
+    )
+    (results["distillation_losses"].sum() + 2 * results["log_probs"].sum()).backward()
+    names = "distillation_losses", "log_probs"
+    return {**{name: results[name].detach() for name in names}, "gradient": leaf.grad}
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=RANKS)
+    import verl.trainer.distillation.megatron.losses as megatron_losses
+
+    plugin = sys.modules[PLUGIN]  # verl has imported it
+    assert megatron_losses.compute_forward_kl_topk.kdfast_original
+    assert TAIL in losses.DISTILLATION_LOSS_REGISTRY
+    plugin.patch.undo()
+    own = slice(rank * V // RANKS, (rank + 1) * V // RANKS)
+    theirs = {case: numbers(megatron_losses.compute_forward_kl_topk, case, own) for case in BOTH}
+    theirs["processed"] = processed(own, torch.float32)
+    with register():
+        ours = {case: numbers(megatron_losses.compute_forward_kl_topk, case, own) for case in CASES}
+        ours["processed"] = processed(own, torch.float32)
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=1)
+        whole = {case: numbers(megatron_losses.compute_forward_kl_topk, case, slice(None)) for case in CASES}
+        whole["processed"] = processed(slice(None), torch.float32)
+    torch.save((theirs, ours, whole), Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each process has found: verl's own numbers, kdfast's, and kdfast's of one process with all tokens.
+
+    They run with the environment variable of the page, which makes verl register kdfast when it is imported.
+    """
+    folder = tmp_path_factory.mktemp("ranks")
+    (variable,) = re.findall(r"^export (VERL_\w+)=(.*)$", PAGE.read_text(), flags=re.MULTILINE)
+    assert variable[1] == PLUGIN
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(*variable)
+        started = multiprocessing.start_processes(_rank, (str(folder),), RANKS, join=False, start_method="spawn")
+    end = time.monotonic() + SECONDS
+    while not started.join(max(0.0, end - time.monotonic())):  # which returns when one of them has ended
+        if time.monotonic() > end:
+            for process in started.processes:
+                process.kill()
+            pytest.fail(f"the processes took more than {SECONDS} seconds")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("case", [*BOTH, "processed"])
+def test_a_split_vocabulary_gives_verls_own_numbers(case: str, ranks: list[Any]) -> None:
+    """verl's are float32."""
+    for theirs, ours, _ in ranks:
+        assert list(ours[case]) == list(theirs[case])
+        for name, want in theirs[case].items():
+            assert ours[case][name].shape == want.shape
+            torch.testing.assert_close(ours[case][name].double(), want.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", [*CASES, "processed"])
+def test_two_processes_give_the_numbers_of_one(case: str, ranks: list[Any]) -> None:
+    exact = 1e-5 if case == "processed" else 1e-11
+    for rank, (_, ours, whole) in enumerate(ranks):
+        for name, want in whole[case].items():
+            if name == "gradient":
+                want = want[..., rank * V // RANKS : (rank + 1) * V // RANKS]
+                assert want.abs().max() > 0.1
+            torch.testing.assert_close(ours[case][name], want, rtol=exact, atol=exact / 10)
+
+
+def test_two_processes_give_the_same_bits(ranks: list[Any]) -> None:
+    for case in CASES:
+        for name in ranks[0][1][case]:
+            if name != "gradient":
+                assert torch.equal(ranks[0][1][case][name], ranks[1][1][case][name])
+
+
+def test_masses_are_those_of_clamped_log_probabilities(ranks: list[Any]) -> None:
+    """verl's form for Megatron has them so, and the one for FSDP not."""
+    _, ours, _ = ranks[0]
+    assert (ours["packed, clamped"]["student_mass"] > ours["packed"]["student_mass"] + 1e-4).any()
