@@ -155,6 +155,18 @@ def test_a_token_that_verl_drops_has_a_gradient_with_the_tail() -> None:
     assert (results[1][1][0, dropped].abs().amax(-1) > 1e-4).all()
 
 
+def test_near_the_teacher_rounding_leaves_no_negative_loss_and_takes_no_gradient(registered: None) -> None:
+    config, (log_p, ids) = loss_config(TAIL, log_prob_min_clamp=None), (torch.cat(each) for each in teacher(V))
+    exact = torch.zeros(len(ids), V).scatter_(-1, ids.long(), log_p) + 1e-4 * torch.randn(len(ids), V)
+    narrow, gradient = numbers(fsdp_losses.compute_forward_kl_topk, exact.unsqueeze(0), config)
+    wide, want = numbers(fsdp_losses.compute_forward_kl_topk, exact.unsqueeze(0).double(), config)
+    kept = log_p.exp().sum(-1) < 1.5
+    assert wide["distillation_losses"][0, kept].max() < 1e-6
+    assert (narrow["distillation_losses"] >= 0).all()
+    assert (narrow["distillation_losses"][0, kept] == 0).sum() > 3
+    torch.testing.assert_close(gradient[0, kept].double(), want[0, kept], rtol=0.01, atol=1e-6)
+
+
 def test_a_teacher_of_all_tokens_is_dense_forward_kl(registered: None) -> None:
     config, logits = loss_config(TAIL, log_prob_min_clamp=None), student()
     ours, gradient = numbers(fsdp_losses.compute_forward_kl_topk, logits, config, k=V)
