@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kdfast.integrations.patching import Patch
-from kdfast.losses import kd_loss
 from kdfast.tokens import token_log_probs
 
 TESTED = "0.9.1"
@@ -131,8 +130,8 @@ def _options(shard: Shard | None) -> dict[str, Any]:
 
 def _split_sampled_tokens(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def vocab_parallel_log_probs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
-        """log q of labels, which is minus a cross-entropy. Megatron's own overwrites the logits; this one does not."""
-        return -kd_loss(logits, None, labels, alpha=0, reduction="none", **_options(_shard(logits)))
+        """log q of labels: logits (..., V of this process). Megatron's own overwrites them; this one does not."""
+        return token_log_probs(logits, labels, entropy=False, **_options(_shard(logits))).log_probs
 
     return vocab_parallel_log_probs_from_logits
 
