@@ -1,26 +1,26 @@
 """kdfast.integrations.verl's form for Megatron: a vocabulary that is split over two gloo processes, as in one."""
 
 import functools
+import os
 import re
+import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
-import verl.trainer.distillation.losses as losses
+import verl.trainer.distillation.megatron.losses as megatron_losses
+from megatron.core import parallel_state
+from ranks import results_of_ranks
 from torch import Tensor
 from verl_runs import LENGTHS, K, loss_config, nested, teacher
 
 from kdfast.integrations.verl import TAIL, register
 
-RANKS, SECONDS, V = 2, 240, 96
+RANKS, V = 2, 96
 PAGE = Path(__file__).parents[2] / "docs" / "trainers-verl.part.md"
-PLUGIN = "kdfast.integrations.verl_plugin"
 CASES = {  # mode, the clamp of log-probabilities, how verl packs tokens
     "packed": ("forward_kl_topk", None, "thd"),
     "packed, clamped": ("forward_kl_topk", -4.0, "thd"),
@@ -76,18 +76,9 @@ def processed(own: slice, narrow: torch.dtype) -> dict[str, Tensor]:
     return {**{name: results[name].detach() for name in names}, "gradient": leaf.grad}
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    from megatron.core import parallel_state
-
+def found(rank: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """verl's own numbers, kdfast's, and kdfast's of one process with all tokens."""
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=RANKS)
-    import verl.trainer.distillation.megatron.losses as megatron_losses
-
-    plugin = sys.modules[PLUGIN]  # verl has imported it
-    assert megatron_losses.compute_forward_kl_topk.kdfast_original
-    assert TAIL in losses.DISTILLATION_LOSS_REGISTRY
-    plugin.patch.undo()
     own = slice(rank * V // RANKS, (rank + 1) * V // RANKS)
     theirs = {case: numbers(megatron_losses.compute_forward_kl_topk, case, own) for case in BOTH}
     theirs["processed"] = processed(own, torch.float32)
@@ -98,30 +89,24 @@ def _rank(rank: int, folder: str) -> None:
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=1)
         whole = {case: numbers(megatron_losses.compute_forward_kl_topk, case, slice(None)) for case in CASES}
         whole["processed"] = processed(slice(None), torch.float32)
-    torch.save((theirs, ours, whole), Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return theirs, ours, whole
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What each process has found: verl's own numbers, kdfast's, and kdfast's of one process with all tokens.
+    return results_of_ranks(tmp_path_factory.mktemp("ranks"), found, start_method="fork")
 
-    They run with the environment variable of the page, which makes verl register kdfast when it is imported.
-    """
-    folder = tmp_path_factory.mktemp("ranks")
+
+def test_each_process_that_imports_verl_registers_kdfast() -> None:
+    """With the environment variable of the page."""
     (variable,) = re.findall(r"^export (VERL_\w+)=(.*)$", PAGE.read_text(), flags=re.MULTILINE)
-    assert variable[1] == PLUGIN
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(*variable)
-        started = multiprocessing.start_processes(_rank, (str(folder),), RANKS, join=False, start_method="spawn")
-    end = time.monotonic() + SECONDS
-    while not started.join(max(0.0, end - time.monotonic())):  # which returns when one of them has ended
-        if time.monotonic() > end:
-            for process in started.processes:
-                process.kill()
-            pytest.fail(f"the processes took more than {SECONDS} seconds")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    asks = (
+        "import verl.trainer.distillation.megatron.losses as m, verl.trainer.distillation.losses as d; "
+        f"assert m.compute_forward_kl_topk.kdfast_original and {TAIL!r} in d.DISTILLATION_LOSS_REGISTRY"
+    )
+    environment = os.environ | dict([variable])
+    done = subprocess.run([sys.executable, "-c", asks], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("case", [*BOTH, "processed"])
