@@ -172,7 +172,7 @@ class Instead:
         self.function: Callable[[Tensor], Tensor] | None = None
 
 
-def _accept_instead(head: nn.Linear) -> None:
+def _accept_instead(head: Any) -> None:
     """Set once and for all, because torch.compile traces attributes of plain objects, and no change of a forward."""
     if hasattr(head, "kdfast_instead"):
         return

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kdfast.integrations.model_forward import (
     AfterHead,
@@ -53,8 +54,8 @@ class Distill(Trainer):
         linear: compute the loss in the place of the student's head by :func:`kdfast.linear_kd_loss`, without logits of
             all tokens. The head must be an nn.Linear without an adapter. Evaluation makes logits where metrics need
             them.
-        shift_labels: whether position i predicts label i + 1. None: as the model's own loss does it, which for causal
-            language models it does.
+        shift_labels: whether position i predicts label i + 1. None: as the model's own loss, which for causal language
+            models it does.
 
     Raises:
         TypeError, ValueError: an option that has no meaning here, or a model that ``linear`` cannot work with.
@@ -86,8 +87,8 @@ class Distill(Trainer):
         self.linear = linear
         self.teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else list(teacher)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the labels
-        if shift_labels is not None:
-            self._loss_shifts_labels = shift_labels
+        self.label_names = self.label_names or ["labels"]  # and keeps them, though the model's forward takes none
+        self._loss_shifts_labels = self._shifts_labels() if shift_labels is None else shift_labels
         self._check_options()
         self._check_model()
         if linear:
@@ -137,6 +138,20 @@ class Distill(Trainer):
             )
         if any(teacher is self.model for teacher in self.teachers):
             raise ValueError("teacher: must be another model than the student; pass copy.deepcopy(model)")
+
+    def _shifts_labels(self) -> bool:
+        """Whether the model's own loss does. Trainer, which counts labels by it, knows it of some models only."""
+        get_base = getattr(self.model, "get_base_model", None)  # of PEFT
+        model: Any = self.model if get_base is None else get_base()
+        encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        if encodes or type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            return self._loss_shifts_labels
+        if "loss_function" not in inspect.unwrap(type(model).forward).__code__.co_names:
+            raise ValueError(
+                f"shift_labels: must be given for {kind(model)}, which has a loss of its own: True where position i "
+                "predicts label i + 1, False where the labels are shifted already"
+            )
+        return True
 
     def _move_teachers(self) -> None:
         for teacher in self.teachers:
