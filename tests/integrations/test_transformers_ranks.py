@@ -29,7 +29,7 @@ KINDS = {  # how the student is wrapped, and `linear`
 
 
 def wrapped(kind: str, student: Any, folder: str) -> Any:
-    """Under DDP Trainer wraps the model itself. accelerate applies FSDP2 on GPUs alone, but from_pretrained here too."""
+    """Trainer applies DDP itself. accelerate applies FSDP2 on GPUs alone, and from_pretrained does on CPUs too."""
     if kind == "loaded":
         config = DistributedConfig(fsdp_size=2)
         return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64, distributed_config=config)

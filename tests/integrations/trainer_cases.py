@@ -1,5 +1,6 @@
 """Data, Trainers and a plain PyTorch loop that the tests of kdfast.integrations.transformers compare."""
 
+import gc
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,8 @@ from kdfast.integrations.transformers import Distill
 
 TEMPERATURE, ALPHA, RATE = 2.0, 0.7, 0.5
 STEPS, ROWS, LENGTH = 5, 8, 10  # of a batch, over all micro-batches and processes
+
+gc.freeze()  # Trainer collects garbage each time, which takes long where all that is imported is looked through
 
 
 class DistillTrainer(Distill, transformers.Trainer):
