@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from kdfast.integrations.head import check_linear
@@ -117,6 +116,8 @@ def logits_of(outputs: Any) -> Tensor:
     logits = outputs.get("logits") if isinstance(outputs, dict) else outputs[0] if isinstance(outputs, tuple) else None
     if not isinstance(logits, Tensor):
         raise ValueError(f"model: must return logits, and its output is a {kind(outputs)} without them")
+    if logits.shape[-1] == 1:
+        raise ValueError("model: its logits have one class (a regression), which has probability 1 and loss 0")
     return logits
 
 
@@ -206,53 +207,3 @@ def called_once(model: Any, found: list[Any]) -> Any:
             f"linear: the forward of {kind(model)} called its head {len(found)} times, not once; set linear=False"
         )
     return found[0]
-
-
-PROBES = (0.0, 2.0**-20, -1.0, 1.0, 5.0, -30.0, 200.0, -1e30)
-
-
-class AfterHead(NamedTuple):
-    """What a model makes of its head's product z: scale * z, or softcap * tanh(scale * z / softcap)."""
-
-    scale: float
-    softcap: float | None
-
-
-@dataclass
-class Probe:
-    """Numbers in place of the head's product, to see what the model makes of them."""
-
-    def __call__(self, model: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
-        head, found = output_head(model), []
-
-        def probes(hidden: Tensor) -> Tensor:
-            found.append(hidden)
-            dtype = torch.promote_types(hidden.dtype, torch.float32)
-            values = torch.tensor(PROBES, dtype=dtype, device=hidden.device)
-            ones = (1,) * (hidden.dim() - 1)
-            return values.view(-1, *ones).repeat(*ones, head.out_features)
-
-        with forward_instead(head, probes):
-            outputs = forward(*args, **kwargs)
-        called_once(model, found)
-        return {"logits": logits_of(outputs)}
-
-
-def after_head(model: Any, logits: Tensor) -> AfterHead:
-    """Scale and softcap, from what the model has made of the PROBES.
-
-    Measured, because models do not agree on the names: ``logits_scaling`` divides logits in Granite, multiplies them in
-    HyperCLOVA X, and divides the head's input in MiniCPM3.
-    """
-    values = logits.reshape(len(PROBES), -1).double()
-    z = torch.tensor(PROBES, dtype=torch.float64, device=values.device)[:, None]
-    scale, largest = values[1, 0].item() / PROBES[1], -values[-1, 0].item()
-    softcap = None if largest > 1e20 else largest
-    if abs(scale - 1) < 1e-6:  # rounding
-        scale = 1.0
-    expected = scale * z if softcap is None else softcap * torch.tanh(scale * z / softcap)
-    if not (scale > 0 and torch.isclose(values, expected, rtol=1e-2).all()):
-        raise ValueError(
-            f"linear: {kind(model)} changes its logits by more than a scale and a softcap; set linear=False"
-        )
-    return AfterHead(scale, softcap)

@@ -7,33 +7,28 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from kdfast.integrations.after_head import AfterHead, after_head, probe, scaled
 from kdfast.integrations.model_forward import (
-    AfterHead,
     HeadInput,
     LossInsteadOfHead,
     LossOfLogits,
-    Probe,
     Rows,
     accept_loss,
-    after_head,
     has_plain_head,
     head_input,
     logits_of,
     output_head,
 )
+from kdfast.integrations.trainer_checks import IGNORED, check_model, check_options, shifts_labels
 from kdfast.integrations.trainer_metrics import Metrics
 from kdfast.linear import LinearKDLoss
 from kdfast.modules import KDLoss
-from kdfast.tensor_checks import kind
 
 if TYPE_CHECKING:
     from transformers import Trainer
 else:
     Trainer = object  # what Distill is mixed into
-
-IGNORED = -100  # Trainer counts the labels that are not
 
 
 class Distill(Trainer):
@@ -87,10 +82,12 @@ class Distill(Trainer):
         self.linear = linear
         self.teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else list(teacher)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the labels
-        self.label_names = self.label_names or ["labels"]  # and keeps them, though the model's forward takes none
-        self._loss_shifts_labels = self._shifts_labels() if shift_labels is None else shift_labels
-        self._check_options()
-        self._check_model()
+        self.label_names: list[str] = self.label_names or [
+            "labels"
+        ]  # and keeps them, though the model's forward takes none
+        self._loss_shifts_labels = shifts_labels(self) if shift_labels is None else shift_labels
+        check_options(self)
+        check_model(self)
         if linear:
             output_head(self.model)
         accept_loss(self.model)
@@ -104,54 +101,6 @@ class Distill(Trainer):
         model = super().call_model_init(*args, **kwargs)
         accept_loss(model)
         return model
-
-    def _check_options(self) -> None:
-        kd, args = self.kd, self.args
-        if not isinstance(kd, (KDLoss, LinearKDLoss)):
-            raise TypeError(f"kd: must be a KDLoss, not {kind(kd)}")
-        if isinstance(kd, LinearKDLoss) and not self.linear:
-            raise TypeError("kd: a LinearKDLoss needs linear=True")
-        for name, needed in (("reduction", "mean"), ("ignore_index", IGNORED), ("dim", -1)):
-            if getattr(kd, name, needed) != needed:
-                raise ValueError(f"kd: {name} must be {needed!r}, as Trainer counts labels, not {getattr(kd, name)!r}")
-        if kd.label_smoothing and args.label_smoothing_factor not in (0, kd.label_smoothing):
-            raise ValueError(
-                f"label_smoothing_factor: {args.label_smoothing_factor!r}, but kd has label_smoothing "
-                f"{kd.label_smoothing!r}; give one of them"
-            )
-        if self.compute_loss_func is not None:
-            raise ValueError("compute_loss_func: must be None; the loss is kd's")
-        if args.n_gpu > 1:
-            raise ValueError(
-                "n_gpu: nn.DataParallel is not supported. Start one process for each GPU with torchrun or accelerate "
-                "launch, or set CUDA_VISIBLE_DEVICES to one of them"
-            )
-
-    def _check_model(self) -> None:
-        config: Any = getattr(self.model, "config", None)
-        if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
-            raise ValueError(f"model: its problem_type is {config.problem_type!r}, and the loss is for classes")
-        if getattr(config, "output_router_logits", False):
-            raise ValueError(
-                "model: output_router_logits adds an auxiliary loss of the experts, which is not computed here; set it "
-                "to False"
-            )
-        if any(teacher is self.model for teacher in self.teachers):
-            raise ValueError("teacher: must be another model than the student; pass copy.deepcopy(model)")
-
-    def _shifts_labels(self) -> bool:
-        """Whether the model's own loss does. Trainer, which counts labels by it, knows it of some models only."""
-        get_base = getattr(self.model, "get_base_model", None)  # of PEFT
-        model: Any = self.model if get_base is None else get_base()
-        encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        if encodes or type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-            return self._loss_shifts_labels
-        if "loss_function" not in inspect.unwrap(type(model).forward).__code__.co_names:
-            raise ValueError(
-                f"shift_labels: must be given for {kind(model)}, which has a loss of its own: True where position i "
-                "predicts label i + 1, False where the labels are shifted already"
-            )
-        return True
 
     def _move_teachers(self) -> None:
         for teacher in self.teachers:
@@ -276,9 +225,9 @@ class Distill(Trainer):
             with torch.no_grad():
                 if model in self.teachers:
                     teacher_inputs = accepted(model, inputs)
-                    outputs = Probe()(model, model.forward, (), teacher_inputs)
+                    outputs = probe(model, model.forward, (), teacher_inputs)
                 else:
-                    outputs = model(**inputs, kdfast=Probe())
+                    outputs = model(**inputs, kdfast=probe)
             model.train(training)
             self._kd_after_heads[model] = after_head(model, outputs["logits"])
         return self._kd_after_heads[model]
@@ -307,16 +256,3 @@ def accepted(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     if getattr(getattr(model, "config", None), "use_cache", False):
         found["use_cache"] = False
     return found
-
-
-def scaled(prefix: str, options: dict[str, Any], after: AfterHead) -> dict[str, Any]:
-    """kd_loss's scale and softcap from the head's product: the model's own, then the options'."""
-    scale, softcap = f"{prefix}logit_scale", f"{prefix}softcap"
-    if after.softcap is None:
-        return {scale: after.scale * options[scale]}
-    if options[scale] != 1 or options[softcap] is not None:
-        raise ValueError(
-            f"kd: {scale} and {softcap} apply to logits that the model has capped itself, which linear=True cannot do; "
-            "set linear=False, or leave them out"
-        )
-    return {scale: after.scale, softcap: after.softcap}

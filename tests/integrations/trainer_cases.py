@@ -63,6 +63,12 @@ def pair(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> t
     return models[0], models[1]
 
 
+def llama_of(vocab_size: int) -> Any:
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**tiny_models.SHAPE | tiny_models.TOKENS | {"vocab_size": vocab_size})
+    )
+
+
 def arguments(**changes: Any) -> transformers.TrainingArguments:
     """Five steps of SGD over the data in their order."""
     return transformers.TrainingArguments(
