@@ -36,7 +36,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def scaled_models() -> dict[str, Any]:
-    """Models that scale or cap their logits, or their head's input, each by another setting."""
+    """Models that scale or cap their logits, each by another setting, or add a bias to them."""
     shape = tiny_models.SHAPE | tiny_models.TOKENS
     granite = {"embedding_multiplier": 2.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5}
     make = transformers
@@ -46,6 +46,7 @@ def scaled_models() -> dict[str, Any]:
         "hyperclovax": lambda: make.HyperCLOVAXForCausalLM(make.HyperCLOVAXConfig(**shape, logits_scaling=0.25)),
         "nanochat": lambda: make.NanoChatForCausalLM(make.NanoChatConfig(**shape, final_logit_softcapping=2.0)),
         "gemma2": lambda: tiny_models.gemma2(final_logit_softcapping=2.0),
+        "phi": lambda: make.PhiForCausalLM(make.PhiConfig(**shape)),  # its head has a bias
     }
 
 
