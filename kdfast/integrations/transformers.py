@@ -82,9 +82,8 @@ class Distill(Trainer):
         self.linear = linear
         self.teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else list(teacher)
         self.model_accepts_loss_kwargs = True  # so that Trainer counts the labels
-        self.label_names: list[str] = self.label_names or [
-            "labels"
-        ]  # and keeps them, though the model's forward takes none
+        # Trainer keeps these columns; else it drops the labels where the model's forward takes none
+        self.label_names: list[str] = self.label_names or ["labels"]
         self._loss_shifts_labels = shifts_labels(self) if shift_labels is None else shift_labels
         check_options(self)
         check_model(self)
