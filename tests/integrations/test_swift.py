@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent
 
 def test_ms_swift() -> None:
     options = ["-p", "no:cacheprovider", "--confcutdir", str(FOLDER), "-q", "-W", "ignore"]
-    tests = [str(FOLDER / name) for name in ("swift_loss_tests.py", "swift_process_tests.py")]
+    tests = [str(FOLDER / name) for name in ("swift_loss_tests.py", "swift_process_tests.py", "swift_liger_tests.py")]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *tests], capture_output=True, text=True, timeout=400
     )
