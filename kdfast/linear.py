@@ -198,7 +198,8 @@ class LinearKDLoss(LossModule):
         teacher_bias: Tensor | None = None,
         row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
-    ) -> Any:  # as linear_kd_loss
+    ) -> Any:
+        """The loss of a batch, and with `return_metrics` its metrics: `linear_kd_loss` of these tensors."""
         student = student_hidden, student_weight, student_bias
         teacher = teacher_hidden, teacher_weight, teacher_bias
         options = self.options() | {"row_weight": row_weight, "normalizer": normalizer}

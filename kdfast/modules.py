@@ -101,7 +101,8 @@ class KDLoss(LossModule):
         *,
         row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
-    ) -> Any:  # as kd_loss
+    ) -> Any:
+        """The loss of a batch, and with `return_metrics` its metrics: `kd_loss` of these tensors."""
         options = self.options() | {"row_weight": row_weight, "normalizer": normalizer}
         settings = self.checked_settings(labels is not None)
         return checked_loss(student_logits, teacher, labels, options, settings)
