@@ -193,7 +193,7 @@ format: $(VENV)/.extra-lint ## rewrite the sources as lint wants them
 	$(VENV)/bin/clang-format -i $(CPP)
 
 docs: $(VENV)/.extra-docs ## the site, in build/site; a link that leads nowhere is an error
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 # The CUDA kernels against a torch that is built with CUDA, in .venv-cuda: compiled, loaded, registered, and by their own
 # account usable but for the device, of which there need be none.
