@@ -78,6 +78,15 @@ def test_the_api_page_has_every_public_name() -> None:
     assert {f"kdfast.{name}" for name in kdfast.__all__} <= shown
 
 
+def test_the_names_of_trainers_are_there() -> None:
+    named = {match for page in PAGES for match in re.findall(r"kdfast\.integrations\.(\w+)\.(\w+)", page.read_text())}
+    for module, name in named:
+        place = ROOT / "kdfast" / "integrations" / module
+        text = "".join(x.read_text() for x in ([*place.glob("*.py")] or [place.with_suffix(".py")]))
+        assert re.search(rf"^(?:(?:def|class) {name}\b|{name}\b.* = )", text, flags=re.MULTILINE), f"{module}.{name}"
+    assert len(named) > 8
+
+
 def test_the_recipe_of_an_option_names_every_place_of_logit_scale() -> None:
     recipe = (ROOT / "CONTRIBUTING.md").read_text().split("## To add an option")[1].split("\n## ")[0]
     named = set(re.findall(r"`((?:kdfast|csrc)/[\w./]+\.\w+)`", recipe)) - {"kdfast/checks.py", "kdfast/gpu_choice.py"}
@@ -89,18 +98,22 @@ def test_the_recipe_of_an_option_names_every_place_of_logit_scale() -> None:
 # --- code --------------------------------------------------------------------------------------------------------
 
 
+class Trunk(nn.Embedding):
+    """Its output is that of a transformers model."""
+
+    def forward(self, tokens: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=super().forward(tokens))
+
+
 class Model(nn.Module):
     """A student or teacher as the pages have it: called, a trunk as `model`, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding, self.lm_head = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB)
-
-    def model(self, tokens: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(last_hidden_state=self.embedding(tokens))
+        self.model, self.lm_head = Trunk(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.lm_head(self.embedding(tokens))
+        return self.lm_head(self.model(tokens).last_hidden_state)
 
 
 def names() -> dict[str, Any]:
@@ -174,15 +187,11 @@ def test_constant_factors_have_the_same_gradient_in_the_arguments() -> None:
     torch.testing.assert_close(*grads)
 
 
-def test_a_module_that_owns_head_and_loss_gives_kd_loss() -> None:
-    given = run(ROOT / "docs" / "linear.md", {})[1]
-    student, teacher = given["student"], given["teacher"]
-    head = nn.Linear(WIDTH, VOCAB, bias=False)
-    module = given["Distilled"](student.embedding, head)
-    hidden = teacher.embedding(given["tokens"]).detach()
-    loss = module(given["tokens"], hidden, teacher.lm_head.weight.detach(), given["labels"])
-    logits = head(student.embedding(given["tokens"])), hidden @ teacher.lm_head.weight.t()
-    torch.testing.assert_close(loss, kdfast.kd_loss(*logits, given["labels"], temperature=2.0))
+def test_the_ways_from_hidden_states_give_kd_loss() -> None:
+    for given in run(ROOT / "docs" / "linear.md", {}):
+        logits = [given[name](given["tokens"]).detach() for name in ("student", "teacher")]
+        torch.testing.assert_close(given["loss"].detach(), kdfast.kd_loss(*logits, given["labels"], temperature=2.0))
+        assert given["student"].lm_head.weight.grad is not None
 
 
 def test_the_offline_page_writes_and_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
