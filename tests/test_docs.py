@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 pytestmark = pytest.mark.skipif(not README.exists(), reason="there is no checkout around the tests")
 
-DOCS = sorted(x for x in ROOT.glob("docs/*.md") if not x.name.endswith(".part.md"))
+DOCS = sorted(ROOT.glob("docs/*.md"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS]
 # Pages whose blocks other tests run.
 ELSEWHERE = {
