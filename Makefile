@@ -21,7 +21,7 @@ BUILT := $(VENV)/.built
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help build demo test test-full versions torch-versions integration-test emulator-test mutants bench gpu-smoke gpu-check .gpu-build .gpu-smoke \
-    .gpu-check cuda-check .cuda-check lint format sanitize wheels build-check hub-check arm-check clean
+    .gpu-check cuda-check .cuda-check lint format docs sanitize wheels build-check hub-check arm-check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -191,6 +191,9 @@ format: $(VENV)/.extra-lint ## rewrite the sources as lint wants them
 	$(VENV)/bin/ruff check --fix $(PYTHON_FILES)
 	$(VENV)/bin/ruff format $(PYTHON_FILES)
 	$(VENV)/bin/clang-format -i $(CPP)
+
+docs: $(VENV)/.extra-docs ## the site, in build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 # The CUDA kernels against a torch that is built with CUDA, in .venv-cuda: compiled, loaded, registered, and by their own
 # account usable but for the device, of which there need be none.

@@ -171,21 +171,15 @@ class KDMetrics(NamedTuple):
     """The detached metrics that `return_metrics` adds: weighted means over the rows kept, or (...), unweighted.
 
     NaN where there is nothing to measure: no labels, no teacher, no row.
-    """
 
-    soft: Tensor  # the soft term without alpha: T^2 * D, or D where t_squared is False
-    hard: Tensor  # the labels' cross-entropy, smoothed as the loss's, without its weight
-    kl: Tensor  # KL(p, q) at T, in nats, without T^2
-    student_entropy: Tensor  # of q, at T, in nats
-    teacher_entropy: Tensor
-    agreement: Tensor  # share of rows whose argmax is the same in student and teacher; the first of equal maxima
-    accuracy: Tensor  # share of rows whose student's argmax is the label
-
-
-class SparseKDMetrics(NamedTuple):
-    """KDMetrics with a sparse teacher, and what its entries have of both distributions.
-
-    The classes of p and q in soft, kl and teacher_entropy are the entries and, where it is one, their rest.
+    Attributes:
+        soft: the soft term without alpha: T^2 * D, or D where t_squared is False.
+        hard: the labels' cross-entropy, smoothed as the loss's, without its weight.
+        kl: KL(p, q) at T, in nats, without T^2.
+        student_entropy: of q, at T, in nats.
+        teacher_entropy: of p.
+        agreement: the share of rows whose argmax is the same in student and teacher; the first of equal maxima.
+        accuracy: the share of rows whose student's argmax is the label.
     """
 
     soft: Tensor
@@ -193,10 +187,31 @@ class SparseKDMetrics(NamedTuple):
     kl: Tensor
     student_entropy: Tensor
     teacher_entropy: Tensor
-    agreement: Tensor  # the teacher's argmax is its most probable entry
+    agreement: Tensor
     accuracy: Tensor
-    student_mass: Tensor  # the sum of q over the entries, at T
-    teacher_mass: Tensor  # the sum of p, as the log-probabilities have it
+
+
+class SparseKDMetrics(NamedTuple):
+    """KDMetrics with a sparse teacher, and what its entries have of both distributions.
+
+    The classes of p and q in soft, kl and teacher_entropy are the entries and, where it is one, their rest.
+
+    Attributes:
+        soft: as in KDMetrics, and so are hard, kl, student_entropy, teacher_entropy and accuracy.
+        agreement: as in KDMetrics; the teacher's argmax is its most probable entry.
+        student_mass: the sum of q over the entries, at T.
+        teacher_mass: the sum of p, as the log-probabilities have it.
+    """
+
+    soft: Tensor
+    hard: Tensor
+    kl: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    agreement: Tensor
+    accuracy: Tensor
+    student_mass: Tensor
+    teacher_mass: Tensor
 
 
 METRICS = len(KDMetrics._fields)

@@ -207,17 +207,16 @@ def backends() -> dict[str, Any]:
     """What is compiled, what is usable here, which backend each device gets, and why not the others.
 
     Returns:
-        A dict with one entry per backend, ``{"compiled": bool, "usable": bool, "why_not": str | None, ...}``, and
-        ``"by_device"``, which names the backend of ``backend=None`` for each type of device. The cpu backend also has
-        ``"isa"``, the instruction set of its kernels on this machine (the environment variable ``KDFAST_CPU_ISA``
-        overrides it), and ``"build"``, facts of the build. The triton backend has ``"device"``, the type of tensors
+        A dict with one entry per backend, `{"compiled": bool, "usable": bool, "why_not": str | None, ...}`, and
+        `"by_device"`, which names the backend of `backend=None` for each type of device. The cpu backend also has
+        `"isa"`, the instruction set of its kernels on this machine (the environment variable `KDFAST_CPU_ISA`
+        overrides it), and `"build"`, facts of the build. The triton backend has `"device"`, the type of tensors
         that Triton can launch on here; it compiles at its first call, so it always counts as compiled. The cuda backend
-        has ``"choice"``, a list of (backend, reason): where cuda and triton are both usable, the first reason that
+        has `"choice"`, a list of (backend, reason): where cuda and triton are both usable, the first reason that
         holds decides. Asking does not start CUDA, so that a program may fork afterwards; until something else has
         started it, the cuda backend counts as usable whatever the devices' capabilities are.
 
-    Example::
-
+    Examples:
         >>> backends()["reference"]
         {'compiled': True, 'usable': True, 'why_not': None}
     """

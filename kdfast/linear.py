@@ -66,7 +66,7 @@ def linear_kd_loss(
     return_metrics: bool = False,
     **options: Unpack[CallOptions],
 ) -> Tensor | tuple[Tensor, KDMetrics | SparseKDMetrics]:
-    r""":func:`kd_loss` of ``student_hidden @ student_weight.T`` without tensors of (rows, V).
+    r"""`kd_loss` of `student_hidden @ student_weight.T` without tensors of (rows, V).
 
     The logits of a few rows at a time are computed and overwritten with their gradient, so memory grows with rows * H
     and with chunk_rows * V. Each matrix product runs once: two for logits and two for gradients, one less without a
@@ -76,10 +76,10 @@ def linear_kd_loss(
         student_hidden: (..., H), float32, bfloat16, float16 or float64: the head's input.
         student_weight: (V, H) of the same dtype, as in nn.Linear. A tensor that does not require grad gets no gradient
             and no memory for one. A weight that is tied to an embedding accumulates both gradients.
-        teacher_hidden: (..., H'), the teacher's, which never gets a gradient; with ``teacher_weight=None`` a teacher as
-            :func:`kd_loss` takes it: (..., V) logits, probabilities or log-probabilities, an ensemble of them, or
-            :class:`kdfast.TopKTargets`. May be None where ``alpha`` is 0.
-        teacher_weight: (V', H') of the dtype of teacher_hidden. V' may differ from V where ``vocab_size`` is given;
+        teacher_hidden: (..., H'), the teacher's, which never gets a gradient; with `teacher_weight=None` a teacher as
+            `kd_loss` takes it: (..., V) logits, probabilities or log-probabilities, an ensemble of them, or
+            `TopKTargets`. May be None where `alpha` is 0.
+        teacher_weight: (V', H') of the dtype of teacher_hidden. V' may differ from V where `vocab_size` is given;
             classes beyond it are skipped.
         labels: (...) int64 class indices, already shifted. Ignored rows and rows of weight 0 are skipped in the matrix
             products; on a GPU they are zeroed instead, to avoid a sync.
@@ -90,29 +90,29 @@ def linear_kd_loss(
         accumulate_dtype: the dtype in which the weight's gradient is summed over chunks, where it is wider than the
             weight's. The sum is rounded to the weight's dtype once, at the end. bfloat16 avoids the wider tensor for a
             bfloat16 weight. float16 gradients stay float32 until backward applies a loss scaler's factor.
-        reduce_hidden: with a ``process_group``, sum up the gradient of student_hidden over it. False leaves each
+        reduce_hidden: with a `process_group`, sum up the gradient of student_hidden over it. False leaves each
             process its own part, for a layer before that sums it, as the input of Megatron's ColumnParallelLinear does.
             With a group each process has some rows of the weights (or DTensors, Shard(0) on the group's mesh
             dimension), and hidden states are the same in all of them. See docs/parallel.md.
-        **options: every other keyword of :func:`kd_loss`, with the same meaning, but ``inplace`` and ``dim``.
+        return_metrics: as in `kd_loss`.
+        **options: every other keyword of `kd_loss`, with the same meaning, but `inplace` and `dim`.
 
-    A sparse teacher with ``missing="conditional"``, without a hard term and z-loss, needs the head's rows of its
+    A sparse teacher with `missing="conditional"`, without a hard term and z-loss, needs the head's rows of its
     entries alone: K products of length H a row, no chunks, and no memory of size V but the weight's gradient.
 
     Logits are float32 (float64 for float64 heads) and are not rounded before the softmax, on any device. Autocast casts
-    hidden states, weights and biases as it does for F.linear. Errors call the heads' products ``student_logits`` and
-    ``teacher``.
+    hidden states, weights and biases as it does for F.linear. Errors call the heads' products `student_logits` and
+    `teacher`.
 
     Returns:
         As kd_loss. A scalar loss computes its gradients in forward, and backward at most scales them. Reduction
-        ``"none"`` computes the logits again in backward. Differentiable once, as kd_loss, but forward-mode AD does
-        not support reduction ``"none"``.
+        `"none"` computes the logits again in backward. Differentiable once, as kd_loss, but forward-mode AD does
+        not support reduction `"none"`.
 
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: as kd_loss, before any matrix product.
 
-    Example::
-
+    Examples:
         >>> hidden, head = torch.randn(6, 16, requires_grad=True), torch.randn(100, 16, requires_grad=True)
         >>> teacher_hidden, teacher_head = torch.randn(6, 32), torch.randn(100, 32)
         >>> labels = torch.randint(100, (6,))
@@ -158,13 +158,12 @@ def _checked_loss(
 
 
 class LinearKDLoss(LossModule):
-    """:func:`linear_kd_loss` as a module. It takes and checks the options once; ``forward`` takes the tensors.
+    """`linear_kd_loss` as a module. It takes and checks the options once; `forward` takes the tensors.
 
-    Takes every keyword of :func:`linear_kd_loss` except biases, ``row_weight`` and ``normalizer``, which ``forward``
+    Takes every keyword of `linear_kd_loss` except biases, `row_weight` and `normalizer`, which `forward`
     takes. It has no parameters: the heads stay in student and teacher.
 
-    Example::
-
+    Examples:
         >>> hidden, head, teacher_hidden, teacher_head = torch.randn(4, 100, 16).unbind()
         >>> loss = LinearKDLoss(temperature=2.0, chunk_rows=64)
         >>> loss(hidden, head, teacher_hidden, teacher_head, torch.randint(100, (100,))).shape
@@ -199,7 +198,8 @@ class LinearKDLoss(LossModule):
         teacher_bias: Tensor | None = None,
         row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
-    ) -> Any:  # as linear_kd_loss
+    ) -> Any:
+        """The loss of a batch, and with `return_metrics` its metrics: `linear_kd_loss` of these tensors."""
         student = student_hidden, student_weight, student_bias
         teacher = teacher_hidden, teacher_weight, teacher_bias
         options = self.options() | {"row_weight": row_weight, "normalizer": normalizer}

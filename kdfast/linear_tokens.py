@@ -31,7 +31,7 @@ def linear_token_log_probs(
     reduce_hidden: bool = True,
     backend: Backend | None = None,
 ) -> TokenLogProbs:
-    r""":func:`token_log_probs` of ``hidden @ weight.T``, without tensors of (rows, V).
+    r"""`token_log_probs` of `hidden @ weight.T`, without tensors of (rows, V).
 
     The logits of a few rows at a time are computed, and in backward once more, so memory grows with rows * H and with
     chunk_rows * V. Forward has one matrix product and backward three, one less each for frozen hidden states and for a
@@ -40,24 +40,23 @@ def linear_token_log_probs(
     Args:
         hidden: (..., H), float32, bfloat16, float16 or float64: the head's input.
         weight: (V, H) of the same dtype, as in nn.Linear.
-        ids: as :func:`token_log_probs`, of rows (...).
+        ids: as `token_log_probs`, of rows (...).
         bias: (V,), of the same dtype.
-        chunk_rows, accumulate_dtype: as in :func:`kdfast.linear_kd_loss`. Two tensors of a chunk's logits are there at
+        chunk_rows, accumulate_dtype: as in `linear_kd_loss`. Two tensors of a chunk's logits are there at
             a time in backward, and one in forward.
-        temperature, entropy, logit_scale, softcap, vocab_size, ignore_index, backend: as in :func:`token_log_probs`.
-        process_group, vocab_start, reduce_hidden: as in :func:`kdfast.linear_kd_loss`.
+        temperature, entropy, logit_scale, softcap, vocab_size, ignore_index, backend: as in `token_log_probs`.
+        process_group, vocab_start, reduce_hidden: as in `linear_kd_loss`.
 
     Logits are float32 (float64 for a float64 head) and are not rounded before the softmax, on any device. Autocast
-    casts hidden states, weight and bias as it does for F.linear. Errors call the product ``logits``.
+    casts hidden states, weight and bias as it does for F.linear. Errors call the product `logits`.
 
     Returns:
-        TokenLogProbs, as :func:`token_log_probs`, differentiable in hidden, weight and bias.
+        TokenLogProbs, as `token_log_probs`, differentiable in hidden, weight and bias.
 
     Raises:
-        TypeError, ValueError, RuntimeError, IndexError: as :func:`token_log_probs`, before any matrix product.
+        TypeError, ValueError, RuntimeError, IndexError: as `token_log_probs`, before any matrix product.
 
-    Example::
-
+    Examples:
         >>> hidden, head = torch.randn(6, 16, requires_grad=True), torch.randn(100, 16, requires_grad=True)
         >>> log_probs, entropy, _ = linear_token_log_probs(hidden, head, torch.randint(100, (6,)), temperature=0.7)
         >>> (log_probs + 0.01 * entropy).mean().backward()

@@ -70,14 +70,13 @@ class LossModule(nn.Module):
 
 
 class KDLoss(LossModule):
-    """:func:`kd_loss` as a module. It takes and checks the options once; ``forward`` takes the tensors.
+    """`kd_loss` as a module. It takes and checks the options once; `forward` takes the tensors.
 
-    Takes every keyword of :func:`kd_loss` except ``row_weight`` and ``normalizer``, which ``forward`` takes. It has no
+    Takes every keyword of `kd_loss` except `row_weight` and `normalizer`, which `forward` takes. It has no
     parameters and no buffers. The options are plain attributes and can be changed between calls. Copies share a
-    ``process_group``; a module that has one cannot be pickled.
+    `process_group`; a module that has one cannot be pickled.
 
-    Example::
-
+    Examples:
         >>> loss = KDLoss(temperature=4.0, alpha=0.9, divergence="jsd")
         >>> loss
         KDLoss(temperature=4.0, alpha=0.9, divergence='jsd')
@@ -102,7 +101,8 @@ class KDLoss(LossModule):
         *,
         row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
-    ) -> Any:  # as kd_loss
+    ) -> Any:
+        """The loss of a batch, and with `return_metrics` its metrics: `kd_loss` of these tensors."""
         options = self.options() | {"row_weight": row_weight, "normalizer": normalizer}
         settings = self.checked_settings(labels is not None)
         return checked_loss(student_logits, teacher, labels, options, settings)

@@ -24,15 +24,14 @@ def tempered_softmax(
         out_dtype: the result's dtype, one of the above; None: the logits' own.
 
     Returns:
-        (..., V) of ``out_dtype``. Soft targets for :func:`kdfast.kd_loss` with ``target="probs"`` or ``"log_probs"``.
+        (..., V) of `out_dtype`. Soft targets for `kd_loss` with `target="probs"` or `"log_probs"`.
         Twice differentiable. Under transforms of torch.func and in forward-mode AD, all of which it supports, it is
         computed by plain PyTorch.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`kdfast.kd_loss` for its arguments of these names.
+        TypeError, ValueError, RuntimeError: as `kd_loss` for its arguments of these names.
 
-    Example::
-
+    Examples:
         >>> tempered_softmax(torch.tensor([[0.0, 4.0]]), temperature=2.0)
         tensor([[0.1192, 0.8808]])
     """

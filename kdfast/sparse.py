@@ -16,12 +16,15 @@ from kdfast.tensor_checks import check_dense, check_floating, check_logits, kind
 class TopKTargets(NamedTuple):
     """A teacher known at K classes a row, such as its top k: their indices, and their log-probabilities.
 
-    indices: (..., K) int32 or int64. log_probs: (..., K), floating. An entry of log-probability -inf is absent,
-    whatever its index: that is the padding where K varies. The classes may be the teacher's, the student's or
-    anybody's; a class may be there once. ``missing`` of :func:`kdfast.kd_loss` says what is assumed of all others.
+    An entry of log-probability -inf is absent, whatever its index: that is the padding where K varies. The classes may
+    be the teacher's, the student's or anybody's; a class may be there once. `missing` of `kd_loss` says what is assumed
+    of all others.
 
-    Example::
+    Attributes:
+        indices: (..., K) int32 or int64.
+        log_probs: (..., K), floating.
 
+    Examples:
         >>> teacher = TopKTargets(torch.tensor([[5, 2], [7, -1]]), torch.tensor([[0.6, 0.3], [0.8, 0.0]]).log())
         >>> kd_loss(torch.randn(2, 10), teacher).shape
         torch.Size([])
@@ -33,8 +36,7 @@ class TopKTargets(NamedTuple):
     def to(self, *args: Any, **kwargs: Any) -> "TopKTargets":
         """Both by Tensor.to; a dtype is for log_probs alone.
 
-        Example::
-
+        Examples:
             >>> topk_targets(torch.randn(2, 8), 3).to(torch.float16).log_probs.dtype
             torch.float16
         """
@@ -46,13 +48,13 @@ class TopKTargets(NamedTuple):
     def from_vllm(
         cls, prompt_logprobs: Sequence[Mapping[Any, Any] | None], k: int | None = None, *, device: Any = None
     ) -> "TopKTargets":
-        """From the ``prompt_logprobs`` of one vLLM request, as objects or as parsed JSON.
+        """From the `prompt_logprobs` of one vLLM request, as objects or as parsed JSON.
 
         Its entry i scores token i, given the tokens before it, and the first entry is None. Row i of the result belongs
         to logits[i], which predict token i + 1: of n tokens it has n - 1 rows.
 
         Args:
-            prompt_logprobs: a sequence whose entries map token ids to objects with ``logprob``, or to dicts with this
+            prompt_logprobs: a sequence whose entries map token ids to objects with `logprob`, or to dicts with this
                 key, or to numbers.
             k: how many entries a row keeps, those of the highest log-probabilities. None: all; vLLM then adds the
                 prompt's own token to its top k where it is not among them.
@@ -61,8 +63,7 @@ class TopKTargets(NamedTuple):
         Returns:
             TopKTargets of (n - 1, K) int64 and float32; shorter rows are padded with (-1, -inf).
 
-        Example::
-
+        Examples:
             >>> TopKTargets.from_vllm([None, {7: {"logprob": -0.5}, 3: {"logprob": -1.5}}], k=1)
             TopKTargets(indices=tensor([[7]]), log_probs=tensor([[-0.5000]]))
         """
@@ -111,17 +112,16 @@ def topk_targets(
     Args:
         teacher_logits: (..., V), float32, bfloat16, float16 or float64.
         k: in [1, V].
-        temperature, logit_scale, softcap, vocab_size: the teacher's, as in :func:`kdfast.kd_loss`.
+        temperature, logit_scale, softcap, vocab_size: the teacher's, as in `kd_loss`.
 
     Returns:
         TopKTargets of (..., k) int64 and float32 (for float64 logits float64), in descending order. Nothing else of
         size V is made.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`kdfast.kd_loss` for its arguments of these names.
+        TypeError, ValueError, RuntimeError: as `kd_loss` for its arguments of these names.
 
-    Example::
-
+    Examples:
         >>> teacher = topk_targets(torch.randn(6, 100), 8, temperature=2.0)
         >>> kd_loss(torch.randn(6, 100), teacher, temperature=2.0).shape
         torch.Size([])

@@ -19,19 +19,20 @@ from kdfast.token_autograd import Numbers, token_values
 
 
 class TokenLogProbs(NamedTuple):
-    """What :func:`token_log_probs` returns: float32, for float64 logits float64, each differentiable.
+    """What `token_log_probs` returns: float32, for float64 logits float64, each differentiable.
 
-    log_probs: log q of the ids, in their shape; -inf where absent. entropy: (...), -sum q log q in nats. log_rest:
-    (...), the log of what all other classes have together; -inf where there are none.
+    Attributes:
+        log_probs: log q of the ids, in their shape; -inf where absent.
+        entropy: (...), -sum q log q in nats. None with `entropy=False`.
+        log_rest: (...), the log of what all other classes have together; -inf where there are none.
 
-    Example::
-
+    Examples:
         >>> token_log_probs(torch.zeros(1, 4), torch.tensor([2])).log_rest.exp()
         tensor([0.7500])
     """
 
     log_probs: Tensor
-    entropy: Any  # a tensor; None with entropy=False
+    entropy: Any
     log_rest: Tensor
 
 
@@ -65,28 +66,27 @@ def token_log_probs(
         ids: (...) int64 or int32, one class for each row; or (..., K), several, any of them more than once.
         temperature: T > 0: a number, a 0-dim tensor, or one per row, (...). A tensor must not require grad.
         entropy: whether the entropy is computed; False leaves out a sum, and the entropy is None.
-        logit_scale, softcap, vocab_size: as in :func:`kdfast.kd_loss`.
+        logit_scale, softcap, vocab_size: as in `kd_loss`.
         ignore_index: a row is ignored where its id, or each of its K, is ignore_index. All of its results are 0, its
             gradient is 0, and it may hold anything. With (..., K), any other id < 0 is absent: its log-probability is
             -inf, and it has no gradient.
-        process_group, vocab_start: as in :func:`kdfast.kd_loss`; ids count from the first class of all. One
+        process_group, vocab_start: as in `kd_loss`; ids count from the first class of all. One
             all_gather of K + 4 numbers a row, and none in backward.
-        backend: as in :func:`kdfast.kd_loss`.
+        backend: as in `kd_loss`.
 
     Returns:
         TokenLogProbs(log_probs, entropy, log_rest). Nothing of size V is written before backward, which reads the
         logits once more, for those of the three that have a gradient, and writes one gradient in their dtype, rounded
-        once. Differentiable once: by backward, ``torch.func.grad`` and ``vjp``; all else raises an error.
+        once. Differentiable once: by backward, `torch.func.grad` and `vjp`; all else raises an error.
 
-    Under ``torch.compile`` a temperature that changes between calls compiles once more for its second value, and so
+    Under `torch.compile` a temperature that changes between calls compiles once more for its second value, and so
     does a logit_scale without softcap. Other numbers are constants of the graph.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`kdfast.kd_loss` for its arguments of these names.
+        TypeError, ValueError, RuntimeError: as `kd_loss` for its arguments of these names.
         IndexError: an id is out of range. On a GPU its log-probability is NaN instead.
 
-    Example::
-
+    Examples:
         >>> logits = torch.tensor([[0.0, 4.0, 0.0], [0.0, 4.0, 0.0]], requires_grad=True)
         >>> log_probs, entropy, _ = token_log_probs(logits, torch.tensor([1, -100]))
         >>> log_probs.detach()

@@ -1,4 +1,4 @@
-"""README's table of other libraries' losses: kd_loss gives the loss and gradient of their plain formulas, in fp64."""
+"""docs/migrating.md's tables of other libraries' losses: kdfast has their loss and gradient, in fp64."""
 
 import functools
 import math
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from cases import F64, batch
 from torch import Tensor
 
-from kdfast import kd_loss
+from kdfast import kd_loss, linear_kd_loss
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "migrating.md"
 
 V, N = 11, 6
 S, T, Y = batch(N, V, F64)
@@ -30,11 +30,11 @@ NAMES |= {"t": T, "p": P, "mask": MASK, "decay": DECAY, "kd_loss": kd_loss}
 
 
 @functools.cache
-def table() -> dict[str, tuple[str, str]]:
-    """README's rows: the other library's loss, our arguments after the student's logits, and the note."""
-    section = README.read_text().split("## From other libraries")[1].split("\n## ")[0]
+def table(heading: str = "# From other libraries") -> dict[str, tuple[str, str]]:
+    """The rows below a heading: the other library's loss, our arguments after the student's, and the note."""
+    section = PAGE.read_text().split(f"{heading}\n")[1].split("\n## ")[0]
     lines = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| ")]
-    return {there.strip(): (here.strip(" `"), note.strip()) for there, here, note in lines[1:]}
+    return {there.strip(): (here.strip(" `"), "".join(note).strip()) for there, here, *note in lines[1:]}
 
 
 def _kl_div(s: Tensor, t: Tensor = T, tau: float = TAU, reduction: str = "batchmean") -> Tensor:
@@ -134,7 +134,8 @@ def _fast_llm(s: Tensor) -> Tensor:
     return (x * MASK).sum() / N
 
 
-# By the first column of README's table: losses that keep all rows, with y = HARD, and losses that drop ignored rows.
+# By the first column of the table: losses that keep all rows, with y = HARD; losses that drop ignored rows; losses
+# of a single row; and losses from hidden states.
 Formulas = dict[str, Callable[[Tensor], Tensor]]
 OF_ALL_ROWS: Formulas = {
     '`F.kl_div(q.log(), p, reduction="batchmean") * T**2`': _soft,
@@ -143,6 +144,10 @@ OF_ALL_ROWS: Formulas = {
     "the textbook, Hugging Face's image guide, PyTorch's tutorial: `a * T**2 * kl_div + (1 - a) * cross_entropy`": (
         lambda s: A * _soft(s) + (1 - A) * F.cross_entropy(s, HARD)
     ),
+    "a mean over a mask: `(kl * mask).sum() / mask.sum()`": lambda s: (
+        (_kl_div(s, reduction="none").sum(-1) * MASK).sum() / MASK.sum()
+    ),
+    "a mean over all rows: `(kl * mask).mean()`": lambda s: (_kl_div(s, reduction="none").sum(-1) * MASK).mean(),
     "`F.cross_entropy(s, p)`": lambda s: F.cross_entropy(s, P),
     "`F.mse_loss` of centred logits, halved": lambda s: F.mse_loss(s - s.mean(-1, True), T - T.mean(-1, True)) / 2,
     "timm `LogitDistillationTask(task_loss_weight=a, distill_loss_weight=b)`": lambda s: (
@@ -152,6 +157,9 @@ OF_ALL_ROWS: Formulas = {
         (1 - A) * F.cross_entropy(s, HARD) + A * TAU * TAU * _kl_div(s, reduction="sum") / s.numel()
     ),
     "TRL `generalized_jsd_loss` without labels": lambda s: _generalized_jsd(s).sum() / len(s),
+    "TRL `DistillationTrainer(beta=b)`, `completion_mask=mask`": lambda s: (
+        (_generalized_jsd(s).sum(-1) * MASK).sum() / MASK.sum()
+    ),
     'Liger `LigerKLDIVLoss(reduction="batchmean")`': lambda s: _kl_div(s, tau=1),
     "torchdistill `KDLoss(temperature=T, alpha=a, beta=b)`": lambda s: A * F.cross_entropy(s, HARD) + B * _soft(s),
     "torchdistill `LogitStdKDLoss(temperature=T, alpha=a, beta=b)`, logit-standardization-KD": lambda s: (
@@ -180,6 +188,7 @@ OF_KEPT_ROWS: Formulas = {
     "TRL `GKDTrainer(beta=b)`, `generalized_jsd_loss`; Liger `LigerJSD(beta=b)`": lambda s: _kept(_generalized_jsd(s)),
     "TRL `generalized_jsd_loss(num_items_in_batch=n)`": lambda s: _generalized_jsd(s)[KEPT].sum() / COUNT,
     "TRL, models with `final_logit_softcapping=c`: Gemma": lambda s: _kept(_generalized_jsd(_capped(s), _capped(T))),
+    "Liger `LigerFusedLinearKLDivLoss(temperature=T)`": lambda s: _kept(_kl_div(s, reduction="none")),
     "Liger `LigerTVDLoss`": lambda s: _kept(_tvd(s)),
     "Liger `LigerFusedCETVDLoss`, as `h * ce + a * tvd`": lambda s: (
         H * F.cross_entropy(s, Y, reduction="none") + A * _tvd(s).sum(-1) * KEPT
@@ -198,25 +207,42 @@ OF_KEPT_ROWS: Formulas = {
     "DistiLLM `tv_distance`": lambda s: _kept(_tvd(s)),
     "NeMo Automodel `KDLoss(T)`, `num_batch_labels=n`, `kd_ratio=r`": _automodel,
 }
-PEERS = OF_ALL_ROWS | OF_KEPT_ROWS
+OF_ONE_ROW: Formulas = {
+    '`F.kl_div(q.log(), p, reduction="batchmean")` of one row, 1-dim': lambda s: _kl_div(s, T[0]),
+}
+OF_HEADS: Formulas = {
+    "Liger `LigerFusedLinearJSD(jsd_beta=b, temperature=T)`": lambda s: _kept(_generalized_jsd(s)),
+    "Liger `LigerFusedLinearJSDLoss(weight_hard_loss=h, weight_soft_loss=a, beta=b, temperature=T)`": lambda s: (
+        H * F.cross_entropy(s, Y) + A * _kept(_generalized_jsd(s))
+    ),
+    "Liger `LigerFusedLinearKLDivLoss(temperature=T)`, of probabilities p": lambda s: _kept(
+        _kl_div(s, reduction="none")
+    ),
+    "TRL `DistillationTrainer(beta=b)`, `final_logit_softcapping=c`": lambda s: (
+        (_generalized_jsd(_capped(s), _capped(T)).sum(-1) * MASK).sum() / MASK.sum()
+    ),
+}
+PEERS = OF_ALL_ROWS | OF_KEPT_ROWS | OF_ONE_ROW
 
-readme = pytest.mark.skipif(not README.exists(), reason="there is no checkout around the tests")
+page = pytest.mark.skipif(not PAGE.exists(), reason="there is no checkout around the tests")
 
 
-@readme
-def test_every_row_of_the_readmes_table_has_its_formula_here() -> None:
+@page
+def test_every_row_of_the_table_has_its_formula_here() -> None:
     assert table().keys() == PEERS.keys()
+    assert table("## From hidden states").keys() == OF_HEADS.keys()
 
 
-@readme
+@page
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")  # F.kl_div's warning about "mean"
 @pytest.mark.parametrize("peer", PEERS)
 def test_kd_loss_gives_the_loss_of_another_library(peer: str) -> None:
     here, note = table()[peer]
-    theirs, ours = S.clone().requires_grad_(), S.clone().requires_grad_()
+    s, t = (S[0], T[0]) if peer in OF_ONE_ROW else (S, T)
+    theirs, ours = s.clone().requires_grad_(), s.clone().requires_grad_()
     a = PEERS[peer](theirs)
     y = Y if peer in OF_KEPT_ROWS else HARD
-    b = eval(f"kd_loss(s, {here}, backend='reference')", NAMES | {"s": ours, "y": y})
+    b = eval(f"kd_loss(s, {here}, backend='reference')", NAMES | {"s": ours, "t": t, "y": y})
     for loss in (a, b):
         loss.backward(torch.ones_like(a))
     # fp64, a few dozen operations on numbers of size 10
@@ -224,4 +250,18 @@ def test_kd_loss_gives_the_loss_of_another_library(peer: str) -> None:
         assert (a - b).abs() > 0.01
     else:
         torch.testing.assert_close(b.detach(), a.detach(), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-13, atol=1e-14)
+
+
+@page
+@pytest.mark.parametrize("peer", OF_HEADS)
+def test_linear_kd_loss_gives_the_loss_of_another_library(peer: str) -> None:
+    here, _ = table("## From hidden states")[peer]
+    theirs, ours = S.clone().requires_grad_(), S.clone().requires_grad_()
+    one = torch.eye(V, dtype=F64)  # a head whose logits are the hidden states
+    names = NAMES | {"linear_kd_loss": linear_kd_loss, "hidden": ours, "weight": one, "u": T, "U": one, "y": Y}
+    losses = OF_HEADS[peer](theirs), eval(f"linear_kd_loss(hidden, weight, {here}, backend='reference')", names)
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(losses[1].detach(), losses[0].detach(), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-13, atol=1e-14)

@@ -1,6 +1,6 @@
 """Reads the compressed log-probabilities of DistillKit's data sets (arcee-ai, distillkit/compression).
 
-A row of its tables is a sequence; of each token ``compressed_logprobs`` has, byte after byte,
+A row of its tables is a sequence; of each token `compressed_logprobs` has, byte after byte,
 
     exact      exact_k numbers of exact_dtype: the highest log-probabilities
     terms      the coefficients, of term_dtype, of a polynomial in the place among the rest: sum_j c_j * f_j(place)
@@ -8,7 +8,7 @@ A row of its tables is a sequence; of each token ``compressed_logprobs`` has, by
                which the scale multiplies
 
 and, with delta_encoding, all of these are differences, whose running sums are the log-probabilities. Places are 0, 1, 2
-... or, with normalize_t, 0 to 1. ``bytepacked_indices`` has k whole numbers of ceil(log2(d)) bits. Bits are packed from
+... or, with normalize_t, 0 to 1. `bytepacked_indices` has k whole numbers of ceil(log2(d)) bits. Bits are packed from
 the highest on.
 """
 
@@ -31,13 +31,12 @@ def read_distillkit(table: Any, config: Mapping[str, Any]) -> Iterator[tuple[Ten
 
     Args:
         table: a pyarrow.Table, or the path of a parquet file or of a folder of them (needs pyarrow).
-        config: the contents of the data set's ``compression_config.yaml``.
+        config: the contents of the data set's `compression_config.yaml`.
 
     Yields:
         (1, S) token ids and TopKTargets of (1, S, k).
 
-    Example::
-
+    Examples:
         >>> for token_ids, targets in read_distillkit("data", yaml.safe_load(open("compression_config.yaml"))):
         ...     writer.write(targets, token_ids)
     """

@@ -24,18 +24,17 @@ class CachedSequence(NamedTuple):
 
 
 class TopKCache(torch.utils.data.Dataset[CachedSequence]):
-    """Reads what :class:`TopKWriter` has written: ``cache[i]`` is the i-th sequence, ``cache[i, a:b]`` a part of it.
+    """Reads what `TopKWriter` has written: `cache[i]` is the i-th sequence, `cache[i, a:b]` a part of it.
 
     Only the rows that are asked for are read. Files are opened at their first use, in each process by itself, so a
     DataLoader's workers can share it.
 
     Args:
         path: the folder.
-        verify: ``"size"``: shards must have the bytes that the manifest says; ``"sha256"``: and their contents, all of
+        verify: `"size"`: shards must have the bytes that the manifest says; `"sha256"`: and their contents, all of
             which are read; None: neither.
 
-    Example::
-
+    Examples:
         >>> loader = torch.utils.data.DataLoader(cache, batch_size=2, collate_fn=cache.collate)
         >>> token_ids, targets = next(iter(loader))
     """
@@ -73,7 +72,7 @@ class TopKCache(torch.utils.data.Dataset[CachedSequence]):
         return out
 
     def verify(self, contents: bool = True) -> None:
-        """Raises :class:`CacheError`, which names the shard, where a file is not as the manifest says."""
+        """Raises `CacheError`, which names the shard, where a file is not as the manifest says."""
         for path, _, shard in self._parts:
             file = path / shard.file
             size = file.stat().st_size if file.exists() else None
@@ -112,14 +111,14 @@ class TopKCache(torch.utils.data.Dataset[CachedSequence]):
         )
 
     def check(self, index: int, token_ids: Tensor) -> None:
-        """Raises :class:`CacheError` unless the sequence begins with these tokens, (S,)."""
+        """Raises `CacheError` unless the sequence begins with these tokens, (S,)."""
         at, begin, end = self._find(index)
         descriptor, starts, _ = self._shard(at)
         own = read_rows(descriptor, starts["token_ids"], *self._parts[at][1].columns()["token_ids"], begin, end)
         _compare(index, torch.from_numpy(own), token_ids)
 
     def collate(self, batch: Sequence[Any], length: int | None = None) -> tuple[Tensor, TopKTargets]:
-        """A DataLoader's ``collate_fn``: pads sequences with token 0 and entries (-1, -inf), which are absent.
+        """A DataLoader's `collate_fn`: pads sequences with token 0 and entries (-1, -inf), which are absent.
 
         Args:
             batch: sequences of this cache; or pairs (i, token_ids), as a dataset of one's own yields them, whose

@@ -34,23 +34,22 @@ _BF16 = (
 class TopKWriter:
     """Writes a teacher's k log-probabilities of each token, with the tokens, into a folder.
 
-    A context manager. It writes a shard whenever ``rows_per_shard`` rows are there, and the rest at its end. After a
-    crash ``resume=True`` goes on: write the sequences from ``sequences_done`` on, and the cache will be the same, byte
+    A context manager. It writes a shard whenever `rows_per_shard` rows are there, and the rest at its end. After a
+    crash `resume=True` goes on: write the sequences from `sequences_done` on, and the cache will be the same, byte
     for byte, as one that was never interrupted.
 
     Args:
-        path: a folder, which is made. One that holds a cache already is an error without ``resume``.
+        path: a folder, which is made. One that holds a cache already is an error without `resume`.
         k: the entries of a row. Rows that have fewer are padded.
         vocab_size: V. Up to 65536 classes indices take 2 bytes, else 4.
-        temperature: of the log-probabilities; :meth:`write` computes them of logits at it.
+        temperature: of the log-probabilities; `write` computes them of logits at it.
         dtype: torch.float16 or torch.float32, of log-probabilities. They never round up to a sum above 1.
         metadata: a dict of JSON's types, such as the teacher's name and the tokenizer's; it is kept with the cache.
         rows_per_shard: the rows after which a shard ends, with the sequence that has them.
-        resume: go on with the cache at ``path``, if there is one. ``k``, ``vocab_size``, ``temperature``, ``dtype`` and
-            ``metadata`` must be the same.
+        resume: go on with the cache at `path`, if there is one. `k`, `vocab_size`, `temperature`, `dtype` and
+            `metadata` must be the same.
 
-    Example::
-
+    Examples:
         >>> with TopKWriter(folder, k=4, vocab_size=100) as writer:
         ...     writer.write(torch.randn(2, 8, 100), torch.randint(100, (2, 8)), lengths=[8, 5])
         >>> len(TopKCache(folder))
@@ -124,8 +123,8 @@ class TopKWriter:
         """Adds the sequences of a batch.
 
         Args:
-            teacher: (B, S, V) logits, whose classes from ``vocab_size`` on are padding; or TopKTargets of (B, S, K), K
-                at most ``k``, at the cache's temperature. Row i of a sequence is what the teacher says after token i.
+            teacher: (B, S, V) logits, whose classes from `vocab_size` on are padding; or TopKTargets of (B, S, K), K
+                at most `k`, at the cache's temperature. Row i of a sequence is what the teacher says after token i.
             token_ids: (B, S) integers.
             lengths: (B,) the lengths of the sequences, of which the rest is padding. None: all are S.
         """

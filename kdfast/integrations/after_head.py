@@ -20,7 +20,7 @@ class AfterHead(NamedTuple):
 
 
 def probe(model: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
-    """Puts PROBES in place of the head's product, to see what the model makes of them; for ``kdfast``."""
+    """Puts PROBES in place of the head's product, to see what the model makes of them; for `kdfast`."""
     head, found = output_head(model), []
 
     def probes(hidden: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def probe(model: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> di
 def after_head(model: Any, logits: Tensor) -> AfterHead:
     """Scale and softcap, from what the model has made of the PROBES.
 
-    Measured, because models do not agree on the names: ``logits_scaling`` divides logits in Granite, multiplies them in
+    Measured, because models do not agree on the names: `logits_scaling` divides logits in Granite, multiplies them in
     HyperCLOVA X, and divides the head's input in MiniCPM3.
     """
     values = logits.reshape(len(PROBES), -1).double()

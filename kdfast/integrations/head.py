@@ -11,28 +11,27 @@ from kdfast.tensor_checks import kind
 
 
 class StudentWithLoss(nn.Module):
-    """A student's trunk, its head and its loss. ``forward`` returns the loss.
+    """A student's trunk, its head and its loss. `forward` returns the loss.
 
-    :func:`kdfast.linear_kd_loss` reads the head's weight itself. Where the head belongs to a module that a wrapper has
+    `linear_kd_loss` reads the head's weight itself. Where the head belongs to a module that a wrapper has
     changed, it must do so inside of that module's forward: DistributedDataParallel reduces only the gradients of
-    parameters that its forward has used, ``fully_shard`` has whole parameters only there, and accelerate's autocast is
+    parameters that its forward has used, `fully_shard` has whole parameters only there, and accelerate's autocast is
     on only there. Wrap this module, and all three hold.
 
     Trunk and head stay the student's own modules, which may share parameters (tied weights), so that the student itself
     generates, and saves its state, as before.
 
     Args:
-        trunk: returns hidden states (..., H), or an output that has ``last_hidden_state``, or a tuple that begins with
+        trunk: returns hidden states (..., H), or an output that has `last_hidden_state`, or a tuple that begins with
             them.
         head: the nn.Linear from H to V, with or without a bias. An adapter around it is an error, since its weight is
             not the head's.
-        loss: the options of the loss; by default ``LinearKDLoss()``. Its reduction says what ``forward`` returns.
+        loss: the options of the loss; by default `LinearKDLoss()`. Its reduction says what `forward` returns.
 
-    With ``fully_shard`` and a MixedPrecisionPolicy set ``cast_forward_inputs=False``. Otherwise FSDP2 rounds all
+    With `fully_shard` and a MixedPrecisionPolicy set `cast_forward_inputs=False`. Otherwise FSDP2 rounds all
     floating-point inputs: a normalizer, which is an error here, and also the log-probabilities of a TopKTargets.
 
-    Example::
-
+    Examples:
         >>> trunk = nn.Sequential(nn.Embedding(100, 16), nn.Linear(16, 16), nn.GELU())
         >>> student = StudentWithLoss(trunk, nn.Linear(16, 100), LinearKDLoss(temperature=2.0))
         >>> tokens, labels = torch.randint(100, (2, 2, 8)).unbind()
@@ -63,11 +62,11 @@ class StudentWithLoss(nn.Module):
         normalizer: float | Tensor | None = None,
         **trunk_inputs: Any,
     ) -> Any:  # as linear_kd_loss
-        """The loss of the student's hidden states for ``trunk(*inputs, **trunk_inputs)``.
+        """The loss of the student's hidden states for `trunk(*inputs, **trunk_inputs)`.
 
         Args:
-            teacher: (..., H') hidden states, with ``teacher_weight``; else a teacher as :func:`kdfast.kd_loss` takes
-                it: (..., V) logits, an ensemble of them, or :class:`kdfast.TopKTargets`.
+            teacher: (..., H') hidden states, with `teacher_weight`; else a teacher as `kd_loss` takes
+                it: (..., V) logits, an ensemble of them, or `TopKTargets`.
             teacher_weight, teacher_bias: (V', H') and (V'), the teacher's head.
             labels: (...) int64, already shifted.
             row_weight: (...), as in kd_loss.

@@ -1,6 +1,6 @@
 """A loss inside of the forward of a Hugging Face model, from its logits or in the place of its head.
 
-``accept_loss(model)`` gives the model's forward one more keyword, ``kdfast``, which takes over the call. Whatever wraps
+`accept_loss(model)` gives the model's forward one more keyword, `kdfast`, which takes over the call. Whatever wraps
 the model later (DistributedDataParallel, FSDP, accelerate's autocast, torch.compile) has the loss inside. Parameters,
 state and class of the model stay as they are, and a call without the keyword is the model's own.
 """
@@ -21,7 +21,7 @@ from kdfast.tensor_checks import is_dtensor, kind
 
 
 def accept_loss(model: nn.Module) -> None:
-    """Lets forward take ``kdfast``, a function of (model, forward, args, kwargs) that returns what forward returns."""
+    """Lets forward take `kdfast`, a function of (model, forward, args, kwargs) that returns what forward returns."""
     original: Any = model.forward
     if getattr(original, "takes_kdfast", False):
         return

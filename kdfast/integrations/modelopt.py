@@ -22,18 +22,18 @@ IGNORED = -100
 
 
 def patch() -> Patch:
-    """Puts kdfast's losses in the place of Model-Optimizer's: for KDTrainer, ``mtd.convert`` and Megatron.
+    """Puts kdfast's losses in the place of Model-Optimizer's: for KDTrainer, `mtd.convert` and Megatron.
 
-    ``LogitsDistillationLoss`` and ``MFTLoss`` become the classes of this file, Megatron's ``LogitsKLLoss`` and
-    ``TopKLogitsKLLoss`` those of modelopt_megatron.py, and KDTrainer's loss is the mean over the tokens of all
-    micro-batches and processes of a step. Returns the patch, whose ``undo()``, or the end of a ``with`` statement, puts
+    `LogitsDistillationLoss` and `MFTLoss` become the classes of this file, Megatron's `LogitsKLLoss` and
+    `TopKLogitsKLLoss` those of modelopt_megatron.py, and KDTrainer's loss is the mean over the tokens of all
+    micro-batches and processes of a step. Returns the patch, whose `undo()`, or the end of a `with` statement, puts
     the originals back; what has been made in between keeps its loss.
 
     Raises:
         ImportError: Model-Optimizer cannot be imported.
         AttributeError: another version of it, which lacks one of these names.
 
-    Example::
+    Example:
 
         import kdfast.integrations.modelopt
 
@@ -56,16 +56,16 @@ def patch() -> Patch:
 
 
 class LogitsDistillationLoss(OriginalLogitsLoss):
-    """Model-Optimizer's loss of this name: T^2 KL(p, q), by :func:`kdfast.kd_loss`.
+    """Model-Optimizer's loss of this name: T^2 KL(p, q), by `kd_loss`.
 
     Args:
         temperature: T.
-        reduction: ``"mean"``, which divides by all logits, V included, ``"batchmean"``, ``"sum"``, or ``"none"``: (...)
+        reduction: `"mean"`, which divides by all logits, V included, `"batchmean"`, `"sum"`, or `"none"`: (...)
             row losses.
 
-    ``forward`` takes (..., V) logits of student and teacher. The loss is float32, for float64 logits float64.
+    `forward` takes (..., V) logits of student and teacher. The loss is float32, for float64 logits float64.
 
-    Example::
+    Example:
 
         criterion = LogitsDistillationLoss(temperature=2.0)
         model = mtd.convert(student, mode=[("kd_loss", {"teacher_model": teacher, "criterion": criterion})])
@@ -77,17 +77,17 @@ class LogitsDistillationLoss(OriginalLogitsLoss):
 
 
 class MFTLoss(OriginalMFTLoss):
-    """Model-Optimizer's loss of this name: T^2 KL(p, q), where p is corrected by the labels, by :func:`kdfast.kd_loss`.
+    """Model-Optimizer's loss of this name: T^2 KL(p, q), where p is corrected by the labels, by `kd_loss`.
 
     "Minifinetuning" (2025). Model-Optimizer's own code corrects p. The arguments are those of the original.
 
     Args:
         temperature: T.
         threshold: how far the label's probability shall be above all others, in [0, 1].
-        reduction: as in :class:`LogitsDistillationLoss`. ``"none"`` is one loss for each logit, which the original
+        reduction: as in `LogitsDistillationLoss`. `"none"` is one loss for each logit, which the original
             computes.
 
-    ``forward`` takes (..., V) logits of student and teacher, and (rows,) labels, of which none may be ignored.
+    `forward` takes (..., V) logits of student and teacher, and (rows,) labels, of which none may be ignored.
     """
 
     def forward(self, logits_s: Tensor, logits_t: Tensor, labels: Tensor) -> Tensor:

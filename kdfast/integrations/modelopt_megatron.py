@@ -15,18 +15,18 @@ Loss = tuple[Tensor, bool, bool]  # (b, s); whether the caller sums it over the 
 
 
 class LogitsKLLoss(megatron.LogitsKLLoss):
-    """Model-Optimizer's loss of this name: KL(p, q) of each token, by :func:`kdfast.kd_loss`.
+    """Model-Optimizer's loss of this name: KL(p, q) of each token, by `kd_loss`.
 
     Args:
-        model_config: Megatron's TransformerConfig; ``tensor_model_parallel_size`` is read.
+        model_config: Megatron's TransformerConfig; `tensor_model_parallel_size` is read.
         temperature: T. There is no T^2.
         reverse: KL(q, p).
 
-    ``forward`` takes (s, b, V / tp) logits of student and teacher, or ColumnParallelLinear's pairs of logits and bias.
+    `forward` takes (s, b, V / tp) logits of student and teacher, or ColumnParallelLinear's pairs of logits and bias.
     It returns (loss, tp_reduce, is_sequence_parallel): the loss of all classes, (b, s) float32, in every process of the
     group, and False twice, because nothing is left to be summed over the group.
 
-    Example::
+    Example:
 
         criterion = LogitsKLLoss(student.config, temperature=2.0)
         cfg = DistillationConfig(criterion={("output_layer", "output_layer"): criterion})
@@ -48,10 +48,10 @@ class TopKLogitsKLLoss(megatron.TopKLogitsKLLoss):
     the original's is larger by this number.
 
     Args:
-        model_config, temperature, reverse: as in :class:`LogitsKLLoss`.
+        model_config, temperature, reverse: as in `LogitsKLLoss`.
         top_k: k, at most the number of all classes.
 
-    ``forward`` is that of :class:`LogitsKLLoss`.
+    `forward` is that of `LogitsKLLoss`.
     """
 
     def forward(self, predictions: Tensor, targets: Tensor) -> Loss:

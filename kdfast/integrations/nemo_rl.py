@@ -1,6 +1,6 @@
 """NeMo-RL's on-policy distillation by kdfast: DistillationLossFn, which takes logits.
 
-Of the process that sets training up::
+Of the process that sets training up:
 
     import kdfast.integrations.nemo_rl
 
@@ -50,11 +50,10 @@ IGNORED = -100
 def patch() -> Patch:
     """Puts this loss in the place of NeMo-RL's where its distillation is set up.
 
-    Call it before ``nemo_rl.algorithms.distillation.setup``. The workers, which are other processes, get the loss from
+    Call it before `nemo_rl.algorithms.distillation.setup`. The workers, which are other processes, get the loss from
     there and need kdfast installed, and no call.
 
-    Example::
-
+    Examples:
         >>> patch()  # doctest: +SKIP
         >>> setup(master_config, tokenizer, train_dataset, val_dataset)  # doctest: +SKIP
     """
@@ -76,14 +75,13 @@ class DistillationLossFn(LossFunction):
     over all of it, with log p = -100 outside of the K tokens.
 
     Args:
-        cfg: a mapping or an object with ``kl_type`` ("forward", "reverse", "mixed"), ``mixed_kl_weight`` (w, in [0, 1])
-            and ``zero_outside_topk``. Those that are absent are as in NeMo-RL: "mixed", 0.5, False.
+        cfg: a mapping or an object with `kl_type` ("forward", "reverse", "mixed"), `mixed_kl_weight` (w, in [0, 1])
+            and `zero_outside_topk`. Those that are absent are as in NeMo-RL: "mixed", 0.5, False.
 
     Raises:
         ValueError: a kl_type or a mixed_kl_weight that is not one of these.
 
-    Example::
-
+    Examples:
         >>> loss_fn = DistillationLossFn({"kl_type": "reverse"})
         >>> data = {"input_ids": torch.zeros(2, 5, dtype=torch.int64), "teacher_topk_logits": torch.randn(2, 5, 3)}
         >>> data["teacher_topk_indices"] = torch.tensor([7, 0, 4]).expand(2, 5, 3)
@@ -113,14 +111,14 @@ class DistillationLossFn(LossFunction):
         vocab_parallel_group: Any = None,
         context_parallel_group: Any = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The loss of a micro-batch, and its metrics, ``loss`` and ``num_valid_samples``.
+        """The loss of a micro-batch, and its metrics, `loss` and `num_valid_samples`.
 
         Args:
             logits: (B, S, V), of any floating dtype. Position i predicts token i + 1. Of tensor-parallel processes
                 (B, S, V / tp), of context-parallel ones (B, S / cp, V), in NeMo-RL's order: of 2 cp chunks of the
                 sequence, the r-th from either end. Of a DTensor, as automodel's workers have, the placements say it.
-            data: a mapping with ``input_ids``, ``teacher_topk_logits`` and ``teacher_topk_indices``, (B, S, K) of all
-                positions; and ``token_mask``, (B, S), with ``sample_mask``, (B,). Without masks all positions count.
+            data: a mapping with `input_ids`, `teacher_topk_logits` and `teacher_topk_indices`, (B, S, K) of all
+                positions; and `token_mask`, (B, S), with `sample_mask`, (B,). Without masks all positions count.
             global_valid_seqs: not used; NeMo-RL passes it to each loss.
             global_valid_toks: divides the sum of the positions' losses. None: the mask's sum.
             vocab_parallel_group, context_parallel_group: the process groups of plain logits. None: Megatron's, where

@@ -15,7 +15,7 @@ class FallbackWarning(UserWarning):
 
 
 class Patch:
-    """Attributes that have been replaced. ``undo()``, or the end of a ``with`` statement, puts the old ones back.
+    """Attributes that have been replaced. `undo()`, or the end of a `with` statement, puts the old ones back.
 
     Args:
         library: the name of the package that is patched, for errors.
@@ -28,7 +28,7 @@ class Patch:
         self._before: list[tuple[Any, str, Any]] = []
 
     def replace(self, module: str, name: str, replacement: Callable[[Any], Any]) -> None:
-        """Sets ``module.name`` to ``replacement(original)``. Does nothing where that was done.
+        """Sets `module.name` to `replacement(original)`. Does nothing where that was done.
 
         Args:
             module: the module to import.

@@ -27,18 +27,17 @@ LEAST_ACCEPTANCE = 1e-5  # speculators' own _NLA_EPS
 
 
 def register() -> Patch:
-    """Makes kdfast compute the losses of ``--loss-implementation fused``, speculators' default, on any device.
+    """Makes kdfast compute the losses of `--loss-implementation fused`, speculators' default, on any device.
 
-    Call it before training. ``eager`` stays as it is.
+    Call it before training. `eager` stays as it is.
 
     Returns:
-        The patch: ``undo()``, or the end of a ``with`` statement, puts speculators' own losses back.
+        The patch: `undo()`, or the end of a `with` statement, puts speculators' own losses back.
 
     Raises:
         AttributeError: this version of speculators has other names.
 
-    Example::
-
+    Examples:
         >>> import kdfast.integrations.speculators
         >>> kdfast.integrations.speculators.register()  # doctest: +SKIP
     """

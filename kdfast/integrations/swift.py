@@ -28,15 +28,15 @@ Split = dict[str, Any]  # kd_loss's process_group and vocab_start, or nothing wh
 def patch() -> Patch:
     """Puts kdfast's losses in the place of ms-swift's, for its GKD trainers: Hugging Face's, Megatron's and Ray's.
 
-    Replaces ``gkd_loss`` and ``jsd_loss``, and ``GKDTrainer._compute_jsd_loss``, which is then the mean over the tokens
-    of all micro-batches and processes of a step. Returns the patch, whose ``undo()``, or the end of a ``with``
+    Replaces `gkd_loss` and `jsd_loss`, and `GKDTrainer._compute_jsd_loss`, which is then the mean over the tokens
+    of all micro-batches and processes of a step. Returns the patch, whose `undo()`, or the end of a `with`
     statement, puts the originals back. What kdfast does not compute, the originals do, with one warning.
 
     Raises:
         ImportError: ms-swift cannot be imported.
         AttributeError: another version of it, which lacks one of these functions.
 
-    Example::
+    Example:
 
         import kdfast.integrations.swift
 

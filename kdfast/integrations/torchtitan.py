@@ -1,6 +1,6 @@
 """A distillation loss for torchtitan, and a mixin by which its Trainer computes the teacher's logits.
 
-torchtitan has no teacher. In a configuration, and in place of its Trainer::
+torchtitan has no teacher. In a configuration, and in place of its Trainer:
 
     from kdfast.integrations.torchtitan import Distill, DistillationLoss
 
@@ -33,15 +33,14 @@ class DistillationLoss(BaseLoss):
     """kd_loss as torchtitan's trainer calls a loss: summed over tokens, and divided by global_valid_tokens.
 
     Args:
-        config: ``kd`` are :class:`kdfast.KDLoss`'s keywords, but those that torchtitan decides: it sums over tokens,
-            ignores labels of -100, and splits classes over the mesh dimension "tp". ``alpha`` is 0.9 by default.
+        config: `kd` are `KDLoss`'s keywords, but those that torchtitan decides: it sums over tokens,
+            ignores labels of -100, and splits classes over the mesh dimension "tp". `alpha` is 0.9 by default.
         compile_config: torchtitan's; with the component "loss" the loss is compiled.
 
     Raises:
         ValueError: a keyword that torchtitan decides; as KDLoss.
 
-    Example::
-
+    Examples:
         >>> loss_fn = DistillationLoss.Config(kd={"temperature": 2.0}).build()
         >>> student, teacher = torch.randn(2, 4, 10, requires_grad=True), torch.randn(2, 4, 10)
         >>> labels = torch.randint(10, (2, 4))
@@ -64,7 +63,7 @@ class DistillationLoss(BaseLoss):
         self.teacher_head: nn.Module | None = None
 
     def set_teacher_head(self, head: nn.Module) -> None:
-        """The head for ``teacher_hidden``."""
+        """The head for `teacher_hidden`."""
         self.teacher_head = head
 
     def __call__(
@@ -88,7 +87,7 @@ class DistillationLoss(BaseLoss):
             teacher_logits: (B, L, V), or of the same classes as pred.
             teacher_hidden: (B, L, H), in place of logits; the teacher's head makes logits of them. With torchtitan's
                 ChunkedLossWrapper these are logits of a chunk at a time.
-            teacher_indices, teacher_log_probs: (B, L, K), in place of logits: a :class:`kdfast.TopKTargets`.
+            teacher_indices, teacher_log_probs: (B, L, K), in place of logits: a `TopKTargets`.
 
         All of these names may be given to ChunkedLossWrapper too, which passes chunks of them on. Without a teacher,
         where pred needs no gradient, the loss is the cross-entropy of the labels, so that torchtitan's validation
@@ -119,13 +118,12 @@ class DistillationLoss(BaseLoss):
 
 
 class Distill:
-    """A mixin for torchtitan's Trainer: before each micro-batch's forward, ``self.teacher`` computes its logits.
+    """A mixin for torchtitan's Trainer: before each micro-batch's forward, `self.teacher` computes its logits.
 
-    ``self.teacher`` is a model of torchtitan's, made and parallelized as the student is, in eval. It is set by the
-    subclass. Where its ``_skip_lm_head`` is set, its results are ``teacher_hidden``.
+    `self.teacher` is a model of torchtitan's, made and parallelized as the student is, in eval. It is set by the
+    subclass. Where its `_skip_lm_head` is set, its results are `teacher_hidden`.
 
-    Example::
-
+    Examples:
         >>> class DistillTrainer(Distill, Trainer):  # doctest: +SKIP
         ...     def __init__(self, config):
         ...         super().__init__(config)

@@ -32,30 +32,30 @@ else:
 
 
 class Distill(Trainer):
-    """A mixin that gives a Trainer a teacher: ``class DistillTrainer(Distill, Trainer): pass``.
+    """A mixin that gives a Trainer a teacher: `class DistillTrainer(Distill, Trainer): pass`.
 
-    The loss is :func:`kdfast.kd_loss` of the logits of student and teacher, and of the labels. It is the mean over the
+    The loss is `kd_loss` of the logits of student and teacher, and of the labels. It is the mean over the
     labels of all micro-batches and processes of an optimizer step, so that neither gradient accumulation nor the number
     of processes changes the gradient. Models, checkpoints, evaluation and generation stay as they are.
 
     Args:
         teacher: a model that takes the student's inputs, or a sequence of such models, an ensemble. It runs in eval
-            mode, without gradients, on the student's device and under its autocast. None where ``alpha`` is 0, or where
-            :meth:`teacher_targets` is overridden.
-        kd: the options, a :class:`kdfast.KDLoss`; by default ``KDLoss()``. With ``linear`` it may be a
-            :class:`kdfast.LinearKDLoss`. They apply to the models' logits as the models return them, with their own
-            scale and softcap. The options may change between steps: ``trainer.kd.temperature = 1.0``. With
-            ``return_metrics=True`` the metrics are logged, as "kd_soft" and so on.
-        linear: compute the loss in the place of the student's head by :func:`kdfast.linear_kd_loss`, without logits of
+            mode, without gradients, on the student's device and under its autocast. None where `alpha` is 0, or where
+            `teacher_targets` is overridden.
+        kd: the options, a `KDLoss`; by default `KDLoss()`. With `linear` it may be a
+            `LinearKDLoss`. They apply to the models' logits as the models return them, with their own
+            scale and softcap. The options may change between steps: `trainer.kd.temperature = 1.0`. With
+            `return_metrics=True` the metrics are logged, as "kd_soft" and so on.
+        linear: compute the loss in the place of the student's head by `linear_kd_loss`, without logits of
             all tokens. The head must be an nn.Linear without an adapter. Evaluation makes logits where metrics need
             them.
         shift_labels: whether position i predicts label i + 1. None: as the model's own loss, which for causal language
             models it does.
 
     Raises:
-        TypeError, ValueError: an option that has no meaning here, or a model that ``linear`` cannot work with.
+        TypeError, ValueError: an option that has no meaning here, or a model that `linear` cannot work with.
 
-    Example::
+    Example:
 
         class DistillTrainer(kdfast.integrations.transformers.Distill, Trainer):
             pass
@@ -140,7 +140,7 @@ class Distill(Trainer):
         """The teacher of these inputs, as kd_loss takes it: logits, a list of them, or a TopKTargets.
 
         Override it for a teacher that is no model, as one that is read from a disk; what it needs, it takes out of
-        ``inputs`` before the student sees them.
+        `inputs` before the student sees them.
 
         Args:
             inputs: the student's, without labels.

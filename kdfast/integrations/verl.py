@@ -55,18 +55,17 @@ def register() -> Patch:
     """Makes kdfast compute verl's top-k losses and log-probabilities of sampled tokens, in this process.
 
     verl's workers are other processes than the one that starts them. Set the environment's
-    ``VERL_USE_EXTERNAL_MODULES=kdfast.integrations.verl_plugin``, which calls this in each process that imports verl.
+    `VERL_USE_EXTERNAL_MODULES=kdfast.integrations.verl_plugin`, which calls this in each process that imports verl.
 
-    It adds the loss mode ``forward_kl_topk_tail``, whose clamp ``log_prob_min_clamp`` must be null.
+    It adds the loss mode `forward_kl_topk_tail`, whose clamp `log_prob_min_clamp` must be null.
 
     Returns:
-        The patch: ``undo()``, or the end of a ``with`` statement, puts verl's own code back and takes the mode away.
+        The patch: `undo()`, or the end of a `with` statement, puts verl's own code back and takes the mode away.
 
     Raises:
         AttributeError: this version of verl has other names.
 
-    Example::
-
+    Examples:
         >>> import kdfast.integrations.verl
         >>> kdfast.integrations.verl.register()  # doctest: +SKIP
     """

@@ -1,18 +1,19 @@
-"""The code of docs/trainers.md, which tests run."""
+"""The sections of docs/trainers.md, and their code, which tests run."""
 
 import re
 from pathlib import Path
 
-DOCS = Path(__file__).parents[2] / "docs"
+PAGE = Path(__file__).parents[2] / "docs" / "trainers.md"
+
+
+def section(heading: str) -> str:
+    """What is between this heading, of any level, and the next one of its level or above."""
+    (found,) = re.findall(rf"^(#+) {re.escape(heading)}\n", PAGE.read_text(), re.MULTILINE)
+    text = PAGE.read_text().split(f"\n{found} {heading}\n")[1]
+    return re.split(rf"^#{{1,{len(found)}}} ", text, flags=re.MULTILINE)[0]
 
 
 def blocks(heading: str) -> list[str]:
-    """The Python blocks between this heading, of any level, and the next one.
-
-    The page's sections are files of their own, docs/trainers-*.part.md, until they are put together.
-    """
-    for page in (DOCS / "trainers.md", *DOCS.glob("trainers-*.part.md")):
-        text = page.read_text() if page.exists() else ""
-        if found := re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", text, re.DOTALL | re.MULTILINE):
-            return re.findall(r"^```python\n(.*?)^```", found[1], re.DOTALL | re.MULTILINE)
-    raise ValueError(f"heading: {heading!r} is not in docs/trainers.md")
+    """The Python blocks of a section that come before its next heading."""
+    text = re.split(r"^#+ ", section(heading), flags=re.MULTILINE)[0]
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)

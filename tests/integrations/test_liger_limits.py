@@ -1,8 +1,6 @@
 """kdfast.integrations.liger: ignored rows, masked classes, padded heads, rounding, and what stays with Liger's code."""
 
 import itertools
-import re
-from pathlib import Path
 from typing import Any
 
 import liger_cases
@@ -11,6 +9,7 @@ import liger_kernel.functional
 import liger_kernel.transformers
 import pytest
 import torch
+from documentation import blocks
 from liger_cases import CASES, F32, FALLBACKS, IGNORED, Case, chunked, inputs, run
 from liger_interpreted import interpreted
 
@@ -157,13 +156,10 @@ def test_a_chunk_size_that_was_chosen_is_kept(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_documented_lines_run() -> None:
-    docs = Path(__file__).parents[2] / "docs"
-    pages = [page.read_text() for page in (docs / "trainers.md", docs / "trainers-liger.part.md") if page.exists()]
-    section = next(page for page in pages if "## Liger-Kernel" in page).split("## Liger-Kernel")[1].split("\n## ")[0]
     x = inputs(F32, F32)
     names: dict[str, Any] = {"hidden": x.h, "head": x.w, "teacher_hidden": x.ht, "teacher_head": x.wt}
     names["shift_labels"] = x.y
-    for code in re.findall("```python\n(.*?)```", section, re.DOTALL):
+    for code in blocks("Liger-Kernel"):
         exec(code, names)
     theirs = liger_kernel.transformers.LigerFusedLinearJSD(0.1, temperature=2.0)(x.h, x.w, x.ht, x.wt, x.y)
     names["patched"].undo()

@@ -3,12 +3,12 @@
 import re
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import speculators.train.trainer
 import torch
+from documentation import section
 from speculators.losses import (
     compound_loss,
     dflash_loss_decay,
@@ -28,7 +28,6 @@ from transformers import LlamaConfig, Qwen3Config
 
 from kdfast.integrations.speculators import LOSSES, register
 
-PAGE = Path(__file__).parents[2] / "docs" / "trainers-speculators.part.md"
 V, HIDDEN, LENGTH, BLOCK, STEPS = 97, 32, 24, 4, 5
 NAMES = ["kl_div", "rkl", "jsd", "ce", "tv", "nla", "lk_hybrid"]
 DECAYS = {
@@ -269,7 +268,7 @@ def test_training_ends_in_the_same_parameters(make: Any, loss: str, monkeypatch:
 
 def test_the_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The defaults of a drafter, which are imported by name, run on a CPU."""
-    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    (snippet,) = re.findall(r"```python\n(.*?)```", section("speculators"), flags=re.DOTALL)
     names: dict[str, Any] = {}
     exec(snippet, names)
     try:

@@ -2,14 +2,13 @@
 
 import importlib
 import math
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from documentation import blocks
 from torch import Tensor
 from trl_calls import BATCH, BETAS, LABELS, LENGTH, NAMES, VOCAB, check, found, logits, value_and_gradients
 
@@ -127,11 +126,7 @@ def test_vocabularies_of_different_size_are_an_error_that_names_both() -> None:
 
 
 def test_the_line_of_the_page_patches() -> None:
-    page = next(Path(__file__).parents[2].glob("docs/trainers*trl*.md"), None)
-    page = page or Path(__file__).parents[2] / "docs" / "trainers.md"
-    (lines,) = (
-        each for each in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if ".trl.patch()" in each
-    )
+    (lines,) = (each for each in blocks("TRL") if ".trl.patch()" in each)
     exec(lines, {})
     assert hasattr(found("gkd.GKDTrainer.generalized_jsd_loss"), "kdfast_original")
 

@@ -3,7 +3,6 @@
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +11,13 @@ import verl.trainer.distillation.fsdp.losses as fsdp_losses
 import verl.trainer.distillation.losses as losses
 import verl.utils.torch_functional as torch_functional
 import verl.workers.engine.fsdp.transformer_impl as engine_file
+from documentation import section
 from torch import Tensor
 from verl_runs import SUPERVISED, K, Run, V, loss_config, nested, teacher
 
 import kdfast.integrations.verl
 from kdfast.integrations.verl import MEGATRON_ENGINE, TAIL, register
 
-PAGE = Path(__file__).parents[2] / "docs" / "trainers-verl.part.md"
 NAMES = ["distillation_losses", "student_mass", "teacher_mass", "overlap_count", "overlap_token_advantage"]
 
 
@@ -324,12 +323,12 @@ def test_undo_puts_verls_own_code_back() -> None:
 
 
 def test_the_page_runs() -> None:
-    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    (snippet,) = re.findall(r"```python\n(.*?)```", section("verl"), flags=re.DOTALL)
     names: dict[str, Any] = {}
     exec(snippet, names)
     try:
         assert fsdp_losses.compute_forward_kl_topk.kdfast_original
         assert names["mode"] == TAIL
-        assert names["patch"].tested in PAGE.read_text()
+        assert names["patch"].tested in section("verl")
     finally:
         names["patch"].undo()

@@ -5,13 +5,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import verl.trainer.distillation.megatron.losses as megatron_losses
+from documentation import section
 from megatron.core import parallel_state
 from ranks import results_of_ranks
 from torch import Tensor
@@ -20,7 +20,6 @@ from verl_runs import LENGTHS, K, loss_config, nested, teacher
 from kdfast.integrations.verl import TAIL, register
 
 RANKS, V = 2, 96
-PAGE = Path(__file__).parents[2] / "docs" / "trainers-verl.part.md"
 CASES = {  # mode, the clamp of log-probabilities, how verl packs tokens
     "packed": ("forward_kl_topk", None, "thd"),
     "packed, clamped": ("forward_kl_topk", -4.0, "thd"),
@@ -99,7 +98,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 def test_each_process_that_imports_verl_registers_kdfast() -> None:
     """With the environment variable of the page."""
-    (variable,) = re.findall(r"^export (VERL_\w+)=(.*)$", PAGE.read_text(), flags=re.MULTILINE)
+    (variable,) = re.findall(r"^export (VERL_\w+)=(.*)$", section("verl"), flags=re.MULTILINE)
     asks = (
         "import verl.trainer.distillation.megatron.losses as m, verl.trainer.distillation.losses as d; "
         f"assert m.compute_forward_kl_topk.kdfast_original and {TAIL!r} in d.DISTILLATION_LOSS_REGISTRY"

@@ -16,12 +16,11 @@ class LigerJSD(transformers.LigerJSD):
         beta: the teacher's weight in the mixture; 0 is KL(teacher, student) and 1 is KL(student, teacher).
         ignore_index: rows with this label are left out.
 
-    ``forward`` takes (rows, V) log-probabilities of the student and of the teacher and, or None, (rows,) labels. Its
+    `forward` takes (rows, V) log-probabilities of the student and of the teacher and, or None, (rows,) labels. Its
     gradient in the student's log-probabilities has a sum of 0 in each row. That makes no difference after log_softmax.
     Log-probabilities that do not sum to 1, as of some of the classes, get Liger's terms in PyTorch's operations.
 
-    Example::
-
+    Examples:
         >>> log_q, log_p = torch.randn(2, 4, 100).log_softmax(-1)
         >>> LigerJSD(beta=0.1)(log_q, log_p).shape
         torch.Size([])
@@ -34,7 +33,7 @@ class LigerJSD(transformers.LigerJSD):
 class LigerKLDIVLoss(transformers.LigerKLDIVLoss):
     """KL(y_true, y_pred) as nn.KLDivLoss has it: Liger's LigerKLDIVLoss(eps, reduction=..., log_target=...).
 
-    ``forward`` takes (rows, V) log-probabilities and (rows, V) probabilities. The gradient is as LigerJSD's.
+    `forward` takes (rows, V) log-probabilities and (rows, V) probabilities. The gradient is as LigerJSD's.
     """
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
@@ -44,7 +43,7 @@ class LigerKLDIVLoss(transformers.LigerKLDIVLoss):
 class LigerTVDLoss(transformers.LigerTVDLoss):
     """0.5 sum |p - q| of (rows, V) probabilities: Liger's LigerTVDLoss(reduction, ignore_index).
 
-    ``"batchmean"``, the default, divides by the number of kept rows, and ``"mean"`` by that of their classes.
+    `"batchmean"`, the default, divides by the number of kept rows, and `"mean"` by that of their classes.
     """
 
     def forward(self, p: Tensor, q: Tensor, shift_labels: Tensor | None = None) -> Tensor:
@@ -54,7 +53,7 @@ class LigerTVDLoss(transformers.LigerTVDLoss):
 class LigerFusedLinearJSD(transformers.LigerFusedLinearJSD):
     """jsd from hidden states and heads, without T^2: LigerFusedLinearJSD(jsd_beta, ignore_index, temperature, ...).
 
-    Labels say which rows are kept. They are not used as classes. ``accum_dtype=None`` accumulates in float32.
+    Labels say which rows are kept. They are not used as classes. `accum_dtype=None` accumulates in float32.
     """
 
     def forward(
@@ -73,7 +72,7 @@ class LigerFusedLinearJSD(transformers.LigerFusedLinearJSD):
 class LigerFusedLinearKLDivLoss(transformers.LigerFusedLinearKLDivLoss):
     """KL(target, q) from hidden states, a head and the teacher's probabilities, without T^2.
 
-    Reductions are those of LigerTVDLoss, without ``"none"``. The temperature is the student's.
+    Reductions are those of LigerTVDLoss, without `"none"`. The temperature is the student's.
     """
 
     def forward(
@@ -97,8 +96,8 @@ class LigerFusedCETVDLoss(transformers.LigerFusedCETVDLoss):
 class LigerFusedLinearJSDLoss(chunked_loss.LigerFusedLinearJSDLoss):
     """weight_soft_loss * jsd at the temperature + weight_hard_loss * CE at 1: Liger's chunked loss.
 
-    ``compiled`` has no effect. A ``chunk_size`` other than 1024 is kept; kdfast chooses the rows of a chunk otherwise.
-    With ``return_soft_hard_loss`` the two terms are returned too, detached. Classes that the teacher has beyond the
+    `compiled` has no effect. A `chunk_size` other than 1024 is kept; kdfast chooses the rows of a chunk otherwise.
+    With `return_soft_hard_loss` the two terms are returned too, detached. Classes that the teacher has beyond the
     student's are left out, with a warning; Liger gives the student logits of 0 there.
     """
 
@@ -122,7 +121,7 @@ class LigerFusedLinearJSDLoss(chunked_loss.LigerFusedLinearJSDLoss):
 class LigerCrossEntropyLoss(transformers.LigerCrossEntropyLoss):
     """Cross-entropy with z-loss, smoothing and softcap: Liger's LigerCrossEntropyLoss, which leaves the logits intact.
 
-    Returns the loss or, where one of the ``return_`` arguments is set, a CrossEntropyOutput. Weights of classes run
+    Returns the loss or, where one of the `return_` arguments is set, a CrossEntropyOutput. Weights of classes run
     Liger's own code where there is smoothing, a z-loss or another output.
     """
 
@@ -135,7 +134,7 @@ class LigerCrossEntropyLoss(transformers.LigerCrossEntropyLoss):
 class LigerFusedLinearCrossEntropyLoss(transformers.LigerFusedLinearCrossEntropyLoss):
     """LigerCrossEntropyLoss from hidden states and a head, whose weight comes first.
 
-    ``return_predicted_tokens`` runs Liger's own code, and so does ``use_token_scaling`` with another output.
+    `return_predicted_tokens` runs Liger's own code, and so does `use_token_scaling` with another output.
     """
 
     def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Any:

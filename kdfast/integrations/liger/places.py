@@ -30,22 +30,21 @@ DISPATCHED: dict[str, Callable[..., Any]] = {
 
 
 def patch() -> Patch:
-    """Puts kdfast in the place of Liger's losses, until ``undo()`` or the end of a ``with`` statement.
+    """Puts kdfast in the place of Liger's losses, until `undo()` or the end of a `with` statement.
 
-    It replaces what the classes of ``liger_kernel.transformers`` and ``liger_kernel.chunked_loss``, the functions of
-    ``liger_kernel.transformers.functional`` and ``liger_kernel.chunked_loss.functional``, and the dispatched ones of
-    ``liger_kernel.functional`` call. The classes and functions stay, so that it does not matter when, or from where, a
+    It replaces what the classes of `liger_kernel.transformers` and `liger_kernel.chunked_loss`, the functions of
+    `liger_kernel.transformers.functional` and `liger_kernel.chunked_loss.functional`, and the dispatched ones of
+    `liger_kernel.functional` call. The classes and functions stay, so that it does not matter when, or from where, a
     trainer imported them, and modules that exist already use kdfast too. Models that Liger patched itself, as by
-    ``TrainingArguments(use_liger_kernel=True)``, do so for their cross-entropy.
+    `TrainingArguments(use_liger_kernel=True)`, do so for their cross-entropy.
 
-    What kdfast does not compute runs Liger's own code, with a :class:`FallbackWarning`. An implementation that a call
-    of ``liger_kernel.functional`` names by ``impl=`` runs as named.
+    What kdfast does not compute runs Liger's own code, with a `FallbackWarning`. An implementation that a call
+    of `liger_kernel.functional` names by `impl=` runs as named.
 
     Raises:
         AttributeError: this version of Liger has no such function. Nothing is patched then.
 
-    Example::
-
+    Examples:
         >>> with kdfast.integrations.liger.patch():
         ...     trainer.train()
     """

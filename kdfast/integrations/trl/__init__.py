@@ -1,4 +1,4 @@
-"""TRL's distillation losses replaced by kdfast's: ``kdfast.integrations.trl.patch()``."""
+"""TRL's distillation losses replaced by kdfast's: `kdfast.integrations.trl.patch()`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -48,31 +48,26 @@ REPLACED: list[tuple[str, str, Replacement]] = [
 def patch() -> Patch:
     """Puts kdfast in the place of TRL's distillation losses, for all trainers of the process, made before or after.
 
-    ===========================  ===================================================================================
-    trainer                      what is replaced
-    ===========================  ===================================================================================
-    DistillationTrainer          ``_chunked_divergence_loss``, by :func:`kdfast.linear_kd_loss`
-    GKDTrainer, GOLDTrainer      ``generalized_jsd_loss``, by :func:`kdfast.kd_loss`
-    IWOPDTrainer                 the same with top_k and add_tail; its local top-1 loss; the log-probabilities of its
-                                 sampled tokens
-    SDFTTrainer, SDPOTrainer     the losses of full logits, of the student's top k, and of sampled tokens
-    ServerDistillationTrainer    the student's log-probabilities, by :func:`kdfast.token_log_probs`
-    AsyncDistillationTrainer     ``_chunked_jsd_loss``, by :func:`kdfast.linear_kd_loss`
-    ===========================  ===================================================================================
+    - DistillationTrainer: `_chunked_divergence_loss`, by `linear_kd_loss`
+    - GKDTrainer, GOLDTrainer: `generalized_jsd_loss`, by `kd_loss`
+    - IWOPDTrainer: the same with top_k and add_tail; its local top-1 loss; the log-probabilities of its sampled tokens
+    - SDFTTrainer, SDPOTrainer: the losses of full logits, of the student's top k, and of sampled tokens
+    - ServerDistillationTrainer: the student's log-probabilities, by `token_log_probs`
+    - AsyncDistillationTrainer: `_chunked_jsd_loss`, by `linear_kd_loss`
 
     Objectives, reductions, metrics and what is returned stay TRL's. Losses are float32 where TRL's have the logits'
     16-bit dtype, and float64 where heads are float64. What kdfast does not compute goes to TRL's own code, with one
-    :class:`kdfast.integrations.patching.FallbackWarning`.
+    `integrations.patching.FallbackWarning`.
 
     Returns:
-        A :class:`~kdfast.integrations.patching.Patch`: ``undo()``, or the end of a ``with`` statement, puts TRL's
+        A `integrations.patching.Patch`: `undo()`, or the end of a `with` statement, puts TRL's
         functions back. Where they have been replaced before, nothing is, and nothing is put back.
 
     Raises:
         ImportError: there is no TRL, or a trainer needs a package that is not there.
         AttributeError: this version of TRL has no such function; the error names the version that was tested.
 
-    Example::
+    Example:
 
         with kdfast.integrations.trl.patch():
             trainer = DistillationTrainer(model=student, teacher_model=teacher, args=args, train_dataset=dataset)

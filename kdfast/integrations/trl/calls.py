@@ -13,7 +13,7 @@ Function = Callable[..., Any]
 
 
 def in_place_of(ours: Function, cannot: Callable[[Mapping[str, Any]], str]) -> Callable[[Function], Function]:
-    """A replacement for ``Patch.replace``: a function with the original's signature, which calls ``ours``.
+    """A replacement for `Patch.replace`: a function with the original's signature, which calls `ours`.
 
     Args:
         ours: takes all arguments of the original by name, so that an argument that a later version adds is an error

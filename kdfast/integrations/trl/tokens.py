@@ -114,7 +114,7 @@ def _with_labels(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _at_tokens(logits: Tensor, ids: Tensor, labels: Tensor, start: int, temperature: float) -> Tensor:
-    """log q of (B, T, K) ids; those of token ``start`` are predicted by row start - 1.
+    """log q of (B, T, K) ids; those of token `start` are predicted by row start - 1.
 
     All rows of the logits are given, and ignored but for these: the gradient of a slice would be copied.
     """
