@@ -9,6 +9,7 @@ A file is written under another name, synced and renamed, and so is the manifest
 does not name does not exist, and one that it names is whole.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -207,3 +208,17 @@ def read_rows(
             raise CacheError("a shard ended while it was read")
         done += count
     return out
+
+
+def lock(path: Path) -> IO[str]:
+    """An open file; another writer of this folder gets an error as long as it is open."""
+    file = (path / ".lock").open("w")
+    with contextlib.suppress(ImportError):  # on Windows there is no such lock
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise BlockingIOError(f"path: another writer is writing to {path}") from None
+    return file

@@ -5,16 +5,16 @@ import math
 import torch
 from torch import Tensor
 
-_LEAST = -65504.0  # of float16; what lies below is absent
+LEAST = -65504.0  # of float16; what lies below is absent
 
 
-def round_down_to_a_distribution(log_probs: Tensor, dtype: torch.dtype) -> Tensor:
+def round_down_to_a_distribution(log_probs: Tensor, dtype: torch.dtype, all_present: bool = False) -> Tensor:
     """Log-probabilities, (rows, K), in a narrower dtype, to nearest, but a row's sum of p never becomes more than 1.
 
     Where it would, the first entries that were rounded up are rounded down, as many as it takes. A row whose sum is
     more than 1 as it is given holds no probabilities, and is rounded to nearest.
     """
-    near = log_probs.masked_fill(log_probs < _LEAST, -math.inf).to(dtype)
+    near = (log_probs if all_present else log_probs.masked_fill(log_probs < LEAST, -math.inf)).to(dtype)
     at_risk = (near.float().exp().sum(-1) > 1 - 1e-5).nonzero().squeeze(-1)
     if not len(at_risk):
         return near

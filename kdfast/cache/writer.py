@@ -1,12 +1,11 @@
 """TopKWriter: a teacher's most probable classes, written to disk."""
 
-import contextlib
 import json
 import math
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +16,12 @@ from kdfast.cache.format import (
     MANIFEST,
     CacheError,
     Manifest,
+    lock,
     read_manifest,
     write_manifest,
     write_shard,
 )
-from kdfast.cache.rounding import round_down_to_a_distribution
+from kdfast.cache.rounding import LEAST, round_down_to_a_distribution
 from kdfast.sparse import TopKTargets, topk_targets
 from kdfast.tensor_checks import kind
 
@@ -94,7 +94,7 @@ class TopKWriter:
 
     def _open(self, resume: bool) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.path)
+        self._lock = lock(self.path)
         try:
             if (self.path / MANIFEST).exists():
                 if not resume:
@@ -170,26 +170,40 @@ class TopKWriter:
     def _as_stored(self, indices: Tensor, log_probs: Tensor, tokens: Tensor) -> dict[str, np.ndarray[Any, Any]]:
         """Rows as a shard has them; each (rows, K) or (rows,)."""
         m = self._manifest
-        present = log_probs != -math.inf
-        bad = (present & ((indices < 0) | (indices >= m.vocab_size))) | log_probs.isnan()
+        all_present = self._check_entries(indices, log_probs)
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < 2**31:
+            raise ValueError("token_ids: must be in [0, 2^31)")
+        columns = m.columns()
+        dtype = torch.float16 if m.dtype == "float16" else torch.float32
+        values = round_down_to_a_distribution(log_probs, dtype, all_present)
+        padding = ((0, 0), (0, m.k - indices.shape[-1]))
+        classes = (indices if all_present else torch.where(values == -math.inf, 0, indices)).numpy()
+        stored = {
+            "indices": classes.astype(columns["indices"][0]),
+            "log_probs": values.numpy(),
+            "token_ids": tokens.numpy(),
+        }
+        if padding[1][1]:
+            stored["indices"] = np.pad(stored["indices"], padding)
+            stored["log_probs"] = np.pad(stored["log_probs"], padding, constant_values=-np.inf)
+        return {name: column.astype(columns[name][0], copy=False) for name, column in stored.items()}
+
+    def _check_entries(self, indices: Tensor, log_probs: Tensor) -> bool:
+        """Whether all entries are present, so that nobody has to look for absent ones; raises for a bad one."""
+        vocab = self._manifest.vocab_size
+        if log_probs.numel():
+            first, last = indices.aminmax()
+            if first >= 0 and last < vocab and log_probs.amin() >= LEAST:  # a NaN is not
+                return True
+        bad = ((log_probs != -math.inf) & ((indices < 0) | (indices >= vocab))) | log_probs.isnan()
         if bad.any():
             row, entry = bad.nonzero()[0].tolist()
             what = f"{indices[row, entry].item()} with log-probability {log_probs[row, entry].item():g}"
             raise ValueError(
                 f"teacher: class {what} in row {row} of the batch's real rows, entry {entry}; classes must be in "
-                f"[0, {m.vocab_size - 1}], and log-probabilities no NaN"
+                f"[0, {vocab - 1}], and log-probabilities no NaN"
             )
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < 2**31:
-            raise ValueError("token_ids: must be in [0, 2^31)")
-        columns = m.columns()
-        values = round_down_to_a_distribution(log_probs, torch.float16 if m.dtype == "float16" else torch.float32)
-        padding = ((0, 0), (0, m.k - indices.shape[-1]))
-        classes = torch.where(values == -math.inf, 0, indices).numpy().astype(columns["indices"][0])
-        stored = {"indices": classes, "log_probs": values.numpy(), "token_ids": tokens.numpy()}
-        if padding[1][1]:
-            stored["indices"] = np.pad(stored["indices"], padding)
-            stored["log_probs"] = np.pad(stored["log_probs"], padding, constant_values=-np.inf)
-        return {name: column.astype(columns[name][0], copy=False) for name, column in stored.items()}
+        return False
 
     def _flush(self) -> None:
         """Writes what is there as one shard."""
@@ -226,20 +240,6 @@ class TopKWriter:
             self.close()
         else:  # a shorter shard would not be the one of a writer that was never interrupted
             self._lock.close()
-
-
-def _lock(path: Path) -> IO[str]:
-    """An open file; another writer of this folder gets an error as long as it is open."""
-    file = (path / ".lock").open("w")
-    with contextlib.suppress(ImportError):  # on Windows there is no such lock
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise BlockingIOError(f"path: another writer is writing to {path}") from None
-    return file
 
 
 def _need_safetensors() -> None:
