@@ -62,7 +62,8 @@ $(TRAINERS)/.installed: $(wildcard tests/integrations/*.txt)
 	$(PYTHON) -m venv $(TRAINERS)
 	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check "torch==$$($(TRAINERS)/bin/python -c \
-	    'import importlib.metadata as m; print(m.version("torch"))')" -r tests/integrations/requirements.txt
+	    'import importlib.metadata as m; print(m.version("torch"))')" -r tests/integrations/requirements.txt \
+	    --constraint tests/integrations/constraints.txt
 	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/integrations/trainers.txt
 	@touch $@
 
