@@ -105,6 +105,13 @@ def test_a_missing_attribute_is_an_error_that_names_both_versions_and_leaves_not
     assert (library.loss, library.other_loss) == (loss, other_loss)
 
 
+def test_a_module_that_cannot_be_imported_leaves_nothing_patched(library):
+    patch = patch_of("loss")
+    with pytest.raises(ModuleNotFoundError):
+        patch.replace("patched_library.gone", "loss", doubled)
+    assert library.loss is loss
+
+
 def test_a_library_without_a_version_is_named_without_one(library):
     del library.__version__
     with pytest.raises(AttributeError, match="not found in patched_library this version"):

@@ -37,9 +37,14 @@ class Patch:
                 kdfast does not compute.
 
         Raises:
+            ImportError: the module cannot be imported. As after an AttributeError, nothing stays patched.
             AttributeError: the library has no such attribute.
         """
-        owner = importlib.import_module(module)
+        try:
+            owner: Any = importlib.import_module(module)
+        except ImportError:
+            self.undo()
+            raise
         *path, last = name.split(".")
         try:
             for part in path:

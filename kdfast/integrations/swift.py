@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +50,7 @@ def patch() -> Patch:
         if name in sys.modules:  # a module that is imported later gets what stands in gkd_loss.py
             patch.replace(name, "gkd_loss", replace_gkd_loss)
     with contextlib.suppress(ImportError):  # where this trainer's imports are missing; Megatron's needs less
+        importlib.import_module(TRAINER)
         patch.replace(TRAINER, "GKDTrainer._compute_jsd_loss", replace_trainer_loss)
     return patch
 
@@ -185,9 +187,9 @@ def share_of_step(trainer: Any, loss: Tensor) -> Tensor | None:
 
     The trainer divides by the number of micro-batches, and DDP by that of processes.
     """
-    batches, each = trainer._buffered_inputs, trainer.current_gradient_accumulation_steps
-    if not trainer.model.training:
+    if not trainer.model.training:  # where Trainer may not have counted the micro-batches yet
         return None
+    batches, each = trainer._buffered_inputs, trainer.current_gradient_accumulation_steps
     if len(batches) % each or trainer.template.sequence_parallel_size > 1:
         where = f"{TRAINER}.GKDTrainer"
         warn_fallback(where, "a mean over a step whose micro-batches are generated apart, or whose sequences are split")

@@ -1,5 +1,6 @@
 """ms-swift's GKD loss: its own code beside kdfast's. Run by test_swift.py."""
 
+import importlib
 import math
 import sys
 import types
@@ -137,6 +138,26 @@ def test_functions_of_somebody_else_run_with_a_warning(patched: Any) -> None:
     assert_same(got, with_gradient(GKD, student, *arguments, kl_div_fn=kl))
     loss = patched.jsd_loss(student[0], teacher[0], 0.3, kl_div_fn=kl)
     assert_same(loss, JSD(student[0], teacher[0], 0.3, kl_div_fn=kl))
+
+
+def test_trainer_whose_imports_are_missing_leaves_the_losses_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = importlib.import_module
+
+    def import_module(name: str) -> Any:
+        if name == gkd_trainer.__name__:
+            raise ModuleNotFoundError(name)
+        return imported(name)
+
+    monkeypatch.delitem(sys.modules, gkd_trainer.__name__)
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    with swift.patch():
+        assert library.gkd_loss.kdfast_original and library.jsd_loss.kdfast_original
+
+
+def test_evaluation_before_training_keeps_the_mean_of_its_batch() -> None:
+    """Trainer has no current_gradient_accumulation_steps then."""
+    trainer = types.SimpleNamespace(model=types.SimpleNamespace(training=False), _buffered_inputs=None)
+    assert swift.share_of_step(trainer, torch.zeros(())) is None
 
 
 def test_patch_is_undone_in_all_modules_that_have_the_functions(monkeypatch: pytest.MonkeyPatch) -> None:
