@@ -109,9 +109,9 @@ def replace_trainer_loss(original: Callable[..., Tensor]) -> Callable[..., Tenso
     @functools.wraps(original)
     def standard_kd_loss(self: Any, outputs: Any, labels: Tensor | None, **kwargs: Any) -> Tensor:
         criterion = self._kd_criterion
-        if isinstance(criterion, KDLoss):
+        if type(criterion) is KDLoss:  # a subclass may have a forward of its own
             options = criterion.options()
-        elif isinstance(criterion, OriginalLogitsLoss):
+        elif type(criterion) in (OriginalLogitsLoss, LogitsDistillationLoss):
             options = {"divergence": "forward_kl", "temperature": criterion._temperature}
         else:
             where = f"{TRAINER}.KDTrainer"

@@ -299,16 +299,26 @@ def test_trainer_without_labels_has_the_mean_over_all_tokens() -> None:
     assert_same(got.float(), want, 1e-6)
 
 
-def test_criterion_of_somebody_else_stays_the_trainers_with_a_warning() -> None:
-    class Squares(nn.Module):
-        def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-            return (student - teacher).square().mean(-1)
+class Squares(nn.Module):
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return (student - teacher).square().mean(-1)
 
+
+class SquaresAsLogitsLoss(Squares, ORIGINALS["LogitsDistillationLoss"]):
+    pass
+
+
+class SquaresAsKDLoss(Squares, kdfast.KDLoss):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Squares, SquaresAsLogitsLoss, SquaresAsKDLoss])
+def test_criterion_of_somebody_else_stays_the_trainers_with_a_warning(kind: type[nn.Module]) -> None:
     outputs, teacher = SimpleNamespace(logits=logits(2, 5, VOCAB)), logits(2, 5, VOCAB, seed=1)
     labels = torch.ones(2, 5, dtype=torch.int64)
-    want = huggingface.KDTrainer._standard_kd_loss(fake_trainer(Squares(), teacher), outputs, labels)
-    with modelopt.patch(), pytest.warns(FallbackWarning, match="Squares"):
-        got = huggingface.KDTrainer._standard_kd_loss(fake_trainer(Squares(), teacher), outputs, labels)
+    want = huggingface.KDTrainer._standard_kd_loss(fake_trainer(kind(), teacher), outputs, labels)
+    with modelopt.patch(), pytest.warns(FallbackWarning, match=f"{kind.__name__},"):
+        got = huggingface.KDTrainer._standard_kd_loss(fake_trainer(kind(), teacher), outputs, labels)
     assert_same(got, want)
 
 
