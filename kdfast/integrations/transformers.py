@@ -101,6 +101,11 @@ class Distill(Trainer):
         accept_loss(model)
         return model
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.use_liger_kernel:  # which has just replaced the model's forward
+            accept_loss(self.model)
+        return super()._prepare_for_training(*args, **kwargs)
+
     def _move_teachers(self) -> None:
         for teacher in self.teachers:
             placed = getattr(teacher, "hf_device_map", None) or getattr(teacher, "is_quantized", False)
@@ -160,6 +165,7 @@ class Distill(Trainer):
     def _without_labels(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor, bool]:
         """The inputs that the models get; the labels, shifted, or what _all_rows has for them; whether it has not."""
         inputs = dict(inputs)
+        inputs.pop("skip_logits", None)  # Trainer's word to Liger's forward, which then computes its own loss
         labels, shifted = inputs.pop("labels", None), inputs.pop("shift_labels", None)
         has_labels = labels is not None or shifted is not None
         if not has_labels:

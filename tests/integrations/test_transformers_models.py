@@ -227,3 +227,16 @@ def test_the_page_runs_as_shown() -> None:
     for code in re.findall(r"```python\n(.*?)```", section, re.S):
         exec(code, names)
     assert not torch.equal(before[-1], parameters(student)[-1])
+
+
+@LINEAR
+def test_liger_kernels_leave_the_loss_to_kdfast(linear: bool) -> None:
+    """Trainer gives the model Liger's forward when training starts."""
+    kernels = dict.fromkeys(("rope", "rms_norm", "swiglu", "cross_entropy"), False)  # in Triton, for a GPU
+    liger = {"use_liger_kernel": True, "liger_kernel_config": {**kernels, "fused_linear_cross_entropy": True}}
+    found = []
+    for changes in (liger, {}):
+        student, teacher = pair(tiny_models.llama)
+        result = trained(student, teacher, texts(), changes, linear=linear)
+        found.append([*parameters(student), torch.tensor(result.evaluate(texts(ROWS))["eval_loss"])])
+    same(*found)
