@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,7 +55,7 @@ def test_no_token_at_all_is_nan_in_trl_and_0_here() -> None:
     student, teacher = logits()
     nothing = torch.full_like(LABELS, -100)
     loss = found("gkd.GKDTrainer.generalized_jsd_loss")
-    for options in ({"num_items_in_batch": torch.tensor(0)}, {"reduction": "mean"}):
+    for options in ({"num_items_in_batch": torch.tensor(0)}, {"num_items_in_batch": 0}, {"reduction": "mean"}):
         assert loss.kdfast_original(student, teacher, nothing, **options).isnan()
         got, grad = value_and_gradients(loss, [student.requires_grad_()], student, teacher, nothing, **options)
         assert got == 0 and not grad.any()
@@ -117,6 +118,16 @@ def test_a_head_that_scales_by_0_goes_to_trls_own_code() -> None:
     given = hidden, torch.randn(BATCH, LENGTH, 8), weight, torch.randn(VOCAB, 8), LABELS >= 0, 0.5
     with pytest.warns(FallbackWarning, match=r"a logit_scale of 0\.0"):
         check(loss, [hidden], *given, rtol=1e-6, student_logit_scale=0.0)
+
+
+def test_hidden_states_of_a_teacher_that_requires_grad_are_kdfasts_too() -> None:
+    """TRL's own function gives them no gradient."""
+    loss = importlib.import_module("trl.trainer.distillation_trainer")._chunked_divergence_loss
+    hidden, teacher = torch.randn(2, BATCH, LENGTH, 8).unbind()
+    given = hidden.requires_grad_(), teacher.requires_grad_(), torch.randn(VOCAB, 8), torch.randn(VOCAB, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        check(loss, [hidden], *given, LABELS >= 0, 0.5, rtol=1e-6)
 
 
 def test_vocabularies_of_different_size_are_an_error_that_names_both() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdfast import TopKTargets, linear_kd_loss
-from kdfast.integrations.trl.calls import in_place_of, teacher_gradient
+from kdfast.integrations.trl.calls import in_place_of
 from kdfast.integrations.trl.logits import divergence, leave_tail, missing
 from kdfast.tensor_checks import is_dtensor
 
@@ -35,8 +35,6 @@ def _chunked_divergence(
     student, teacher = student_hidden_states, teacher_hidden_states
     classes = student_lm_head_weight.shape[0]
     kept = (completion_mask != 0).reshape(student.shape[:-1])
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(student.device)
     loss, metrics = linear_kd_loss(
         student,
         whole(student_lm_head_weight).to(student.dtype),
@@ -45,7 +43,7 @@ def _chunked_divergence(
         student_bias=_optional(student_lm_head_bias, student.dtype),
         teacher_bias=_optional(teacher_lm_head_bias, teacher.dtype),
         row_weight=kept,
-        normalizer=num_items_in_batch,
+        normalizer=None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=student.device),
         logit_scale=student_logit_scale,
         teacher_logit_scale=teacher_logit_scale,
         softcap=student_final_logit_softcapping,
@@ -65,7 +63,7 @@ def _cannot(call: Mapping[str, Any]) -> str:
         _cannot_scale(call[f"{side}_logit_scale"], call[f"{side}_final_logit_softcapping"])
         for side in ("student", "teacher")
     ]
-    return scaled[0] or scaled[1] or teacher_gradient(call["teacher_hidden_states"])
+    return scaled[0] or scaled[1]
 
 
 def _cannot_scale(scale: float, cap: float | None) -> str:

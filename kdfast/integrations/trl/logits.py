@@ -75,8 +75,7 @@ def _reduced(
     """kd_loss's options for the rows that TRL keeps, and for the sum over them."""
     kept = None if labels is None else labels != IGNORED
     if count is not None:
-        count = count.to(logits.device) if isinstance(count, Tensor) else count
-        return {"row_weight": kept, "normalizer": count}
+        return {"row_weight": kept, "normalizer": torch.as_tensor(count, device=logits.device)}
     if reduction == "sum":
         return {"row_weight": kept, "reduction": "sum"}
     if reduction == "mean":
