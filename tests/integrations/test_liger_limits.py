@@ -27,6 +27,13 @@ def test_the_chunked_loss_keeps_no_row_where_all_are_ignored() -> None:
         assert [value.item() for value in loss(x.h, x.w, x.ht, x.wt, labels)] == [0.0, 0.0, 0.0]
 
 
+def test_the_loss_of_no_rows_is_0() -> None:
+    p, q = torch.rand(2, 0, 5).unbind()
+    for labels in (None, torch.zeros(0, dtype=torch.int64)):
+        assert liger.LigerTVDLoss()(p, q, labels) == liger.LigerJSD()(p.log(), q.log(), labels) == 0
+    assert liger.LigerKLDIVLoss()(p.log(), q) == 0
+
+
 def test_labels_without_a_hard_term_need_not_be_classes() -> None:
     """As those of a vision model's image tokens, or -1 for kept ones."""
     x = inputs(F32, F32)

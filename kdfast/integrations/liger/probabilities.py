@@ -94,7 +94,7 @@ def tvd(
     if p.device.type != "cpu":
         arguments = p, q, shift_labels, reduction, ignore_index
         return own.run("LigerTVDLoss", "distances of given probabilities", own.TVD, *arguments)
-    rows: Tensor | int = len(p)
+    rows: Tensor | int = max(len(p), 1)
     if shift_labels is not None:
         ignored = shift_labels == ignore_index
         p, q = (x.masked_fill(ignored.unsqueeze(-1), 0.0) for x in (p, q))
