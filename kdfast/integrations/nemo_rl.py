@@ -202,7 +202,7 @@ def _split(logits: Tensor, vocab: Any, context: Any) -> _Split:
 
 
 def _megatron_groups() -> tuple[Any, Any]:
-    """Of a LOGIT loss NeMo-RL's Megatron workers do not tell the groups of their logits, which are Megatron's."""
+    """Megatron's own: NeMo-RL's Megatron workers do not tell a LOGIT loss over which groups its logits are split."""
     state: Any = sys.modules.get("megatron.core.parallel_state")
     if state is None or not state.model_parallel_is_initialized():
         return None, None
@@ -210,7 +210,7 @@ def _megatron_groups() -> tuple[Any, Any]:
 
 
 def _weights(data: Any, indices: Tensor, is_masked: bool) -> Tensor:
-    """(B, S): of position i that of token i + 1; the last predicts none and has 0."""
+    """(B, S): position i has the weight of token i + 1. The last position predicts none and has 0."""
     batch, positions = indices.shape[:2]
     if is_masked:
         weight = data["token_mask"][:, 1:positions] * data["sample_mask"].unsqueeze(-1)

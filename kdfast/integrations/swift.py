@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -163,6 +164,11 @@ def common_classes(student: Tensor, teacher: Tensor, split: Split) -> tuple[Tens
     """The teacher's logits, and vocab_size where the heads have other sizes: classes that only one has are left out."""
     if student.shape[-1] == teacher.shape[-1]:
         return teacher, {}
+    warnings.warn(
+        f"{LOSS}.gkd_loss: student and teacher have {student.shape[-1]} and {teacher.shape[-1]} classes in this "
+        "process; kdfast leaves out those that only one has, where ms-swift gives them the same logits in both",
+        stacklevel=3,
+    )
     if not split:
         return teacher, {"vocab_size": min(student.shape[-1], teacher.shape[-1])}
     group = split["process_group"]

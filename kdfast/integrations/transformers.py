@@ -163,7 +163,7 @@ class Distill(Trainer):
         return found[0] if len(found) == 1 else found or None
 
     def _without_labels(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor, bool]:
-        """The inputs that the models get; the labels, shifted, or what _all_rows has for them; whether it has not."""
+        """The inputs that the models get; the labels, shifted, or those of _all_rows; and whether there are labels."""
         inputs = dict(inputs)
         inputs.pop("skip_logits", None)  # Trainer's word to Liger's forward, which then computes its own loss
         labels, shifted = inputs.pop("labels", None), inputs.pop("shift_labels", None)

@@ -141,7 +141,7 @@ def whole(parameter: Tensor) -> Tensor:
 
 
 def whole_head_for(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """AsyncDistillationTrainer._compute_loss, which gathers a head that is sharded apart, with that head gathered."""
+    """AsyncDistillationTrainer._compute_loss, given a head that whole() has gathered, so that it does not do so."""
 
     @functools.wraps(original)
     def compute_loss(self: Any, unwrapped_model: Any, inputs: Any) -> Tensor:
