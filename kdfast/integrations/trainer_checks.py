@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kdfast.linear import LinearKDLoss
@@ -57,11 +58,19 @@ def shifts_labels(trainer: Any) -> bool:
     encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     bases: list[Any] = [base for base in type(model).__mro__ if base.__name__ in known]  # FSDP2 derives a class
-    if encodes or not bases:
+    if encodes:
         return trainer._loss_shifts_labels
-    if "loss_function" not in inspect.unwrap(bases[0].forward).__code__.co_names:
+    code = getattr(inspect.unwrap((bases or [type(model)])[0].forward), "__code__", None)
+    if code is not None and "loss_function" in code.co_names:  # ForCausalLMLoss where the class's name says no other
+        return bool(bases) or model.loss_function is ForCausalLMLoss
+    if bases or (getattr(model, "loss_type", None) not in LOSS_MAPPING and _has_vocabulary(model)):
         raise ValueError(
             f"shift_labels: must be given for {kind(model)}, which has a loss of its own: True where position i "
             "predicts label i + 1, False where the labels are shifted already"
         )
-    return True
+    return trainer._loss_shifts_labels
+
+
+def _has_vocabulary(model: Any) -> bool:
+    get = getattr(model, "get_output_embeddings", None)
+    return get is not None and get() is not None

@@ -218,6 +218,40 @@ def test_a_class_that_is_derived_from_a_language_model_has_its_labels_shifted_to
     assert losses(trained(student, teacher, texts(), {"max_steps": 1})) == pytest.approx([want], rel=1e-6)
 
 
+class Reader(transformers.LlamaPreTrainedModel):
+    """Has the loss of causal language models, which its name does not say, as IdeficsForVisionText2Text."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = transformers.LlamaModel(config)
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        logits = self.lm_head(self.model(input_ids, **kwargs).last_hidden_state)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+
+class ReaderWithItsLoss(Reader):
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        return super().forward(input_ids, **kwargs)
+
+
+def test_a_class_whose_name_says_nothing_has_its_labels_shifted_as_by_its_loss() -> None:
+    student, teacher = pair(lambda: Reader(tiny_models.llama().config))
+    batch = collate(texts(ROWS))
+    want = plain_loss(student, teacher.eval(), batch, shift=True).item()
+    own = student.eval()(**batch).loss.item()
+    assert losses(trained(student, teacher, texts(), {"max_steps": 1})) == pytest.approx([want], rel=1e-6)
+    student, _ = pair(lambda: Reader(tiny_models.llama().config))
+    assert losses(trained(student, None, texts(), {"max_steps": 1}, kd=kd(alpha=0.0))) == pytest.approx([own], rel=1e-6)
+    student, teacher = pair(lambda: ReaderWithItsLoss(tiny_models.llama().config))
+    with pytest.raises(ValueError, match="shift_labels: must be given for ReaderWithItsLoss"):
+        trainer(student, teacher, texts())
+    trainer(student, teacher, texts(), shift_labels=True)
+
+
 def test_the_page_runs_as_shown() -> None:
     pages = [page.read_text() for page in DOCS.glob("trainers*.md")]
     (section,) = re.findall(r"^## transformers\.Trainer\n(.*?)(?=^## |\Z)", "\n".join(pages), re.M | re.S)
