@@ -18,6 +18,8 @@ def check_options(trainer: Any) -> None:
     kd, args = trainer.kd, trainer.args
     if not isinstance(kd, (KDLoss, LinearKDLoss)):
         raise TypeError(f"kd: must be a KDLoss, not {kind(kd)}")
+    if type(kd).forward not in (KDLoss.forward, LinearKDLoss.forward):
+        raise TypeError(f"kd: must be a KDLoss, whose options are read; {kind(kd)} has a forward of its own")
     if isinstance(kd, LinearKDLoss) and not trainer.linear:
         raise TypeError("kd: a LinearKDLoss needs linear=True")
     for name, needed in (("reduction", "mean"), ("ignore_index", IGNORED), ("dim", -1)):

@@ -164,6 +164,11 @@ def test_torch_compile_changes_no_number() -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+class Squares(kdfast.KDLoss):
+    def forward(self, student_logits: Tensor, teacher: Any, labels: Tensor | None = None, **rows: Any) -> Tensor:
+        return (student_logits - teacher).square().mean()
+
+
 def test_what_has_no_meaning_here_is_an_error() -> None:
     student, teacher = pair(tiny_models.llama)
     data = texts(ROWS)
@@ -173,6 +178,7 @@ def test_what_has_no_meaning_here_is_an_error() -> None:
             trainer(model, options.pop("teacher", teacher), data, changes, **options)
 
     refused("^kd: must be a KDLoss, not dict", kd={})
+    refused("^kd: must be a KDLoss, whose options are read; Squares has a forward of its own", kd=Squares())
     refused("^kd: a LinearKDLoss needs linear=True", kd=kdfast.LinearKDLoss())
     refused("^kd: reduction must be 'mean'", kd=kd(reduction="sum"))
     refused("^kd: ignore_index must be -100", kd=kd(ignore_index=0))
