@@ -12,6 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -119,7 +120,69 @@ def _server(trainer: type, tokens: Tensor, top: Any) -> tuple[Any, dict[str, Ten
     return made, ids | {f"{name}_mask": torch.ones_like(part) for name, part in parts.items()}
 
 
-CLIENTS: dict[str, Callable[[Shape], list[Row]]] = {"trl": trl}
+def liger(shape: Shape) -> list[Row]:
+    """The chunked loss; Liger's others need a GPU."""
+    from liger_kernel import chunked_loss
+
+    from kdfast.integrations import liger as fast
+
+    inputs = *made_heads(shape), torch.randint(shape.vocab, (1, shape.rows))
+    rows = []
+    for hard in (0.0, 0.5):
+        options = {"weight_hard_loss": hard, "weight_soft_loss": 1 - hard, "compiled": False}
+        own, ours = (library.LigerFusedLinearJSDLoss(**options) for library in (chunked_loss, fast))
+        name = f"chunked JSD, hard weight {hard}"
+        rows.append(Row(name, list(inputs[:2]), partial(own, *inputs), partial(ours, *inputs)))
+    return rows
+
+
+def swift(shape: Shape) -> list[Row]:
+    """ms-swift's function that its GKD trainers share."""
+    from swift.rlhf_trainers import gkd_loss
+
+    from kdfast.integrations.swift import replace_jsd_loss
+
+    student, teacher = made_logits(shape)
+    rows, own = [], gkd_loss.jsd_loss
+    for beta in (0.0, 0.5, 1.0):
+        inputs = student[0], teacher[0], beta
+        rows.append(Row(f"GKD, beta {beta}", [student], partial(own, *inputs), partial(replace_jsd_loss(own), *inputs)))
+    return rows
+
+
+def modelopt(shape: Shape) -> list[Row]:
+    from modelopt.torch.distill import losses
+
+    from kdfast.integrations import modelopt as fast
+
+    student, teacher = made_logits(shape)
+    inputs = student[0], teacher[0]
+    own, ours = (library.LogitsDistillationLoss(temperature=2.0) for library in (losses, fast))
+    return [Row("LogitsDistillationLoss, T = 2", [student], partial(own, *inputs), partial(ours, *inputs))]
+
+
+def speculators(shape: Shape) -> list[Row]:
+    """The eager losses, which are what runs on a CPU."""
+    from speculators.losses import eager
+
+    from kdfast.integrations.speculators import LOSSES
+
+    student, teacher = made_logits(shape)
+
+    def row(name: str) -> Row:
+        own, ours = getattr(eager, name.removeprefix("fused_").replace("nla", "neg_log_acceptance")), LOSSES[name]
+        return Row(name, [student], lambda: own(student, teacher).sum(), lambda: ours(student, teacher).sum())
+
+    return [row(name) for name in LOSSES]
+
+
+CLIENTS: dict[str, Callable[[Shape], list[Row]]] = {
+    "trl": trl,
+    "liger": liger,
+    "swift": swift,
+    "modelopt": modelopt,
+    "speculators": speculators,
+}
 
 
 def medians(rows: list[Row], rounds: int, clock: Callable[[], float]) -> list[tuple[float, float]]:
