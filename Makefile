@@ -130,7 +130,7 @@ emulator-test: $(VENV)/.extra-test ## the own tests of the emulator that runs GP
 mutants: $(BUILT) $(VENV)/.extra-test $(VENV)/.extra-demo ## what the tests miss of the faults in tests/planted; takes hours, ARGS=--help
 	$(PY) tests/mutants.py $(ARGS)
 
-bench: $(BUILT) $(VENV)/.extra-demo ## kdfast beside its peers: table, CSV and picture; ARGS=--quick takes under a minute
+bench: $(BUILT) $(VENV)/.extra-demo ## kdfast beside its peers: table, CSV and picture; ARGS=--quick takes a minute
 	$(PY) -m benchmarks $(ARGS)
 
 # NVIDIA's checker of memory accesses, of races in shared memory and of barriers, on a call of each kind of kernel. It is
@@ -164,7 +164,7 @@ gpu-smoke: ## a minute on a GPU: three shapes on each GPU backend against the re
 	$(MAKE) $(ON_GPU) .gpu-smoke
 
 gpu-check: $(if $(DRY),$(DRY_NEEDS)) ## tests and a report of speed on a GPU; ARGS=--dry-run tries the report without one
-	$(if $(DRY),$(PY) -m benchmarks.gpu $(ARGS),$(MAKE) $(ON_GPU) .gpu-check)
+	$(if $(DRY),$(PY) -m benchmarks $(ARGS),$(MAKE) $(ON_GPU) .gpu-check)
 
 .gpu-build: $(VENV)/.torch
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-check: torch sees no GPU here")'
@@ -179,7 +179,7 @@ gpu-check: $(if $(DRY),$(DRY_NEEDS)) ## tests and a report of speed on a GPU; AR
 	$(call record,sanitizer,$(SANITIZED))
 	$(call record,kernels,$(KERNEL_TESTS))
 	$(call record,tests,$(PY) -m pytest -n $(GPU_PROCESSES) --dist worksteal)
-	$(call record,report,$(PY) -m benchmarks.gpu --tests build/gpu-tests.txt --sanitizer build/gpu-sanitizer.txt $(ARGS))
+	$(call record,report,$(PY) -m benchmarks --device cuda --tests build/gpu-tests.txt --sanitizer build/gpu-sanitizer.txt $(ARGS))
 	@exit $$(cat $(patsubst %,build/gpu-%.status,sanitizer kernels tests report) | sort -n | tail -1)
 
 lint: $(VENV)/.extra-lint ## ruff, clang-format, mypy

@@ -1,28 +1,39 @@
-"""`python -m benchmarks`: measures the cases of cases.py and writes a table, a CSV and a plot.
+"""`python -m benchmarks`: measures the cases of cases.py on a CPU or on a GPU.
+
+It prints a table, and writes it as a page in markdown, a CSV and a plot, named after the machine.
 
 Examples:
-    python -m benchmarks                                     everything, some minutes
-    python -m benchmarks --quick                             the main cases, under a minute
+    python -m benchmarks                                     a CPU: everything, some minutes
+    python -m benchmarks --quick                             the main cases, about a minute
     python -m benchmarks --case bf16-inplace                 cases whose name contains that
     python -m benchmarks --case fp32-inplace --only floor    without peers: seconds, to tune a kernel
     python -m benchmarks --case avx2 --minima                on a busy machine
+    python -m benchmarks --device cuda                       a GPU: some minutes, most of them torch.compile's
+    python -m benchmarks --device cuda --case 128256         prints its table only
+    python -m benchmarks --dry-run --out build               the code for a GPU on tiny logits, without one
 """
 
 import argparse
 import json
 import os
+import re
+import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from benchmarks import plot, report
 from benchmarks.cases import CASES, Case, Workload
 
 RESULTS = Path(__file__).with_name("results")
-ROUNDS, QUICK_ROUNDS = 21, 5
+ROUNDS = {"cpu": 21, "cuda": 50, "dry run": 2}
+QUICK_ROUNDS, LEAST_GPU_ROUNDS = 5, 30  # fewer are too few for percentiles
 
 Results = dict[Workload, dict[str, Any]]
 
@@ -31,16 +42,28 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="the main cases, under a minute")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU of NVIDIA or AMD")
+    parser.add_argument("--dry-run", action="store_true", help="of a GPU's cases, on the CPU: times mean nothing")
+    parser.add_argument("--quick", action="store_true", help="the main cases")
     parser.add_argument("--case", action="append", metavar="TEXT", help="cases with TEXT in their name; repeatable")
     parser.add_argument("--only", metavar="TEXT", help="besides kdfast, only candidates with TEXT in their name")
     parser.add_argument("--isa", help="the instruction set of all cases, a value of KDFAST_CPU_ISA")
     parser.add_argument("--threads", type=int, help="threads of every candidate (torch's default)")
-    parser.add_argument("--rounds", type=int, help=f"default {ROUNDS}, with --quick {QUICK_ROUNDS}")
+    rounds = ", ".join(f"{name} {number}" for name, number in ROUNDS.items())
+    parser.add_argument("--rounds", "--repeats", type=int, help=f"default: {rounds}; cpu --quick {QUICK_ROUNDS}")
     parser.add_argument("--minima", action="store_true", help="compare shortest times, not medians; writes no files")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for CSV and PNG (whole runs: benchmarks/results)")
+    parser.add_argument("--tests", type=Path, metavar="FILE", help="pytest's output, whose summary the page quotes")
+    parser.add_argument("--sanitizer", type=Path, metavar="FILE", help="compute-sanitizer's output, also quoted")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for the files (whole runs: benchmarks/results)")
     parser.add_argument("--list", action="store_true", help="show all cases and their reasons")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.dry_run:
+        options.device = "dry run"
+    if options.rounds is not None and options.rounds < (LEAST_GPU_ROUNDS if options.device == "cuda" else 1):
+        parser.error(f"--rounds: {options.rounds} are too few for percentiles")
+    if options.dry_run and options.out and options.out.resolve() == RESULTS.resolve():
+        parser.error("--out: a dry run is no result; use another folder")
+    return options
 
 
 def _can_run(isa: str) -> bool:
@@ -54,7 +77,7 @@ def _selected(options: argparse.Namespace) -> list[Case]:
     """The cases that the options select, with the candidates that they select."""
     cases = []
     for case in CASES:
-        if options.case and not any(text in case.name for text in options.case):
+        if case.device != options.device or (options.case and not any(text in case.name for text in options.case)):
             continue
         if options.quick and not (case.quick or options.case):
             continue
@@ -67,56 +90,63 @@ def _selected(options: argparse.Namespace) -> list[Case]:
             case = replace(case, also=())
         if options.only:
             bounds = tuple(bound for bound in case.bounds if options.only in bound.against)
-            also = tuple(name for name in case.also if options.only in name)
-            case = replace(case, bounds=bounds, also=also)
+            case = replace(case, bounds=bounds, also=tuple(name for name in case.also if options.only in name))
         cases.append(case)
     return cases
 
 
-def _tasks(cases: list[Case]) -> dict[str, dict[Workload, list[str]]]:
-    """The workloads of each instruction set, each with the candidates of all its cases."""
-    tasks: dict[str, dict[Workload, list[str]]] = {}
+def _run(cases: list[Case], options: argparse.Namespace) -> Results:
+    """Measures every workload with the candidates of all its cases, each in a process of its own."""
+    workloads: dict[Workload, dict[str, None]] = {}
     for case in cases:
-        names = tasks.setdefault(case.workload.isa, {}).setdefault(case.workload, [])
-        names += [name for name in case.candidates if name not in names]
-    return tasks
-
-
-def _run(cases: list[Case], rounds: int, threads: int | None, isa: str | None) -> Results:
-    """Measures every workload, one process per instruction set."""
+        workloads.setdefault(case.workload, {}).update(dict.fromkeys(case.candidates))
+    is_short = options.quick and options.device == "cpu"
+    job = {"device": options.device, "threads": options.threads}
+    job["rounds"] = options.rounds or (QUICK_ROUNDS if is_short else ROUNDS[options.device])
     results: Results = {}
-    tasks = _tasks(cases)
-    total = sum(len(workloads) for workloads in tasks.values())
-    number = 0
-    for wanted, workloads in tasks.items():
-        todo = []
-        for workload, names in workloads.items():
-            number += 1
-            title = f"[{number}/{total}] {workload.name}"
-            todo.append({"workload": asdict(workload), "candidates": names, "title": title})
-        job = {"tasks": todo, "rounds": rounds, "threads": threads}
-        chosen = isa if wanted == "best" else wanted
-        environment = os.environ | ({"KDFAST_CPU_ISA": chosen} if chosen else {})
-        process = subprocess.run(
-            [sys.executable, "-m", "benchmarks.worker"],
-            input=json.dumps(job),
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-        )
-        for line in process.stdout.splitlines():
-            result = json.loads(line)
-            results[Workload(**result["workload"])] = result
-        if process.returncode != 0:
-            print(f"benchmarks: a worker exited with status {process.returncode}, see above", file=sys.stderr)
+    for number, (workload, names) in enumerate(workloads.items(), 1):
+        job["title"] = f"[{number}/{len(workloads)}] {workload.name}"
+        job |= {"workload": asdict(workload), "names": list(names)}
+        isa = options.isa if workload.isa == "best" else workload.isa
+        environment = os.environ | ({"KDFAST_CPU_ISA": isa} if isa else {})
+        command = [sys.executable, "-m", "benchmarks.worker"]
+        done = subprocess.run(command, input=json.dumps(job), stdout=subprocess.PIPE, env=environment, text=True)
+        if done.returncode == 0:
+            results[workload] = json.loads(done.stdout)
+        else:
+            print(f"benchmarks: a worker exited with status {done.returncode}, see above", file=sys.stderr)
     return results
 
 
 def _list() -> None:
     for case in CASES:
-        print(f"{case.name}: {case.measured} on {case.workload.name}\n    {case.reason}")
+        print(f"{case.name} ({case.device}): {case.measured} on {case.workload.name}\n    {case.reason}")
         for bound in case.bounds:
             print(f"    bar {bound.text(bound.bar) or 'none'}, goal {bound.text(bound.goal) or 'none'}")
+
+
+def _summary(output: Path) -> str:
+    """The last line of pytest's output, such as 12 passed, 3 skipped in 4.56s, or compute-sanitizer's summary."""
+    lines = output.read_text(errors="replace").splitlines()
+    ends = [line.strip("= ") for line in lines if re.search(r"\b(passed|failed|skipped|errors?)\b.* in [\d.]+s", line)]
+    found = [line.strip("=* ") for line in lines if re.search(r"SUMMARY: |NOT INSTALLED", line)]
+    return (ends[-1] if ends else "; ".join(found)) or "no summary: the run did not finish"
+
+
+def _write(outcomes: list[report.Outcome], options: argparse.Namespace) -> None:
+    is_whole = not (options.case or options.only or options.isa or options.threads)
+    folder = options.out or (Path(tempfile.mkdtemp(prefix="kdfast-")) if options.dry_run else RESULTS)
+    if options.minima or not (options.out or options.dry_run or is_whole):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = "dry-run" if options.dry_run else report.slug(outcomes[0].run["facts"]["machine"]) + "-quick" * options.quick
+    files = {"tests": options.tests, "compute-sanitizer": options.sanitizer}
+    notes = {name: _summary(file) if file else "not run" for name, file in files.items() if options.device != "cpu"}
+    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    (folder / f"{stem}.md").write_text(report.page(outcomes, notes, command, f"{stem}.png"))
+    report.write_csv(outcomes, folder / f"{stem}.csv")
+    plot.draw(outcomes, folder / f"{stem}.png")
+    print(f"written: {folder / stem}.md, .csv and .png")
 
 
 def main() -> int:
@@ -128,21 +158,25 @@ def main() -> int:
     if not cases:
         print("benchmarks: these options select no case; --list shows the names", file=sys.stderr)
         return 2
-    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-    results = _run(cases, rounds, options.threads, options.isa)
+    results = _run(cases, options)
     summarize = min if options.minima else statistics.median
     outcomes = [report.Outcome(case, results[case.workload], summarize) for case in cases if case.workload in results]
-    if outcomes:
-        report.show(outcomes)
-    is_whole = not (options.case or options.only or options.isa or options.threads)
-    if outcomes and (options.out or is_whole) and not options.minima:
-        folder = options.out or RESULTS
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = report.slug(report.cpu_name()) + "-quick" * options.quick
-        report.write_csv(outcomes, folder / f"{stem}.csv")
-        plot.draw(outcomes, folder / f"{stem}.png")
-        print(f"written: {folder / stem}.csv and .png")
-    return 0 if len(outcomes) == len(cases) else 1
+    if not outcomes:
+        return 1
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width
+        console.width = 240
+    console.print(report.title(outcomes), report.table(outcomes), sep="\n")
+    _write(outcomes, options)
+    unsound = [
+        f"{name} on {outcome.case.name}: {note}"
+        for outcome in outcomes
+        for name in outcome.case.candidates
+        if (note := outcome.run["rows"][name]["note"]) and "kdfast" in name and not note.startswith("left out")
+    ]
+    for each in unsound:
+        print(f"benchmarks: {each}", file=sys.stderr)
+    return 1 if unsound or len(outcomes) < len(cases) else 0
 
 
 if __name__ == "__main__":

@@ -4,42 +4,47 @@ kdfast
     kdfast          kd_loss and backward, the default call: a fresh gradient for a leaf
     kdfast inplace  with inplace=True: the gradient overwrites the logits
     1, 2 threads    the same with this number of threads
-    kdfast forward  kd_loss under no_grad
     kdfast softmax  tempered_softmax under no_grad
     jsd inplace     kdfast inplace with that divergence; the same for the others
     with metrics    kdfast inplace with that option; the same for the others of OPTIONS
+    kdfast cuda     on a GPU: by this backend and no other, with forward_kl, whose value is the recipe's; also triton
+    ... graph       the call as a CUDA graph that is replayed, without the host's time
 floors
     floor kept      reads both logits and writes a third array, always the same one
     floor fresh     writes one that each call allocates
     floor reads     reads both logits
+    floor copy      on a GPU: a copy of as many bytes as a call must move; it reads half and writes half
 peers
     eager           the usual recipe, in the logits' own dtype: the yardstick for bf16 too
     eager jsd       the recipe with that divergence; the same for the others
     eager in fp32   the recipe on logits.float()
-    eager forward   the recipe under no_grad
     eager softmax   torch.softmax(logits / T)
     torch.compile   the recipe compiled
-    liger           Liger-Kernel's chunked loss without the head, compiled as Liger compiles it; its other losses
-                    need Triton and do not run on a CPU
+    liger           on a CPU, Liger-Kernel's chunked loss without the head, compiled as Liger compiles it; its other
+                    losses need Triton; on a GPU, the recipe with Liger-Kernel's divergence
     trl             TRL's generalized_jsd_loss for beta = 0, without a hard term
+... forward         the same under no_grad
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import kdfast
-from benchmarks import floor
+from benchmarks import floor, recipes
 from benchmarks.cases import Workload
+from benchmarks.recipes import ALPHA
 from benchmarks.timing import Candidate
 from kdfast.divergences import names
 
-ALPHA = 0.9
 LIGER_CHUNK = 1024  # rows, Liger's default
+_LIGER = torch.func.grad_and_value(recipes.liger_chunk)
+GPU_BACKENDS = ("cuda", "triton")  # by name, so that no other one takes the call
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "metrics": {"return_metrics": True},
@@ -54,15 +59,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
 class Data:
     """The tensors of a workload: at most four arrays of the logits' size."""
 
-    def __init__(self, workload: Workload) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, workload: Workload, device: str = "cpu") -> None:
+        generator = torch.Generator(device).manual_seed(0)
         shape = (workload.rows, workload.vocab)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[workload.dtype]
+        logits = [torch.randn(shape, generator=generator, dtype=dtype, device=device).mul_(3) for _ in range(2)]
         self.temperature = workload.temperature
-        self.student = (3.0 * torch.randn(shape, generator=generator)).to(dtype)  # (rows, vocab)
-        self.teacher = (3.0 * torch.randn(shape, generator=generator)).to(dtype)  # (rows, vocab)
-        self.labels = torch.randint(workload.vocab, shape[:1], generator=generator)  # (rows,)
+        self.student, self.teacher = logits  # (rows, vocab)
+        self.labels = torch.randint(workload.vocab, shape[:1], generator=generator, device=device)  # (rows,)
         self._spare: dict[str, Tensor] = {}
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, float]:
+        """Those of a loss, after the student."""
+        return self.teacher, self.labels, self.temperature
 
     def spare(self, use: str) -> Tensor:
         """An array of the student's size whose pages are mapped; made at its first use."""
@@ -93,172 +103,136 @@ class _Layer(torch.autograd.Function):
         return None, None
 
 
-def recipe(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Six lines of PyTorch. The gradient is kd_loss's, the value less by the teacher's entropy."""
-    log_q = F.log_softmax(student / temperature, dim=-1)
-    p = F.softmax(teacher / temperature, dim=-1)
-    soft = F.kl_div(log_q, p, reduction="batchmean") * temperature**2
-    hard = F.cross_entropy(student, labels)
-    return ALPHA * soft + (1 - ALPHA) * hard
-
-
-def soft_terms(divergence: str, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """T^2 * D of each row by its formula, at the default beta."""
-    if divergence == "logit_mse":
-        difference = (student - student.mean(-1, keepdim=True)) - (teacher - teacher.mean(-1, keepdim=True))
-        return difference.square().mean(-1) / 2
-    log_q = F.log_softmax(student / temperature, dim=-1)
-    log_p = F.log_softmax(teacher / temperature, dim=-1)
-    p, q = log_p.exp(), log_q.exp()
-
-    def kl(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
-        return (a * (log_a - log_b)).sum(-1)
-
-    beta = 0.1 if divergence.startswith("skew") else 0.5
-    terms: dict[str, Callable[[], Tensor]] = {
-        "cross_entropy": lambda: -(p * log_q).sum(-1),
-        "forward_kl": lambda: kl(p, log_p, log_q),
-        "reverse_kl": lambda: kl(q, log_q, log_p),
-        "symmetric_kl": lambda: beta * kl(p, log_p, log_q) + (1 - beta) * kl(q, log_q, log_p),
-        "jsd": lambda: _jsd(p, q, log_p, log_q, (beta * p + (1 - beta) * q).log(), beta),
-        "skew_forward_kl": lambda: kl(p, log_p, (beta * p + (1 - beta) * q).log()),
-        "skew_reverse_kl": lambda: kl(q, log_q, (beta * q + (1 - beta) * p).log()),
-        "tvd": lambda: (p - q).abs().sum(-1) / 2,
-        "hellinger": lambda: 1 - ((log_p + log_q) / 2).exp().sum(-1),
-        "dkd": lambda: _dkd(student / temperature, teacher / temperature, labels),
-    }
-    return temperature**2 * terms[divergence]()
-
-
-def _dkd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """Decoupled KD with its published weights, as its authors wrote it: a softmax with the label masked."""
-    label = F.one_hot(labels, student.shape[-1]).bool()
-    parts = []
-    for z in (student, teacher):
-        p = (F.softmax(z, dim=-1) * label).sum(-1)
-        parts.append((torch.stack([p, 1 - p], -1), F.log_softmax(z - 1000.0 * label, dim=-1)))
-    (binary_q, log_q), (binary_p, log_p) = parts
-    target = F.kl_div(binary_q.log(), binary_p, reduction="none").sum(-1)
-    return target + 8.0 * F.kl_div(log_q, log_p.exp(), reduction="none").sum(-1)
-
-
-def _jsd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, log_m: Tensor, beta: float) -> Tensor:
-    return beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * (q * (log_q - log_m)).sum(-1)
-
-
-def trl(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """generalized_jsd_loss (1.16) for beta = 0, which is forward KL, of the rows whose label is not -100."""
-    log_q = F.log_softmax(student / temperature, dim=-1)
-    log_p = F.log_softmax(teacher / temperature, dim=-1)
-    terms = F.kl_div(log_q, log_p, reduction="none", log_target=True)
-    kept = labels != -100
-    return terms[kept].sum() / kept.sum()
-
-
-def family_recipe(divergence: str) -> Callable[..., Tensor]:
-    def loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-        soft = soft_terms(divergence, student, teacher, labels, temperature).mean()
-        return ALPHA * soft + (1 - ALPHA) * F.cross_entropy(student, labels)
-
-    return loss
-
-
-def recipe_in_fp32(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    return recipe(student.float(), teacher.float(), labels, temperature)
-
-
-def _liger_chunk(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, rows: int) -> Tensor:
-    """LigerFusedLinearJSDLoss (0.8.5) without the head, for beta = 0, which is forward KL."""
-    log_q1 = F.log_softmax(student.float(), dim=-1)
-    hard = F.nll_loss(log_q1, labels, reduction="sum")
-    log_q = F.log_softmax(student / temperature, dim=-1)
-    log_p = F.log_softmax(teacher / temperature, dim=-1)
-    soft = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1).sum()
-    return (ALPHA * soft + (1 - ALPHA) * hard) / rows
-
-
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled at the first use: the compiler alone takes seconds to import."""
     return torch.compile(function, dynamic=False)
 
 
-@functools.cache
-def _liger_grad() -> Callable[..., Any]:
-    return _compiled(torch.func.grad_and_value(_liger_chunk))
-
-
 def liger(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> list[Tensor]:
     """The gradient, chunk by chunk, computed in forward as in Liger."""
+    gradient = _compiled(_LIGER)
     chunks = zip(*(x.split(LIGER_CHUNK) for x in (student, teacher, labels)), strict=True)
-    return [_liger_grad()(s, t, y, temperature, len(labels))[0] for s, t, y in chunks]
+    return [gradient(s, t, y, temperature, len(labels))[0] for s, t, y in chunks]
 
 
-def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, **kwargs: Any) -> Tensor:
+def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, **kwargs: Any) -> Any:
     return kdfast.kd_loss(student, teacher, labels, temperature=temperature, alpha=ALPHA, **kwargs)
 
 
-def _trained(data: Data, loss: Callable[..., Tensor]) -> Candidate:
+def _step(data: Data, loss: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+    def step(student: Tensor) -> Tensor:
+        found = loss(student, *data.arguments)
+        value = found[0] if isinstance(found, tuple) else found  # with metrics
+        value.backward()
+        return value.detach()
+
+    return step
+
+
+def _trained(data: Data, loss: Callable[..., Tensor], divergence: str | None = "forward_kl") -> Candidate:
     """Loss and gradient for a leaf."""
-    return Candidate(data.leaf, lambda s: loss(s, data.teacher, data.labels, data.temperature).backward())
+    return Candidate(data.leaf, _step(data, loss), divergence=divergence)
 
 
-def _inplace(data: Data, threads: int | None = None, **options: Any) -> Candidate:
-    def run(student: Tensor) -> None:
-        arguments = student, data.teacher, data.labels, data.temperature
-        loss = kd_loss(*arguments, inplace=True, **options)
-        (loss[0] if "return_metrics" in options else loss).backward()
-
-    return Candidate(data.non_leaf, run, threads)
+def _inplace(data: Data, threads: int | None = None, is_checked: bool = True, **options: Any) -> Candidate:
+    """The gradient overwrites the logits."""
+    divergence = options.get("divergence", "cross_entropy") if is_checked else None
+    return Candidate(data.non_leaf, _step(data, partial(kd_loss, inplace=True, **options)), threads, divergence)
 
 
-def _forward(function: Callable[..., Any], *args: Any) -> Candidate:
+def _forward(function: Callable[..., Any], *args: Any, divergence: str | None = None) -> Candidate:
     """The value alone, under no_grad."""
     without_grad = torch.no_grad()(function)
-    return Candidate(lambda: None, lambda _: without_grad(*args))
+    return Candidate(lambda: None, lambda _: without_grad(*args), divergence=divergence)
+
+
+def _captured(data: Data, loss: Callable[..., Tensor]) -> Candidate:
+    """The replay of a CUDA graph of a step."""
+    student, step, side = data.leaf(), _step(data, loss), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(student)  # the first call compiles and loads, which a capture does not allow
+    torch.cuda.current_stream().wait_stream(side)
+    student.grad = None  # the graph has memory of its own for it
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = step(student)
+
+    def replay(_: Tensor) -> Tensor:
+        graph.replay()
+        return value
+
+    return Candidate(lambda: student, replay, divergence="forward_kl")
+
+
+def _copy(nbytes: int, device: torch.device) -> Candidate:
+    """Reads and writes `nbytes` in all. Its arrays are freed after each call, to leave memory for the peers."""
+
+    def prepare() -> list[Tensor]:
+        return [torch.empty(nbytes // 2, dtype=torch.uint8, device=device) for _ in range(2)]
+
+    return Candidate(prepare, lambda pair: pair[0].copy_(pair[1]))
+
+
+LOSSES: dict[str, tuple[Callable[..., Tensor], str]] = {  # and the divergence whose value it has
+    "kdfast": (kd_loss, "cross_entropy"),
+    **{
+        f"kdfast {name}": (partial(kd_loss, divergence="forward_kl", backend=name), "forward_kl")
+        for name in GPU_BACKENDS
+    },
+    "eager": (recipes.recipe, "forward_kl"),
+    "eager in fp32": (recipes.recipe_in_fp32, "forward_kl"),
+    "torch.compile": (lambda *args: _compiled(recipes.recipe)(*args), "forward_kl"),
+    "liger": (recipes.liger_divergence, "forward_kl"),
+}
 
 
 def candidate(name: str, data: Data) -> Candidate:
     """The candidate of this name; the top of this file lists them."""
-    student, teacher, labels, temperature = data.student, data.teacher, data.labels, data.temperature
+    student, teacher, temperature = data.student, data.teacher, data.temperature
     makers: dict[str, Callable[[], Candidate]] = {
-        "kdfast": lambda: _trained(data, kd_loss),
         "kdfast inplace": lambda: _inplace(data),
         "1 thread": lambda: _inplace(data, threads=1),
         "2 threads": lambda: _inplace(data, threads=2),
-        "kdfast forward": lambda: _forward(kd_loss, student, teacher, labels, temperature),
         "kdfast softmax": lambda: _forward(kdfast.tempered_softmax, student, temperature),
         "floor kept": lambda: Candidate(
             lambda: data.spare("floor"), lambda out: floor.read_write(student, teacher, out)
         ),
-        "floor fresh": lambda: Candidate(
-            lambda: None, lambda _: floor.read_write(student, teacher, torch.empty_like(student))
-        ),
+        "floor fresh": lambda: _forward(lambda: floor.read_write(student, teacher, torch.empty_like(student))),
         "floor reads": lambda: _forward(floor.read_only, student, teacher),
-        "eager": lambda: _trained(data, recipe),
-        "eager in fp32": lambda: _trained(data, recipe_in_fp32),
-        "eager forward": lambda: _forward(recipe, student, teacher, labels, temperature),
+        "floor copy": lambda: _copy(3 * student.nbytes, student.device),
+        "floor copy forward": lambda: _copy(2 * student.nbytes, student.device),
         "eager softmax": lambda: _forward(lambda: torch.softmax(student / temperature, dim=-1)),
-        "torch.compile": lambda: _trained(data, _compiled(recipe)),
-        "trl": lambda: _trained(data, trl),
-        "liger": lambda: Candidate(lambda: None, lambda _: liger(student, teacher, labels, temperature)),
+        "trl": lambda: _trained(data, recipes.trl, None),
+        "with weights": lambda: _inplace(data, is_checked=False, row_weight=torch.rand(len(student)) + 0.5),
     }
+    for key, (loss, divergence) in LOSSES.items():
+        makers[key] = partial(_trained, data, loss, divergence)
+        makers[f"{key} forward"] = partial(_forward, loss, student, *data.arguments, divergence=divergence)
+    for backend in GPU_BACKENDS:
+        makers[f"kdfast {backend} inplace"] = partial(_inplace, data, divergence="forward_kl", backend=backend)
+        makers[f"kdfast {backend} graph"] = partial(_captured, data, LOSSES[f"kdfast {backend}"][0])
     for divergence in names():
-        makers[f"{divergence} inplace"] = lambda d=divergence: _inplace(data, divergence=d)
-        makers[f"eager {divergence}"] = lambda d=divergence: _trained(data, family_recipe(d))
+        makers[f"{divergence} inplace"] = partial(_inplace, data, divergence=divergence)
+        makers[f"eager {divergence}"] = partial(_trained, data, recipes.family_recipe(divergence), None)
     for option, settings in OPTIONS.items():
-        makers[f"with {option}"] = lambda settings=settings: _inplace(data, **settings)
-    makers["with weights"] = lambda: _inplace(data, row_weight=torch.rand(len(data.labels)) + 0.5)
+        makers[f"with {option}"] = partial(_inplace, data, is_checked=False, **settings)
+    if student.device.type == "cpu":
+        makers["liger"] = lambda: Candidate(lambda: None, lambda _: liger(student, *data.arguments))
     return makers[name]()
 
 
-def gradient_error(data: Data, rows: int = 16) -> float:
-    """The error of kdfast's gradient against the recipe in fp64, relative to the largest entry."""
-    args = data.teacher[:rows], data.labels[:rows]
-    student = data.student[:rows].clone().requires_grad_()
-    kd_loss(student, *args, data.temperature).backward()
-    truth = data.student[:rows].double().requires_grad_()
-    recipe(truth, args[0].double(), args[1], data.temperature).backward()
-    assert student.grad is not None
-    assert truth.grad is not None
-    return float((student.grad - truth.grad).abs().max() / truth.grad.abs().max())
+def why_not(name: str, device: str) -> str:
+    """Why a candidate of a GPU cannot run here; empty where it can."""
+    is_dry = device == "dry run"
+    backend = next((word for word in name.split() if word in GPU_BACKENDS), None)
+    if backend == "cuda" and (is_dry or torch.version.cuda is None):
+        return "left out: needs an NVIDIA GPU"
+    if is_dry and name.startswith("torch.compile"):
+        return "left out: would compile for the CPU"
+    if is_dry and (name.endswith("graph") or name.startswith("liger")):
+        return "left out: needs a GPU"
+    if device == "cuda" and name.startswith("liger") and not importlib.util.find_spec("liger_kernel"):
+        return "left out: liger-kernel is not installed"
+    return kdfast.backends()[backend]["why_not"] or "" if backend else ""

@@ -1,10 +1,12 @@
-"""All cases, each with its bar, its goal and its reason.
+"""All cases of a CPU and of a GPU, each with its reason, those of a CPU with bars and goals.
 
-A workload is measured in one interleaved run. A case is one line of the table: a call of kdfast on a workload, and the
-candidates that it is compared with. candidates.py explains their names.
+A workload is measured in one interleaved run. A case is a call of kdfast on a workload, and the candidates that it is
+compared with. candidates.py explains their names.
 """
 
+import itertools
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,13 @@ class Workload:
 
     @property
     def cold(self) -> bool:
-        """Whether caches are flushed before each call. Small logits stay warm, as in training, where the model's last
-        layer has just written them."""
+        """Whether a CPU's caches are flushed before each call. Small logits stay warm, as in training, where the last
+        layer of the model has just written them."""
         return self.nbytes > 32 << 20
 
     @property
     def repeats(self) -> int:
-        """Calls per sample: a single one of a few microseconds would measure the clock."""
+        """Calls per sample on a CPU: a single one of a few microseconds would measure the clock."""
         return 50 if self.nbytes < 1 << 16 else 1
 
 
@@ -66,54 +68,57 @@ class Bound:
 
 @dataclass(frozen=True)
 class Case:
-    name: str
     workload: Workload
+    kind: str  # ends the name
     measured: str  # the candidate whose time this case is about
     bounds: tuple[Bound, ...]
     reason: str
     also: tuple[str, ...] = ()  # further candidates, without a bound
     quick: bool = False  # part of --quick
+    device: str = "cpu"  # "cuda", or "dry run"
+
+    @property
+    def name(self) -> str:
+        return f"{self.workload.name}-{self.kind}".removesuffix("-")
 
     @property
     def candidates(self) -> list[str]:
         """All candidates to measure, each once."""
         return list(dict.fromkeys([self.measured, *(bound.against for bound in self.bounds), *self.also]))
 
+    def first(self, prefix: str) -> str | None:
+        """The first candidate whose name begins so: the floor, or eager."""
+        return next((name for name in self.candidates if name.startswith(prefix)), None)
+
+    @property
+    def nbytes(self) -> int:
+        """The minimum memory traffic: both logits are read, the gradient is written; without one, two arrays move."""
+        return (2 if self.measured.endswith(("forward", "softmax")) else 3) * self.workload.nbytes
+
 
 LLM = (1024, 32000)  # a micro-batch of tokens, Llama 2's vocabulary: 131 MB in fp32, beyond any cache
 WIDE = (256, 151936)  # Qwen's vocabulary: a row is 600 kB in fp32, which no longer fits into a core's caches
+DTYPES = ("fp32", "bf16")
 _KEPT, _FRESH = "floor kept", "floor fresh"
 
 
-def _inplace(
-    shape: tuple[int, int],
-    dtype: str,
-    bar: float,
-    goal: float,
-    reason: str,
-    temperature: float = 2.0,
-    isa: str = "best",
-) -> Case:
-    """inplace=True, compared with the floor alone."""
-    workload = Workload(*shape, dtype, temperature, isa)
-    return Case(f"{workload.name}-inplace", workload, "kdfast inplace", (Bound(_KEPT, bar, goal),), reason)
-
-
 def _variants() -> list[Case]:
-    """Other shapes, temperatures and instruction sets: bars and goals against the floor, of fp32 and of bf16."""
+    """inplace=True on other shapes, temperatures and instruction sets, compared with the floor alone."""
     three_exps = "without exp(z/T)^T: three exps an element"
     avx2 = "most desktops and half of the cloud have no AVX-512"
-    cases = []
-    for dtype, bar, goal in (("fp32", 1.8, 1.25), ("bf16", 2.6, 1.8)):
-        cases.append(_inplace(WIDE, dtype, bar, goal, "rows longer than a core's caches"))
-    for shape in (LLM, WIDE):
-        for dtype, bar, goal in (("fp32", 2.1, 1.6), ("bf16", 3.3, 2.5)):
-            cases.append(_inplace(shape, dtype, bar, goal, three_exps, temperature=3.7))
-    for shape in (LLM, WIDE):
-        for temperature, reason in ((2.0, avx2), (3.7, f"{avx2}; {three_exps}")):
-            for dtype, bar, goal in (("fp32", 2.4, 1.7), ("bf16", 4.0, 3.0)):
-                cases.append(_inplace(shape, dtype, bar, goal, reason, temperature, "avx2"))
-    return cases
+    both = f"{avx2}; {three_exps}"
+    bars = [  # and goals, of fp32 and of bf16
+        ((WIDE,), 2.0, "best", ((1.8, 1.25), (2.6, 1.8)), "rows longer than a core's caches"),
+        ((LLM, WIDE), 3.7, "best", ((2.1, 1.6), (3.3, 2.5)), three_exps),
+        ((LLM, WIDE), 2.0, "avx2", ((2.4, 1.7), (4.0, 3.0)), avx2),
+        ((LLM, WIDE), 3.7, "avx2", ((2.4, 1.7), (4.0, 3.0)), both),
+    ]
+    return [
+        Case(Workload(*shape, dtype, temperature, isa), "inplace", "kdfast inplace", (Bound(_KEPT, *bar),), reason)
+        for shapes, temperature, isa, limits, reason in bars
+        for shape in shapes
+        for dtype, bar in zip(DTYPES, limits, strict=True)
+    ]
 
 
 def _family() -> list[Case]:
@@ -125,11 +130,10 @@ def _family() -> list[Case]:
     kinds = {"forward_kl": running, "reverse_kl": running, "symmetric_kl": running, "jsd": own_pass}
     kinds |= {name: own_pass for name in ("skew_forward_kl", "skew_reverse_kl", "tvd", "hellinger")}
     cases = []
-    for dtype in ("fp32", "bf16"):
-        workload = Workload(*LLM, dtype)
+    for dtype in DTYPES:
         for name, (of_default, faster, reason) in (kinds | {"dkd": as_forward, "logit_mse": no_exps}).items():
             bounds = Bound("cross_entropy inplace", *of_default), Bound(f"eager {name}", *faster)
-            cases.append(Case(f"{workload.name}-{name}", workload, f"{name} inplace", bounds, reason))
+            cases.append(_llm(f"{dtype}-{name}", f"{name} inplace", reason, bounds))
     return cases
 
 
@@ -144,110 +148,106 @@ def _options() -> list[Case]:
         "both softcaps": (1.8, "two tanh a class"),
         "standardize": (1.3, "mean and deviation first, no exp(z/T)^T, a dot product for the gradient"),
     }
+    return [
+        _llm(f"{dtype}-{name.replace(' ', '-')}", f"with {name}", reason, (Bound("cross_entropy inplace", bar),))
+        for dtype in DTYPES
+        for name, (bar, reason) in bars.items()
+    ]
+
+
+def _llm(
+    ends: str, measured: str, reason: str, bounds: tuple[Bound, ...], also: tuple[str, ...] = (), quick: bool = False
+) -> Case:
+    """The main shape; ends: dtype and kind, which end the name."""
+    dtype, kind = ends.split("-", 1)
+    return Case(Workload(*LLM, dtype), kind, measured, bounds, reason, also, quick)
+
+
+def _small(rows: int, vocab: int, bound: Bound, reason: str, also: str, quick: bool = True) -> Case:
+    return Case(Workload(rows, vocab), "", "kdfast", (bound,), reason, (also,), quick)
+
+
+def _threads_and_forward() -> list[Case]:
+    two = "rows are independent: a second core should nearly halve the time"
+    value = "evaluation under no_grad: nothing of the logits' size is written"
+    bounds = Bound("kdfast inplace", 1.0), Bound("eager forward", 30), Bound("floor reads", None, 1.0)
+    return [
+        *(_llm(f"{dtype}-threads", "2 threads", two, (Bound("1 thread", 1.7, 1.9),)) for dtype in DTYPES),
+        *(_llm(f"{dtype}-forward", "kdfast forward", value, bounds) for dtype in DTYPES),
+    ]
+
+
+def _gpu(rows: int, vocab: int, dtype: str, reason: str, calls: str = "default inplace", **settings: Any) -> list[Case]:
+    """Each kind of call on each backend, with its peers; no bars."""
     cases = []
-    for dtype in ("fp32", "bf16"):
-        workload = Workload(*LLM, dtype)
-        for name, (bar, reason) in bars.items():
-            bound = Bound("cross_entropy inplace", bar)
-            cases.append(Case(f"{workload.name}-{name.replace(' ', '-')}", workload, f"with {name}", (bound,), reason))
+    for backend, call in itertools.product(("cuda", "triton"), calls.split()):
+        end = " forward" if call == "forward" else ""
+        measured = f"kdfast {backend} {call}".removesuffix(" default")
+        peers = ("eager", "torch.compile", "liger") if call in ("default", "forward") else ("eager",)
+        bounds = tuple(Bound(name + end, None) for name in ("floor copy", *peers))
+        settings = {"device": "cuda"} | settings
+        cases.append(Case(Workload(rows, vocab, dtype), f"{backend}-{call}", measured, bounds, reason, **settings))
     return cases
 
 
-def _forward(dtype: str) -> Case:
-    return Case(
-        f"1024x32000-{dtype}-forward",
-        Workload(*LLM, dtype),
-        "kdfast forward",
-        (Bound("kdfast inplace", 1.0), Bound("eager forward", 30), Bound("floor reads", None, 1.0)),
-        "evaluation under no_grad: nothing of the logits' size is written",
-    )
-
-
-def _threads(dtype: str) -> Case:
-    return Case(
-        f"1024x32000-{dtype}-threads",
-        Workload(*LLM, dtype),
-        "2 threads",
-        (Bound("1 thread", 1.7, 1.9),),
-        "rows are independent: a second core should nearly halve the time",
-    )
-
-
 CASES = [
-    Case(
-        "1024x32000-fp32-inplace",
-        Workload(*LLM),
+    _llm(
+        "fp32-inplace",
         "kdfast inplace",
-        (Bound(_KEPT, 1.6, 1.25), Bound("eager", 30), Bound("torch.compile", 7)),
         "the main case: a language model's logits, overwritten by their gradient",
-        also=("liger",),
+        (Bound(_KEPT, 1.6, 1.25), Bound("eager", 30), Bound("torch.compile", 7)),
+        ("liger",),
         quick=True,
     ),
-    Case(
-        "1024x32000-fp32-default",
-        Workload(*LLM),
+    _llm(
+        "fp32-default",
         "kdfast",
-        (Bound(_FRESH, 0.8, 0.55), Bound("eager", 15)),
         "the default: a fresh gradient, whose pages the system maps and zeroes first",
-        also=("torch.compile",),
+        (Bound(_FRESH, 0.8, 0.55), Bound("eager", 15)),
+        ("torch.compile",),
         quick=True,
     ),
-    Case(
-        "1024x32000-bf16-default",
-        Workload(*LLM, "bf16"),
+    _llm(
+        "bf16-default",
         "kdfast",
-        (Bound(_FRESH, 1.0, 0.7), Bound("eager", 15)),
         "the same in the dtype that most models are trained in",
-        also=("torch.compile", "eager in fp32"),
+        (Bound(_FRESH, 1.0, 0.7), Bound("eager", 15)),
+        ("torch.compile", "eager in fp32"),
     ),
-    Case(
-        "1024x32000-bf16-inplace",
-        Workload(*LLM, "bf16"),
+    _llm(
+        "bf16-inplace",
         "kdfast inplace",
-        (Bound(_KEPT, 2.4, 1.8), Bound("eager", 30)),
         "half the bytes and the same arithmetic: further from the floor than fp32",
-        also=("torch.compile", "eager in fp32", "liger"),
+        (Bound(_KEPT, 2.4, 1.8), Bound("eager", 30)),
+        ("torch.compile", "eager in fp32", "liger"),
         quick=True,
     ),
     *_variants(),
     *_family(),
     *_options(),
-    Case(
-        "4096x1000-fp32",
-        Workload(4096, 1000),
-        "kdfast",
-        (Bound("torch.compile", 5, 10),),
-        "ImageNet: rows shorter than a block",
-        also=("eager",),
-    ),
-    Case(
-        "65536x10-fp32",
-        Workload(65536, 10),
-        "kdfast",
-        (Bound("torch.compile", 2, 5),),
+    _small(4096, 1000, Bound("torch.compile", 5, 10), "ImageNet: rows shorter than a block", "eager", quick=False),
+    _small(
+        65536,
+        10,
+        Bound("torch.compile", 2, 5),
         "CIFAR-10, or a dense prediction with ten classes: rows shorter than a vector",
-        also=("eager",),
-        quick=True,
+        "eager",
     ),
-    Case(
-        "8x10-fp32",
-        Workload(8, 10),
-        "kdfast",
-        (Bound("eager", 1.0, 2.0),),
-        "one small call and its backward: only overhead",
-        also=("torch.compile",),
-        quick=True,
+    _small(8, 10, Bound("eager", 1.0, 2.0), "one small call and its backward: only overhead", "torch.compile"),
+    *_threads_and_forward(),
+    _llm(
+        "fp32-softmax", "kdfast softmax", "tempered_softmax alone, into a fresh tensor; no bar", (), ("eager softmax",)
     ),
-    _threads("fp32"),
-    _threads("bf16"),
-    _forward("fp32"),
-    _forward("bf16"),
-    Case(
-        "1024x32000-fp32-softmax",
-        Workload(*LLM),
-        "kdfast softmax",
-        (),
-        "tempered_softmax alone, forward, into a fresh tensor; no bar",
-        also=("eager softmax",),
-    ),
+    *_gpu(4096, 32000, "bf16", "a language model's micro-batch, Llama 2's vocabulary", quick=True),
+    *_gpu(2048, 128256, "bf16", "Llama 3's: rows of 250 kB, which no longer fit into registers"),
+    *_gpu(1024, 151936, "bf16", "Qwen's, the widest of the common ones"),
+    *_gpu(4096, 50257, "bf16", "GPT-2's: odd, so that rows are unaligned"),
+    *_gpu(8, 128256, "bf16", "as in a decoding step: mostly overhead, which a graph avoids", "default inplace graph"),
+    *_gpu(65536, 1000, "bf16", "ImageNet, or a dense prediction: many short rows"),
+    *_gpu(4096, 32000, "fp32", "twice the bytes for the same arithmetic"),
+    *_gpu(4096, 32000, "bf16", "under no_grad: nothing of the logits' size is written", "forward"),
+    *_gpu(4, 300, "bf16", "a short row that is no multiple of a block", device="dry run"),
+    *_gpu(2, 4096, "bf16", "a longer one", "default inplace graph", device="dry run"),
+    *_gpu(4, 300, "fp32", "the other dtype", device="dry run"),
+    *_gpu(2, 4096, "bf16", "without a gradient", "forward", device="dry run"),
 ]

@@ -7,7 +7,7 @@ candidates
                   in hidden states and weight
     fp32 products the same with fp32 factors, which a CPU uses for 16-bit heads too, so that no logits are rounded
     kdfast        linear_kd_loss and backward
-    eager         two heads, the recipe of candidates.py, backward
+    eager         two heads, the recipe of recipes.py, backward
     kdfast jsd    the generalised Jensen-Shannon divergence, beta = 0.5
     chunked jsd   the same in plain PyTorch as in Liger-Kernel's chunked loss: for each chunk, of as many rows as
                   kdfast's, heads, loss and gradients by autograd, which are added up
@@ -22,8 +22,6 @@ Examples:
 """
 
 import argparse
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -36,9 +34,9 @@ from rich.table import Table
 from torch import Tensor
 
 import kdfast
-from benchmarks.candidates import ALPHA, recipe, soft_terms
-from benchmarks.memory import added
-from benchmarks.timing import Candidate, interleave
+from benchmarks.memory import added, printed_by
+from benchmarks.recipes import ALPHA, recipe, soft_terms
+from benchmarks.timing import Candidate, medians
 from kdfast import chunks
 
 STUDENT, TEACHER = 512, 1024  # hidden sizes
@@ -126,8 +124,7 @@ RUNS: dict[str, Callable[..., Any]] = {
 def times(data: Data, runs: dict[str, Callable[..., Any]], rounds: int) -> dict[str, float]:
     """Median seconds of each run, interleaved."""
     candidates = {name: Candidate(data.leaves, lambda leaves, run=run: run(data, leaves)) for name, run in runs.items()}
-    samples = interleave(candidates, rounds, True, 1, lambda what: print(what, file=sys.stderr))
-    return {name: statistics.median(values) for name, values in samples.items()}
+    return medians(candidates, rounds, progress=lambda what: print(what, file=sys.stderr))
 
 
 def shares(data: Data) -> dict[str, float]:
@@ -159,9 +156,8 @@ def peak(data: Data, name: str, dtype: torch.dtype) -> int:
 
 def peak_megabytes(name: str, rows: int, vocab: int, dtype: str) -> float:
     """The peak in a fresh process, in MB."""
-    command = [sys.executable, "-m", "benchmarks.linear", "--peak", name, "--rows", str(rows)]
-    command += ["--vocab", str(vocab), "--dtype", dtype]
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout) / 1e6
+    shape = "--rows", rows, "--vocab", vocab, "--dtype", dtype
+    return printed_by("benchmarks.linear", "--peak", name, *shape) / 1e6
 
 
 def report(vocab: int, args: argparse.Namespace) -> None:

@@ -1,5 +1,7 @@
 """What a call adds to this process's memory at its peak, on Linux."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,3 +20,9 @@ def added(function: Callable[[], Any]) -> int:
     returned = function()
     del returned
     return resident("VmHWM") - before
+
+
+def printed_by(module: str, *arguments: object) -> int:
+    """The number that a module prints in a process of its own."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)

@@ -8,9 +8,6 @@ peak of one call in a process of its own, beyond the logits. candidates.py says 
 
 import argparse
 import csv
-import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -21,10 +18,12 @@ import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from benchmarks import candidates, timing
+from benchmarks import candidates
 from benchmarks.cases import LLM, Workload
-from benchmarks.memory import added
-from benchmarks.report import cpu_name, slug
+from benchmarks.devices import cpu_name
+from benchmarks.memory import added, printed_by
+from benchmarks.report import slug
+from benchmarks.timing import medians
 
 WORKLOAD = Workload(*LLM, "bf16")
 FEW = Workload(8, WORKLOAD.vocab, WORKLOAD.dtype)
@@ -42,8 +41,7 @@ OURS, OTHERS = "#2f6f47", "#a3a8b0"
 def seconds(rounds: int) -> dict[str, float]:
     data = candidates.Data(WORKLOAD)
     table = {name: candidates.candidate(name, data) for name in LABELS}
-    samples = timing.interleave(table, rounds, WORKLOAD.cold, WORKLOAD.repeats, lambda _: None)
-    return {name: statistics.median(found) for name, found in samples.items()}
+    return medians(table, rounds)
 
 
 def peak(name: str) -> int:
@@ -58,9 +56,7 @@ def peak(name: str) -> int:
 
 
 def peaks() -> dict[str, int]:
-    command = [sys.executable, "-m", "benchmarks.picture", "--peak"]
-    found = (subprocess.run([*command, name], check=True, stdout=subprocess.PIPE, text=True) for name in LABELS)
-    return {name: int(done.stdout) for name, done in zip(LABELS, found, strict=True)}
+    return {name: printed_by("benchmarks.picture", "--peak", name) for name in LABELS}
 
 
 def _panel(axes: Axes, values: list[float], title: str, unit: str) -> None:

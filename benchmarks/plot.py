@@ -6,11 +6,12 @@ import matplotlib
 
 matplotlib.use("Agg")  # a file, never a window
 
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 from matplotlib.axes import Axes
 
 from benchmarks.cases import Bound
-from benchmarks.report import Outcome, heading
+from benchmarks.report import Outcome
+from benchmarks.report import title as title_of
 
 COLOURS = {"goal": "#3f8f5b", "bar": "#dba51f", "missed": "#c04a53", "": "#a3a8b0"}  # by verdict
 BAR, GOAL = "#222222", "#3465d9"
@@ -19,19 +20,21 @@ Line = tuple[str, Bound, float, str]  # label, bound, value reached, verdict
 
 
 def _lines(outcomes: list[Outcome], cost: bool) -> list[Line]:
-    """One line for each bound, of costs or of speedups, in the order of the cases."""
+    """One line for each bound, of costs or of speedups, of what ran, in the order of the cases."""
     lines = []
     for outcome in outcomes:
         for bound in outcome.case.bounds:
-            if bound.is_cost == cost:
+            value = outcome.value(bound.against)
+            if bound.is_cost == cost and value:
                 label = outcome.case.name + f" / {bound.against}" * (not cost)
-                lines.append((label, bound, outcome.value(bound.against), outcome.verdict(bound)))
+                lines.append((label, bound, value, outcome.verdict(bound)))
     return lines
 
 
-def _panel(axes: Axes, lines: list[Line], title: str) -> None:
+def _panel(axes: Axes, lines: list[Line], title: str, is_log: bool) -> None:
     """Bars with a mark for each limit; the numbers have a column of their own."""
-    axes.barh(range(len(lines)), [line[2] for line in lines], height=0.6, color=[COLOURS[line[3]] for line in lines])
+    start, colours = float(is_log), [COLOURS[line[3]] for line in lines]
+    axes.barh(range(len(lines)), [line[2] - start for line in lines], 0.6, start, color=colours)
     for place, (_, bound, value, _) in enumerate(lines):
         for limit, colour in ((bound.bar, BAR), (bound.goal, GOAL)):
             if limit is not None:
@@ -45,12 +48,17 @@ def _panel(axes: Axes, lines: list[Line], title: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, fontsize=10, loc="left")
+    if is_log:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
 
 
 def draw(outcomes: list[Outcome], path: Path) -> None:
     """Writes the plot to `path`."""
     costs, speedups = _lines(outcomes, cost=True), _lines(outcomes, cost=False)
-    panels = [(costs, "time / time of the memory floor (shorter is better)")] * bool(costs)
+    panels = [(costs, "time / time of the memory floor or of cross_entropy (shorter is better)")] * bool(costs)
     panels += [(speedups, "times faster than … (longer is better; logarithmic)")] * bool(speedups)
     if not panels:
         return
@@ -60,14 +68,12 @@ def draw(outcomes: list[Outcome], path: Path) -> None:
         len(panels), figsize=size, height_ratios=heights, squeeze=False, layout="constrained"
     )
     for axis, (lines, title) in zip(axes[:, 0], panels, strict=True):
-        _panel(axis, lines, title)
-    if speedups:
-        axes[-1, 0].set_xscale("log")
-        axes[-1, 0].xaxis.set_major_formatter("{x:g}")
-    figure.suptitle(heading(outcomes), fontsize=10)
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[verdict]) for verdict in ("goal", "bar", "missed")]
-    handles += [pyplot.Line2D([], [], color=colour, linewidth=2.2) for colour in (BAR, GOAL)]
-    names = ["meets bar and goal", "meets the bar", "misses the bar", "bar", "goal"]
-    figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+        _panel(axis, lines, title, lines is speedups)
+    figure.suptitle(title_of(outcomes), fontsize=10)
+    if any(line[3] for lines, _ in panels for line in lines):
+        handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[verdict]) for verdict in ("goal", "bar", "missed")]
+        handles += [pyplot.Line2D([], [], color=colour, linewidth=2.2) for colour in (BAR, GOAL)]
+        names = ["meets bar and goal", "meets the bar", "misses the bar", "bar", "goal"]
+        figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -2,12 +2,10 @@
 
     python -m benchmarks.sparse [--rows 1024] [--vocab 32000 151936]
 
-Each round runs every case once, forward and backward; the ratios are of medians.
+Each round runs every case once, forward and backward, but for slow ones; the ratios are of medians.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 import kdfast
+from benchmarks.timing import Candidate, medians
 from kdfast import TopKTargets
 
 K, T, ROUNDS = 64, 2.0, 7
@@ -83,16 +82,12 @@ def measure(rows: int, vocab: int, dtype: torch.dtype) -> dict[str, float]:
     torch.manual_seed(0)
     s, t = (torch.randn(rows, vocab, dtype=dtype) for _ in range(2))
     run = cases(s.requires_grad_(), t)
-    times: dict[str, list[float]] = {name: [] for name in run}
-    for turn in range(ROUNDS + 1):
-        for name, function in run.items():
-            if name.startswith("eager") and turn > 3:
-                continue
-            s.grad = None
-            start = time.perf_counter()
-            function()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(each[1:]) for name, each in times.items()}
+
+    def forget() -> None:
+        s.grad = None
+
+    found = medians({name: Candidate(forget, lambda _, f=f: f()) for name, f in run.items()}, ROUNDS, cold=False)
+    return {name: 1e3 * seconds for name, seconds in found.items()}
 
 
 def main() -> None:

@@ -2,8 +2,9 @@
 
 import gc
 import random
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,9 @@ class Candidate:
     prepare: Callable[[], Any]
     run: Callable[[Any], Any]
     threads: int | None = None  # None: torch's default
+    divergence: str | None = (
+        None  # run returns the loss with it, and gives what prepare returned, a tensor, its gradient
+    )
 
 
 def flush_caches() -> None:
@@ -50,11 +54,24 @@ def sample(candidate: Candidate, cold: bool, repeats: int) -> float:
         torch.set_num_threads(default)
 
 
+def turns(names: list[str], slow: Collection[str], rounds: int) -> Iterator[str]:
+    """The names in the order of measuring. Each round shuffles it, so that a changing clock favours none; slow ones run
+    in every third round."""
+    order = random.Random(0)
+    for turn in range(rounds):
+        gc.collect()  # not timed
+        ready = [name for name in names if turn % 3 == 0 or name not in slow]
+        yield from order.sample(ready, len(ready))
+
+
 def interleave(
-    candidates: dict[str, Candidate], rounds: int, cold: bool, repeats: int, progress: Callable[[str], None]
+    candidates: dict[str, Candidate],
+    rounds: int,
+    cold: bool = True,
+    repeats: int = 1,
+    progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, list[float]]:
-    """Samples of every candidate from `rounds` rounds, after a warm-up. Each round shuffles the order; slow candidates
-    run in every third round."""
+    """Samples of every candidate, after a warm-up."""
     slow = set()
     for name, candidate in candidates.items():
         progress(f"warming up {name}")
@@ -62,11 +79,12 @@ def interleave(
         if sample(candidate, cold, 1) > SLOW:
             slow.add(name)
     samples: dict[str, list[float]] = {name: [] for name in candidates}
-    order = random.Random(0)
-    for turn in range(rounds):
-        progress(f"round {turn + 1} of {rounds}")
-        gc.collect()  # not timed
-        names = [name for name in candidates if turn % 3 == 0 or name not in slow]
-        for name in order.sample(names, len(names)):
-            samples[name].append(sample(candidates[name], cold, repeats))
+    for name in turns(list(candidates), slow, rounds):
+        progress(f"{name}, {len(samples[name]) + 1} of at most {rounds}")
+        samples[name].append(sample(candidates[name], cold, repeats))
     return samples
+
+
+def medians(candidates: dict[str, Candidate], rounds: int, **settings: Any) -> dict[str, float]:
+    """Median seconds of every candidate."""
+    return {name: statistics.median(each) for name, each in interleave(candidates, rounds, **settings).items()}
