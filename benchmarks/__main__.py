@@ -26,14 +26,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks import plot, report
 from benchmarks.cases import CASES, Case, Workload
 
 RESULTS = Path(__file__).with_name("results")
 ROUNDS = {"cpu": 21, "cuda": 50, "dry run": 2}
 QUICK_ROUNDS, LEAST_GPU_ROUNDS = 5, 30  # fewer are too few for percentiles
+PEERS = ("floor", "eager", "torch.compile", "liger", "trl")  # whose failures are only noted
 
 Results = dict[Workload, dict[str, Any]]
 
@@ -122,7 +121,8 @@ def _list() -> None:
     for case in CASES:
         print(f"{case.name} ({case.device}): {case.measured} on {case.workload.name}\n    {case.reason}")
         for bound in case.bounds:
-            print(f"    bar {bound.text(bound.bar) or 'none'}, goal {bound.text(bound.goal) or 'none'}")
+            limits = f"bar {bound.text(bound.bar) or 'none'}, goal {bound.text(bound.goal) or 'none'}"
+            print(f"    {bound.against}: {limits}")
 
 
 def _summary(output: Path) -> str:
@@ -133,17 +133,9 @@ def _summary(output: Path) -> str:
     return (ends[-1] if ends else "; ".join(found)) or "no summary: the run did not finish"
 
 
-def _write(outcomes: list[report.Outcome], options: argparse.Namespace) -> None:
-    is_whole = not (options.case or options.only or options.isa or options.threads)
-    folder = options.out or (Path(tempfile.mkdtemp(prefix="kdfast-")) if options.dry_run else RESULTS)
-    if options.minima or not (options.out or options.dry_run or is_whole):
-        return
+def _write(outcomes: list[report.Outcome], page: str, folder: Path, stem: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    stem = "dry-run" if options.dry_run else report.slug(outcomes[0].run["facts"]["machine"]) + "-quick" * options.quick
-    files = {"tests": options.tests, "compute-sanitizer": options.sanitizer}
-    notes = {name: _summary(file) if file else "not run" for name, file in files.items() if options.device != "cpu"}
-    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
-    (folder / f"{stem}.md").write_text(report.page(outcomes, notes, command, f"{stem}.png"))
+    (folder / f"{stem}.md").write_text(page)
     report.write_csv(outcomes, folder / f"{stem}.csv")
     plot.draw(outcomes, folder / f"{stem}.png")
     print(f"written: {folder / stem}.md, .csv and .png")
@@ -163,19 +155,22 @@ def main() -> int:
     outcomes = [report.Outcome(case, results[case.workload], summarize) for case in cases if case.workload in results]
     if not outcomes:
         return 1
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width
-        console.width = 240
-    console.print(report.title(outcomes), report.table(outcomes), sep="\n")
-    _write(outcomes, options)
+    stem = "dry-run" if options.dry_run else report.slug(outcomes[0].run["facts"]["machine"]) + "-quick" * options.quick
+    files = {"tests": options.tests, "compute-sanitizer": options.sanitizer} if options.device != "cpu" else {}
+    notes = {name: _summary(file) if file else "not run" for name, file in files.items()}
+    page = report.page(outcomes, notes, shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), f"{stem}.png")
+    report.show(outcomes) if options.device == "cpu" else print(page)
+    is_whole = not (options.case or options.only or options.isa or options.threads)
+    if (options.out or options.dry_run or is_whole) and not options.minima:
+        folder = options.out or (Path(tempfile.mkdtemp(prefix="kdfast-")) if options.dry_run else RESULTS)
+        _write(outcomes, page, folder, stem)
     unsound = [
-        f"{name} on {outcome.case.name}: {note}"
-        for outcome in outcomes
-        for name in outcome.case.candidates
-        if (note := outcome.run["rows"][name]["note"]) and "kdfast" in name and not note.startswith("left out")
+        f"benchmarks: {name} on {workload.name}: {row['note']}"
+        for workload, result in results.items()
+        for name, row in result["rows"].items()
+        if row["note"] and not row["note"].startswith("left out") and not name.startswith(PEERS)
     ]
-    for each in unsound:
-        print(f"benchmarks: {each}", file=sys.stderr)
+    print("\n".join(unsound), end="\n" * bool(unsound), file=sys.stderr)
     return 1 if unsound or len(outcomes) < len(cases) else 0
 
 

@@ -62,8 +62,7 @@ class Bound:
         return limit is None or (value <= limit if self.is_cost else value >= limit)
 
     def text(self, limit: float | None) -> str:
-        against = "floor" if self.against.startswith("floor") else self.against
-        return "" if limit is None else f"{'≤' if self.is_cost else '≥'} {limit:g}x {against}"
+        return "" if limit is None else f"{'≤' if self.is_cost else '≥'} {limit:g}"
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,12 @@ ABOUT = ["case", "rows", "vocab", "dtype", "temperature", "measured", "candidate
 TIMES = ["median_ms", "min_ms", "p20_ms", "p80_ms", "max_ms", "spread", "gb_per_s", "floor_ratio", "eager_speedup"]
 OTHERS = ["kdfast_ratio", "bar", "goal", "verdict", "peak_mb", "host_us", "loss_error", "gradient_error"]
 COLUMNS = [*FACTS, *ABOUT, *TIMES, *OTHERS, "device_state", "note"]
-HEADS = ["case", "candidate", "ms", "p20..p80", "GB/s", "x floor", "x eager", "kdfast", "bar", "goal", "met", "peak MB"]
-KEYS = ["case", "candidate", "median_ms", "p20_ms", *TIMES[-3:], *OTHERS[:5]]
-TABLE = dict(zip([*KEYS, "host_us", "note"], [*HEADS, "host us", "note"], strict=True))
+_RATIOS = {"gb_per_s": "GB/s", "floor_ratio": "x floor", "eager_speedup": "x eager", "kdfast_ratio": "kdfast"}
+_LIMITS = {"bar": "bar", "goal": "goal", "verdict": "met"}
+_OTHERS = {"peak_mb": "peak MB", "host_us": "host us", "note": "note"}
+TABLE = (
+    {"case": "case", "candidate": "candidate", "median_ms": "ms", "p20_ms": "p20..p80"} | _RATIOS | _LIMITS | _OTHERS
+)
 TEXTS = ("case", "candidate", "verdict", "note")
 COLOURS = {"goal": "green", "bar": "yellow", "missed": "red", "": "default"}  # by verdict
 
@@ -51,9 +54,9 @@ def slug(name: str) -> str:
 
 
 def _quantiles(samples: list[float], parts: int) -> list[Any]:
-    if len(samples) < 2:
-        return (samples or [None]) * (parts - 1)
-    return statistics.quantiles(samples, n=parts, method="inclusive")
+    if len(samples) > 1:
+        return statistics.quantiles(samples, n=parts, method="inclusive")
+    return [samples[0] if samples else None] * (parts - 1)
 
 
 def _over(x: float | None, y: float | None) -> float | None:
@@ -121,7 +124,8 @@ def _cells(outcome: Outcome, name: str) -> dict[str, str]:
     found, bounds = outcome.columns(name), [bound for bound in outcome.case.bounds if bound.against == name]
     verdict = outcome.verdict(*(outcome.case.bounds if name == outcome.case.measured else bounds))
     cells = {key: escape(_text(found[key])) for key in TABLE}
-    cells |= {key: ("≤ " if Bound(name, None).is_cost else "≥ ") + cells[key] for key in ("bar", "goal") if cells[key]}
+    for bound in bounds:
+        cells |= {"bar": bound.text(bound.bar), "goal": bound.text(bound.goal)}
     cells["p20_ms"] += f"..{_text(found['p80_ms'])}" * bool(cells["p20_ms"])
     return cells | {"verdict": f"[{COLOURS[verdict]}]{verdict}[/]" if verdict else ""}
 
@@ -132,8 +136,8 @@ def table(outcomes: list[Outcome]) -> Table:
     for outcome in outcomes:
         limited = [bound.against for bound in outcome.case.bounds if bound.bar]
         for name in outcome.case.candidates:
-            key = outcome.case if name in limited else outcome.case.workload
-            lines.setdefault((key, name), _cells(outcome, name))
+            place = outcome.case if name in limited else outcome.case.workload
+            lines.setdefault((place, name), _cells(outcome, name))
     made = Table(box=box.MARKDOWN)
     keys = [key for key in TABLE if any(line[key] for line in lines.values())]
     for key in keys:
@@ -141,6 +145,14 @@ def table(outcomes: list[Outcome]) -> Table:
     for line in lines.values():
         made.add_row(*(line[key] for key in keys))
     return made
+
+
+def show(outcomes: list[Outcome]) -> None:
+    """Prints the table; what meets its goal is green, its bar yellow, neither red."""
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width
+        console.width = 240
+    console.print(title(outcomes), table(outcomes), sep="\n")
 
 
 def _rendered(*tables: Table) -> str:
