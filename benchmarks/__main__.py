@@ -9,7 +9,7 @@ Examples:
     python -m benchmarks --case fp32-inplace --only floor    without peers: seconds, to tune a kernel
     python -m benchmarks --case avx2 --minima                on a busy machine
     python -m benchmarks --device cuda                       a GPU: some minutes, most of them torch.compile's
-    python -m benchmarks --device cuda --case 128256         prints its table only
+    python -m benchmarks --device cuda --case 128256         prints its page only
     python -m benchmarks --dry-run --out build               the code for a GPU on tiny logits, without one
 """
 

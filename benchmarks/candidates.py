@@ -130,7 +130,7 @@ def _step(data: Data, loss: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
     return step
 
 
-def _trained(data: Data, loss: Callable[..., Tensor], divergence: str | None = "forward_kl") -> Candidate:
+def _trained(data: Data, loss: Callable[..., Tensor], divergence: str | None) -> Candidate:
     """Loss and gradient for a leaf."""
     return Candidate(data.leaf, _step(data, loss), divergence=divergence)
 
