@@ -52,19 +52,14 @@ def soft_terms(
     local = torch.where(present, inputs.indices, OTHER_SHARD)
     found = has_owner(local, present, "teacher.indices", split.group)
     log_p = torch.where(present & ~found, math.nan, log_p)
-    is_empty = ~present.any(-1, keepdim=True)
     mass = log_p.exp().sum(-1)
-    log_p = sparse_rows.with_rest(log_p, present, classes.unsqueeze(-1), settings)
-    if not sparse_rows.is_given(settings):
-        log_p = torch.log_softmax(log_p, -1)
+    log_p = sparse_rows.teacher_log_probs(log_p, present, classes.unsqueeze(-1), settings)
     q_k = at_entries(log_q, local, split)
     if settings.missing == "conditional":
-        z_k = torch.where(present, at_entries(z, local, split), -math.inf)
-        rest = torch.where(is_empty, 0, -math.inf).to(z_k.dtype)
-        log_q_k = torch.log_softmax(torch.cat([z_k, rest], -1), -1)
+        log_q_k = sparse_rows.with_student_rest(at_entries(z, local, split), None, present)
     else:
-        rest = torch.where(is_empty, 0, log_of_rest(log_q, local, split).unsqueeze(-1))
-        log_q_k = torch.cat([torch.where(present, q_k, -math.inf), rest], -1)
+        rest = log_of_rest(log_q, local, split).unsqueeze(-1)
+        log_q_k = sparse_rows.with_student_rest(q_k, rest, present)
     soft = sparse_rows.soft_losses(log_p, log_q_k, temperature, settings)
     with torch.no_grad():
         p = log_p.exp()

@@ -149,9 +149,7 @@ def row_losses(student: Tensor, inputs: Inputs, settings: Settings, group: Any) 
         log_q = split.log_softmax(tempered)
     sparse: dict[str, Tensor] = {}
     if settings.missing and inputs.teachers:
-        soft, sparse = soft_terms(tempered, temperature, log_q, inputs, settings, classes, split)
-        if settings.alpha:
-            loss = loss + settings.alpha * soft
+        soft, sparse = soft_terms(tempered, temperature, log_q, inputs, settings, classes, split)  # for metrics alone
     if rows.teachers:
         teachers = [standardize(t, classes, split) if settings.standardize else t for t in rows.teachers]
         log_p = teacher_log_probs(

@@ -50,21 +50,13 @@ def soft_stats(
     log_probs, _, log_rest, table = tokens.token_stats(student, *call)
     log_p = inputs.teachers[0].to(log_rest.dtype)
     present = log_p != -math.inf
-    empty = ~present.any(-1, keepdim=True)
-    log_p = sparse_rows.with_rest(log_p, present, classes.expand(empty.shape), settings)
-    if not sparse_rows.is_given(settings):
-        log_p = torch.log_softmax(log_p, -1)
+    log_p = sparse_rows.teacher_log_probs(log_p, present, classes, settings)
     temperature = as_column(inputs.temperatures, settings.temperature, log_p)
     with torch.enable_grad(), enable_autograd():
         leaf = torch.cat([log_probs, log_rest.unsqueeze(-1)], -1).detach().requires_grad_()
-        log_q, rest = leaf[..., :-1], leaf[..., -1:]
-        log_q = torch.where(present, log_q, -math.inf)
-        if settings.missing == "conditional":
-            rest = torch.where(empty, 0, -math.inf).to(log_q.dtype)
-            log_q_all = torch.log_softmax(torch.cat([log_q, rest], -1), -1)
-        else:
-            log_q_all = torch.cat([log_q, torch.where(empty, 0, rest)], -1)
-        losses = settings.alpha * sparse_rows.soft_losses(log_p, log_q_all, temperature, settings)
+        rest = None if settings.missing == "conditional" else leaf[..., -1:]
+        log_q = sparse_rows.with_student_rest(leaf[..., :-1], rest, present)
+        losses = settings.alpha * sparse_rows.soft_losses(log_p, log_q, temperature, settings)
         kept = rows.kept_rows(student, inputs, settings)
         (grad,) = torch.autograd.grad(torch.where(kept, losses, 0).sum(), leaf)
     return losses.detach(), torch.cat([grad.reshape(len(table), -1), table], -1)

@@ -52,6 +52,24 @@ def with_rest(log_p: Tensor, present: Tensor, vocab: int | Tensor, settings: Set
     return torch.cat([log_p, rest], -1)
 
 
+def teacher_log_probs(log_p: Tensor, present: Tensor, vocab: int | Tensor, settings: Settings) -> Tensor:
+    """with_rest, softmaxed where a form takes log p up to a constant of the row."""
+    log_p = with_rest(log_p, present, vocab, settings)
+    return log_p if is_given(settings) else torch.log_softmax(log_p, -1)
+
+
+def with_student_rest(log_q: Tensor, log_rest: Tensor | None, present: Tensor) -> Tensor:
+    """log q of the entries and their rest, (..., K + 1).
+
+    log_q: (..., K), with "conditional" up to a constant of the row; log_rest: (..., 1), which "conditional" has not.
+    """
+    empty, log_q = ~present.any(-1, keepdim=True), torch.where(present, log_q, -math.inf)
+    if log_rest is None:
+        rest = torch.where(empty, 0, -math.inf).to(log_q.dtype)
+        return torch.log_softmax(torch.cat([log_q, rest], -1), -1)
+    return torch.cat([log_q, torch.where(empty, 0, log_rest)], -1)
+
+
 def soft_losses(log_p: Tensor, log_q: Tensor, temperature: Tensor, settings: Settings) -> Tensor:
     """T^2 D of rows of K + 1 classes, (...); temperature: 0-dim, or one of each row, (..., 1)."""
     p, of = log_p.exp(), DIVERGENCES[settings.divergence]
