@@ -109,7 +109,7 @@ def _variants() -> list[Case]:
     bars = [  # and goals, of fp32 and of bf16
         ((WIDE,), 2.0, "best", ((1.8, 1.25), (2.6, 1.8)), "rows longer than a core's caches"),
         ((LLM, WIDE), 3.7, "best", ((2.1, 1.6), (3.3, 2.5)), three_exps),
-        ((LLM, WIDE), 2.0, "avx2", ((2.4, 1.7), (4.0, 3.0)), avx2),
+        ((LLM, WIDE), 2.0, "avx2", ((1.9, 1.6), (3.2, 2.6)), avx2),
         ((LLM, WIDE), 3.7, "avx2", ((2.4, 1.7), (4.0, 3.0)), both),
     ]
     return [
@@ -123,7 +123,7 @@ def _variants() -> list[Case]:
 def _family() -> list[Case]:
     """Every divergence, compared with the default one and with its own recipe."""
     running = (1.2, 1.05), (15, 30), "its sums are taken together with those of the exps"
-    own_pass = (2.0, 1.4), (15, 30), "a pass of its own over p and q, with up to two logarithms a class"
+    own_pass = (1.7, 1.4), (15, 30), "a pass of its own over p and q, with up to two logarithms a class"
     as_forward = (1.2, 1.0), (15, 30), "forward_kl's sums without the label, and a copy of its block"
     no_exps = (1.2, 1.0), (12, 30), "only the hard term has exps"
     kinds = {"forward_kl": running, "reverse_kl": running, "symmetric_kl": running, "jsd": own_pass}
@@ -138,19 +138,19 @@ def _family() -> list[Case]:
 
 def _options() -> list[Case]:
     """Each option, compared with the call without it."""
-    bars = {
-        "metrics": (1.1, "three more sums, and two maxima"),
-        "smoothing": (1.05, "the sum of the logits"),
-        "z_loss": (1.05, "a number per row"),
-        "weights": (1.05, "a number per row"),
-        "softcap": (1.8, "a tanh a class"),
-        "both softcaps": (1.8, "two tanh a class"),
-        "standardize": (1.3, "mean and deviation first, no exp(z/T)^T, a dot product for the gradient"),
+    bars = {  # and goals
+        "metrics": (1.12, 1.05, "three more sums, and two maxima"),
+        "smoothing": (1.05, None, "the sum of the logits"),
+        "z_loss": (1.05, None, "a number per row"),
+        "weights": (1.05, None, "a number per row"),
+        "softcap": (1.5, 1.3, "a tanh a class"),
+        "both softcaps": (1.8, 1.5, "two tanh a class"),
+        "standardize": (1.5, 1.3, "mean and deviation first, no exp(z/T)^T, a dot product for the gradient"),
     }
     return [
-        _llm(f"{dtype}-{name.replace(' ', '-')}", f"with {name}", reason, (Bound("cross_entropy inplace", bar),))
+        _llm(f"{dtype}-{name.replace(' ', '-')}", f"with {name}", reason, (Bound("cross_entropy inplace", *bar),))
         for dtype in DTYPES
-        for name, (bar, reason) in bars.items()
+        for name, (*bar, reason) in bars.items()
     ]
 
 
@@ -194,7 +194,7 @@ CASES = [
         "fp32-inplace",
         "kdfast inplace",
         "the main case: a language model's logits, overwritten by their gradient",
-        (Bound(_KEPT, 1.6, 1.25), Bound("eager", 30), Bound("torch.compile", 7)),
+        (Bound(_KEPT, 1.2, 1.1), Bound("eager", 30), Bound("torch.compile", 7)),
         ("liger",),
         quick=True,
     ),
@@ -202,7 +202,7 @@ CASES = [
         "fp32-default",
         "kdfast",
         "the default: a fresh gradient, whose pages the system maps and zeroes first",
-        (Bound(_FRESH, 0.8, 0.55), Bound("eager", 15)),
+        (Bound(_FRESH, 0.65, 0.55), Bound("eager", 15)),
         ("torch.compile",),
         quick=True,
     ),
@@ -210,29 +210,29 @@ CASES = [
         "bf16-default",
         "kdfast",
         "the same in the dtype that most models are trained in",
-        (Bound(_FRESH, 1.0, 0.7), Bound("eager", 15)),
+        (Bound(_FRESH, 0.75, 0.65), Bound("eager", 15)),
         ("torch.compile", "eager in fp32"),
     ),
     _llm(
         "bf16-inplace",
         "kdfast inplace",
         "half the bytes and the same arithmetic: further from the floor than fp32",
-        (Bound(_KEPT, 2.4, 1.8), Bound("eager", 30)),
+        (Bound(_KEPT, 1.7, 1.4), Bound("eager", 30)),
         ("torch.compile", "eager in fp32", "liger"),
         quick=True,
     ),
     *_variants(),
     *_family(),
     *_options(),
-    _small(4096, 1000, Bound("torch.compile", 5, 10), "ImageNet: rows shorter than a block", "eager", quick=False),
+    _small(4096, 1000, Bound("torch.compile", 7, 10), "ImageNet: rows shorter than a block", "eager", quick=False),
     _small(
         65536,
         10,
-        Bound("torch.compile", 2, 5),
+        Bound("torch.compile", 5, 8),
         "CIFAR-10, or a dense prediction with ten classes: rows shorter than a vector",
         "eager",
     ),
-    _small(8, 10, Bound("eager", 1.0, 2.0), "one small call and its backward: only overhead", "torch.compile"),
+    _small(8, 10, Bound("eager", 1.67, 2.2), "one small call and its backward: only overhead", "torch.compile"),
     *_threads_and_forward(),
     _llm(
         "fp32-softmax", "kdfast softmax", "tempered_softmax alone, into a fresh tensor; no bar", (), ("eager softmax",)
