@@ -27,6 +27,13 @@ def local_labels(labels: Tensor, ignore_index: int, start: int | Tensor, classes
     return torch.where(labels == ignore_index, IGNORED, local_indices(labels, start, classes))
 
 
+def refuse_missing(missing: Tensor, name: str) -> None:
+    """missing: which entries, (rows, K), are wanted and no process has. On a CPU one is an error."""
+    if missing.device.type == "cpu" and missing.any():
+        row, entry = missing.nonzero()[0].tolist()
+        raise IndexError(f"{name}: entry {entry} of row {row} is out of range: no process of the group has this class")
+
+
 def no_sums(student: Tensor) -> Tensor:
     """The sums of no classes."""
     nothing = torch.zeros(student.shape[:-1].numel(), dtype=rows.loss_dtype(student), device=student.device)

@@ -13,7 +13,9 @@ from torch import Tensor
 from kdfast import sparse_rows
 from kdfast.arguments import OTHER_SHARD, Inputs, Settings
 from kdfast.divergences import times
+from kdfast.exchange import refuse_missing
 from kdfast.processes import all_reduce
+from kdfast.rows import as_matrix
 from kdfast.sharded_reference import SplitRows
 
 
@@ -27,9 +29,7 @@ def at_entries(x: Tensor, local: Tensor, split: SplitRows) -> Tensor:
 def has_owner(local: Tensor, wanted: Tensor, name: str, group: Any) -> Tensor:
     """Which entries some process has, (..., K). On a CPU one that is wanted and has none is an error."""
     found = all_reduce((local >= 0).float(), group) > 0
-    if local.device.type == "cpu" and (bad := (wanted & ~found).reshape(-1, local.shape[-1])).any():
-        row, entry = bad.nonzero()[0].tolist()
-        raise IndexError(f"{name}: entry {entry} of row {row} is out of range: no process of the group has this class")
+    refuse_missing(as_matrix(wanted & ~found), name)
     return found
 
 

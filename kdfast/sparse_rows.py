@@ -96,16 +96,12 @@ def logits_read(logits: Tensor, entries: Entries, settings: Settings) -> Tensor:
 
 def student_log_probs(z: Tensor, entries: Entries, settings: Settings) -> Tensor:
     """log q of the entries and their rest, (..., K + 1), in plain PyTorch; z: logits_read / T."""
-    absent = entries.indices < 0
-    places = entries.indices.clamp(min=0)
-    empty = absent.all(-1, keepdim=True)
+    present, places = entries.indices >= 0, entries.indices.clamp(min=0)
     if settings.missing == "conditional":
-        return torch.log_softmax(torch.cat([z, torch.where(empty, 0, -math.inf).to(z.dtype)], -1), -1)
+        return with_student_rest(z, None, present)
     log_q = torch.log_softmax(z, -1)
-    there = torch.zeros(z.shape, dtype=torch.int32, device=z.device).scatter_add_(-1, places, (~absent).int()) > 0
+    there = torch.zeros(z.shape, dtype=torch.int32, device=z.device).scatter_add_(-1, places, present.int()) > 0
     others = torch.where(there, -math.inf, log_q)
     nothing = (others == -math.inf).all(-1, keepdim=True)
     rest = torch.logsumexp(torch.where(nothing, 0, others), -1, keepdim=True)
-    rest = torch.where(empty, 0, rest)  # exactly
-    log_q = torch.where(absent, -math.inf, log_q.gather(-1, places))
-    return torch.cat([log_q, torch.where(nothing, -math.inf, rest)], -1)
+    return with_student_rest(log_q.gather(-1, places), torch.where(nothing, -math.inf, rest), present)

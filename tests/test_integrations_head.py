@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import F64
+from largest import Largest
 from ranks import gradients, results_of_ranks
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdfast
 from kdfast.integrations import head as head_module
@@ -92,21 +92,6 @@ def test_keywords_reach_trunk_and_loss(seed_and_threads: None) -> None:
     got = model(batch.tokens, scale=3.0, labels=batch.labels, **batch.teacher("logits"), **rows)
     logits = hidden @ model.head.weight.T
     torch.testing.assert_close(got, kdfast.kd_loss(logits, batch.logits(), batch.labels, temperature=2.0, **rows))
-
-
-class Largest(TorchDispatchMode):
-    """The bytes of the largest memory of a tensor that an operator has returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **kwargs or {})
-        for x in torch.utils._pytree.tree_leaves(result):
-            if isinstance(x, Tensor):
-                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
-        return result
 
 
 def test_no_tensor_has_the_size_of_rows_by_classes() -> None:

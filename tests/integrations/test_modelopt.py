@@ -187,11 +187,6 @@ def run_checks(rank: int) -> dict[str, str | None]:
     return failures(CHECKS, rank)
 
 
-@pytest.fixture(scope="module")
-def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
-    return results_of_ranks(tmp_path_factory.mktemp("ranks"), run_checks, start_method="fork")
-
-
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_two_processes(check: Any, of_two_processes: list[dict[str, str | None]]) -> None:
     for found in of_two_processes:

@@ -9,8 +9,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest import Largest
 from trainer_cases import (
     ROWS,
     STEPS,
@@ -223,21 +222,6 @@ def test_the_model_is_its_own_again_after_training(linear: bool, tmp_path: Path)
         torch.testing.assert_close((got.loss, got.logits), (want.loss, want.logits))
         tokens = model.generate(batch["input_ids"], max_new_tokens=3, do_sample=False)
         assert torch.equal(tokens, fresh.generate(batch["input_ids"], max_new_tokens=3, do_sample=False))
-
-
-class Largest(TorchDispatchMode):
-    """The bytes of the largest memory of a tensor that an operator has returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **kwargs or {})
-        for x in torch.utils._pytree.tree_leaves(result):
-            if isinstance(x, Tensor):
-                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
-        return result
 
 
 @LINEAR
