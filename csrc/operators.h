@@ -2,10 +2,13 @@
 #pragma once
 // clang-format off
 
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace kdfast {
@@ -48,6 +51,17 @@ struct Settings {
   bool metrics;
 };
 
+// An operator's string. torch's own conversion to std::string (2.10 to 2.13) leaks one at each call.
+inline std::string taken(StringHandle handle) {
+  size_t length;
+  const char* data;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  std::string text(data, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return text;
+}
+
 }  // namespace kdfast
 
 // Both as the arguments of an operator, which torch hands over one by one, and as the structs of these.
@@ -60,13 +74,16 @@ struct Settings {
   std::optional<torch::stable::Tensor> indices, \
   std::optional<torch::stable::Tensor> dynamic_numbers, double temperature, \
   double teacher_temperature, double alpha, double hard_weight, bool t_squared, \
-  std::string divergence, double beta, std::string target, std::string missing, \
-  std::string ensemble, std::vector<double> teacher_weights, int64_t vocab_size, \
-  int64_t ignore_index, std::string reduction, double divisor, double label_smoothing, \
+  StringHandle divergence, double beta, StringHandle target, StringHandle missing, \
+  StringHandle ensemble, std::vector<double> teacher_weights, int64_t vocab_size, \
+  int64_t ignore_index, StringHandle reduction, double divisor, double label_smoothing, \
   double z_loss, double logit_scale, double teacher_logit_scale, double softcap, \
   double teacher_softcap, bool standardize, std::vector<double> dkd_weights, bool metrics
-#define KDFAST_CALL   kdfast::Inputs{teachers, labels, row_weight, normalizer, temperatures, teacher_temperatures, indices, dynamic_numbers},   kdfast::Settings{ \
-  temperature, teacher_temperature, alpha, hard_weight, t_squared, divergence, beta, target, \
-  missing, ensemble, teacher_weights, vocab_size, ignore_index, reduction, divisor, \
+#define KDFAST_CALL   kdfast::Inputs{ \
+  std::move(teachers), labels, row_weight, normalizer, temperatures, teacher_temperatures, \
+  indices, dynamic_numbers},   kdfast::Settings{ \
+  temperature, teacher_temperature, alpha, hard_weight, t_squared, kdfast::taken(divergence), \
+  beta, kdfast::taken(target), kdfast::taken(missing), kdfast::taken(ensemble), \
+  std::move(teacher_weights), vocab_size, ignore_index, kdfast::taken(reduction), divisor, \
   label_smoothing, z_loss, logit_scale, teacher_logit_scale, softcap, teacher_softcap, \
-  standardize, dkd_weights, metrics}
+  standardize, std::move(dkd_weights), metrics}

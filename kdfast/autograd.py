@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from kdfast.arguments import Inputs, Settings, metrics_of_unweighted_terms
-from kdfast.derivatives import check_backward, check_jvp, is_transformed
+from kdfast.derivatives import check_backward, check_jvp, is_transformed, scale
 from kdfast.rows import loss_dtype
 from kdfast.torch_private import apply_function, below_autograd, forward_ad_is_active, graph_is_kept, next_level
 
@@ -91,8 +91,7 @@ class LossGrad(torch.autograd.Function):
             ctx.has_run = True
         elif graph_is_kept():
             return grad * grad_loss, None, None, None, None, None  # this backward may run again
-        with below_autograd():
-            ctx.ops.scale_.default(grad, grad_loss)
+        scale(ctx.ops, grad, grad_loss)
         return grad, None, None, None, None, None
 
     @staticmethod

@@ -5,7 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast.torch_private import forward_ad_is_active, functorch_is_active, is_batched, jvp_depth, next_level
+from kdfast.torch_private import (
+    below_autograd,
+    forward_ad_is_active,
+    functorch_is_active,
+    is_batched,
+    jvp_depth,
+    next_level,
+)
 
 TWICE = (
     "kdfast's losses are differentiable once: a fused kernel computes their gradient, which has no derivative of its "
@@ -35,6 +42,14 @@ def check_backward(ctx: Any, grad_loss: Tensor | None, others: tuple[Tensor | No
     if torch.is_grad_enabled() and not ctx.transformed:
         raise RuntimeError(TWICE)  # under a transform, if the gradient is differentiated: grad is always create_graph
     return grad_loss
+
+
+def scale(ops: Any, grad: Tensor, factor: Tensor) -> None:
+    """Multiplies a gradient in-place by grad_loss. The 1 of loss.backward() on a CPU takes no call of an operator."""
+    if type(factor) is Tensor and factor.is_cpu and factor.item() == 1:
+        return
+    with below_autograd():
+        ops.scale_(grad, factor)
 
 
 def check_jvp(*results: Tensor) -> list[Tensor]:

@@ -202,6 +202,6 @@ class LinearKDLoss(LossModule):
         """The loss of a batch, and with `return_metrics` its metrics: `linear_kd_loss` of these tensors."""
         student = student_hidden, student_weight, student_bias
         teacher = teacher_hidden, teacher_weight, teacher_bias
-        options = self.options() | {"row_weight": row_weight, "normalizer": normalizer}
-        settings = self.checked_settings(labels is not None)
+        options, settings = self.checked(labels is not None)
+        options = options | {"row_weight": row_weight, "normalizer": normalizer}
         return _checked_loss(student, teacher, labels, options, settings)

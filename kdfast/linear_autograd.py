@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdfast.arguments import Heads, Inputs, Settings, drop_unused
 from kdfast.autograd import save, saved, saved_inputs
-from kdfast.derivatives import check_backward, check_jvp, is_transformed
+from kdfast.derivatives import check_backward, check_jvp, is_transformed, scale
 from kdfast.rows import loss_dtype
 from kdfast.torch_private import apply_function, below_autograd, forward_ad_is_active, graph_is_kept, next_level
 
@@ -78,8 +78,7 @@ class LinearLossGrad(torch.autograd.Function):
             if keep_saved or ctx.dtype == torch.float16:
                 grads[i] = (grad * grad_loss).to(ctx.dtype)
             else:
-                with below_autograd():
-                    ctx.ops.scale_(grad, grad_loss)
+                scale(ctx.ops, grad, grad_loss)
         return *grads, None, None, None, None, None
 
     @staticmethod

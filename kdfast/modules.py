@@ -22,7 +22,7 @@ class LossModule(nn.Module):
         super().__init__()
         check_names(type(self).__name__, options, self.defaults)
         self.__dict__.update(self.defaults | options)
-        self.checked_settings(True)  # whether there are labels is known in forward
+        self.checked(True)  # whether there are labels is known in forward
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -48,18 +48,18 @@ class LossModule(nn.Module):
         """The options by name."""
         return {name: getattr(self, name) for name in self.defaults}
 
-    def checked_settings(self, has_labels: bool) -> Settings:
-        """The settings of a call; checks them only after an option has changed, or may have, as a tensor may."""
+    def checked(self, has_labels: bool) -> tuple[dict[str, Any], Settings]:
+        """A call's options and settings, which are made only after an option has changed, or may have, as a tensor."""
         if torch.compiler.is_compiling():
-            return check_settings(self.options(), has_labels)
+            return (options := self.options()), check_settings(options, has_labels)
         checked = self.__dict__.setdefault("_checked", {})
         if has_labels in checked:
             return checked[has_labels]
         options = self.options()
         settings = check_settings(options, has_labels)
         if not any(isinstance(value, Tensor) for value in options.values()):
-            checked[has_labels] = settings
-        return settings
+            checked[has_labels] = options, settings
+        return options, settings
 
     def extra_repr(self) -> str:
         # identity first: comparing a tensor of temperatures gives a tensor
@@ -103,6 +103,6 @@ class KDLoss(LossModule):
         normalizer: float | Tensor | None = None,
     ) -> Any:
         """The loss of a batch, and with `return_metrics` its metrics: `kd_loss` of these tensors."""
-        options = self.options() | {"row_weight": row_weight, "normalizer": normalizer}
-        settings = self.checked_settings(labels is not None)
+        options, settings = self.checked(labels is not None)
+        options = options | {"row_weight": row_weight, "normalizer": normalizer}
         return checked_loss(student_logits, teacher, labels, options, settings)

@@ -72,7 +72,7 @@ def check_names(function: str, options: Mapping[str, Any], known: Mapping[str, A
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
 
 
-_checked: dict[tuple[int, ...], tuple[Any, Settings]] = {}  # by ids, of objects that are kept beside the Settings
+_checked: list[tuple[tuple[Any, ...], Settings]] = []  # the objects that some calls gave, and what came of them
 _NEVER_CHANGE = {type(None), bool, int, float, str}
 
 
@@ -81,14 +81,14 @@ def check_settings(options: Mapping[str, Any], has_labels: bool) -> Settings:
     if torch.compiler.is_compiling():
         return _check_settings(options, has_labels)
     values = (*_of_settings(options), has_labels, divergences.DIVERGENCES.get(str(options["divergence"])))
-    key = tuple(map(id, values))
-    if key in _checked:
-        return _checked[key][1]
+    for known, settings in _checked:
+        if all(map(operator.is_, values, known)):  # not ==, to which 1 is True
+            return settings
     settings = _check_settings(options, has_labels)
     if all(type(value) in _NEVER_CHANGE or value is DKD_WEIGHTS for value in values[:-1]):
-        if len(_checked) >= 64:
+        if len(_checked) >= 8:
             _checked.clear()
-        _checked[key] = values, settings
+        _checked.append((values, settings))
     return settings
 
 

@@ -4,6 +4,8 @@ For the row kernels it is the process's peak, which also has what autograd and p
 losses, which only allocate tensors around those kernels and products, it is counted by PyTorch's allocator.
 """
 
+import ctypes
+import gc
 import itertools
 import json
 import os
@@ -119,3 +121,37 @@ def test_a_linear_loss_needs_two_chunks_of_logits_and_its_gradients(
 
         of_rows = 4 * width + 172  # the gradient in hidden states, and each row's numbers: 72 bytes are its table
         assert peak_bytes(call) <= allowed + rows * of_rows, f"{rows} rows"
+
+
+class MallocInfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [
+        (field, ctypes.c_size_t)
+        for field in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer has its own malloc")
+def test_calls_leave_no_memory_behind(cpu: str) -> None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("needs glibc 2.33 or later")
+    libc.mallinfo2.restype = MallocInfo
+    student, teacher = torch.randn(2, 8, 10).unbind()
+    student.requires_grad_()
+    labels = torch.randint(10, (8,))
+
+    def left_by(calls: int) -> int:
+        before = libc.mallinfo2().uordblks
+        for _ in range(calls):
+            for reduction in ("mean", "none"):
+                kdfast.kd_loss(student, teacher, labels, reduction=reduction, backend=cpu).sum().backward()
+                student.grad = None
+        gc.collect()
+        return libc.mallinfo2().uordblks - before
+
+    left_by(50)
+    assert left_by(1000) < 50_000  # torch's conversion of strings would leave 480 bytes a call

@@ -17,6 +17,7 @@ CPP = {
     float: "double", bool: "bool", str: "std::string", int: "int64_t", list[float]: "std::vector<double>",
     torch.dtype: "torch::headeronly::ScalarType",
 }  # fmt: skip
+TAKEN = {str: "kdfast::taken({})", list[Tensor]: "std::move({})", list[float]: "std::move({})"}
 NOTE = """// Written by tools/write_operators.py from kdfast/arguments.py, which says what each of these is.
 #pragma once
 // clang-format off
@@ -26,10 +27,13 @@ SETTINGS = """
 #define KDFAST_NUMBERS(f){numbers}
 """
 OPERATORS = """
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace kdfast {{
@@ -42,13 +46,24 @@ struct Settings {{
 {settings}
 }};
 
+// An operator's string. torch's own conversion to std::string (2.10 to 2.13) leaks one at each call.
+inline std::string taken(StringHandle handle) {{
+  size_t length;
+  const char* data;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  std::string text(data, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return text;
+}}
+
 }}  // namespace kdfast
 
 // Both as the arguments of an operator, which torch hands over one by one, and as the structs of these.
 #define KDFAST_ARGUMENTS{arguments}
 #define KDFAST_CALL \
-  kdfast::Inputs{{{input_names}}}, \
-  kdfast::Settings{{{setting_names}}}
+  kdfast::Inputs{{{inputs_given}}}, \
+  kdfast::Settings{{{settings_given}}}
 """
 
 
@@ -71,10 +86,12 @@ def files() -> dict[str, str]:
     """The text of each file of csrc."""
     inputs, settings = Inputs.__annotations__, Settings.__annotations__
     numbers = [f"f({CPP[kind]}, {name})" for name, kind in settings.items() if kind in (float, bool)]
-    arguments = [f"{CPP[kind]} {name}" for name, kind in (inputs | settings).items()]
+    types = inputs | settings
+    arguments = [f"{'StringHandle' if kind is str else CPP[kind]} {name}" for name, kind in types.items()]
+    given = {name: TAKEN.get(kind, "{}").format(name) for name, kind in types.items()}
     operators = OPERATORS.format(
         inputs=fields(inputs), settings=fields(settings), arguments=wrap(arguments),
-        input_names=", ".join(inputs), setting_names=wrap(list(settings)),
+        inputs_given=wrap([given[name] for name in inputs]), settings_given=wrap([given[name] for name in settings]),
     )  # fmt: skip
     return {
         "settings.h": NOTE + SETTINGS.format(numbers=wrap(numbers, " ")),

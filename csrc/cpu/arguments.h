@@ -55,7 +55,7 @@ struct Loss {
     a.dkd_others = settings.dkd_weights[1];
     a.ignore_index = settings.ignore_index;
     if (inputs.labels) {
-      owned.push_back(torch::stable::contiguous(*inputs.labels));
+      owned.push_back(as_contiguous(*inputs.labels));
       a.labels = (const int64_t*)owned.back().const_data_ptr();
     }
     check_rows();
@@ -70,7 +70,7 @@ struct Loss {
   // A sparse teacher is none that the passes over a row read.
   void take_entries(const Tensor& indices, const std::string& missing) {
     const Tensor log_probs = owned.back();
-    owned.push_back(torch::stable::contiguous(indices));
+    owned.push_back(as_contiguous(indices));
     args.entries = entry_args(log_probs, owned.back(), args.divergence, missing);
     args.divergence = Divergence::kNone;
     args.n_teachers = 0;
@@ -142,7 +142,7 @@ struct Loss {
   // ---- where the gradient goes ----
 
   Tensor new_grad() {
-    Tensor grad = torch::stable::new_empty(student, student.sizes());
+    Tensor grad = empty_tensor(student.sizes(), student.scalar_type());
     advise_huge_pages(grad);
     args.grad = grad.mutable_data_ptr();
     args.grad_layout = matrix(grad);
@@ -161,7 +161,7 @@ struct Loss {
   void scale_by(const Tensor& grad_loss) {
     args.scale = args.logit_scale;
     if (reduction == "none") {
-      owned.push_back(torch::stable::contiguous(torch::stable::to(grad_loss, ScalarType::Double)));
+      owned.push_back(as_doubles(grad_loss));
       args.row_scale = (const double*)owned.back().const_data_ptr();
     } else {
       args.scale *= scalar(grad_loss) * inverse_divisor();
@@ -176,7 +176,7 @@ struct Loss {
   // A tensor of the losses' dtype; fill(data) gets its data as that type.
   template <class F>
   Tensor new_tensor(const std::vector<int64_t>& shape, F fill) const {
-    Tensor out = torch::stable::new_empty(student, shape, loss_dtype());
+    Tensor out = empty_tensor(shape, loss_dtype());
     void* data = out.mutable_data_ptr();
     loss_dtype() == ScalarType::Double ? fill((double*)data) : fill((float*)data);
     return out;
@@ -216,7 +216,7 @@ struct Loss {
     });
   }
   std::vector<double> to_doubles(const Tensor& table) const {
-    const Tensor wide = torch::stable::contiguous(torch::stable::to(table, ScalarType::Double));
+    const Tensor wide = as_doubles(table);
     const double* numbers = (const double*)wide.const_data_ptr();
     return {numbers, numbers + wide.numel()};
   }

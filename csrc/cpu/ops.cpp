@@ -140,9 +140,7 @@ void grad_(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_ARGUMENTS) {
   loss.copy_back(student);
 }
 
-// A factor of 1, as in loss.backward(), reads and writes nothing.
 void scale_(Tensor grad, Tensor factor) {
-  if (scalar(factor) == 1) return;
   std::array<StableIValue, 2> stack{torch::stable::detail::from(grad), torch::stable::detail::from(factor)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
@@ -161,7 +159,7 @@ Tensor run_softmax(SoftmaxArgs a, const Tensor& like, std::optional<Tensor> temp
       if (!is_row_value(a.temperatures[row], false))
         fail_row_value("temperature", a.temperatures[row], row, false);
   }
-  Tensor out = torch::stable::new_empty(like, like.sizes(), dtype);
+  Tensor out = empty_tensor(like.sizes(), dtype);
   advise_huge_pages(out);
   a.out = out.mutable_data_ptr();
   a.out_dtype = dtype_of(out);

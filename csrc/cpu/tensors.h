@@ -4,8 +4,10 @@
 #include <sys/mman.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
+#include <vector>
 
 #include "../tensors.h"
 #include "row_kernels.h"
@@ -13,9 +15,25 @@
 namespace kdfast {
 namespace {
 
+// A new contiguous tensor. torch::stable::new_empty looks its operator up by name and boxes its arguments,
+// which takes as long as all of a small call's arithmetic.
+template <class Sizes>
+inline Tensor empty_tensor(const Sizes& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(1, sizes[d])) strides[d] = stride;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided((int64_t)sizes.size(), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                               aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // One value per row as contiguous doubles.
 inline Tensor as_doubles(const Tensor& values) {
-  return torch::stable::contiguous(torch::stable::to(values, ScalarType::Double));
+  return as_contiguous(torch::stable::to(values, ScalarType::Double));
 }
 // A temperature must be > 0, a weight >= 0.
 inline bool is_row_value(double value, bool zero_allowed) {

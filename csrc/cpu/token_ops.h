@@ -22,7 +22,7 @@ struct TokenCall {
 
   TokenCall(const Tensor& logits_, const Tensor& ids_, const std::optional<Tensor>& temperatures,
             double temperature, double logit_scale, double softcap, int64_t vocab_size)
-      : logits(readable(logits_)), ids(torch::stable::contiguous(ids_)) {
+      : logits(readable(logits_)), ids(as_contiguous(ids_)) {
     TokenArgs& a = args;
     a.student = matrix(logits);
     a.rows = rows_of(logits);
@@ -47,7 +47,7 @@ struct TokenCall {
     return (const double*)owned.back().const_data_ptr();
   }
   Tensor result(std::vector<int64_t> shape) const {
-    return torch::stable::new_empty(logits, shape, args.wide ? ScalarType::Double : ScalarType::Float);
+    return empty_tensor(shape, args.wide ? ScalarType::Double : ScalarType::Float);
   }
   // An id below 0 that is not allowed has been made one that is far too large.
   static int64_t as_given(int64_t id) { return id >= (int64_t)1 << 62 ? id + INT64_MIN : id; }
@@ -99,7 +99,7 @@ Tensor token_grad(Tensor logits, Tensor ids, Tensor stats, std::optional<Tensor>
   a.grad_entropy = call.doubles(grad_entropy);
   a.grad_log_rest = call.doubles(grad_log_rest);
   a.grad_elsewhere = call.doubles(grad_elsewhere);
-  Tensor grad = torch::stable::new_empty(call.logits, call.logits.sizes());
+  Tensor grad = empty_tensor(call.logits.sizes(), call.logits.scalar_type());
   advise_huge_pages(grad);
   a.grad = grad.mutable_data_ptr();
   a.grad_layout = matrix(grad);

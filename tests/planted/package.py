@@ -137,7 +137,7 @@ OF_AUTOGRAD = [
            "ctx.has_run, ctx.transformed = False,", "ctx.inputs, ctx.has_run, ctx.transformed = inputs, False,",
            "A loss whose gradient is made holds on to its teacher.", AUTOGRAD),
     Mutant("gradient-scaled-elsewhere", FUNCTIONS,
-           "        ctx.ops.scale_.default(grad, grad_loss)\n        return grad, None",
+           "        scale(ctx.ops, grad, grad_loss)\n        return grad, None",
            "        return grad * grad_loss, None",
            "backward() makes a second tensor of the logits' size.", AUTOGRAD),
 ]  # fmt: skip
