@@ -124,7 +124,7 @@ struct Kernels {
         this_set().losses(in_doubles(a), row, row + 1);
         continue;
       }
-      if (!P::kMSE) round_offsets(a, x.scale, x.coefficients);
+      round_offsets(a, x.scale, x.coefficients);
       store_coefficients(a, row, x.coefficients);
     }
   }
@@ -151,8 +151,10 @@ struct Kernels {
         continue;
       }
       add_logits(a, scale, label, sums);
-      if (a.student.dtype != DType::kDouble && !P::kMSE)
-        rescale<typename P::D>(sums, (float)sums.student_offset, (float)sums.teacher_offset, scale);
+      if (a.student.dtype != DType::kDouble) {  // the table rounds them; logit_mse's is no logit's
+        const double teacher_offset = P::kMSE ? sums.teacher_offset : (float)sums.teacher_offset;
+        rescale<typename P::D>(sums, (float)sums.student_offset, teacher_offset, scale);
+      }
     }
   }
 

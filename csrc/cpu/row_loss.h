@@ -116,6 +116,7 @@ void round_offsets(const LossArgs& a, const RowScale& scale, Coefficients<double
   const double student = offset_change(c.student_offset, (float)c.student_offset);
   c.student_total = scaled(c.student_total, student * scale.student);
   c.hard_total = scaled(c.hard_total, student * scale.hard);
+  if (a.divergence == Divergence::kLogitMSE) return;  // its teacher_offset is no logit's
   const double teacher = offset_change(c.teacher_offset, (float)c.teacher_offset);
   c.teacher_total = scaled(c.teacher_total, teacher * scale.teacher);
 }
