@@ -376,7 +376,9 @@ def mixture(teachers: list[Logits], at: Tensor, o: dict[str, Any]) -> tuple[Tens
         return (teachers[0].z if o["target"] == "probs" else logs[0].exp()), logs[0], shift
     if o["ensemble"] == "geometric":
         log_p = F.log_softmax(weightedmean(logs, o["teacher_weights"]), -1)
-        return log_p.exp(), log_p, shift
+        # K weights, K products and K - 1 additions, half an eps each, of terms that may be larger than log p
+        size = weightedmean([x.detach().abs() for x in logs], o["teacher_weights"])
+        return log_p.exp(), log_p, shift + (len(logs) + 1) / 2 * size
     p = weightedmean([x.exp() for x in logs], o["teacher_weights"])
     return p, p.log(), shift
 

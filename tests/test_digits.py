@@ -168,6 +168,26 @@ def test_a_mixture_has_its_digits_at_every_beta(backend: str, divergence: str) -
         assert ((grad - of_truth).abs() <= 1e-5 * of_truth.abs().max() + atol).all()
 
 
+@pytest.mark.parametrize("divergence", KINDS)
+def test_a_row_far_from_0_has_its_digits_in_a_gradient_of_its_own(backend: str, divergence: str) -> None:
+    """It takes the sums' offset from a table of fp32, which rounds it."""
+    student, teacher, labels = batch(16, 3000, offset=300.0)
+    settings: dict[str, Any] = {"alpha": 0.01, "hard_weight": 1.0, "logit_scale": 2.0, "reduction": "none"}
+    judge(student, teacher, labels, divergence=divergence, backend=backend, **settings)
+
+
+@pytest.mark.parametrize("vocab", [50, 3000])
+@pytest.mark.parametrize("divergence", [*MIXTURES, "tvd", "hellinger"])
+def test_the_gradient_has_its_digits_where_little_is_in_common(backend: str, divergence: str, vocab: int) -> None:
+    """There D is near its largest value, and the gradient small."""
+    student, teacher, _ = batch(12, vocab)
+    apart = torch.linspace(0, 44, 12).unsqueeze(-1)
+    student[:, ::2] -= apart
+    teacher[:, 1::2] -= apart
+    for beta in (0.1, 0.9) if divergence in MIXTURES else (None,):
+        judge(student, teacher, divergence=divergence, beta=beta, backend=backend)
+
+
 @pytest.mark.parametrize("divergence", MIXTURES)
 def test_a_mixture_that_underflows_is_no_class(backend: str, divergence: str) -> None:
     """The probability of one side is denormal, the other's 0: their mixture is 0, and not a divisor."""

@@ -181,8 +181,7 @@ def skew_forward_kl(p, q, beta, rest):
 
 @triton.jit
 def skew_forward_psi(p, q, beta, rest):
-    m = beta * p + rest * q
-    return rest * masked(q, ratio(rest * (q - p), m))
+    return -rest * masked(q, ratio(p, beta * p + rest * q))  # rest q more would drown it where p q is small
 
 
 @triton.jit
