@@ -174,6 +174,8 @@ def test_a_row_far_from_0_has_its_digits_in_a_gradient_of_its_own(backend: str, 
     student, teacher, labels = batch(16, 3000, offset=300.0)
     settings: dict[str, Any] = {"alpha": 0.01, "hard_weight": 1.0, "logit_scale": 2.0, "reduction": "none"}
     judge(student, teacher, labels, divergence=divergence, backend=backend, **settings)
+    if backend != "cuda":  # with a scale of each row
+        judge(student, teacher, labels, divergence=divergence, backend=backend, standardize=True, **settings)
 
 
 @pytest.mark.parametrize("vocab", [50, 3000])

@@ -61,8 +61,10 @@ KD_INLINE void set_units(RowScale& scale, double student, double teacher, bool m
   scale.teacher_unit = teacher;
   if (mse) return;  // its difference takes the units themselves
   const double hard = scale.hard;
-  scale.student = (C)(scale.student * student);
-  scale.teacher = (C)(scale.teacher * teacher);
+  // volatile: GCC 12, where it makes one vector of both, leaves out the student's rounding
+  const volatile C rounded_student = scale.student * student, rounded_teacher = scale.teacher * teacher;
+  scale.student = rounded_student;
+  scale.teacher = rounded_teacher;
   scale.hard_multiple = (C)(hard / scale.student);
   scale.hard = scale.student * scale.hard_multiple;
   scale.invert();
