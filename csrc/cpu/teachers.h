@@ -30,9 +30,10 @@ KD_NOINLINE const C* mix_teachers(const LossArgs& a, int64_t row, int64_t begin,
     if (a.n_teachers == 1) return out;
     const double unit = a.standardize ? moments(z, n).unit(scale.teacher_logit_scale) : 1;
     if (!a.geometric && a.target == Target::kLogits) softmax_row(z, n, scale.teacher * unit);
-    const C w = a.teacher_weights[k] * (a.geometric ? unit : 1);
+    const bool takes_log = a.geometric && a.target == Target::kProbs;
+    const C w = a.teacher_weights[k] * (a.geometric ? unit : 1) * (takes_log ? kLn2 : 1);
     for_vectors(z, n, [&](V v, int64_t i) {
-      if (a.geometric && a.target == Target::kProbs) v = log2(v) * (C)kLn2;
+      if (takes_log) v = log2(v);
       if (!a.geometric && a.target == Target::kLogProbs) v = exp2(v * (C)kLog2E);
       return k == 0 ? v * w : v * w + load(out + i);
     });
