@@ -129,6 +129,10 @@ struct Loss {
       divisor = scalar(*normalizer);
     } else if (args.divisor != 0) {
       divisor = args.divisor;
+    } else if (!args.row_weight) {
+      int64_t kept = 0;  // whose additions do not wait for one another as a double's do
+      for (int64_t row = 0; row < args.rows; ++row) kept += args.is_kept(row);
+      divisor = kept;
     } else {
       double total = 0;  // a local one, which stays in a register
       for (int64_t row = 0; row < args.rows; ++row) {
