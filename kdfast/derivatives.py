@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kdfast.torch_private import (
     below_autograd,
+    calls_are_recorded,
     forward_ad_is_active,
     functorch_is_active,
     is_batched,
@@ -46,7 +47,7 @@ def check_backward(ctx: Any, grad_loss: Tensor | None, others: tuple[Tensor | No
 
 def scale(ops: Any, grad: Tensor, factor: Tensor) -> None:
     """Multiplies a gradient in-place by grad_loss. The 1 of loss.backward() on a CPU takes no call of an operator."""
-    if type(factor) is Tensor and factor.is_cpu and factor.item() == 1:
+    if type(factor) is Tensor and factor.is_cpu and not calls_are_recorded() and factor.item() == 1:
         return
     with below_autograd():
         ops.scale_(grad, factor)

@@ -29,6 +29,15 @@ def graph_is_kept() -> bool:
         return True
 
 
+def calls_are_recorded() -> bool:
+    """Whether a TorchDispatchMode, such as that of make_fx, sees the operators that run now."""
+    try:
+        return torch._C._len_torch_dispatch_stack() > 0
+    except AttributeError:
+        _missing("torch._C._len_torch_dispatch_stack", "backward calls an operator to multiply a gradient by 1")
+        return True
+
+
 def enable_autograd() -> AbstractContextManager[Any]:
     """Enables autograd inside an operator: a compiled graph calls it below autograd."""
     try:

@@ -129,6 +129,10 @@ struct Loss {
       divisor = scalar(*normalizer);
     } else if (args.divisor != 0) {
       divisor = args.divisor;
+    } else if (!args.row_weight) {
+      int64_t kept = 0;  // whose additions do not wait for one another as a double's do
+      for (int64_t row = 0; row < args.rows; ++row) kept += args.is_kept(row);
+      divisor = kept;
     } else {
       double total = 0;  // a local one, which stays in a register
       for (int64_t row = 0; row < args.rows; ++row) {
@@ -142,7 +146,7 @@ struct Loss {
   // ---- where the gradient goes ----
 
   Tensor new_grad() {
-    Tensor grad = empty_tensor(student.sizes(), student.scalar_type());
+    Tensor grad = torch::stable::new_empty(student, student.sizes());  // an operator, which profilers report
     advise_huge_pages(grad);
     args.grad = grad.mutable_data_ptr();
     args.grad_layout = matrix(grad);

@@ -55,37 +55,48 @@ struct ShortRows {
     }
     const V student_offset = maximum(g.s, n);
     exponents.set_offsets(student_offset, teacher_offset);
-    Sums<V> x{student_offset, V{}, teacher_offset}, part{};  // two levels, as in block_sums
-    x.classes += (C)n;
+    struct Totals {
+      V student, teacher, hard, exponents, over_teacher, over_student;
+    } part{}, total{};  // two levels, as in block_sums
     store_exps(a, exponents, g, [&](const Lanes<P>& each, int64_t i) __attribute__((always_inline)) {
-      part.student_total += each.es;
-      part.teacher_total += each.et;
-      part.hard_total += each.e1;
+      part.student += each.es;
+      part.teacher += each.et;
+      part.hard += each.e1;
       part.exponents += exponents.hard(each.ys);
       if constexpr (P::kMSE) part.over_teacher += each.et * each.et;
       if constexpr (P::D::kTeacher)
         part.over_teacher += P::D::over_teacher(each.et, each.ys, each.ys - each.yt);
       if constexpr (P::D::kStudent) part.over_student += P::D::over_student(each.es, each.ys - each.yt);
       if (i % 8 != 7 && i != n - 1) return;
-      x.student_total += part.student_total;
-      x.teacher_total += part.teacher_total;
-      x.hard_total += part.hard_total;
-      x.exponents += part.exponents;
-      if constexpr (P::kMSE || P::D::kTeacher) x.over_teacher += part.over_teacher;
-      if constexpr (P::D::kStudent) x.over_student += part.over_student;
-      part = Sums<V>{};
+      total.student += part.student;
+      total.teacher += part.teacher;
+      total.hard += part.hard;
+      total.exponents += part.exponents;
+      total.over_teacher += part.over_teacher;
+      total.over_student += part.over_student;
+      part = Totals{};
     });
-    V label_logit{};
+    V label_logit{}, phi{}, psi{};
     for (int r = 0; r < kLanes; ++r) label_logit[r] = g.label[r] < 0 ? 0 : g.s[g.label[r] * kLanes + r];
-    x.label = exponents.hard(exponents.student(label_logit));
     if constexpr (P::kPointwise) {
       dispatch_pointwise(a, [&](auto d) {
-        add_phi_and_psi<C, decltype(d)>(g.es, g.et, n, 1 / x.student_total,
-                                        teacher_is_softmaxed(a) ? 1 / x.teacher_total : V{} + 1, a.beta,
-                                        x.phi, x.psi);
+        add_phi_and_psi<C, decltype(d)>(g.es, g.et, n, 1 / total.student,
+                                        teacher_is_softmaxed(a) ? 1 / total.teacher : V{} + 1, a.beta, phi,
+                                        psi);
       });
     }
-    return x;
+    return {student_offset,
+            total.student,
+            teacher_offset,
+            total.teacher,
+            total.hard,
+            total.over_teacher,
+            total.over_student,
+            exponents.hard(exponents.student(label_logit)),
+            total.exponents,
+            V{} + (C)n,
+            phi,
+            psi};
   }
 
   // Losses of a group, and its gradient's coefficients.
@@ -136,8 +147,9 @@ struct ShortRows {
   }
 
   template <ShortKernel kKernel>
-  KD_NOINLINE static void run(const LossArgs& a, int64_t begin, int rows, Group& g) {
-    load_group<S, T, P::kReadsTeacher>(a, begin, rows, kKernel == ShortKernel::kGrad, g);
+  KD_NOINLINE static void run(const LossArgs& a, const RowScales& row_scales, int64_t begin, int rows,
+                              Group& g) {
+    load_group<S, T, P::kReadsTeacher>(a, row_scales, begin, rows, kKernel == ShortKernel::kGrad, g);
     RowExponents exponents;
     exponents.power = hard_power(a, a.temperature);
     exponents.hard_multiple = load(g.temperature);
@@ -178,8 +190,10 @@ KD_NOINLINE void short_rows(const LossArgs& a, int64_t begin, int64_t end) {
   if constexpr (!std::is_same_v<typename P::S, double>) {
     using Group = typename ShortRows<P>::Group;
     Group& group = *(Group*)thread_buffer(sizeof(Group));
+    const RowScales scales(a);
     for (int64_t row = begin; row < end; row += P::kLanes) {
-      ShortRows<P>::template run<kKernel>(a, row, end - row < P::kLanes ? end - row : P::kLanes, group);
+      const int rows = end - row < P::kLanes ? end - row : P::kLanes;
+      ShortRows<P>::template run<kKernel>(a, scales, row, rows, group);
     }
   }
 }
