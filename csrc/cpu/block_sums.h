@@ -17,14 +17,15 @@ KD_INLINE S filler(bool zero) {
 }
 template <class P>
 KD_INLINE auto load_student(const typename P::S* s, int n) {
-  return n == P::kStep ? load2(s) : load2_part(s, n, filler<typename P::S>(P::kMSE));
+  return __builtin_expect(n == P::kStep, 1) ? load2(s) : load2_part(s, n, filler<typename P::S>(P::kMSE));
 }
 template <class P>
 KD_INLINE auto load_teacher(const typename P::T* t, int n) {
   if constexpr (!P::kReadsTeacher) {
     return Two<typename P::V>{};
   } else {
-    return n == P::kStep ? load2(t) : load2_part(t, n, filler<typename P::T>(P::kProbs || P::kMSE));
+    return __builtin_expect(n == P::kStep, 1) ? load2(t)
+                                              : load2_part(t, n, filler<typename P::T>(P::kProbs || P::kMSE));
   }
 }
 
@@ -90,9 +91,26 @@ struct Patches {
   }
 };
 
+// Numbers of which masked(p, x) is p * x.
+template <class V>
+struct Unguarded {
+  V x;
+  KD_INLINE Unguarded operator-() const { return {-x}; }
+};
+template <class V>
+KD_INLINE Unguarded<V> masked(Unguarded<V> p, Unguarded<V> x) {
+  return {p.x * x.x};
+}
+
+// Whether a block's sums are at first computed as though every exponent were finite and within exp2's range.
+// One of them is NaN where that is wrong; the block is then computed again, guarded. Unguarded, n is a whole
+// number of steps.
+template <class P>
+constexpr bool kTriesUnguarded = std::is_same_v<typename P::C, float> && (P::D::kTeacher || P::D::kStudent);
+
 // Pass A over one block. The exps go to the scratch where kKeep. patches: Others' alone. The sums are stored
 // where they stay, for a copy of numbers that have just been stored waits for them.
-template <class P, bool kKeep>
+template <class P, bool kKeep, bool kGuarded = true>
 KD_NOINLINE void block_sums(const typename P::S* s, const typename P::T* t, int n, const RowScale& scale,
                             double student_offset, double teacher_offset, Scratch<typename P::C> scratch,
                             bool near, Sums<double>& sums, [[maybe_unused]] const Patches<P>& patches = {}) {
@@ -102,6 +120,7 @@ KD_NOINLINE void block_sums(const typename P::S* s, const typename P::T* t, int 
   struct Totals {
     V student, teacher, hard, over_teacher, over_student;
   } part{}, total{};
+  SeenExponents seen;
   auto flush = [&]() __attribute__((always_inline)) {
     total.student += part.student;
     total.teacher += part.teacher;
@@ -112,8 +131,12 @@ KD_NOINLINE void block_sums(const typename P::S* s, const typename P::T* t, int 
   };
   auto add_up = [&](const Lanes<P>& x, int at) __attribute__((always_inline)) {
     if constexpr (P::kMSE) part.over_teacher += x.et * x.et;
-    if constexpr (P::D::kTeacher) part.over_teacher += P::D::over_teacher(x.et, x.ys, x.ys - x.yt);
-    if constexpr (P::D::kStudent) part.over_student += P::D::over_student(x.es, x.ys - x.yt);
+    using Guarded = std::conditional_t<kGuarded, V, Unguarded<V>>;
+    const auto guarded = [](V v) __attribute__((always_inline)) { return bits<Guarded>(v); };
+    if constexpr (P::D::kTeacher)
+      part.over_teacher += bits<V>(P::D::over_teacher(guarded(x.et), guarded(x.ys), guarded(x.ys - x.yt)));
+    if constexpr (P::D::kStudent)
+      part.over_student += bits<V>(P::D::over_student(guarded(x.es), guarded(x.ys - x.yt)));
     part.student += x.es;
     part.teacher += x.et;
     part.hard += x.e1;
@@ -123,24 +146,27 @@ KD_NOINLINE void block_sums(const typename P::S* s, const typename P::T* t, int 
       if constexpr (P::kOwn) store(scratch.hard + at, x.e1);
     }
   };
-  for (int i = 0; i < n; i += P::kStep) {
-    prefetch(s + i, near);
-    if constexpr (P::kReadsTeacher) prefetch(t + i, near);
-    const int m = n - i < P::kStep ? n - i : P::kStep;
-    const typename P::S* from = s;
-    if constexpr (P::D::kOthers) from = patches.of_step(s, i);
-    const auto si = load_student<P>(from + i, m);
-    const auto ti = load_teacher<P>(t + i, m);
-    Lanes<P> x = exponents(si.a, ti.a), y = exponents(si.b, ti.b);
-    if (P::kMSE && m < P::kStep) {  // the fillers' differences
-      zero_tail<P>(x.et, y.et, m);
-      zero_tail<P>(x.es, y.es, m);
-      zero_tail<P>(x.e1, y.e1, m);
+  dispatch_power<P>(scale.power, [&](auto power) __attribute__((always_inline)) {
+    for (int i = 0; i < n; i += P::kStep) {
+      prefetch(s + i, near);
+      if constexpr (P::kReadsTeacher) prefetch(t + i, near);
+      const int m = !kGuarded || n - i >= P::kStep ? P::kStep : n - i;
+      const typename P::S* from = s;
+      if constexpr (P::D::kOthers) from = patches.of_step(s, i);
+      const auto si = load_student<P>(from + i, m);
+      const auto ti = load_teacher<P>(t + i, m);
+      Lanes<P> x = exponents.template lanes<power(), kGuarded>(si.a, ti.a, seen),
+               y = exponents.template lanes<power(), kGuarded>(si.b, ti.b, seen);
+      if (P::kMSE && m < P::kStep) {  // the fillers' differences
+        zero_tail<P>(x.et, y.et, m);
+        zero_tail<P>(x.es, y.es, m);
+        zero_tail<P>(x.e1, y.e1, m);
+      }
+      add_up(x, i);
+      add_up(y, i + P::kLanes);
+      if (i / P::kStep % 8 == 7) flush();
     }
-    add_up(x, i);
-    add_up(y, i + P::kLanes);
-    if (i / P::kStep % 8 == 7) flush();
-  }
+  });
   flush();
   sums = {student_offset,
           sum(total.student),
@@ -152,6 +178,7 @@ KD_NOINLINE void block_sums(const typename P::S* s, const typename P::T* t, int 
           -kInfinity,
           0,
           (double)n};
+  if (!kGuarded && !seen.are_in_range()) sums.over_teacher = kNaN;
 }
 
 template <class S>

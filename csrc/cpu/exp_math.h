@@ -7,6 +7,23 @@
 namespace kdfast {
 namespace {
 
+#if !defined(__AVX512DQ__)
+// Of y within [-127, 128]. seen: the bits of all integers y was rounded to, shifted.
+KD_INLINE FloatV exp2_of_clamped(FloatV y, Types<float>::U& seen) {
+  using U = Types<float>::U;
+  const FloatV shifted = y + (0x1.8p23f + 127);  // rounds to an integer; the low bits hold it and the bias
+  const FloatV f = y - (shifted - (0x1.8p23f + 127));
+  seen |= bits<U>(shifted);
+  FloatV p = splat(0x1.5bba14p-10f);
+  p = p * f + 0x1.3cea88p-7f;
+  p = p * f + 0x1.c6b752p-5f;
+  p = p * f + 0x1.ebf9bcp-3f;
+  p = p * f + 0x1.62e42ap-1f;
+  p = p * f + 1;
+  return p * bits<FloatV>(bits<U>(shifted) << 23);  // 2^-127 is 0 here, 2^128 infinity
+}
+#endif
+
 // Minimax in the relative error (0.9e-7 before rounding, 1.7e-7 after) among the polynomials that are 1 at 0.
 KD_INLINE FloatV exp2(FloatV y) {
 #if defined(__AVX512DQ__)
@@ -20,17 +37,27 @@ KD_INLINE FloatV exp2(FloatV y) {
   p = p * f + 1;
   return (FloatV)_mm512_scalef_ps((__m512)p, (__m512)y);
 #else
-  using I = Types<float>::I;
   y = max(splat(-127.f), min(splat(128.f), y));  // in this order NaN stays NaN
-  const FloatV shifted = y + (0x1.8p23f + 127);  // rounds to an integer; the low bits hold it and the bias
-  const FloatV f = y - (shifted - (0x1.8p23f + 127));
-  FloatV p = splat(0x1.5bba14p-10f);
-  p = p * f + 0x1.3cea88p-7f;
-  p = p * f + 0x1.c6b752p-5f;
-  p = p * f + 0x1.ebf9bcp-3f;
-  p = p * f + 0x1.62e42ap-1f;
-  p = p * f + 1;
-  return p * bits<FloatV>(bits<I>(shifted) << 23);  // 2^-127 is 0 here, 2^128 infinity
+  Types<float>::U seen{};
+  return exp2_of_clamped(y, seen);
+#endif
+}
+
+// Whether exponents were all within [-127, 128], where exp2 need not clamp them.
+struct SeenExponents {
+#if defined(__AVX512DQ__)  // there it never does
+  KD_INLINE bool are_in_range() const { return true; }
+#else
+  Types<float>::U shifted{};
+  // 0 to 255 of them leave all other bits alone; NaN, infinities and all other numbers do not
+  KD_INLINE bool are_in_range() const { return !any((shifted & ~0xffu) != 0x4b400000u); }
+#endif
+};
+KD_INLINE FloatV exp2(FloatV y, [[maybe_unused]] SeenExponents& seen) {
+#if defined(__AVX512DQ__)
+  return exp2(y);
+#else
+  return exp2_of_clamped(y, seen.shifted);
 #endif
 }
 

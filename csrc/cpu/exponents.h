@@ -188,15 +188,16 @@ struct Exponents {
     teacher.base = difference_offset = to;
   }
 
-  KD_INLINE V power_of(V es) const {
-    V e1 = es;
-    for (int k = 1; k < power; ++k) e1 *= es;
-    return e1;
+  // x times es^(power - 1), which makes e1 of es.
+  template <int kPower = 0>
+  KD_INLINE V times_power(V x, V es) const {
+    for (int k = 1; k < (kPower ? kPower : power); ++k) x *= es;
+    return x;
   }
 
   // Of exponents and exps at T those at temperature 1.
   KD_INLINE V hard(V ys) const { return ys * hard_multiple; }
-  KD_INLINE V hard_exp(V ys, V es) const { return P::kOwn ? exp2(hard(ys)) : power_of(es); }
+  KD_INLINE V hard_exp(V ys, V es) const { return P::kOwn ? exp2(hard(ys)) : times_power(es, es); }
 
   // log2 of a class's exp at temperature 1 as the sum of these has it, not of its exponent.
   KD_NOINLINE double log_hard_exp(C s) const {
@@ -204,11 +205,19 @@ struct Exponents {
     return std::log2((double)hard_exp(ys, exp2(ys))[0]);
   }
 
-  KD_INLINE Lanes<P> operator()(V s, V t) const {
+  template <int kPower = 0, bool kGuarded = true>
+  KD_INLINE Lanes<P> lanes(V s, V t, [[maybe_unused]] SeenExponents& seen) const {
+    const auto exp = [&](V y) __attribute__((always_inline)) {
+      if constexpr (kGuarded) {
+        return exp2(y);
+      } else {
+        return exp2(y, seen);
+      }
+    };
     Lanes<P> x{};
     x.ys = student(s);
-    x.es = exp2(x.ys);
-    x.e1 = hard_exp(x.ys, x.es);
+    x.es = exp(x.ys);
+    x.e1 = P::kOwn ? exp(hard(x.ys)) : times_power<kPower>(x.es, x.es);
     if constexpr (P::kMSE) {
       x.et = (s * student_unit - t * teacher_unit) - difference_offset;
     } else if constexpr (P::kProbs) {
@@ -216,11 +225,24 @@ struct Exponents {
       x.yt = log2(t);
     } else if constexpr (P::kSoft) {
       x.yt = teacher(t);
-      x.et = exp2(x.yt);
+      x.et = exp(x.yt);
     }
     return x;
   }
+  KD_INLINE Lanes<P> operator()(V s, V t) const {
+    SeenExponents seen;
+    return lanes(s, t, seen);
+  }
 };
+
+// f of the power as a constant, where it is the commonest one: loops then hold no loop over it. Else of 0.
+template <class P, class F>
+KD_INLINE void dispatch_power(int power, F f) {
+  if constexpr (!P::kOwn) {
+    if (power == 2) return f(std::integral_constant<int, 2>{});
+  }
+  f(std::integral_constant<int, 0>{});
+}
 
 }  // namespace
 }  // namespace kdfast

@@ -34,33 +34,40 @@ struct Gradient {
         tilt(splat<C>(c.tilt)),
         is_tilted(c.tilt != 0) {}
 
+  template <int kPower = 0>
   KD_INLINE V gradient_of_exps(const Lanes<P>& x, V s) const {
-    V g = x.e1 * factors.hard - factors.uniform;
-    if constexpr (P::kMSE) {
-      g += (x.et - factors.center) * factors.soft;
-    } else if constexpr (P::kPointwise) {
-      g += (x.et - (x.es * factors.to_q) * factors.center) * factors.soft;  // psi is in P's place
-    } else if constexpr (P::kSoft || P::D::kOthers) {
-      V factor = factors.level;
-      if constexpr (P::D::kStudent) factor += factors.slope * (x.es == 0 ? V{} : x.ys - x.yt);
-      g += x.es * factor;
-      if constexpr (P::D::kTeacher) g -= x.et * factors.teacher;
+    V factor{}, rest = factors.uniform;  // the gradient is es * factor - rest
+    if constexpr (P::kOwn) {
+      rest -= x.e1 * factors.hard;
+    } else {
+      factor = exponents.template times_power<kPower>(factors.hard, x.es);
     }
-    if constexpr (!P::D::kOthers) {  // or the logits would be read for nothing
+    if constexpr (P::kMSE) {
+      rest -= (x.et - factors.center) * factors.soft;
+    } else if constexpr (P::kPointwise) {
+      rest -= (x.et - (x.es * factors.to_q) * factors.center) * factors.soft;  // psi is in P's place
+    } else if constexpr (P::kSoft || P::D::kOthers) {
+      factor += factors.level;
+      if constexpr (P::D::kStudent) factor += factors.slope * (x.es == 0 ? V{} : x.ys - x.yt);
+      if constexpr (P::D::kTeacher) rest += x.et * factors.teacher;
+    }
+    V g = x.es * factor - rest;
+    if constexpr (P::kOwn || P::kMSE) {  // standardized logits are, and others need not be read
       if (hide_from_optimizer(is_tilted)) g += tilt * (s - mean);
     }
     return g;
   }
 
   // i: where the scratch has these classes.
+  template <int kPower = 0>
   KD_INLINE V gradient(V s, V t, Scratch<C> scratch, int i) const {
     Lanes<P> x = exponents(s, t);
     if constexpr (kKeep) {  // the logits are then read only where psi needs a logarithm
       x.es = load(scratch.student + i);
-      x.e1 = P::kOwn ? load(scratch.hard + i) : exponents.power_of(x.es);
+      if constexpr (P::kOwn) x.e1 = load(scratch.hard + i);
       if constexpr (P::kReadsTeacher) x.et = load(scratch.teacher + i);
     }
-    return gradient_of_exps(x, s);
+    return gradient_of_exps<kPower>(x, s);
   }
 
   // Of the i-th class of a block, the label. Its own term is subtracted before the rounding.
@@ -96,21 +103,25 @@ struct Gradient {
   }
 
   KD_NOINLINE void write(const S* s, const T* t, Scratch<C> scratch, int n, S* out) const {
-    for (int i = 0; i < n; i += P::kStep) {
-      if constexpr (!kKeep) {  // of the block before, which is the next
-        prefetch(s + i - 2 * kBlock, false);
-        if constexpr (P::kReadsTeacher) prefetch(t + i - 2 * kBlock, false);
+    const Gradient self = *this;  // which `out` could not be for all that the compiler knows
+    dispatch_power<P>(exponents.power, [&](auto power) __attribute__((always_inline)) {
+      for (int i = 0; i < n; i += P::kStep) {
+        if constexpr (!kKeep) {  // of the block before, which is the next
+          prefetch(s + i - 2 * kBlock, false);
+          if constexpr (P::kReadsTeacher) prefetch(t + i - 2 * kBlock, false);
+        }
+        const int m = n - i < P::kStep ? n - i : P::kStep;
+        const auto si = load_student<P>(s + i, m);
+        const auto ti = load_teacher<P>(t + i, m);
+        const Two<V> g{self.template gradient<power()>(si.a, ti.a, scratch, i),
+                       self.template gradient<power()>(si.b, ti.b, scratch, i + P::kLanes)};
+        if (m == P::kStep) {
+          store2(out + i, g);
+        } else {
+          store2_part(out + i, g, m);
+        }
       }
-      const int m = n - i < P::kStep ? n - i : P::kStep;
-      const auto si = load_student<P>(s + i, m);
-      const auto ti = load_teacher<P>(t + i, m);
-      const Two<V> g{gradient(si.a, ti.a, scratch, i), gradient(si.b, ti.b, scratch, i + P::kLanes)};
-      if (m == P::kStep) {
-        store2(out + i, g);
-      } else {
-        store2_part(out + i, g, m);
-      }
-    }
+    });
   }
 };
 

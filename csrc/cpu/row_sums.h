@@ -22,6 +22,15 @@ KD_INLINE bool is_in_range(const Sums<double>& x, bool teacher) {
   return x.student_total < most && x.hard_total < 0x1p40 && (!teacher || x.teacher_total < most);
 }
 
+KD_INLINE void add_at_same_offsets(Sums<double>& x, const Sums<double>& more) {
+  x.student_total += more.student_total;
+  x.teacher_total += more.teacher_total;
+  x.hard_total += more.hard_total;
+  x.over_teacher += more.over_teacher;
+  x.over_student += more.over_student;
+  x.classes += more.classes;
+}
+
 // Of a number > 0; std::ilogb would be a call.
 KD_INLINE int exponent_of(double x) { return (int)(bits<int64_t>(x) >> 52) - 1023; }
 
@@ -48,6 +57,7 @@ KD_NOINLINE Sums<double> row_sums(const typename P::S* row_s, const typename P::
   Patches<P> patches{};
   if constexpr (P::D::kOthers) patches = {(typename P::S*)options.without->block, options.without->is_copied};
   Sums<double> total{}, later;
+  [[maybe_unused]] bool guarded = false;  // for the rest of the row
   double so = -kInfinity, to = own_offset ? -kInfinity : 0;
   for (int64_t at = 0; at < n; at += kBlock) {
     const int m = n - at < kBlock ? n - at : kBlock;
@@ -75,12 +85,29 @@ KD_NOINLINE Sums<double> row_sums(const typename P::S* row_s, const typename P::
       if (to == -kInfinity) to = representable<C>(first_offset(t, m), scale.teacher, scale.inverse_teacher);
     }
     Sums<double>& more = at == 0 ? total : later;
-    block_sums<P, kKeep>(s, t, m, scale, so, to, scratch, near, more, patches);
+    const auto add_up = [&] {
+      if constexpr (kTriesUnguarded<P>) {
+        if (!guarded) {
+          const int whole = m / P::kStep * P::kStep;
+          block_sums<P, kKeep, false>(s, t, whole, scale, so, to, scratch, near, more);
+          guarded = std::isnan(more.over_teacher + more.over_student);
+          if (!guarded && whole < m) {
+            Sums<double> rest;
+            block_sums<P, true>(s + whole, t + whole, m - whole, scale, so, to, scratch + whole, near, rest);
+            add_at_same_offsets(more, rest);
+          }
+        }
+        if (guarded) block_sums<P, true>(s, t, m, scale, so, to, scratch, near, more);
+      } else {
+        block_sums<P, kKeep>(s, t, m, scale, so, to, scratch, near, more, patches);
+      }
+    };
+    add_up();
     if (!is_in_range(more, own_offset)) {
       so = representable<C>(block_max(without_entries(), m), scale.student, scale.inverse_student);
       if constexpr (P::kSoft && !P::kProbs)
         to = own_offset ? representable<C>(block_max(t, m), scale.teacher, scale.inverse_teacher) : 0;
-      block_sums<P, kKeep>(s, t, m, scale, so, to, scratch, near, more, patches);
+      add_up();
     }
     if constexpr (P::D::kOthers) patches.unset(e.places, e.count);
     if (labelled) {

@@ -195,7 +195,11 @@ KD_INLINE Types<float>::U narrow2(Two<FloatV> v) {
     const U u = bits<U>(x);
     return u + 0x7fff + (u >> 16 & 1);
   };
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (U)_mm256_blend_epi16((__m256i)(rounded(v.a) >> 16), (__m256i)rounded(v.b), 0xaa);
+#else
   return rounded(v.a) >> 16 | (rounded(v.b) & 0xffff0000u);
+#endif
 #endif
 }
 template <class C, class V>

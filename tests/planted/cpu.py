@@ -182,7 +182,7 @@ OF_GRADIENTS = [
            "x.es == 0 ? V{} : x.ys - x.yt", "x.ys - x.yt",
            "Reverse KL's gradient is NaN where a class has no probability.", LIMITS),
     Mutant("smoothing-pushes-up", GRADIENT,
-           "V g = x.e1 * factors.hard - factors.uniform;", "V g = x.e1 * factors.hard + factors.uniform;",
+           "rest = factors.uniform;", "rest = -factors.uniform;",
            "Label smoothing lowers every class instead of raising it.", OPTIONS),
     Mutant("gradient-in-bits", ROW_MATH,
            "c.slope * x.to_q * kNatsPerBit<N>;", "c.slope * x.to_q;",
@@ -225,7 +225,7 @@ STORAGE, SIMD = "csrc/cpu/storage.h", "csrc/cpu/simd.h"
 OF_ARITHMETIC = [
     # T = 3 and 4 alone
     Mutant("power-by-squaring", EXPONENTS,
-           "e1 *= es;", "e1 *= e1;",
+           "x *= es;", "x *= x;",
            "At T = 3 and 4 the hard term takes the 4th and the 8th power.", CALLS),
     # logit_mse alone
     Mutant("mse-of-unstandardised-teachers", EXPONENTS,
