@@ -54,6 +54,11 @@ def isa() -> str:
     return found
 
 
+def own_products_are_faster() -> bool:
+    """Whether the CPU library's matrix products are faster than PyTorch's here."""
+    return _cpu_failure is None and _call_library("is_matmul_faster") == "yes"
+
+
 def load() -> None:
     """Loads the CPU's operators, or records why that failed."""
     global _cpu_failure

@@ -14,7 +14,7 @@ from kdfast import rows
 from kdfast.arguments import Heads, Inputs, Settings
 from kdfast.products import head_for
 
-LOGITS = 3 << 24  # the most of a chunk on a CPU: 201 MB in fp32
+LOGITS = 1 << 25  # the most of a chunk on a CPU: 134 MB in fp32
 LEAST_ROWS, MOST_ROWS = 256, 512
 GPU_LOGITS = 1 << 28  # on a GPU: 1 GB in fp32
 GPU_LEAST_ROWS, GPU_MOST_ROWS = 1024, 4096
@@ -25,9 +25,11 @@ def default_rows(vocab: int, device: str) -> int:
 
     Measured on a CPU (two cores of a Zen 3, `python -m benchmarks.linear --chunk-rows`): of the time of whole products
     a call takes with 64, 128, 256, 512 and 1024 rows 1.69, 1.41, 1.15, 1.07 and 1.01 at V = 32000, and 1.52, 1.08,
-    1.00, 0.88 and 1.14 at 128000. So 512 rows, but fewer where their logits would take more than 201 MB, and at least
-    256. On a GPU this is an estimate, not measured: 1024 rows are 8 tiles of 128, which with a vocabulary's hundreds of
-    tiles fill the multiprocessors, and reading the head once a chunk is a small part of a product's time.
+    1.00, 0.88 and 1.14 at 128000. So 512 rows, but fewer where their logits would take more than 134 MB, and at least
+    256: at V = 128000 chunks of 256 rows take 1.00 of the time of 342 with kdfast's own products (two cores of a Zen 5,
+    bf16, H = 1024 and 2048), 1.04 with MKL's (fp32, H = 512 and 1024), and 0.75 of the memory. On a GPU this is an
+    estimate, not measured: 1024 rows are 8 tiles of 128, which with a vocabulary's hundreds of tiles fill the
+    multiprocessors, and reading the head once a chunk is a small part of a product's time.
     """
     if device == "cpu":
         return min(MOST_ROWS, max(LEAST_ROWS, LOGITS // vocab))
@@ -47,14 +49,15 @@ class Side:
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: int) -> None:
         self.hidden = rows.as_matrix(hidden.detach())
-        self.head = head_for(weight.detach()[:vocab], None if bias is None else bias.detach()[:vocab])
+        bias = None if bias is None else bias.detach()[:vocab]
+        self.head = head_for(weight.detach()[:vocab], bias, len(self.hidden))
 
     def new_logits(self, rows: int) -> Tensor:
         return self.hidden.new_empty((rows, len(self.head.weight)), dtype=self.head.logits_dtype)
 
     def logits(self, rows: slice | Tensor, kept: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:
         """Some rows' hidden states, as an operand, and their logits, written into the first rows of `out`."""
-        hidden = self.hidden[rows].to(self.head.operand_dtype)
+        hidden = self.hidden[rows].to(self.head.hidden_dtype)
         if kept is not None:
             hidden = torch.where(kept.unsqueeze(-1), hidden, 0)
         logits = out[: len(hidden)]

@@ -85,7 +85,7 @@ def linear_kd_loss(
             products; on a GPU they are zeroed instead, to avoid a sync.
         student_bias, teacher_bias: (V,), (V',), of their weights' dtypes.
         chunk_rows: the most rows of a chunk. None: on a CPU 512, or fewer where their logits would take more than
-            201 MB, but at least 256; on a GPU 1024 to 4096. The logits of a chunk take 4 * chunk_rows * V bytes, those
+            134 MB, but at least 256; on a GPU 1024 to 4096. The logits of a chunk take 4 * chunk_rows * V bytes, those
             of the teacher's head as much again.
         accumulate_dtype: the dtype in which the weight's gradient is summed over chunks, where it is wider than the
             weight's. The sum is rounded to the weight's dtype once, at the end. bfloat16 avoids the wider tensor for a

@@ -105,7 +105,7 @@ class Gradients:
             self.bias[: chunks.vocab] += chunk.logits.sum(0, dtype=self.bias.dtype)
         if self.hidden is None and self.weight is None:
             return
-        gradient = chunk.logits.to(student.operand_dtype)
+        gradient = chunk.logits.to(student.gradient_dtype)
         if self.hidden is not None:
             as_matrix(self.hidden)[chunk.rows] = student.to_hidden(gradient).to(self.hidden.dtype)
         if self.weight is not None:

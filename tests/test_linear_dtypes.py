@@ -56,6 +56,7 @@ def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for overload, function in (("mm.dtype", mm), ("mm.dtype_out", mm_out), ("addmm.dtype_out", addmm_out)):
             library.impl(overload, function, "CPU")
         monkeypatch.setattr(products, "WidenedHead", products.TensorCoreHead)
+        monkeypatch.setattr(products, "_own_are_faster", lambda: False)
         monkeypatch.setattr(chunks, "_can_read_values", lambda x: False)
         yield
 

@@ -76,7 +76,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from kdfast import products
 
     made: list[int] = []
-    for kind in (products.Head, products.WidenedHead):
+    for kind in (products.Head, products.WidenedHead, products.OwnHead):
         whole = kind.logits
         monkeypatch.setattr(
             kind, "logits", lambda self, hidden, out, whole=whole: (made.append(len(out)), whole(self, hidden, out))

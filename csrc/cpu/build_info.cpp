@@ -30,6 +30,14 @@ KDFAST_EXPORT const char* kdfast_usable_isas() {
   static const std::string names = kdfast::isa_names(kdfast::is_usable);
   return names.c_str();
 }
+// "yes", or else nothing: also where KDFAST_CPU_ISA names no usable set, for the kernels will say so.
+KDFAST_EXPORT const char* kdfast_is_matmul_faster() {
+  try {
+    return kdfast::is_matmul_faster() ? "yes" : "";
+  } catch (const std::exception&) {
+    return "";
+  }
+}
 // Where KDFAST_CPU_ISA names no usable set, the error's message.
 KDFAST_EXPORT const char* kdfast_isa() {
   static const std::string name = [] {

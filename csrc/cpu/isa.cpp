@@ -67,4 +67,12 @@ Isa chosen_isa() {
   return isa;
 }
 
+bool is_matmul_faster() {
+#if defined(__x86_64__)
+  return chosen_isa() == Isa::avx512_bf16 && !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 }  // namespace kdfast

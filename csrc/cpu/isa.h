@@ -24,4 +24,8 @@ bool is_usable(Isa isa);
 // Throws std::invalid_argument where that is not usable.
 Isa chosen_isa();
 
+// Whether matmul.h's products are faster here than PyTorch's, of which MKL has its best code for Intel's
+// processors alone.
+bool is_matmul_faster();
+
 }  // namespace kdfast
