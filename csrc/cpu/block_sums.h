@@ -106,7 +106,8 @@ KD_INLINE Unguarded<V> masked(Unguarded<V> p, Unguarded<V> x) {
 // One of them is NaN where that is wrong; the block is then computed again, guarded. Unguarded, n is a whole
 // number of steps.
 template <class P>
-constexpr bool kTriesUnguarded = std::is_same_v<typename P::C, float> && (P::D::kTeacher || P::D::kStudent);
+constexpr bool kTriesUnguarded =
+    std::is_same_v<typename P::C, float> && !P::D::kOthers && (P::D::kTeacher || P::D::kStudent);
 
 // Pass A over one block. The exps go to the scratch where kKeep. patches: Others' alone. The sums are stored
 // where they stay, for a copy of numbers that have just been stored waits for them.

@@ -136,6 +136,12 @@ OF_SUMS = [
            "x.student_total < most && x.hard_total < 0x1p40 &&", "x.student_total < 0x1p40 &&",
            "The hard term's sum overflows in a block that is above the first one.", CALLS),
     # student and teacher of one dtype
+    Mutant("unguarded-blocks-stay", "csrc/cpu/row_sums.h",
+           "guarded = std::isnan(more.over_teacher + more.over_student);", "guarded = false;",
+           "A class of probability 0 makes its row NaN.", LIMITS),
+    Mutant("unguarded-exponents-below-the-range", "csrc/cpu/exp_math.h",
+           "return !any((shifted & ~0xffu) != 0x4b400000u);", "return true;",
+           "On AVX2 exp of what underflows is any number.", ISA, isas="all"),
     Mutant("dkd-copies-in-one-place", BLOCK_SUMS,
            "copies[next ^= 1]", "copies[0]",
            "dkd's student without its label is overwritten by the teacher.", CALLS),
