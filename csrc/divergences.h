@@ -143,7 +143,7 @@ struct SkewForwardKL : Pointwise {  // KL(p, m), m = beta p + (1 - beta) q
   }
   template <class V>
   KDFAST_HD static V psi(V p, V q, V beta, V rest) {
-    return -rest * q * ratio(p, beta * p + rest * q);  // rest q more would drown it where p q is small
+    return rest * q * ratio(rest * (q - p), beta * p + rest * q);
   }
   template <class V>
   KDFAST_HD static V constant(V mass, V rest) {

@@ -78,11 +78,6 @@ def _share(p: Tensor, m: Tensor) -> Tensor:
     return p / torch.where(m < torch.finfo(m.dtype).tiny, 1, m)
 
 
-def _gradient_alone(x: Tensor) -> Tensor:
-    """0, with the gradient of x."""
-    return x - x.detach()
-
-
 def _sign(x: Tensor) -> Tensor:
     """torch.sign, but NaN for NaN."""
     x = x.detach()
@@ -125,11 +120,8 @@ DIVERGENCES = {
     ),
     # KL(p, beta p + (1 - beta) q)
     "skew_forward_kl": Divergence(
-        # the gradient of p - m is a multiple of q, which would drown the rest where p q is small
-        phi=lambda p, q, log_p, log_q, beta: (
-            _excess(p, q.detach(), log_p, beta, 1 - beta) - _gradient_alone(times(p, _log(_mixture(p, q, beta))))
-        ),
-        psi=lambda p, q, log_p, log_q, beta: (beta - 1) * q * _share(p, _mixture(p, q, beta)),
+        phi=lambda p, q, log_p, log_q, beta: _excess(p, q, log_p, beta, 1 - beta),
+        psi=lambda p, q, log_p, log_q, beta: (1 - beta) ** 2 * q * _share(q - p, _mixture(p, q, beta)),
         beta=0.1,
         at_0="forward_kl",
         first_order=lambda beta: 1 - beta,

@@ -181,7 +181,8 @@ def skew_forward_kl(p, q, beta, rest):
 
 @triton.jit
 def skew_forward_psi(p, q, beta, rest):
-    return -rest * masked(q, ratio(p, beta * p + rest * q))  # rest q more would drown it where p q is small
+    m = beta * p + rest * q
+    return rest * masked(q, ratio(rest * (q - p), m))
 
 
 @triton.jit
