@@ -7,13 +7,13 @@
 The products of a 16-bit head:
 
     on a GPU              16-bit factors, fp32 sums, fp32 results. g is rounded once, to the head's dtype, as a factor
-    CPUs, AVX512_BF16,    kdfast's own, csrc/cpu/matmul.cpp, which fp32 heads take too: 16-bit factors of logits and
+    CPUs, AVX512_BF16,    kdfast's own, csrc/cpu/matmul_kernel.h, which fp32 heads take too: 16-bit factors of logits,
     not Intel's           fp32 ones of gradients, fp32 sums and results
     anywhere else         fp32: the head is converted slice by slice
 
 On two cores of a Zen 5, where MKL runs code for AVX2, kdfast's own take 19 ms for the logits of 512 rows and a bf16
 head, V = 16000, H = 1024, and PyTorch's bf16 product 19 to 21 ms. The gradients' take 37 to 42 ms each, the fp32 limit
-of the cores being 32: g in two bf16 parts would take as long, and one part would round it.
+of the cores being 32: two bf16 parts of g would be twice the work at twice the speed, and one part would round it.
 
 PyTorch's CPU product of 16-bit factors rounds its result to their dtype, which moves bf16 logits of size 100 by up to
 0.25, and larger ones by 0.5. On a CPU with instructions for bf16 matrices fp32 products are slower: 132 ms for 512
@@ -33,12 +33,10 @@ from torch import Tensor
 from kdfast import choice
 
 SLICE = 4096  # classes converted, or multiplied, at a time: a few MB, where a chunk takes hundreds
-
-
 OWN_LEAST_ROWS = 4  # of 1 row with an fp32 head, V = 32000, H = 1024, PyTorch makes the logits in 0.7x of the time
 
-_library = torch.library.Library("kdfast_products", "DEF")
-_library.define("matmul_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()")  # csrc/cpu/matmul_ops.cpp
+_library = torch.library.Library("kdfast", "FRAGMENT")
+_library.define("matmul_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()")  # csrc/cpu/matmul_ops.h
 
 
 def grad_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -133,7 +131,7 @@ class OwnHead(Head):
         return out
 
     def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-        torch.ops.kdfast_products.matmul_(out, a, b, add)
+        torch.ops.kdfast.matmul_(out, a, b, add)
 
 
 class TensorCoreHead(Head):

@@ -45,7 +45,7 @@ def test_own_product_has_float_sums_of_every_dtype_and_layout(
         a, b = matrix(m, k, dtypes[0], a_transposed), matrix(k, n, dtypes[1], b_transposed)
         wide = torch.randn(m, n + 3)  # its last columns stay
         before, out = wide.clone(), wide[:, :n]
-        torch.ops.kdfast_products.matmul_(out, a, b, add)
+        torch.ops.kdfast.matmul_(out, a, b, add)
         check(out, a.double() @ b.double() + (before[:, :n].double() if add else 0), k)
         assert torch.equal(wide[:, n:], before[:, n:])
 
@@ -59,7 +59,7 @@ def test_own_product_has_the_same_bits_with_any_number_of_threads() -> None:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
             results.append(torch.empty(m, n))
-            torch.ops.kdfast_products.matmul_(results[-1], a, b, False)
+            torch.ops.kdfast.matmul_(results[-1], a, b, False)
         torch.set_num_threads(threads)
         assert all(torch.equal(results[0], other) for other in results)
 
@@ -69,7 +69,7 @@ def test_own_product_keeps_nan_and_infinities_in_their_rows_and_columns() -> Non
     a, b = matrix(20, 77, BF16), matrix(77, 50, BF16, transposed=True)
     a[3, 5], b[76, 49] = float("nan"), float("inf")
     out = torch.empty(20, 50)
-    torch.ops.kdfast_products.matmul_(out, a, b, False)
+    torch.ops.kdfast.matmul_(out, a, b, False)
     finite = torch.ones(20, 50, dtype=torch.bool)
     finite[3], finite[:, 49] = False, False
     assert torch.equal(out.isfinite(), finite)
@@ -87,7 +87,7 @@ def test_own_product_refuses_what_does_not_fit() -> None:
         (torch.empty(4, 6), a[:, 1:], b),
     ):
         with pytest.raises((ValueError, RuntimeError), match="matmul_"):
-            torch.ops.kdfast_products.matmul_(out, left, right, False)
+            torch.ops.kdfast.matmul_(out, left, right, False)
 
 
 @pytest.mark.parametrize("kind", [products.WidenedHead, OWN])

@@ -30,7 +30,4 @@ struct MatmulArgs {
   static constexpr int64_t kUnitRows = 60, kUnitColumns = 32;
 };
 
-// Units [begin, end). How they are split does not change a bit.
-void matmul_avx512_bf16(const MatmulArgs& args, int64_t begin, int64_t end);
-
 }  // namespace kdfast

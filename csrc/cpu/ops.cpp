@@ -12,6 +12,7 @@
 
 #include "arguments.h"
 #include "dispatch.h"
+#include "matmul_ops.h"
 #include "parallel.h"
 #include "token_ops.h"
 
@@ -200,4 +201,5 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("token_grad", TORCH_BOX(&kdfast::token_grad));
   m.impl("tempered_softmax", TORCH_BOX(&kdfast::tempered_softmax));
   m.impl("tempered_softmax_backward", TORCH_BOX(&kdfast::tempered_softmax_backward));
+  m.impl("matmul_", TORCH_BOX(&kdfast::matmul_));
 }

@@ -8,6 +8,9 @@
 #include "sparse_rows.h"
 #include "spec.h"
 #include "token_rows.h"
+#if defined(__AVX512BF16__)
+#include "matmul_kernel.h"
+#endif
 
 #define KDFAST_JOIN(a, b) a##b
 #define KDFAST_EXPORT(isa) KDFAST_JOIN(row_kernels_, isa)
@@ -242,7 +245,13 @@ const RowKernels& KDFAST_EXPORT(KDFAST_ISA)() {
                                      KDFAST_TOKEN_KERNEL(token_stats, a.has_entropy),
                                      KDFAST_TOKEN_KERNEL(token_grad, a.grad_entropy != nullptr),
                                      softmax,
-                                     softmax_backward};
+                                     softmax_backward,
+#if defined(__AVX512BF16__)
+                                     matmul
+#else
+                                     nullptr
+#endif
+  };
   return kernels;
 }
 

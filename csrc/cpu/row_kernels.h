@@ -6,6 +6,7 @@
 
 #include "../rows.h"
 #include "../settings.h"
+#include "matmul.h"
 
 namespace kdfast {
 
@@ -118,6 +119,8 @@ struct RowKernels {
   void (*token_grad)(const TokenArgs&, int64_t begin, int64_t end);
   void (*softmax)(const SoftmaxArgs&, int64_t begin, int64_t end);
   void (*softmax_backward)(const SoftmaxArgs&, int64_t begin, int64_t end);
+  // Units [begin, end); how they are split does not change a bit. Null where the set has none.
+  void (*matmul)(const MatmulArgs&, int64_t begin, int64_t end);
 };
 
 const RowKernels& row_kernels_baseline();

@@ -1,9 +1,6 @@
-// The torch glue of matmul.h: kdfast_products::matmul_, which kdfast/products.py defines.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+// The operator of matmul.h, which kdfast/products.py defines.
+#pragma once
 
-#include "matmul.h"
 #include "parallel.h"
 #include "tensors.h"
 
@@ -31,7 +28,7 @@ void matmul_(Tensor out, Tensor a_, Tensor b_, bool add) {
       b.size(0) != k || (out.stride(1) != 1 && n > 1))
     fail<std::invalid_argument>(
         "matmul_: out must be (m, n) float32 with contiguous rows, a (m, k), b (k, n)");
-  if (chosen_isa() != Isa::avx512_bf16)
+  if (!kernels().matmul)
     fail<std::runtime_error>("matmul_: no kernel for the instruction set ", name(chosen_isa()));
   if (k == 0) {
     if (!add) torch::stable::zero_(out);
@@ -42,10 +39,8 @@ void matmul_(Tensor out, Tensor a_, Tensor b_, bool add) {
                         out.stride(0), add};
   // in_parallel counts classes, which take about as long as 16 terms of a product
   const int64_t work = MatmulArgs::kUnitRows * MatmulArgs::kUnitColumns / 16 * k;
-  in_parallel(args.units(), work, [&](int64_t begin, int64_t end) { matmul_avx512_bf16(args, begin, end); });
+  in_parallel(args.units(), work, [&](int64_t begin, int64_t end) { kernels().matmul(args, begin, end); });
 }
 
 }  // namespace
 }  // namespace kdfast
-
-STABLE_TORCH_LIBRARY_IMPL(kdfast_products, CPU, m) { m.impl("matmul_", TORCH_BOX(&kdfast::matmul_)); }

@@ -3,17 +3,19 @@
 //
 //   bf16 x bf16    a word is a pair of terms, and vdpbf16ps adds both exact products to a float
 //   anything else  a word is a float, converted while packing
-#include "matmul.h"
+#pragma once
 
-#if defined(__AVX512BF16__)
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
 
+#include "matmul.h"
+
 namespace kdfast {
 namespace {
+namespace products {
 
 // Of a tile, which takes 24 registers; of the words of a packed panel of b, 32 KB, which stay in the L1 cache
 // beside one of a; and of the rows of a packed block of a, 528 KB, in the L2 cache.
@@ -195,9 +197,10 @@ void rectangle(const MatmulArgs& args, Range rows, Range columns) {
   }
 }
 
-}  // namespace
+}  // namespace products
 
-void matmul_avx512_bf16(const MatmulArgs& args, int64_t begin, int64_t end) {
+void matmul(const MatmulArgs& args, int64_t begin, int64_t end) {
+  using namespace products;
   const bool pairs = args.a.dtype == DType::kBFloat16 && args.b.dtype == DType::kBFloat16 &&
                      args.a.k_stride == 1 && args.b.k_stride == 1;
   const bool by_columns = args.n >= 4 * args.m;
@@ -215,8 +218,5 @@ void matmul_avx512_bf16(const MatmulArgs& args, int64_t begin, int64_t end) {
   }
 }
 
+}  // namespace
 }  // namespace kdfast
-
-#else
-void kdfast::matmul_avx512_bf16(const MatmulArgs&, int64_t, int64_t) {}  // isa.h never finds the set usable
-#endif
