@@ -75,7 +75,7 @@ def test_one_table_chooses_cuda_or_triton_for_cuda_tensors(
 
 def checked(change: dict[str, Any]) -> Settings:
     """The default settings but for a change."""
-    return KDLoss().checked_settings(True)._replace(**change)
+    return KDLoss().checked(True)[1]._replace(**change)
 
 
 def test_a_gpu_before_sm_80_does_not_exclude_newer_ones(monkeypatch):

@@ -141,7 +141,9 @@ void grad_(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_ARGUMENTS) {
   loss.copy_back(student);
 }
 
+// A factor of 1 reads and writes nothing.
 void scale_(Tensor grad, Tensor factor) {
+  if (scalar(factor) == 1) return;
   std::array<StableIValue, 2> stack{torch::stable::detail::from(grad), torch::stable::detail::from(factor)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
