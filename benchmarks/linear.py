@@ -136,7 +136,7 @@ def shares(data: Data) -> dict[str, float]:
         seconds = time.perf_counter() - start
     spent = {event.key: event.self_cpu_time_total / 1e6 / seconds for event in profile.key_averages()}
     found = {
-        "products": sum(spent.get(f"aten::{name}", 0) for name in ("mm", "addmm", "addmm_")),
+        "products": sum(spent.get(name, 0) for name in ("aten::mm", "aten::addmm", "aten::addmm_", "kdfast::matmul_")),
         "row kernel": spent["kdfast::loss_grad_"],
     }
     found["widening, rounding, copies"] = spent.get("aten::copy_", 0)
