@@ -169,9 +169,12 @@ void check_case(const char* isa, const RowKernels& kernels, DType dtype, Diverge
   a.vocab = a.width = v;
   a.student = {s.bytes.data(), dtype, {1, 1, rows}, {0, 0, v}};
   a.grad_layout = a.student;
-  a.teachers[0] = {teacher.bytes.data(), dtype, {1, 1, rows}, {0, 0, v}};
-  a.teacher_weights[0] = 1;
+  const Matrix teachers[] = {{teacher.bytes.data(), dtype, {1, 1, rows}, {0, 0, v}}};
+  const double teacher_weights[] = {1};
+  a.teachers = teachers;
+  a.teacher_weights = teacher_weights;
   a.n_teachers = 1;
+  a.logit_scale = a.teacher_logit_scale = 1;
   a.divergence = divergence;
   a.beta = 0.3;
   a.labels = labels;
