@@ -59,6 +59,19 @@ def test_objects_of_an_isa_define_no_weak_symbols(isa):
 
 
 @built_here
+def test_the_kernels_alone_give_the_right_numbers():
+    """Without torch: `make arm-check` runs the same program on another architecture."""
+    cmake = Path(sys.executable).with_name("cmake")
+    if not cmake.exists():
+        pytest.skip("cmake is not installed beside this Python")
+    build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+    done = run(cmake, "--build", build, "--target", "kernel_check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    checked = run(build / "kernel_check")
+    assert checked.returncode == 0, checked.stdout
+
+
+@built_here
 @pytest.mark.parametrize("library", (LIBRARY, CUDA_LIBRARY), ids=lambda path: path.stem)
 def test_a_library_needs_only_torchs_stable_abi(library):
     if not library.exists():
