@@ -4,7 +4,6 @@
 
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 #include <string>
@@ -50,17 +49,6 @@ struct Settings {
   std::vector<double> dkd_weights;
   bool metrics;
 };
-
-// An operator's string. torch's own conversion to std::string (2.10 to 2.13) leaks one at each call.
-inline std::string taken(StringHandle handle) {
-  size_t length;
-  const char* data;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
-  std::string text(data, length);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-  return text;
-}
 
 }  // namespace kdfast
 

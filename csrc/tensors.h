@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <optional>
@@ -24,6 +25,17 @@ template <class Error, class... Parts>
   (message << ... << parts);
   throw Error(
       message.str());  // torch's bindings make IndexError of out_of_range, ValueError of invalid_argument
+}
+
+// An operator's string. torch's own conversion to std::string (2.10 to 2.13) leaks one at each call.
+inline std::string taken(StringHandle handle) {
+  size_t length;
+  const char* data;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  std::string text(data, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return text;
 }
 
 inline DType dtype_of(const Tensor& t) {

@@ -29,7 +29,6 @@ SETTINGS = """
 OPERATORS = """
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 #include <string>
@@ -45,17 +44,6 @@ struct Inputs {{
 struct Settings {{
 {settings}
 }};
-
-// An operator's string. torch's own conversion to std::string (2.10 to 2.13) leaks one at each call.
-inline std::string taken(StringHandle handle) {{
-  size_t length;
-  const char* data;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
-  std::string text(data, length);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-  return text;
-}}
 
 }}  // namespace kdfast
 

@@ -22,15 +22,6 @@ KD_INLINE bool is_in_range(const Sums<double>& x, bool teacher) {
   return x.student_total < most && x.hard_total < 0x1p40 && (!teacher || x.teacher_total < most);
 }
 
-KD_INLINE void add_at_same_offsets(Sums<double>& x, const Sums<double>& more) {
-  x.student_total += more.student_total;
-  x.teacher_total += more.teacher_total;
-  x.hard_total += more.hard_total;
-  x.over_teacher += more.over_teacher;
-  x.over_student += more.over_student;
-  x.classes += more.classes;
-}
-
 // Of a number > 0; std::ilogb would be a call.
 KD_INLINE int exponent_of(double x) { return (int)(bits<int64_t>(x) >> 52) - 1023; }
 
@@ -86,7 +77,7 @@ KD_NOINLINE Sums<double> row_sums(const typename P::S* row_s, const typename P::
     }
     Sums<double>& more = at == 0 ? total : later;
     const auto add_up = [&] {
-      if constexpr (kTriesUnguarded<P>) {
+      if constexpr (kTriesUnguarded<P>) {  // what is guarded always keeps its exps: one instance less
         if (!guarded) {
           const int whole = m / P::kStep * P::kStep;
           block_sums<P, kKeep, false>(s, t, whole, scale, so, to, scratch, near, more);
@@ -94,7 +85,7 @@ KD_NOINLINE Sums<double> row_sums(const typename P::S* row_s, const typename P::
           if (!guarded && whole < m) {
             Sums<double> rest;
             block_sums<P, true>(s + whole, t + whole, m - whole, scale, so, to, scratch + whole, near, rest);
-            add_at_same_offsets(more, rest);
+            merge<typename P::D>(more, rest, scale);
           }
         }
         if (guarded) block_sums<P, true>(s, t, m, scale, so, to, scratch, near, more);

@@ -75,9 +75,7 @@ KD_INLINE const float* as_floats(const X* row, int64_t n, float* wide) {
   if constexpr (sizeof(X) == 4) {
     return row;
   } else {
-    constexpr int kLanes = Types<float>::kLanes;
-    for (int64_t i = 0; i < n; i += kLanes)
-      store(wide + i, n - i < kLanes ? load_part(row + i, n - i, 0) : load(row + i));
+    convert_row(row, n, wide);
     return wide;
   }
 }
@@ -119,7 +117,6 @@ KD_NOINLINE void load_group(const LossArgs& a, const RowScales& scales, int64_t 
 template <class S>
 KD_NOINLINE void store_group_gradient(const LossArgs& a, int64_t begin, int rows,
                                       const ShortGroup<float>& g) {
-  constexpr int kLanes = Types<float>::kLanes;
   const int64_t n = a.vocab;
   for (int r = 0; r < rows; r += 4) {
     float wide[4][kShort];  // for 16 bits, and for rows that get no gradient
@@ -137,15 +134,7 @@ KD_NOINLINE void store_group_gradient(const LossArgs& a, int64_t begin, int rows
         std::memset((void*)out, 0, a.width * sizeof(S));
         continue;
       }
-      if constexpr (sizeof(S) == 2) {
-        for (int64_t i = 0; i < n; i += kLanes) {
-          if (n - i < kLanes) {
-            store_part(out + i, load(wide[k] + i), n - i);
-          } else {
-            store(out + i, load(wide[k] + i));
-          }
-        }
-      }
+      if constexpr (sizeof(S) == 2) convert_row(wide[k], n, out);
       if (a.width > n) std::memset((void*)(out + n), 0, (a.width - n) * sizeof(S));
     }
   }
