@@ -112,23 +112,30 @@ def test_an_added_divergence_passes_gradcheck(target: str) -> None:
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler was found")
 def test_the_cpp_struct_of_an_added_divergence_has_the_same_values(tmp_path: Path) -> None:
-    """For numbers; only a build shows that vectors compile too."""
+    """In the CPU kernels' own pass over vectors, in fp64."""
     source = f"""
         #include <cstdio>
-        #include "{ROOT}/csrc/divergences.h"
+        #include "cpu/pointwise_sums.h"
         namespace kdfast {{ namespace {{
         {snippet("csrc/divergences.h")}
         #define X(name, Type) using name = Type;
         {snippet("csrc/divergence_names.h, in KDFAST_DIVERGENCES")}
         }} }}
+        using namespace kdfast;
         int main() {{
-          using D = kdfast::{NAME};
-          for (double p, q; std::scanf("%lf %lf", &p, &q) == 2;)
-            std::printf("%.17g %.17g\\n", D::phi(p, q, 0.0) + D::constant(1.0, 0.0), D::psi(p, q, 0.0));
+          double p[Types<double>::kLanes], q[Types<double>::kLanes];
+          while (std::scanf("%lf %lf", p, q) == 2) {{
+            store(p, splat(p[0]));
+            store(q, splat(q[0]));
+            DoubleV phi{{}}, psi{{}};
+            add_phi_and_psi<double, {NAME}>(q, p, 1, splat(1.0), splat(1.0), 0, phi, psi);
+            std::printf("%.17g %.17g\\n", phi[0] + {NAME}::constant(1.0, 1.0), psi[0]);
+          }}
         }}"""
     (tmp_path / "own.cpp").write_text(source)
     program = tmp_path / "own"
-    subprocess.run([COMPILER, "-std=c++17", "-w", tmp_path / "own.cpp", "-o", program], check=True)
+    command = [COMPILER, "-std=c++17", "-w", f"-I{ROOT / 'csrc'}", tmp_path / "own.cpp", "-o", program]
+    subprocess.run(command, check=True)
     pairs = [(0.25, 0.5), (0.5, 0.25), (0.3, 0.3), (0.0, 0.0), (0.0, 0.4), (0.4, 0.0), (1e-300, 0.1), (0.1, 1e-300)]
     fed = "\n".join(f"{p!r} {q!r}" for p, q in pairs)
     printed = subprocess.run([program], input=fed, capture_output=True, text=True, check=True).stdout
