@@ -77,6 +77,12 @@ def test_the_linear_benchmark_prints_time_memory_and_shares(tmp_path):
     assert "(16, 300) fp32: " in run(tmp_path, "-m", "benchmarks.linear", "--vocab", "300", "--growth", "16", "32")
 
 
+def test_the_benchmark_of_two_checkouts_prints_a_ratio(tmp_path):
+    printed = run(tmp_path, "-m", "benchmarks.compare", str(ROOT), "--case", "8x10", "--rounds", "3")
+    (ratio,) = re.findall(r"kdfast +[\d.]+ +[\d.]+ +([\d.]+) \(", printed)
+    assert float(ratio) > 0
+
+
 # small cases and one round: they run; their speed means nothing
 @pytest.mark.parametrize(
     "arguments",
