@@ -111,9 +111,7 @@ inline Matrix matrix(const Tensor& t) {
 
 // The functions of these names in kdfast as the operators.
 #define KDFAST_REGISTER_LOSS(m)                         \
-  m.impl("loss_grad", TORCH_BOX(&kdfast::loss_grad));   \
   m.impl("loss_grad_", TORCH_BOX(&kdfast::loss_grad_)); \
   m.impl("stats", TORCH_BOX(&kdfast::stats));           \
-  m.impl("grad", TORCH_BOX(&kdfast::grad));             \
   m.impl("grad_", TORCH_BOX(&kdfast::grad_));           \
   m.impl("scale_", TORCH_BOX(&kdfast::scale_))

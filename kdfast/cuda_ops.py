@@ -27,15 +27,21 @@ class _Rows:
 
 
 def loss_grad(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    rows = _Rows(student, inputs, settings)
-    losses, grad, metrics = _kernels.loss_grad(student, *rows.arguments)
-    return reduce_losses(losses, settings), grad, rows.metrics(metrics)
+    return loss_grad_as(student, student.dtype, inputs, settings)
 
 
 def loss_grad_(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     rows = _Rows(student, inputs, settings)
     losses, metrics = _kernels.loss_grad_(student, *rows.arguments)
     return reduce_losses(losses, settings), rows.metrics(metrics)
+
+
+def loss_grad_as(
+    student: Tensor, dtype: torch.dtype, inputs: Inputs, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = _Rows(student, inputs, settings)
+    losses, grad, metrics = _kernels.loss_grad_as(student, dtype, *rows.arguments)
+    return reduce_losses(losses, settings), grad, rows.metrics(metrics)
 
 
 def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,11 +51,17 @@ def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, 
 
 
 def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    return _kernels.grad(student, stats, grad_loss, *_Rows(student, inputs, settings).arguments)
+    return grad_as(student, student.dtype, stats, grad_loss, inputs, settings)
 
 
 def grad_(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> None:
     _kernels.grad_(student, stats, grad_loss, *_Rows(student, inputs, settings).arguments)
+
+
+def grad_as(
+    student: Tensor, dtype: torch.dtype, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings
+) -> Tensor:
+    return _kernels.grad_as(student, dtype, stats, grad_loss, *_Rows(student, inputs, settings).arguments)
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:

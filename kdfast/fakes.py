@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kdfast import products
@@ -25,8 +26,8 @@ def _new_metrics(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     return student.new_empty(shape, dtype=loss_dtype(student))
 
 
-def _new_grad(student: Tensor) -> Tensor:
-    return student.new_empty(student.shape)
+def _new_grad(student: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return student.new_empty(student.shape, dtype=dtype)
 
 
 def _new_table(student: Tensor, columns: int) -> Tensor:
@@ -75,6 +76,13 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "loss_grad_": take_flat(
         lambda student, inputs, settings: (_new_loss(student, settings), _new_metrics(student, inputs, settings))
     ),
+    "loss_grad_as": take_flat(
+        lambda student, dtype, inputs, settings: (
+            _new_loss(student, settings),
+            _new_grad(student, dtype),
+            _new_metrics(student, inputs, settings),
+        )
+    ),
     "sums": take_flat(lambda student, inputs, settings: _new_table(student, len(Sums._fields))),
     "pointwise_sums": take_flat(lambda student, sums, inputs, settings: _new_table(student, len(Sums._fields))),
     "losses_and_coefficients": take_flat(
@@ -85,6 +93,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     ),
     "grad": take_flat(lambda student, stats, grad_loss, inputs, settings: _new_grad(student)),
     "grad_": take_flat(lambda student, stats, grad_loss, inputs, settings: None),
+    "grad_as": take_flat(lambda student, dtype, stats, grad_loss, inputs, settings: _new_grad(student, dtype)),
     "linear_loss_grad": take_flat_heads(
         lambda heads, inputs, settings: (
             _new_loss(heads.student_hidden, settings),

@@ -6,8 +6,9 @@ For a chunk of rows, with hidden states h (rows, H) and a head W (V, H), b (V,):
     g = d loss / d s     by the row kernels, which overwrite s
     d h = g W,  d W += g^T h,  d b += the sum of g over the rows
 
-Each product runs once. The only tensors of size V are two chunks of logits and the gradient of W. The denominator is
-computed over all rows first, so a mean does not depend on the chunks.
+Each product runs once. The only tensors of size V are two chunks of logits and the gradient of W; where the products'
+factors are of 16 bits, on a GPU, also g, which the row kernels then write in that dtype and not over s. The denominator
+is computed over all rows first, so a mean does not depend on the chunks.
 
 A function named like an operator of ops.py is its implementation on every device, over the row operators of one
 backend, `ops`.
@@ -34,12 +35,17 @@ def loss_grad(
     wide_hidden: that of hidden states is not rounded to their dtype, because others are to be added.
     """
     chunks, gradients = Chunks(heads, inputs, settings), Gradients(heads, wide_hidden)
-    results = Results(chunks, settings)
+    results, dtype = Results(chunks, settings), gradients.narrower_dtype(ops, chunks)
     for chunk in chunks:
         args = metrics_of_unweighted_terms(ops, chunk.logits, chunk.inputs, chunks.settings)
         chunk_inputs, chunk_settings, own_metrics = args
-        loss, metrics = ops.loss_grad_(chunk.logits, *chunk_inputs, *chunk_settings)
-        gradients.add(chunk, chunks)
+        if dtype is None:
+            grad = chunk.logits
+            loss, metrics = ops.loss_grad_(grad, *chunk_inputs, *chunk_settings)
+        else:
+            loss, grad, metrics = ops.loss_grad_as(chunk.logits, dtype, *chunk_inputs, *chunk_settings)
+        gradients.add(chunk, grad, chunks)
+        del grad  # or the next one would have other memory
         results.add(chunk, loss, metrics if own_metrics is None else own_metrics)
     return results.loss(), *gradients.result(chunks.divisor), results.metrics()
 
@@ -73,9 +79,16 @@ def grad(
     grad_loss = grad_loss.flatten()
     columns = table_columns(ops.name, chunks.hidden.device.type, len(inputs.teachers), inputs.indices)
     stats = stats[:, :columns].contiguous()  # it has more where metrics alone read the teacher
+    dtype = gradients.narrower_dtype(ops, chunks)
     for chunk in chunks:
-        ops.grad_(chunk.logits, stats[chunk.rows], grad_loss[chunk.rows], *chunk.inputs, *chunks.settings)
-        gradients.add(chunk, chunks)
+        args = stats[chunk.rows], grad_loss[chunk.rows], *chunk.inputs, *chunks.settings
+        if dtype is None:
+            grad = chunk.logits
+            ops.grad_(grad, *args)
+        else:
+            grad = ops.grad_as(chunk.logits, dtype, *args)
+        gradients.add(chunk, grad, chunks)
+        del grad
     return gradients.result(chunks.divisor)
 
 
@@ -98,14 +111,21 @@ class Gradients:
             self.bias = weight.new_zeros(len(weight), dtype=torch.promote_types(weight.dtype, torch.float32))
         self.first = True
 
-    def add(self, chunk: Chunk, chunks: Chunks) -> None:
-        """Adds a chunk whose logits have been overwritten with their gradient."""
+    def narrower_dtype(self, ops: Any, chunks: Chunks) -> torch.dtype | None:
+        """What the row kernels are to round the logits' gradient to, where products alone read it; None: not at all."""
+        head = chunks.student.head
+        by_products_alone = self.bias is None and not (self.hidden is None and self.weight is None)
+        is_narrower = head.gradient_dtype != head.logits_dtype and not getattr(ops, "is_sharded", False)
+        return head.gradient_dtype if by_products_alone and is_narrower else None
+
+    def add(self, chunk: Chunk, grad: Tensor, chunks: Chunks) -> None:
+        """Adds what comes of a chunk and of its logits' gradient, (rows, V)."""
         student = chunks.student.head
         if self.bias is not None:
-            self.bias[: chunks.vocab] += chunk.logits.sum(0, dtype=self.bias.dtype)
+            self.bias[: chunks.vocab] += grad.sum(0, dtype=self.bias.dtype)
         if self.hidden is None and self.weight is None:
             return
-        gradient = chunk.logits.to(student.gradient_dtype)
+        gradient = grad.to(student.gradient_dtype)
         if self.hidden is not None:
             as_matrix(self.hidden)[chunk.rows] = student.to_hidden(gradient).to(self.hidden.dtype)
         if self.weight is not None:

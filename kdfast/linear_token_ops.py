@@ -81,7 +81,7 @@ def token_grad(
         call = chunk.inputs.temperatures, temperature, logit_scale, softcap, -1
         of_chunk = [None if grad is None else grad[chunk.rows] for grad in grads]
         grad = ops.token_grad(chunk.logits, ids[chunk.rows], stats[chunk.rows], *of_chunk, None, *call)
-        gradients.add(chunk._replace(logits=grad), chunks)
+        gradients.add(chunk, grad, chunks)
     return gradients.result(None)
 
 

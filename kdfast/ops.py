@@ -56,16 +56,19 @@ _CHUNKS = "SymInt chunk_rows, ScalarType accumulate_dtype"
 _HEAD_GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
 # The docstrings are in reference.py, reference_sums.py, reference_tokens.py and, from hidden states, in linear_ops.py
-# and linear_token_ops.py. An operator with a trailing underscore writes the gradient into the student's storage.
+# and linear_token_ops.py. An operator with a trailing underscore writes the gradient into the student's storage, one
+# that ends with _as gives the gradient of float32 logits another dtype.
 SCHEMAS = {
     "loss_grad": f"(Tensor student, {_ARGS}) -> (Tensor loss, Tensor grad, Tensor metrics)",
     "loss_grad_": f"(Tensor(a!) student, {_ARGS}) -> (Tensor loss, Tensor metrics)",
+    "loss_grad_as": f"(Tensor student, ScalarType dtype, {_ARGS}) -> (Tensor loss, Tensor grad, Tensor metrics)",
     "stats": f"(Tensor student, {_ARGS}) -> (Tensor loss, Tensor stats, Tensor metrics)",
     "sums": f"(Tensor student, {_ARGS}) -> Tensor",
     "pointwise_sums": f"(Tensor student, Tensor sums, {_ARGS}) -> Tensor",
     "losses_and_coefficients": f"(Tensor student, Tensor sums, {_ARGS}) -> (Tensor losses, Tensor coefficients)",
     "grad": f"(Tensor student, Tensor stats, Tensor grad_loss, {_ARGS}) -> Tensor",
     "grad_": f"(Tensor(a!) student, Tensor stats, Tensor grad_loss, {_ARGS}) -> ()",
+    "grad_as": f"(Tensor student, ScalarType dtype, Tensor stats, Tensor grad_loss, {_ARGS}) -> Tensor",
     "linear_loss_grad": f"({_HEADS}, {_ARGS}) -> (Tensor loss, {_HEAD_GRADIENTS}, Tensor metrics)",
     "linear_stats": f"({_HEADS}, {_ARGS}) -> (Tensor loss, Tensor stats, Tensor metrics)",
     "linear_grad": f"({_HEADS}, Tensor stats, Tensor grad_loss, {_ARGS}) -> ({_HEAD_GRADIENTS})",
@@ -86,7 +89,7 @@ SCHEMAS = {
 }
 
 
-CUDA_KERNELS = ("loss_grad", "loss_grad_", "stats", "grad", "grad_", "scale_")
+CUDA_KERNELS = ("loss_grad_as", "loss_grad_", "stats", "grad_as", "grad_", "scale_")
 # operators without Inputs and Settings
 _TENSORS_ONLY = {
     "scale_", "token_stats", "token_grad", "linear_token_stats", "linear_token_grad", "tempered_softmax",
@@ -98,7 +101,24 @@ _libraries = {name: torch.library.Library(name, "DEF") for name in _NAMESPACES}
 _warned: set[str] = set()
 
 
+def _by_rounding(namespace: str, name: str) -> Callable[..., Any]:
+    """An operator whose name ends with _as, by the one without."""
+
+    def call(student: Tensor, dtype: torch.dtype, *args: Any) -> Any:
+        *tables, inputs, settings = args
+        operator = getattr(getattr(torch.ops, namespace), name.removesuffix("_as"))
+        results = operator(student, *tables, *inputs, *settings)
+        if isinstance(results, Tensor):
+            return results.to(dtype)
+        loss, grad, metrics = results
+        return loss, grad.to(dtype), metrics
+
+    return call
+
+
 def _reference(name: str) -> Callable[..., Any]:
+    if name.endswith("_as"):
+        return _by_rounding("kdfast_reference", name)
     modules = (reference, reference_sums, reference_tokens)
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
@@ -117,7 +137,7 @@ def _triton(name: str) -> Callable[..., Any]:
 
 def _cuda(name: str) -> Callable[..., Any]:
     """Sums of shards are Triton's: the CUDA kernels have no pass that ends with them."""
-    return getattr(cuda_ops, name) if name in CUDA_KERNELS else _triton(name)
+    return getattr(cuda_ops, name) if hasattr(cuda_ops, name) else _triton(name)
 
 
 def _gpu(name: str) -> Callable[..., Any]:
@@ -190,7 +210,8 @@ for _name, _schema in SCHEMAS.items():
         for _namespace in _NAMESPACES:
             _implement(_namespace, _name, _linear(_name, _namespace))
     else:
-        _implement("kdfast", _name, _reference_with_warning(_name))
+        _is_rounded = _name.endswith("_as")  # for the products of GPUs: others have no kernels of their own
+        _implement("kdfast", _name, _by_rounding("kdfast", _name) if _is_rounded else _reference_with_warning(_name))
         _implement("kdfast", _name, _gpu(_name), "CUDA")  # ROCm's tensors too
         _implement("kdfast_reference", _name, _reference(_name))
         _implement("kdfast_triton", _name, _triton(_name))

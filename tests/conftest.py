@@ -15,8 +15,8 @@ import kdfast
 # Files with tests about kernels, which the cuda backend gets too. The others test code that all backends share, and use
 # float64.
 KERNEL_TESTS = {"test_" + name for name in (
-    "autograd", "calls", "digits", "dropped_terms", "gpu_rows", "inplace", "layouts", "limits", "metrics", "numbers",
-    "on_device", "random", "row_math",
+    "autograd", "calls", "digits", "dropped_terms", "gpu_rows", "inplace", "layouts", "limits", "metrics",
+    "narrow_gradients", "numbers", "on_device", "random", "row_math",
 )}  # fmt: skip
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 
 import kdfast
+from kdfast.ops import CUDA_KERNELS
 
 assert torch.version.cuda, f"torch {torch.__version__} is built without CUDA"
 library = Path(kdfast.__file__).with_name("libkdfast_cuda.so")
 assert library.exists(), "the CUDA kernels were not built: nvcc was not found, or KDFAST_CUDA is 0"
 torch.ops.load_library(str(library))
-for name in ("loss_grad", "loss_grad_", "stats", "grad", "grad_", "scale_"):
+for name in CUDA_KERNELS:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"kdfast_cuda_rows::{name}", "CUDA"), name
 # as csrc/cuda/call.h looks it up, at the first call
 torch_cuda = ctypes.CDLL("libtorch_cuda.so", os.RTLD_LAZY | os.RTLD_NOLOAD)

@@ -258,6 +258,8 @@ def check_operator(name: str, backend: str | None, kind: str, *checks: str) -> N
         "losses_and_coefficients": (s, sums, *inputs, *settings),
         "grad": (s, stats, torch.ones_like(loss), *inputs, *settings),
         "grad_": (s, stats, torch.ones_like(loss), *inputs, *settings),
+        "grad_as": (s, torch.bfloat16, stats, torch.ones_like(loss), *inputs, *settings),
+        "loss_grad_as": (s, torch.bfloat16, *inputs, *settings),
     }.get(name, (s, *inputs, *settings))
     torch.library.opcheck(getattr(ops, name).default, arguments, test_utils=checks)
 

@@ -63,12 +63,13 @@ def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.skipif(gpu.ON_DEVICE, reason="here all tests of this file use the GPU's own products")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])  # its gradient is summed before the rounding
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=name)
 def test_tensor_cores_round_no_logits_and_zero_dropped_rows(
-    cpu: str, dtype: torch.dtype, reduction: str, tensor_cores: None
+    cpu: str, dtype: torch.dtype, bias: bool, reduction: str, tensor_cores: None
 ) -> None:
     case = long_case(dtype)
-    case.bias = torch.linspace(-1, 1, VOCAB).to(dtype)
+    case.bias = torch.linspace(-1, 1, VOCAB).to(dtype) if bias else None
     case.labels[100:200] = -100
     settings = {"temperature": 2.0, "reduction": reduction, "return_metrics": True}
     truth = plain_results(case, case.labels, F64, **settings)

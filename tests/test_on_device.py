@@ -99,8 +99,8 @@ def test_no_operator_reads_a_value_or_copies_one_to_the_device(name: str, monkey
     data = Data(*(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in made))
     losses, table = torch.empty(6, device="meta"), torch.empty(6, 20, device="meta")
     metrics = torch.empty(7, *ROWS, device="meta")
-    kernels = {"loss_grad": (losses, data.student, metrics), "loss_grad_": (losses, metrics)}
-    kernels |= {"stats": (losses, table, metrics), "grad": data.student, "grad_": None}
+    kernels = {"loss_grad_as": (losses, data.student, metrics), "loss_grad_": (losses, metrics)}
+    kernels |= {"stats": (losses, table, metrics), "grad_as": data.student, "grad_": None}
     stub = SimpleNamespace(**{name: lambda *_, result=result: result for name, result in kernels.items()})
     monkeypatch.setattr(cuda_ops, "_kernels", stub)
     for function in ("tensor", "as_tensor", "asarray"):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import F32, F64, ON_GPU, batch
+from judge import run
 from sparse_cases import (
     CLOSE,
     COMBINATIONS,
@@ -186,3 +187,17 @@ def test_entries_that_rounding_made_more_than_1_leave_nothing_to_the_rest(backen
     log_q = torch.log_softmax(student, -1).gather(-1, teacher.indices)
     torch.testing.assert_close(loss, (probs * (probs.log() - log_q)).sum(-1))
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ("triton",), indirect=True)
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_more_entries_than_a_program_holds_are_the_references(backend: str, reduction: str) -> None:
+    student, teacher, labels = batch(2, 2200, F32)
+    log_probs, indices = teacher.log_softmax(-1).topk(2100, -1)
+    factor = torch.ones(2 if reduction == "none" else ())
+    found = [
+        run(student, TopKTargets(indices, log_probs), labels, factor, backend=name, reduction=reduction)
+        for name in (backend, "reference")
+    ]
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want)

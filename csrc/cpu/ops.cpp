@@ -196,6 +196,8 @@ Tensor tempered_softmax_backward(Tensor grad, Tensor output, std::optional<Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   KDFAST_REGISTER_LOSS(m);
+  m.impl("loss_grad", TORCH_BOX(&kdfast::loss_grad));
+  m.impl("grad", TORCH_BOX(&kdfast::grad));
   m.impl("sums", TORCH_BOX(&kdfast::sums));
   m.impl("pointwise_sums", TORCH_BOX(&kdfast::pointwise_sums));
   m.impl("losses_and_coefficients", TORCH_BOX(&kdfast::losses_and_coefficients));

@@ -92,8 +92,11 @@ class Call {
 
   // ---- where the gradient goes ----
 
-  Tensor new_grad() {
-    Tensor grad = torch::stable::new_empty(student_, student_.sizes());
+  Tensor new_grad(ScalarType dtype) {  // of fp32 logits it may have 16 bits
+    if (dtype != student_.scalar_type() && student_.scalar_type() != ScalarType::Float) {
+      fail<std::invalid_argument>("kdfast: the gradient of 16-bit logits has their dtype");
+    }
+    Tensor grad = torch::stable::new_empty(student_, student_.sizes(), dtype);
     args_.grad = logits_matrix(grad);
     return grad;
   }

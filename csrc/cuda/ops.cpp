@@ -26,9 +26,9 @@ namespace {
 
 // ---- the operators ----
 
-std::tuple<Tensor, Tensor, Tensor> loss_grad(Tensor student, KDFAST_ARGUMENTS) {
+std::tuple<Tensor, Tensor, Tensor> loss_grad_as(Tensor student, ScalarType dtype, KDFAST_ARGUMENTS) {
   Call call(student, KDFAST_CALL);
-  Tensor grad = call.new_grad();
+  Tensor grad = call.new_grad(dtype);
   Tensor loss = call.run();
   return {loss, grad, call.metrics()};
 }
@@ -48,9 +48,9 @@ std::tuple<Tensor, Tensor, Tensor> stats(Tensor student, KDFAST_ARGUMENTS) {
   return {loss, table, call.metrics()};
 }
 
-Tensor grad(Tensor student, Tensor stats, Tensor grad_loss, KDFAST_ARGUMENTS) {
+Tensor grad_as(Tensor student, ScalarType dtype, Tensor stats, Tensor grad_loss, KDFAST_ARGUMENTS) {
   Call call(student, KDFAST_CALL);
-  Tensor grad = call.new_grad();
+  Tensor grad = call.new_grad(dtype);
   call.backward(stats, grad_loss);
   return grad;
 }
@@ -74,4 +74,8 @@ void scale_(Tensor grad, Tensor factor) {
 }  // namespace
 }  // namespace kdfast
 
-STABLE_TORCH_LIBRARY_IMPL(kdfast_cuda_rows, KDFAST_CUDA_KEY, m) { KDFAST_REGISTER_LOSS(m); }
+STABLE_TORCH_LIBRARY_IMPL(kdfast_cuda_rows, KDFAST_CUDA_KEY, m) {
+  KDFAST_REGISTER_LOSS(m);
+  m.impl("loss_grad_as", TORCH_BOX(&kdfast::loss_grad_as));  // of the logits' dtype too
+  m.impl("grad_as", TORCH_BOX(&kdfast::grad_as));
+}

@@ -139,6 +139,26 @@ __device__ inline S* row_data(const Matrix& m, int64_t index) {
   return (S*)m.data + m.offset(index);
 }
 
+// f of a number of the gradient's type, which is that of the logits, or of fp32 logits a 16-bit one.
+template <class S, class F>
+__device__ inline void with_gradient_type(DType dtype, F f) {
+  if constexpr (sizeof(S) == 4) {
+    if (dtype == DType::kBFloat16) return f(__nv_bfloat16{});
+    if (dtype == DType::kHalf) return f(__half{});
+  }
+  f(S{});
+}
+
+// A pack's numbers, to where their vector begins.
+template <class G>
+__device__ inline void store_vector(G* to, const float (&x)[kVec<G>]) {
+  __stcs((uint4*)to, narrow<G>(x));
+}
+template <class G>
+__device__ inline void store_vector(G* to, const float (&x)[kVec<G> / 2]) {
+  __stcs((uint2*)to, uint2{narrow_pair<G>(x[0], x[1]), narrow_pair<G>(x[2], x[3])});
+}
+
 // Classes of a row of n before the first at a multiple of 32 bytes, which is what memory moves.
 constexpr int kPrefix = 16;  // there are fewer
 __device__ inline int prefix_classes(const void* row, int bytes, int n) {

@@ -98,7 +98,7 @@ __device__ inline void compute_rows(const RowsArgs& a, uint4* kept, Shared<D>& s
     }
     if (packs.grad) {
       row.is_kept ? write_gradient(gradient, row.scale, packs) : packs.store_zeros(a);
-      write_zeros(packs.grad, a.vocab, a.width, team);
+      packs.store_zeros_behind(a);
     }
     // before the next row's sums are written to the same buffers
     if (index + team.row_stride() < (uint32_t)a.rows) team.sync();

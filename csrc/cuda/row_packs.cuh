@@ -8,13 +8,24 @@
 namespace kdfast {
 namespace {
 
+// Zeros from class n on, which are padding. By the threads of all the row's blocks.
+template <class S, class Team>
+__device__ inline void write_zeros(S* row, int n, int width, const Team& team) {
+  const int thread = team.rank() * team.threads() + team.thread(), threads = team.blocks() * team.threads();
+  const int begin = n + prefix_classes(row + n, sizeof(S), width - n), packs = (width - begin) / kVec<S>;
+  for (int i = n + thread; i < begin; i += threads) row[i] = narrow<S>(0);
+  for (int i = thread; i < packs; i += threads) __stcs((uint4*)(row + begin) + i, uint4{0, 0, 0, 0});
+  for (int i = begin + packs * kVec<S> + thread; i < width; i += threads) row[i] = narrow<S>(0);
+}
+
 template <class Team, class S, class D, bool kKeep>
 struct RowPacks {
   static constexpr int kN = kVec<S>;
   const Team& team;
   const S* student;
   const uint4 *student_packs, *teacher_packs;  // the block's
-  S* grad;
+  char* grad;                                  // of the row; null: none is wanted
+  DType grad_type;
   bool has_grad_vectors;  // whether the gradient's are those of the logits
   int prefix;             // classes before the row's first pack
   int first, count;       // the block's packs
@@ -29,9 +40,10 @@ struct RowPacks {
   __device__ RowPacks(const Team& its_team, const RowsArgs& a, int64_t index, uint4* kept)
       : team(its_team),
         student(row_data<const S>(a.student, index)),
-        grad(a.grad.data ? row_data<S>(a.grad, index) : nullptr),
-        has_grad_vectors(((uintptr_t)grad - (uintptr_t)student) % 16 == 0),
+        grad(a.grad.data ? (char*)a.grad.data + a.grad.offset(index) * grad_bytes(a) : nullptr),
+        grad_type(a.grad.dtype),
         prefix(prefix_classes(student, sizeof(S), a.vocab)) {
+    has_grad_vectors = ((uintptr_t)grad + prefix * grad_bytes(a)) % (kN * grad_bytes(a)) == 0;
     const int part = take_all(a);
     const S* teacher = kHasTeacher<D> ? row_data<const S>(a.teacher, index) : nullptr;
     student_packs = (const uint4*)(student + prefix) + first;
@@ -55,6 +67,11 @@ struct RowPacks {
     for (int i = team.thread(); i < count; i += team.threads()) store(class_of(i), zeros);
     if (end >= 0) store(end, zero);
   }
+  // And of the padding.
+  __device__ void store_zeros_behind(const RowsArgs& a) const {
+    with_gradient_type<S>(grad_type,
+                          [&](auto g) { write_zeros((decltype(g)*)grad, a.vocab, a.width, team); });
+  }
   __device__ float student_logit(int at) const { return widen(student[at]); }
 
   // The first sweep: f(first class, student's, teacher's) of the thread's classes, each as a Pack or an End.
@@ -77,14 +94,21 @@ struct RowPacks {
 
   template <int N>
   __device__ void store(int at, const float (&g)[N]) const {
-    if constexpr (N == kN) {
-      if (has_grad_vectors) return __stcs((uint4*)(grad + at), narrow<S>(g));
-    }
+    with_gradient_type<S>(grad_type, [&](auto type) {
+      using G = decltype(type);
+      G* const to = (G*)grad + at;
+      if constexpr (N == kN) {
+        if (has_grad_vectors) return store_vector(to, g);
+      }
 #pragma unroll
-    for (int i = 0; i < N; ++i) grad[at + i] = narrow<S>(g[i]);
+      for (int i = 0; i < N; ++i) to[i] = narrow<G>(g[i]);
+    });
   }
 
  private:
+  __device__ static int grad_bytes(const RowsArgs& a) {
+    return sizeof(S) == 4 ? (int)bytes_of(a.grad.dtype) : (int)sizeof(S);
+  }
   __device__ int class_of(int i) const { return prefix + (first + i) * kN; }
 
   // The block's packs and the thread's class beside them, and the most packs that a block has.
@@ -131,16 +155,6 @@ struct RowPacks {
     begun = 0;
   }
 };
-
-// Zeros from class n on, which are padding. By the threads of all the row's blocks.
-template <class S, class Team>
-__device__ inline void write_zeros(S* row, int n, int width, const Team& team) {
-  const int thread = team.rank() * team.threads() + team.thread(), threads = team.blocks() * team.threads();
-  const int begin = n + prefix_classes(row + n, sizeof(S), width - n), packs = (width - begin) / kVec<S>;
-  for (int i = n + thread; i < begin; i += threads) row[i] = narrow<S>(0);
-  for (int i = thread; i < packs; i += threads) __stcs((uint4*)(row + begin) + i, uint4{0, 0, 0, 0});
-  for (int i = begin + packs * kVec<S> + thread; i < width; i += threads) row[i] = narrow<S>(0);
-}
 
 }  // namespace
 }  // namespace kdfast

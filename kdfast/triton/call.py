@@ -122,7 +122,7 @@ class Call:
             return {**(constants or {}), "SPEC": spec}
 
         kind = (
-            plan, None if output is None else output.stride(), output is self.student,
+            plan, None if output is None else (output.dtype, output.stride()), output is self.student,
             *map(pointer_kind, given), *(constants or {}).values(), *options.values(),
         )  # fmt: skip
         self.prepared.launch(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import reference, reference_sums
+from kdfast import reference
 from kdfast.arguments import Inputs, Settings
 from kdfast.row_math import MOST_TEACHERS
 from kdfast.rows import loss_dtype
@@ -25,11 +25,15 @@ def take_any_number(operator: Callable[..., Any]) -> Callable[..., Any]:
         if len(inputs.teachers) <= MOST_TEACHERS:
             return operator(student, *args)
         if settings.standardize:
-            plain = reference if hasattr(reference, operator.__name__) else reference_sums
-            return getattr(plain, operator.__name__)(student, *args)
+            return reference_operator(operator)(student, *tables, *inputs, *settings)
         return operator(student, *tables, *as_one(student, inputs, settings))
 
     return call
+
+
+def reference_operator(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference's operator of the same name."""
+    return getattr(torch.ops.kdfast_reference, operator.__name__)
 
 
 def as_one(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:

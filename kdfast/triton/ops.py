@@ -43,7 +43,15 @@ def _call(student: Tensor, inputs: Inputs, settings: Settings, reduced: bool = T
 @take_any_number
 @take_any_number_of_entries
 def loss_grad(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    return loss_grad_as(student, student.dtype, inputs, settings)
+
+
+@take_any_number
+@take_any_number_of_entries
+def loss_grad_as(
+    student: Tensor, dtype: torch.dtype, inputs: Inputs, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad = torch.empty(student.shape, dtype=dtype, device=student.device)
     loss, metrics = _call(student, inputs, settings).loss_grad(grad)
     return loss, grad, metrics
 
@@ -66,7 +74,15 @@ def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, 
 @take_any_number
 @take_any_number_of_entries
 def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    grad = student.new_empty(student.shape)
+    return grad_as(student, student.dtype, stats, grad_loss, inputs, settings)
+
+
+@take_any_number
+@take_any_number_of_entries
+def grad_as(
+    student: Tensor, dtype: torch.dtype, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings
+) -> Tensor:
+    grad = student.new_empty(student.shape, dtype=dtype)
     _call(student, inputs, settings, reduced=False).grad(stats, grad_loss, grad)
     return grad
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import reference, rows, sparse_rows
+from kdfast import rows, sparse_rows
 from kdfast.arguments import Inputs, Settings
 from kdfast.row_math import Coefficients
 from kdfast.rows import as_matrix
 from kdfast.triton import launch, sparse_kernels
 from kdfast.triton.call import Call
 from kdfast.triton.divergences import DIVERGENCES
+from kdfast.triton.many_teachers import reference_operator
 from kdfast.triton.matrices import device_guard, matrix
 from kdfast.triton.prepared import make_spec, remember
 from kdfast.triton.sparse_row_math import Entries, Form
@@ -30,9 +31,9 @@ def take_any_number_of_entries(operator: Callable[..., Any]) -> Callable[..., An
 
     @functools.wraps(operator)
     def call(student: Tensor, *args: Any) -> Any:
-        inputs = args[-2]
+        *tables, inputs, settings = args
         if inputs.indices is not None and inputs.indices.shape[-1] > MOST_ENTRIES:
-            return getattr(reference, operator.__name__)(student, *args)
+            return reference_operator(operator)(student, *tables, *inputs, *settings)
         return operator(student, *args)
 
     return call

@@ -109,8 +109,10 @@ def filler(start, PROBS: tl.constexpr):
 
 
 @triton.jit
-def vector_start(first, ALIGNED: tl.constexpr, PAIRS: tl.constexpr):
+def vector_start(first, ALIGNED: tl.constexpr, PAIRS: tl.constexpr, BYTES: tl.constexpr = 16):
     """A pointer to words that are numbers, or PAIRS of them; ALIGNED: with the hint that it is to whole vectors.
+
+    BYTES: of a vector.
 
     The hint hangs on a bitcast, without the offset of a tile: AMD's compiler folds an addition into the offsets that
     follow, and where the offset is 0 every compiler does, and the hint is gone with it.
@@ -119,7 +121,7 @@ def vector_start(first, ALIGNED: tl.constexpr, PAIRS: tl.constexpr):
     word: tl.constexpr = tl.int16 if size == 16 else tl.int32 if size == 32 else tl.int64
     first = first.to(tl.pointer_type(word))
     if ALIGNED:
-        first = tl.multiple_of(first, 16)
+        first = tl.multiple_of(first, BYTES)
     return first
 
 
@@ -169,7 +171,9 @@ def widen(start, tile, hidden_zero, dtype: tl.constexpr):
 def store_body(start, prefix, at, n, values, ALIGNED: tl.constexpr):
     LANES: tl.constexpr = values.shape[0]
     VEC: tl.constexpr = values.shape[1]
-    first = vector_start(start + prefix, ALIGNED, False)
+    size: tl.constexpr = start.dtype.element_ty.primitive_bitwidth // 8
+    bytes_of_vector: tl.constexpr = min(16, VEC * size)  # a vector of fp32 logits has 4 numbers, of 16 bits too
+    first = vector_start(start + prefix, ALIGNED, False, bytes_of_vector)
     classes = at + body_classes(LANES, VEC)
     mask = classes < (n - prefix) // VEC * VEC
     words = values.to(start.dtype.element_ty).to(first.dtype.element_ty, bitcast=True)

@@ -80,8 +80,13 @@ MUTANTS = [
            "Teachers that lie 8 bytes off the student's vectors are read as if they lay alike.", (*LAUNCHES, *CALLS)),
     # a slice of odd rows beside its gradient, which has none
     Mutant("cuda-gradient-by-the-logits-vectors", ROW_PACKS,
-           "has_grad_vectors(((uintptr_t)grad - (uintptr_t)student) % 16 == 0)", "has_grad_vectors(true)",
+           "has_grad_vectors = ((uintptr_t)grad + prefix * grad_bytes(a)) % (kN * grad_bytes(a)) == 0;",
+           "has_grad_vectors = true;",
            "A gradient that lies otherwise than the logits is written across 16-byte places.", CALLS),
+    # of fp32 logits
+    Mutant("cuda-narrow-gradients-are-bf16", PACKS,
+           "if (dtype == DType::kHalf) return f(__half{});", "if (dtype == DType::kHalf) return f(__nv_bfloat16{});",
+           "Gradients for fp16 heads are bf16's bits.", ("test_narrow_gradients.py",)),
     # fp16 alone, and reductions to one number
     Mutant("cuda-grad-output-by-row", CALL,
            "args_.grad_loss_step = grad_loss.numel() > 1;", "args_.grad_loss_step = 1;",

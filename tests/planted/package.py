@@ -151,7 +151,7 @@ OF_OPERATORS = [
            "logits.new_empty(\n        logits.shape\n    )",
            "A compiled graph takes tempered_softmax for one of the logits' dtype.", COMPILE),
     Mutant("fake-gradients-strides", FAKES,
-           "return student.new_empty(student.shape)", "return student.clone()",
+           "return student.new_empty(student.shape, dtype=dtype)", "return student.clone().to(dtype)",
            "A compiled graph takes a slice's gradient for one with gaps.", COMPILE),
     Mutant("warning-at-every-call", OPERATORS,
            "_warned.add(device)", "pass",

@@ -1,0 +1,74 @@
+"""The gradient of float32 logits in 16 bits, which the products of linear_kd_loss take on a GPU."""
+
+from typing import Any
+
+import emulated
+import gpu
+import pytest
+import torch
+from cases import BF16, F16, F32, batch, name
+from torch import Tensor
+from traffic import ROWS, per_pair
+
+import kdfast
+from kdfast.options import check_inputs, check_settings
+
+WIDTHS = {
+    37: 40,  # a row by a warp, and padding behind it
+    1501: 1501,  # of which most rows begin off a vector
+    33001: 33002,  # split over Triton's programs; for CUDA a cluster's
+}
+
+
+def gradients(backend: str, student: Tensor, inputs: Any, settings: Any, *dtype: torch.dtype) -> list[Tensor]:
+    """The gradient in forward, and from the rows' coefficients; in a dtype where it is given."""
+    ops, args = getattr(torch.ops, f"kdfast_{backend}"), (*inputs, *settings)
+    end = "_as" if dtype else ""
+    in_forward = getattr(ops, f"loss_grad{end}")(student, *dtype, *args)[1]
+    table = ops.stats(student, *args)[1]
+    factor = torch.tensor(0.7)
+    return [in_forward, getattr(ops, f"grad{end}")(student, *dtype, table, factor, *args)]
+
+
+def arguments(vocab: int, rows: int = 3, ignored: int | None = 1, **options: Any) -> tuple[Tensor, Any, Any]:
+    width = WIDTHS.get(vocab, vocab)
+    student, teacher, labels = batch(rows, width, F32)
+    labels = labels % vocab
+    if ignored is not None:
+        labels[ignored], student[ignored] = -100, float("nan")
+    options = kdfast.kd_loss.__kwdefaults__ | {"temperature": 2.0, "vocab_size": vocab} | options
+    return student, *check_inputs(student, teacher, labels, options, check_settings(options, True))
+
+
+@pytest.mark.parametrize("backend", ("reference", "triton", "cuda"), indirect=True)
+@pytest.mark.parametrize("vocab", WIDTHS)
+@pytest.mark.parametrize("dtype", (BF16, F16), ids=name)
+def test_a_gradient_in_16_bits_is_the_float32_one_rounded_once(backend: str, vocab: int, dtype: torch.dtype) -> None:
+    call = arguments(vocab)
+    for got, want in zip(gradients(backend, *call, dtype), gradients(backend, *call), strict=True):
+        assert got.dtype == dtype
+        assert torch.equal(got, want.to(dtype))
+        assert want[0].any()
+        assert not got[1].any(), "the ignored row"
+        assert not got[:, vocab:].any(), "padding"
+
+
+@pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
+def test_so_it_is_where_rows_are_kept_nowhere() -> None:
+    with emulated.kernels(80), emulated.clusters_of(1):
+        call = arguments(50257, divergence="symmetric_kl")
+        for got, want in zip(gradients("cuda", *call, BF16), gradients("cuda", *call), strict=True):
+            assert torch.equal(got, want.to(BF16))
+
+
+@pytest.mark.skipif(not gpu.EMULATED, reason=gpu.NEEDS_EMULATOR)
+@pytest.mark.parametrize("backend", ("triton", "cuda"))
+def test_a_pair_of_float32_logits_moves_10_bytes(backend: str) -> None:
+    """12 with a float32 gradient, which another kernel would then convert: 6 more."""
+    if backend == "cuda" and emulated.why_not() is not None:
+        pytest.skip(str(emulated.why_not()))
+    vocab = 8192
+    student, inputs, settings = arguments(vocab, ROWS, ignored=None)
+    with (emulated if backend == "cuda" else gpu).kernels(90) as reports:
+        getattr(torch.ops, f"kdfast_{backend}").loss_grad_as(student, BF16, *inputs, *settings)
+    assert per_pair(reports, vocab) <= 10.1
