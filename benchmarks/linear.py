@@ -1,11 +1,13 @@
 """`python -m benchmarks.linear`: time and memory of the loss from hidden states and heads.
 
-Rows 1024, H = 512 for the student and 1024 for the teacher, T = 2, alpha = 0.9 with labels; loss and all gradients.
+Rows 1024, H = 512 for the student and 1024 for the teacher unless given, T = 2, alpha = 0.9 with labels; loss and all
+gradients.
 
 candidates
     products      the four products that are needed, each unsplit, into fresh memory: two give logits, two the gradients
                   in hidden states and weight
-    fp32 products the same with fp32 factors, which a CPU uses for 16-bit heads too, so that no logits are rounded
+    kept products the same into memory that all calls share
+    fp32 products as `products` with fp32 factors, which a CPU uses for 16-bit heads too, so that no logits are rounded
     kdfast        linear_kd_loss and backward
     eager         two heads, the recipe of recipes.py, backward
     kdfast jsd    the generalised Jensen-Shannon divergence, beta = 0.5
@@ -18,6 +20,7 @@ memory
 Examples:
     python -m benchmarks.linear                                       fp32, V = 32000 and 128000
     python -m benchmarks.linear --dtype bf16 --vocab 32000 --without products eager
+    python -m benchmarks.linear --dtype bf16 --rows 2048 --hidden 1024 2048 --without eager 'chunked jsd'
     python -m benchmarks.linear --chunk-rows 64 128 256 512 1024      the measurements behind the rule for chunk_rows
 """
 
@@ -25,6 +28,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,7 +43,7 @@ from benchmarks.recipes import ALPHA, recipe, soft_terms
 from benchmarks.timing import Candidate, medians
 from kdfast import chunks
 
-STUDENT, TEACHER = 512, 1024  # hidden sizes
+HIDDEN = 512, 1024  # the student's and the teacher's
 TEMPERATURE = 2.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARMUP = 8  # rows of the small call
@@ -48,14 +52,15 @@ WARMUP = 8  # rows of the small call
 class Data:
     """Hidden states (rows, H), heads (V, H) and labels (rows,); logits have a standard deviation of 2."""
 
-    def __init__(self, rows: int, vocab: int, dtype: torch.dtype) -> None:
+    def __init__(self, rows: int, vocab: int, dtype: torch.dtype, hidden: tuple[int, int] = HIDDEN) -> None:
+        student, teacher = hidden
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
             return torch.empty(shape).normal_(0, scale, generator=generator).to(dtype)
 
-        self.hidden, self.weight = normal(rows, STUDENT), normal(vocab, STUDENT, scale=2 * STUDENT**-0.5)
-        self.teacher = normal(rows, TEACHER), normal(vocab, TEACHER, scale=2 * TEACHER**-0.5)
+        self.hidden, self.weight = normal(rows, student), normal(vocab, student, scale=2 * student**-0.5)
+        self.teacher = normal(rows, teacher), normal(vocab, teacher, scale=2 * teacher**-0.5)
         self.labels = torch.randint(vocab, (rows,), generator=generator)
         self._factors: dict[torch.dtype, list[Tensor]] = {}
 
@@ -64,6 +69,11 @@ class Data:
         if dtype not in self._factors:
             self._factors[dtype] = [x.to(dtype) for x in (self.hidden, self.weight, *self.teacher)]
         return tuple(self._factors[dtype])
+
+    @cached_property
+    def kept(self) -> list[Tensor]:
+        """The four products, into which others are written."""
+        return four_products(self, None)
 
     def leaves(self) -> tuple[Tensor, Tensor]:
         return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_()
@@ -75,10 +85,11 @@ class Data:
         return few
 
 
-def four_products(data: Data, leaves: Any, dtype: torch.dtype | None = None) -> Any:
+def four_products(data: Data, leaves: Any, dtype: torch.dtype | None = None, out: Any = (None,) * 4) -> list[Tensor]:
     hidden, weight, t, w = data.factors(dtype or data.weight.dtype)
-    logits = hidden @ weight.T
-    return t @ w.T, logits @ weight, logits.T @ hidden
+    logits = torch.mm(hidden, weight.T, out=out[0])
+    factors = (t, w.T), (logits, weight), (logits.T, hidden)
+    return [logits, *(torch.mm(*pair, out=each) for pair, each in zip(factors, out[1:], strict=True))]
 
 
 def fused(data: Data, leaves: Any, **settings: Any) -> Any:
@@ -113,6 +124,7 @@ def chunked_jsd(data: Data, leaves: Any) -> Any:
 
 RUNS: dict[str, Callable[..., Any]] = {
     "products": four_products,
+    "kept products": lambda data, leaves: four_products(data, leaves, out=data.kept),
     "fp32 products": lambda data, leaves: four_products(data, leaves, torch.float32),
     "kdfast": fused,
     "eager": eager,
@@ -154,23 +166,23 @@ def peak(data: Data, name: str, dtype: torch.dtype) -> int:
     return total - returned - accumulator
 
 
-def peak_megabytes(name: str, rows: int, vocab: int, dtype: str) -> float:
+def peak_megabytes(name: str, rows: int, vocab: int, args: argparse.Namespace) -> float:
     """The peak in a fresh process, in MB."""
-    shape = "--rows", rows, "--vocab", vocab, "--dtype", dtype
+    shape = "--rows", rows, "--vocab", vocab, "--hidden", *args.hidden, "--dtype", args.dtype
     return printed_by("benchmarks.linear", "--peak", name, *shape) / 1e6
 
 
 def report(vocab: int, args: argparse.Namespace) -> None:
     names = [name for name in RUNS if name not in args.without and (args.dtype != "fp32" or name != "fp32 products")]
-    data = Data(args.rows, vocab, DTYPES[args.dtype])
+    data = Data(args.rows, vocab, DTYPES[args.dtype], args.hidden)
     seconds = times(data, {name: RUNS[name] for name in names}, args.rounds)
     table = Table("", title=f"({args.rows}, {vocab}) {args.dtype}, chunks of {chunks.default_rows(vocab, 'cpu')} rows")
-    columns = [name for name in ("products", "fp32 products", "eager", "chunked jsd") if name in names]
+    columns = [name for name in ("products", "kept products", "fp32 products", "eager", "chunked jsd") if name in names]
     for column in ("seconds", *(f"x {name}" for name in columns), "MB"):
         table.add_column(column, justify="right")
     for name in names:
         measured = name in ("kdfast", "eager", "kdfast jsd", "chunked jsd") and not args.no_memory
-        memory = f"{peak_megabytes(name, args.rows, vocab, args.dtype):.0f}" if measured else ""
+        memory = f"{peak_megabytes(name, args.rows, vocab, args):.0f}" if measured else ""
         ratios = (f"{seconds[name] / seconds[each]:.3f}" for each in columns)
         table.add_row(name, f"{seconds[name]:.3f}", *ratios, memory)
     console = Console()
@@ -181,7 +193,7 @@ def report(vocab: int, args: argparse.Namespace) -> None:
 
 def report_chunk_rows(vocab: int, args: argparse.Namespace) -> None:
     """The time of each size of chunks; the memory of their logits is computed."""
-    data = Data(args.rows, vocab, DTYPES[args.dtype])
+    data = Data(args.rows, vocab, DTYPES[args.dtype], args.hidden)
     runs = {str(rows): lambda data, leaves, rows=rows: fused(data, leaves, chunk_rows=rows) for rows in args.chunk_rows}
     seconds = times(data, {"products": four_products} | runs, args.rounds)
     table = Table("chunk_rows", title=f"({args.rows}, {vocab}) {args.dtype}")
@@ -200,6 +212,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 128_000])
     parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, nargs=2, metavar=("STUDENT", "TEACHER"), default=HIDDEN)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--without", nargs="+", choices=RUNS, default=[], metavar="CANDIDATE", help="leave out")
     parser.add_argument("--no-memory", action="store_true")
@@ -211,12 +224,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.peak:
         dtype = DTYPES[args.dtype]
-        print(peak(Data(args.rows, args.vocab[0], dtype), args.peak, dtype))
+        print(peak(Data(args.rows, args.vocab[0], dtype, args.hidden), args.peak, dtype))
         return
     for vocab in args.vocab:
         if args.growth:
             for rows in args.growth:
-                print(f"({rows}, {vocab}) {args.dtype}: {peak_megabytes('kdfast', rows, vocab, args.dtype):.0f} MB")
+                print(f"({rows}, {vocab}) {args.dtype}: {peak_megabytes('kdfast', rows, vocab, args):.0f} MB")
         elif args.chunk_rows:
             report_chunk_rows(vocab, args)
         else:
