@@ -180,7 +180,8 @@ gpu-check: $(if $(DRY),$(DRY_NEEDS)) ## tests and a report of speed on a GPU; AR
 	$(call record,kernels,$(KERNEL_TESTS))
 	$(call record,tests,$(PY) -m pytest -n $(GPU_PROCESSES) --dist worksteal)
 	$(call record,report,$(PY) -m benchmarks --device cuda --tests build/gpu-tests.txt --sanitizer build/gpu-sanitizer.txt $(ARGS))
-	@exit $$(cat $(patsubst %,build/gpu-%.status,sanitizer kernels tests report) | sort -n | tail -1)
+	$(call record,linear,$(PY) -m benchmarks.linear --device cuda --dtype bf16 --rows 8192 --hidden 4096 4096 --vocab 151936)
+	@exit $$(cat $(patsubst %,build/gpu-%.status,sanitizer kernels tests report linear) | sort -n | tail -1)
 
 lint: $(VENV)/.extra-lint ## ruff, clang-format, mypy
 	$(VENV)/bin/ruff check $(PYTHON_FILES)

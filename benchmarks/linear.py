@@ -13,15 +13,17 @@ candidates
     kdfast jsd    the generalised Jensen-Shannon divergence, beta = 0.5
     chunked jsd   the same in plain PyTorch as in Liger-Kernel's chunked loss: for each chunk, of as many rows as
                   kdfast's, heads, loss and gradients by autograd, which are added up
+    liger jsd     on a GPU: Liger-Kernel's own
 memory
-    the peak of one call in a process of its own, after a small call; without inputs, the gradients that it returns, and
-    the fp32 accumulator of a 16-bit head's gradient
+    the peak of one call, on a CPU in a process of its own, after a small call; without inputs, the gradients that it
+    returns, and the fp32 accumulator of a 16-bit head's gradient
 
 Examples:
     python -m benchmarks.linear                                       fp32, V = 32000 and 128000
     python -m benchmarks.linear --dtype bf16 --vocab 32000 --without products eager
     python -m benchmarks.linear --dtype bf16 --rows 2048 --hidden 1024 2048 --without eager 'chunked jsd'
     python -m benchmarks.linear --chunk-rows 64 128 256 512 1024      the measurements behind the rule for chunk_rows
+    python -m benchmarks.linear --device cuda --dtype bf16 --rows 8192 --hidden 4096 4096 --vocab 151936
 """
 
 import argparse
@@ -34,7 +36,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 import kdfast
@@ -52,16 +54,18 @@ WARMUP = 8  # rows of the small call
 class Data:
     """Hidden states (rows, H), heads (V, H) and labels (rows,); logits have a standard deviation of 2."""
 
-    def __init__(self, rows: int, vocab: int, dtype: torch.dtype, hidden: tuple[int, int] = HIDDEN) -> None:
+    def __init__(
+        self, rows: int, vocab: int, dtype: torch.dtype, hidden: tuple[int, int] = HIDDEN, device: str = "cpu"
+    ) -> None:
         student, teacher = hidden
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return torch.empty(shape).normal_(0, scale, generator=generator).to(dtype)
+            return torch.empty(shape).normal_(0, scale, generator=generator).to(device, dtype)
 
         self.hidden, self.weight = normal(rows, student), normal(vocab, student, scale=2 * student**-0.5)
         self.teacher = normal(rows, teacher), normal(vocab, teacher, scale=2 * teacher**-0.5)
-        self.labels = torch.randint(vocab, (rows,), generator=generator)
+        self.labels = torch.randint(vocab, (rows,), generator=generator).to(device)
         self._factors: dict[torch.dtype, list[Tensor]] = {}
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -106,9 +110,9 @@ def eager(data: Data, leaves: Any) -> Any:
 
 
 def chunked_jsd(data: Data, leaves: Any) -> Any:
-    rows, at_once = len(data.labels), chunks.default_rows(len(data.weight), "cpu")
+    rows, at_once = len(data.labels), chunks.default_rows(len(data.weight), data.weight.device.type)
     at_once = -(-rows // -(-rows // at_once))  # as in kdfast
-    grad_weight, grads, total = torch.zeros_like(data.weight), [], torch.zeros(())
+    grad_weight, grads, total = torch.zeros_like(data.weight), [], torch.zeros((), device=data.weight.device)
     for part in zip(*(x.split(at_once) for x in (data.hidden, data.teacher[0], data.labels)), strict=True):
         hidden, weight = part[0].detach().requires_grad_(), leaves[1]
         student, teacher = (hidden @ weight.T).float(), (part[1] @ data.teacher[1].T).float()
@@ -122,6 +126,15 @@ def chunked_jsd(data: Data, leaves: Any) -> Any:
     return total, torch.cat(grads), grad_weight
 
 
+def liger_jsd(data: Data, leaves: Any) -> Any:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss_of = LigerFusedLinearJSDLoss(weight_hard_loss=1 - ALPHA, weight_soft_loss=ALPHA, temperature=TEMPERATURE)
+    loss = loss_of(*leaves, *data.teacher, data.labels)
+    loss.backward()
+    return loss
+
+
 RUNS: dict[str, Callable[..., Any]] = {
     "products": four_products,
     "kept products": lambda data, leaves: four_products(data, leaves, out=data.kept),
@@ -130,12 +143,29 @@ RUNS: dict[str, Callable[..., Any]] = {
     "eager": eager,
     "kdfast jsd": lambda data, leaves: fused(data, leaves, divergence="jsd"),
     "chunked jsd": chunked_jsd,
+    "liger jsd": liger_jsd,
 }
+LOSSES = ("kdfast", "eager", "kdfast jsd", "chunked jsd", "liger jsd")
+LEFT_OUT = {"cpu": ("liger jsd",), "cuda": ("fp32 products",)}
 
 
 def times(data: Data, runs: dict[str, Callable[..., Any]], rounds: int) -> dict[str, float]:
     """Median seconds of each run, interleaved."""
-    candidates = {name: Candidate(data.leaves, lambda leaves, run=run: run(data, leaves)) for name, run in runs.items()}
+    on_gpu = data.weight.is_cuda
+
+    def wait_for(result: Any) -> Any:
+        if on_gpu:
+            torch.cuda.synchronize()
+        return result
+
+    candidates = {}
+    for name, run in runs.items():
+        try:
+            wait_for(run(data, data.leaves()))
+        except torch.OutOfMemoryError:
+            print(f"{name}: out of memory")
+            continue
+        candidates[name] = Candidate(data.leaves, lambda leaves, run=run: wait_for(run(data, leaves)))
     return medians(candidates, rounds, progress=lambda what: print(what, file=sys.stderr))
 
 
@@ -155,45 +185,61 @@ def shares(data: Data) -> dict[str, float]:
     return found | {"rest": 1 - sum(found.values())}
 
 
+def gpu_added(function: Callable[[], Any]) -> int:
+    """The bytes that the call allocates at its peak."""
+    torch.cuda.reset_peak_memory_stats()
+    before, result = torch.cuda.memory_allocated(), function()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
 def peak(data: Data, name: str, dtype: torch.dtype) -> int:
     """The bytes that one call adds to this process at its peak, beyond gradients and the accumulator."""
     few, leaves = data.first(WARMUP), data.leaves()
     kept = RUNS[name](few, few.leaves())  # threads and libraries allocate what they keep
     del kept
-    total = added(lambda: RUNS[name](data, leaves))
+    total = (gpu_added if data.weight.is_cuda else added)(lambda: RUNS[name](data, leaves))
     returned = sum(x.nbytes for x in leaves)
     accumulator = 4 * data.weight.numel() if dtype.itemsize == 2 and name.startswith("kdfast") else 0
     return total - returned - accumulator
 
 
 def peak_megabytes(name: str, rows: int, vocab: int, args: argparse.Namespace) -> float:
-    """The peak in a fresh process, in MB."""
+    """The peak in MB, of a CPU in a fresh process."""
+    if args.device == "cuda":
+        return peak(Data(rows, vocab, DTYPES[args.dtype], args.hidden, "cuda"), name, DTYPES[args.dtype]) / 1e6
     shape = "--rows", rows, "--vocab", vocab, "--hidden", *args.hidden, "--dtype", args.dtype
     return printed_by("benchmarks.linear", "--peak", name, *shape) / 1e6
 
 
 def report(vocab: int, args: argparse.Namespace) -> None:
-    names = [name for name in RUNS if name not in args.without and (args.dtype != "fp32" or name != "fp32 products")]
-    data = Data(args.rows, vocab, DTYPES[args.dtype], args.hidden)
+    names = [name for name in RUNS if name not in (*args.without, *LEFT_OUT[args.device])]
+    names = [name for name in names if args.dtype != "fp32" or name != "fp32 products"]
+    data = Data(args.rows, vocab, DTYPES[args.dtype], args.hidden, args.device)
     seconds = times(data, {name: RUNS[name] for name in names}, args.rounds)
-    table = Table("", title=f"({args.rows}, {vocab}) {args.dtype}, chunks of {chunks.default_rows(vocab, 'cpu')} rows")
+    names = list(seconds)
+    at_once = chunks.default_rows(vocab, args.device)
+    title = f"({args.rows}, {vocab}) {args.dtype}, chunks of {at_once} rows"
+    table = Table(Column(no_wrap=True), title=title)
     columns = [name for name in ("products", "kept products", "fp32 products", "eager", "chunked jsd") if name in names]
     for column in ("seconds", *(f"x {name}" for name in columns), "MB"):
         table.add_column(column, justify="right")
     for name in names:
-        measured = name in ("kdfast", "eager", "kdfast jsd", "chunked jsd") and not args.no_memory
+        measured = name in LOSSES and not args.no_memory
         memory = f"{peak_megabytes(name, args.rows, vocab, args):.0f}" if measured else ""
         ratios = (f"{seconds[name] / seconds[each]:.3f}" for each in columns)
         table.add_row(name, f"{seconds[name]:.3f}", *ratios, memory)
-    console = Console()
+    console = Console(width=100)
     console.print(table)
+    if args.device == "cuda":
+        return
     parts = ", ".join(f"{what} {100 * share:.1f} %" for what, share in shares(data).items())
     console.print(f"kdfast's time: {parts}\n", highlight=False)
 
 
 def report_chunk_rows(vocab: int, args: argparse.Namespace) -> None:
     """The time of each size of chunks; the memory of their logits is computed."""
-    data = Data(args.rows, vocab, DTYPES[args.dtype], args.hidden)
+    data = Data(args.rows, vocab, DTYPES[args.dtype], args.hidden, args.device)
     runs = {str(rows): lambda data, leaves, rows=rows: fused(data, leaves, chunk_rows=rows) for rows in args.chunk_rows}
     seconds = times(data, {"products": four_products} | runs, args.rounds)
     table = Table("chunk_rows", title=f"({args.rows}, {vocab}) {args.dtype}")
@@ -209,6 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.linear", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--device", choices=LEFT_OUT, default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--vocab", type=int, nargs="+", default=[32_000, 128_000])
     parser.add_argument("--rows", type=int, default=1024)
@@ -222,6 +269,8 @@ def main() -> None:
     )
     parser.add_argument("--peak", choices=RUNS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: torch sees no GPU here")
     if args.peak:
         dtype = DTYPES[args.dtype]
         print(peak(Data(args.rows, args.vocab[0], dtype, args.hidden), args.peak, dtype))
