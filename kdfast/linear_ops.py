@@ -6,9 +6,8 @@ For a chunk of rows, with hidden states h (rows, H) and a head W (V, H), b (V,):
     g = d loss / d s     by the row kernels, which overwrite s
     d h = g W,  d W += g^T h,  d b += the sum of g over the rows
 
-Each product runs once. The only tensors of size V are two chunks of logits and the gradient of W; where the products'
-factors are of 16 bits, on a GPU, also g, which the row kernels then write in that dtype and not over s. The denominator
-is computed over all rows first, so a mean does not depend on the chunks.
+Each product runs once. The only tensors of size V are two chunks of logits and the gradient of W, and on a GPU g where
+the products take 16 bits. The denominator is computed over all rows first, so a mean does not depend on the chunks.
 
 A function named like an operator of ops.py is its implementation on every device, over the row operators of one
 backend, `ops`.
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from kdfast.arguments import Heads, Inputs, Settings, metrics_count, metrics_of_unweighted_terms
 from kdfast.chunks import Chunk, Chunks
-from kdfast.products import grad_dtype
+from kdfast.products import SLICE, grad_dtype
 from kdfast.row_math import table_columns
 from kdfast.rows import as_matrix
 
@@ -34,17 +33,18 @@ def loss_grad(
 
     wide_hidden: that of hidden states is not rounded to their dtype, because others are to be added.
     """
-    chunks, gradients = Chunks(heads, inputs, settings), Gradients(heads, wide_hidden)
-    results, dtype = Results(chunks, settings), gradients.narrower_dtype(ops, chunks)
+    chunks = Chunks(heads, inputs, settings)
+    gradients, results = Gradients(ops, heads, chunks, wide_hidden), Results(chunks, settings)
     for chunk in chunks:
         args = metrics_of_unweighted_terms(ops, chunk.logits, chunk.inputs, chunks.settings)
         chunk_inputs, chunk_settings, own_metrics = args
-        if dtype is None:
+        if gradients.narrow_dtype is None:
             grad = chunk.logits
             loss, metrics = ops.loss_grad_(grad, *chunk_inputs, *chunk_settings)
         else:
+            dtype = gradients.narrow_dtype
             loss, grad, metrics = ops.loss_grad_as(chunk.logits, dtype, *chunk_inputs, *chunk_settings)
-        gradients.add(chunk, grad, chunks)
+        gradients.add(chunk, grad)
         del grad  # or the next one would have other memory
         results.add(chunk, loss, metrics if own_metrics is None else own_metrics)
     return results.loss(), *gradients.result(chunks.divisor), results.metrics()
@@ -75,76 +75,95 @@ def grad(
     wide_hidden: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients for grad_loss, (...), of reduction "none"."""
-    chunks, gradients = Chunks(heads, inputs, settings), Gradients(heads, wide_hidden)
+    chunks = Chunks(heads, inputs, settings)
+    gradients = Gradients(ops, heads, chunks, wide_hidden)
     grad_loss = grad_loss.flatten()
     columns = table_columns(ops.name, chunks.hidden.device.type, len(inputs.teachers), inputs.indices)
     stats = stats[:, :columns].contiguous()  # it has more where metrics alone read the teacher
-    dtype = gradients.narrower_dtype(ops, chunks)
     for chunk in chunks:
         args = stats[chunk.rows], grad_loss[chunk.rows], *chunk.inputs, *chunks.settings
-        if dtype is None:
+        if gradients.narrow_dtype is None:
             grad = chunk.logits
             ops.grad_(grad, *args)
         else:
-            grad = ops.grad_as(chunk.logits, dtype, *args)
-        gradients.add(chunk, grad, chunks)
+            grad = ops.grad_as(chunk.logits, gradients.narrow_dtype, *args)
+        gradients.add(chunk, grad)
         del grad
     return gradients.result(chunks.divisor)
 
 
 class Gradients:
-    """Accumulates the gradients over chunks."""
+    """Those of hidden states, weight and bias, to which each chunk adds.
 
-    def __init__(self, heads: Heads, wide_hidden: bool = False) -> None:
-        hidden, weight = heads.student_hidden, heads.student_weight
-        self.like = hidden
+    The products of 16-bit heads on a GPU take g in 16 bits. The row kernels write it so, and not over the logits,
+    unless the bias needs its fp32 sums. At 2 H rows or fewer g of all chunks takes no more memory than an fp32
+    accumulator of the weight's gradient, (V, H), which each chunk would read and write: g is kept, and multiplied at
+    the end.
+    """
+
+    def __init__(self, ops: Any, heads: Heads, chunks: Chunks, wide_hidden: bool = False) -> None:
+        hidden, weight, head = heads.student_hidden, heads.student_weight, chunks.student.head
+        self.like, self.head, self.vocab = hidden, head, chunks.vocab
         self.hidden = self.weight = self.bias = None
         self.dtypes = [grad_dtype(x.dtype) for x in (hidden, weight, weight)]
         if wide_hidden:
             self.dtypes[0] = torch.promote_types(hidden.dtype, torch.float32)
         wide = torch.promote_types(grad_dtype(weight.dtype), heads.accumulate_dtype)
+        is_rounded = head.gradient_dtype != head.logits_dtype and (heads.grad_hidden or heads.grad_weight)
+        by_the_kernels = is_rounded and not heads.grad_bias and not getattr(ops, "is_sharded", False)
+        self.narrow_dtype = head.gradient_dtype if by_the_kernels else None  # None: g overwrites the logits
+        is_kept = is_rounded and wide == torch.float32 and chunks.rows <= 2 * weight.shape[1]
+        self.kept: list[tuple[Tensor, Tensor]] | None = [] if is_kept else None  # g and h of each chunk
         if heads.grad_hidden:
             self.hidden = hidden.new_zeros(hidden.shape, dtype=self.dtypes[0])
         if heads.grad_weight:
-            self.weight = weight.new_empty(weight.shape, dtype=wide)
+            self.weight = weight.new_empty(weight.shape, dtype=self.dtypes[1] if is_kept else wide)
         if heads.grad_bias:
             self.bias = weight.new_zeros(len(weight), dtype=torch.promote_types(weight.dtype, torch.float32))
         self.first = True
 
-    def narrower_dtype(self, ops: Any, chunks: Chunks) -> torch.dtype | None:
-        """What the row kernels are to round the logits' gradient to, where products alone read it; None: not at all."""
-        head = chunks.student.head
-        by_products_alone = self.bias is None and not (self.hidden is None and self.weight is None)
-        is_narrower = head.gradient_dtype != head.logits_dtype and not getattr(ops, "is_sharded", False)
-        return head.gradient_dtype if by_products_alone and is_narrower else None
-
-    def add(self, chunk: Chunk, grad: Tensor, chunks: Chunks) -> None:
-        """Adds what comes of a chunk and of its logits' gradient, (rows, V)."""
-        student = chunks.student.head
+    def add(self, chunk: Chunk, grad: Tensor) -> None:
+        """grad: g of the chunk, (rows, V)."""
         if self.bias is not None:
-            self.bias[: chunks.vocab] += grad.sum(0, dtype=self.bias.dtype)
+            self.bias[: self.vocab] += grad.sum(0, dtype=self.bias.dtype)
         if self.hidden is None and self.weight is None:
             return
-        gradient = grad.to(student.gradient_dtype)
+        grad = grad.to(self.head.gradient_dtype)
         if self.hidden is not None:
-            as_matrix(self.hidden)[chunk.rows] = student.to_hidden(gradient).to(self.hidden.dtype)
+            as_matrix(self.hidden)[chunk.rows] = self.head.to_hidden(grad).to(self.hidden.dtype)
         if self.weight is not None:
-            student.add_to_weight(gradient, chunk.hidden, self.weight[: chunks.vocab], self.first)
-            if self.first:
-                self.weight[chunks.vocab :] = 0
+            if self.kept is not None:
+                self.kept.append((grad, chunk.hidden))
+            else:
+                self.head.add_to_weight(grad, chunk.hidden, self.weight[: self.vocab], self.first)
         self.first = False
 
     def result(self, divisor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        if self.first and self.weight is not None:
-            self.weight.zero_()
+        """All three, (0,) where not wanted, divided by a number that was left for the end."""
+        if self.weight is not None:
+            self.weight[0 if self.first else self.vocab :] = 0
+            if self.kept:
+                self._multiply_kept(self.weight[: self.vocab], divisor)
         results = []
         for total, dtype in zip((self.hidden, self.weight, self.bias), self.dtypes, strict=True):
             if total is None:
                 results.append(self.like.new_empty(0, dtype=dtype))
                 continue
-            total = total if divisor is None else total.div_(divisor)
+            if divisor is not None and not (total is self.weight and self.kept):
+                total = total.div_(divisor)
             results.append(total.to(dtype))
         return results[0], results[1], results[2]
+
+    def _multiply_kept(self, weight: Tensor, divisor: Tensor | None) -> None:
+        """weight = the sum of g^T h over the chunks, by slices that are added up in fp32."""
+        sums = weight.new_empty((min(SLICE, len(weight)), weight.shape[1]), dtype=torch.float32)
+        for out, *grads in zip(
+            weight.split(SLICE), *(grad.split(SLICE, 1) for grad, _ in self.kept or ()), strict=True
+        ):
+            total = sums[: len(out)]
+            for i, (grad, (_, hidden)) in enumerate(zip(grads, self.kept or (), strict=True)):
+                self.head.add_to_weight(grad, hidden, total, first=i == 0)
+            out.copy_(total if divisor is None else total.div_(divisor))
 
 
 class Results:

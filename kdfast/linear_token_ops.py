@@ -71,7 +71,8 @@ def token_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden states, weight and bias, (0,) where not wanted."""
     heads = _heads(hidden, weight, bias, chunk_rows, accumulate_dtype, *wanted)
-    chunks, gradients = _chunks(heads, ids, temperatures, vocab_size), Gradients(heads, wide_hidden)
+    chunks = _chunks(heads, ids, temperatures, vocab_size)
+    gradients = Gradients(ops, heads, chunks, wide_hidden)
     ids = as_matrix(ids)
     grads = [
         None if grad_log_probs is None else as_matrix(grad_log_probs),
@@ -81,7 +82,7 @@ def token_grad(
         call = chunk.inputs.temperatures, temperature, logit_scale, softcap, -1
         of_chunk = [None if grad is None else grad[chunk.rows] for grad in grads]
         grad = ops.token_grad(chunk.logits, ids[chunk.rows], stats[chunk.rows], *of_chunk, None, *call)
-        gradients.add(chunk, grad, chunks)
+        gradients.add(chunk, grad)
     return gradients.result(None)
 
 

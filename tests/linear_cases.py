@@ -124,9 +124,5 @@ def square_case(dtype: torch.dtype = F32) -> Case:
     return case
 
 
-def long_case(dtype: torch.dtype) -> Case:
-    return Case(dtype, rows=600, bias=False)
-
-
 def relative_error(got: Tensor, truth: Tensor) -> float:
     return float((got.double() - truth).norm() / truth.norm())

@@ -6,14 +6,14 @@ import gpu  # before anything that imports Triton
 import pytest
 import torch
 from cases import BF16, F16, F32, F64, name
-from linear_cases import VOCAB, Case, check, fused_results, long_case, plain_results, relative_error
+from linear_cases import VOCAB, Case, check, fused_results, plain_results, relative_error
 from torch import Tensor
 
-from kdfast import chunks, products
+from kdfast import chunks, linear_ops, products
 
 
 def test_a_16_bit_heads_gradient_is_accumulated_in_fp32_by_default(cpu: str) -> None:
-    case = long_case(BF16)
+    case = Case(BF16, rows=600, bias=False)
     _, (_, truth), _ = plain_results(case, case.labels, F64)
     errors = {}
     for accumulate in (F32, BF16, F64):
@@ -58,22 +58,24 @@ def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(products, "WidenedHead", products.TensorCoreHead)
         monkeypatch.setattr(products, "_own_are_faster", lambda: False)
         monkeypatch.setattr(chunks, "_can_read_values", lambda x: False)
+        monkeypatch.setattr(linear_ops, "SLICE", 16)  # four slices of the 50 classes
         yield
 
 
 @pytest.mark.skipif(gpu.ON_DEVICE, reason="here all tests of this file use the GPU's own products")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])  # its gradient is summed before the rounding
+@pytest.mark.parametrize("rows", [13, 600])  # 2 H are 16: the logits' gradient is kept, or the weight's accumulated
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=name)
 def test_tensor_cores_round_no_logits_and_zero_dropped_rows(
-    cpu: str, dtype: torch.dtype, bias: bool, reduction: str, tensor_cores: None
+    cpu: str, dtype: torch.dtype, rows: int, bias: bool, reduction: str, tensor_cores: None
 ) -> None:
-    case = long_case(dtype)
+    case = Case(dtype, rows, bias=False)
     case.bias = torch.linspace(-1, 1, VOCAB).to(dtype) if bias else None
-    case.labels[100:200] = -100
+    case.labels[rows // 6 : rows // 3] = -100
     settings = {"temperature": 2.0, "reduction": reduction, "return_metrics": True}
     truth = plain_results(case, case.labels, F64, **settings)
-    case.hidden[150] = float("nan")  # an ignored row
+    case.hidden[rows // 4] = float("nan")  # an ignored row
     loss, grads, metrics = fused_results(case, case.labels, chunk_rows=7, **settings)
     torch.testing.assert_close(loss.double(), truth[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
@@ -100,11 +102,12 @@ def test_float16_with_a_loss_scaler_loses_no_gradient(backend: str) -> None:
 
 
 @pytest.mark.skipif(gpu.ON_DEVICE, reason="here all tests of this file use the GPU's own products")
-def test_float16_heads_neither_underflow_nor_overflow(cpu: str, tensor_cores: None) -> None:
+@pytest.mark.parametrize("rows", [13, 600])
+def test_float16_heads_neither_underflow_nor_overflow(cpu: str, rows: int, tensor_cores: None) -> None:
     """On tensor cores gradients of logits are float16 factors."""
-    case = long_case(F16)
+    case = Case(F16, rows, bias=False)
     for power in (-24, 17):  # without rescaling it would underflow, overflow
-        weight = torch.linspace(0.5, 1, 600) * 2.0**power
+        weight = torch.linspace(0.5, 1, rows) * 2.0**power
         for settings in ({"reduction": "sum"}, {"normalizer": 2.0**20}):
             settings |= {"row_weight": weight, "accumulate_dtype": F16}
             scale = torch.tensor(2.0**-power if "reduction" in settings else 2.0 ** (20 - power))

@@ -8,11 +8,15 @@ OPS, CHUNKS, HEADS = "kdfast/linear_ops.py", "kdfast/chunks.py", "kdfast/product
 MUTANTS = [
     # more than one chunk
     Mutant("linear-last-chunks-gradient", OPS,
-           "self.weight[: chunks.vocab], self.first)", "self.weight[: chunks.vocab], True)",
+           "self.weight[: self.vocab], self.first)", "self.weight[: self.vocab], True)",
            "The weight's gradient is that of the last chunk.", LINEAR),
+    # a GPU's products, few rows
+    Mutant("linear-last-kept-gradient", OPS,
+           "total, first=i == 0)", "total, first=True)",
+           "The weight's gradient is that of the last chunk where all chunks' are kept.", DTYPES),
     # fp16 alone
     Mutant("linear-fp16-gradient-undivided", OPS,
-           "total = total if divisor is None else total.div_(divisor)", "",
+           "total = total.div_(divisor)", "pass",
            "A mean's fp16 gradient is the sum's.", DTYPES),
     # chunks of different weights
     Mutant("linear-metrics-of-chunks-unweighted", OPS,
@@ -27,8 +31,8 @@ MUTANTS = [
            "wide = grad_dtype(weight.dtype)",
            "A 16-bit weight's gradient is rounded after each chunk.", DTYPES),
     Mutant("linear-hidden-gradient-in-order", OPS,
-           "as_matrix(self.hidden)[chunk.rows] = student.to_hidden(gradient)",
-           "self.hidden[: len(gradient)] = student.to_hidden(gradient)",
+           "as_matrix(self.hidden)[chunk.rows] = self.head.to_hidden(grad)",
+           "self.hidden[: len(grad)] = self.head.to_hidden(grad)",
            "The hidden states' gradient of every chunk goes to the first rows.", LINEAR),
     # fp16 alone, weights of which none is 1
     Mutant("linear-fp16-weights-scaled-once", CHUNKS,
