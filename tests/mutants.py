@@ -197,14 +197,11 @@ class Copy:
             return
         import cmake
         import ninja
-        import pybind11
 
         tool, build = Path(cmake.CMAKE_BIN_DIR) / "cmake", WORK / "best"
         if not (build / "build.ninja").exists():
             settings = {
                 "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR) / "ninja",
-                "Python_EXECUTABLE": sys.executable,
-                "pybind11_DIR": pybind11.get_cmake_dir(),
                 "TORCH_DIR": Path(str(importlib.util.find_spec("torch").origin)).parent,  # type: ignore[union-attr]
                 "KDFAST_CUDA": "OFF",
             } | {f"COMPILER_HAS_{isa}": "OFF" for isa in other_isas()}  # presets skip CMake's checks
