@@ -15,8 +15,8 @@ candidates
                   kdfast's, heads, loss and gradients by autograd, which are added up
     liger jsd     on a GPU: Liger-Kernel's own
 memory
-    the peak of one call, on a CPU in a process of its own, after a small call; without inputs, the gradients that it
-    returns, and the fp32 accumulator of a 16-bit head's gradient
+    the peak of one call, after a small one; without inputs, the gradients that it returns, and on a CPU, where it is in
+    a process of its own, the fp32 accumulator of a 16-bit head's gradient
 
 Examples:
     python -m benchmarks.linear                                       fp32, V = 32000 and 128000
@@ -198,9 +198,11 @@ def peak(data: Data, name: str, dtype: torch.dtype) -> int:
     few, leaves = data.first(WARMUP), data.leaves()
     kept = RUNS[name](few, few.leaves())  # threads and libraries allocate what they keep
     del kept
-    total = (gpu_added if data.weight.is_cuda else added)(lambda: RUNS[name](data, leaves))
+    on_gpu = data.weight.is_cuda
+    total = (gpu_added if on_gpu else added)(lambda: RUNS[name](data, leaves))
     returned = sum(x.nbytes for x in leaves)
-    accumulator = 4 * data.weight.numel() if dtype.itemsize == 2 and name.startswith("kdfast") else 0
+    is_accumulated = dtype.itemsize == 2 and name.startswith("kdfast") and not on_gpu
+    accumulator = 4 * data.weight.numel() if is_accumulated else 0
     return total - returned - accumulator
 
 
