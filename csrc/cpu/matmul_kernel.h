@@ -203,7 +203,7 @@ void matmul(const MatmulArgs& args, int64_t begin, int64_t end) {
   using namespace products;
   const bool pairs = args.a.dtype == DType::kBFloat16 && args.b.dtype == DType::kBFloat16 &&
                      args.a.k_stride == 1 && args.b.k_stride == 1;
-  const bool by_columns = args.n >= 4 * args.m;
+  const bool by_columns = args.n >= args.m;
   const int64_t along = by_columns ? args.row_units() : args.column_units();
   for (int64_t unit = begin; unit < end;) {
     // whole lines of units, or a part of one
