@@ -6,7 +6,7 @@
 #pragma once
 
 #include "block_sums.h"
-#include "convert.h"
+#include "softcap.h"
 
 namespace kdfast {
 namespace {

@@ -1,4 +1,4 @@
-// Rows of one storage type as another, softcapped, or softmaxed in place; and the memory for them.
+// Rows of one storage type as another, or softmaxed in place; and the memory for them.
 #pragma once
 
 #include <cstdlib>
@@ -32,14 +32,19 @@ KD_NOINLINE void* thread_buffer(size_t bytes, BufferOf which = current_buffer) {
   return buffer.data;
 }
 
+// f(vector, i) over a row of one storage type, as another; both are computed in the same type.
+template <class From, class To, class F>
+KD_INLINE void convert_row(const From* from, int64_t n, To* to, F f) {
+  constexpr int kLanes = Types<Compute<To>>::kLanes;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, f(load(from + i), i));
+  if (i < n) store_part(to + i, f(load_part(from + i, n - i, 0), i), n - i);
+}
 // A row of one storage type as another, through the vectors where both are computed in the same type.
 template <class From, class To>
 KD_INLINE void convert_row(const From* from, int64_t n, To* to) {
   if constexpr (std::is_same_v<Compute<From>, Compute<To>>) {
-    constexpr int kLanes = Types<Compute<To>>::kLanes;
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
-    if (i < n) store_part(to + i, load_part(from + i, n - i, 0), n - i);
+    convert_row(from, n, to, [](auto v, int64_t) { return v; });
   } else if constexpr (sizeof(To) >= 4) {
     for (int64_t i = 0; i < n; ++i) to[i] = load_one(from + i);
   } else {
@@ -78,38 +83,6 @@ KD_INLINE const char* row_data(const Matrix& m, int64_t row) {
 template <class C, class F>
 KD_INLINE void for_vectors(C* row, int64_t n, F f) {
   for (int64_t i = 0; i < n; i += Types<C>::kLanes) store(row + i, f(load(row + i), i));
-}
-
-// cap * tanh(scale * z / cap) of a row, as C; a masked class stays masked.
-template <class C>
-KD_NOINLINE void softcap_row(const void* from, DType dtype, int64_t n, double scale, double cap, C* to) {
-  constexpr int kLanes = Types<C>::kLanes;
-  const auto c = splat((C)cap), inverse = splat((C)(scale / cap));
-  const auto masked = splat(-std::numeric_limits<C>::infinity());
-  for (int64_t at = 0; at < n; at += kBlock) {
-    const int64_t m = n - at < kBlock ? n - at : kBlock;
-    const void* block = (const char*)from + at * bytes_of(dtype);
-    if (bytes_of(dtype) != (int64_t)sizeof(C)) {
-      widen(block, dtype, m, to + at);
-      block = to + at;
-    }
-    const C* z = (const C*)block;
-    auto capped = [&](auto v) { return v == masked ? masked : c * tanh(v * inverse); };
-    int64_t i = 0;
-    for (; i + kLanes <= m; i += kLanes) store(to + at + i, capped(load(z + i)));
-    if (i < m) store(to + at + i, capped(load_part(z + i, m - i, 0)));
-  }
-}
-
-// A gradient in the capped logits as one in the logits, in its place.
-template <class C>
-KD_NOINLINE void softcap_gradient(C* g, const C* capped, int64_t n, double cap) {
-  using V = typename Types<C>::V;
-  const V inverse = splat((C)(1 / cap)), masked = splat(-std::numeric_limits<C>::infinity());
-  for_vectors(g, n, [&](V v, int64_t i) {
-    const V z = load(capped + i), x = z * inverse;
-    return z == masked ? V{} : v * ((1 - x) * (1 + x));
-  });
 }
 
 // p = softmax(z * exp2_scale) of a row in place

@@ -179,28 +179,6 @@ KD_INLINE DoubleV kl_term(DoubleV a, DoubleV b, DoubleV difference) {
   return a * log_ratio(a, b, difference) - difference;
 }
 
-// -(e^-2|x| - 1) / (e^-2|x| + 1): the numerator keeps the digits of small x. Minimax of (2^f - 1) / f, 2e-8.
-KD_INLINE FloatV tanh(FloatV x) {
-  using I = Types<float>::I;
-  const I sign = bits<I>(x) & (int)0x80000000;
-  FloatV y = bits<FloatV>(bits<I>(x * -0x1.715476p+1f) | (int)0x80000000);
-  y = max(splat(-64.f), y);  // in this order NaN stays NaN
-  const FloatV shifted = y + (0x1.8p23f + 127), f = y - (shifted - (0x1.8p23f + 127));
-  const FloatV power = bits<FloatV>(bits<I>(shifted) << 23);
-  FloatV p = splat(0x1.4308fap-13f);
-  p = p * f + 0x1.5f07b4p-10f;
-  p = p * f + 0x1.3b2bap-7f;
-  p = p * f + 0x1.c6af6ep-5f;
-  p = p * f + 0x1.ebfbdep-3f;
-  p = p * f + 0x1.62e43p-1f;
-  const FloatV less = (p * f) * power + (power - 1);
-  return bits<FloatV>(bits<I>(-less / (2 + less)) | sign);
-}
-KD_INLINE DoubleV tanh(DoubleV x) {
-  for (int i = 0; i < Types<double>::kLanes; ++i) x[i] = std::tanh(x[i]);
-  return x;
-}
-
 KD_INLINE FloatV sqrt(FloatV x) {
 #if defined(__AVX512DQ__)
   // a step of Newton's: the instruction for roots takes as long as ten others. 0 and infinity are their roots

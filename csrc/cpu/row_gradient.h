@@ -188,8 +188,12 @@ void write_gradient(const LossArgs& a, int64_t row, const RowOf<P>& r, int64_t b
     if (labelled) store_part(out + label - at, splat(at_label), 1);
     if constexpr (std::is_same_v<typename P::S, C>) {
       if (direct) continue;
-      if (a.softcap != 0) softcap_gradient(out, r.s + at, m, a.softcap);
-      narrow(out, m, (char*)r.final_out + at * bytes_of(a.student.dtype), a.student.dtype);
+      void* to = (char*)r.final_out + at * bytes_of(a.student.dtype);
+      if (a.softcap != 0) {
+        uncap_gradient(out, r.s + at, m, a.softcap, to, a.student.dtype);
+      } else {
+        narrow(out, m, to, a.student.dtype);
+      }
     }
   }
 }

@@ -123,6 +123,15 @@ KD_INLINE bool any(I mask) {
 #endif
 }
 
+// Whether any lane of a is not at most that of b; NaN is not.
+KD_INLINE bool any_above(FloatV a, FloatV b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLE_UQ) != 0;
+#else
+  return any(~(a <= b));
+#endif
+}
+
 template <class V>
 KD_INLINE double sum(V v) {  // lane by lane in a fixed order
 #if defined(__AVX512F__)

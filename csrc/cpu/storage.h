@@ -31,6 +31,9 @@ using Compute = typename ComputeOf<S>::type;
 // ---- 16-bit storage ----
 
 KD_INLINE FloatV widen(Types<float>::H h, bf16) {
+#if defined(__AVX512F__)  // which GCC makes several instructions of
+  return (FloatV)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+#endif
   return bits<FloatV>(__builtin_convertvector(h, Types<float>::U) << 16);
 }
 

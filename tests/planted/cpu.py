@@ -225,8 +225,8 @@ OF_GRADIENTS = [
 
 # ---- exponents, exp, log, conversions ----
 
-EXP, TEACHERS, CONVERT = "csrc/cpu/exp_math.h", "csrc/cpu/teachers.h", "csrc/cpu/convert.h"
-STORAGE, SIMD = "csrc/cpu/storage.h", "csrc/cpu/simd.h"
+EXP, TEACHERS = "csrc/cpu/exp_math.h", "csrc/cpu/teachers.h"
+STORAGE, SIMD, SOFTCAP = "csrc/cpu/storage.h", "csrc/cpu/simd.h", "csrc/cpu/softcap.h"
 
 OF_ARITHMETIC = [
     # T = 3 and 4 alone
@@ -302,8 +302,8 @@ OF_ARITHMETIC = [
            "masked(FloatV p, FloatV x) { return p * (p == 0 ? FloatV{} : x); }",
            "masked(FloatV p, FloatV x) { return p * x; }",
            "A class that both mask makes its row NaN.", LIMITS),
-    Mutant("softcap-unmasks", CONVERT,
-           "return v == masked ? masked : c * tanh(v * inverse);", "return c * tanh(v * inverse);",
+    Mutant("softcap-unmasks", SOFTCAP,
+           "return z == masked ? masked : y;", "return y;",
            "A softcap gives a masked class the logit -cap.", LIMITS),
     Mutant("deviation-of-the-population", CLASSIFIERS,
            "(squares - total * total / n) / (n - 1)", "(squares - total * total / n) / n",
