@@ -122,21 +122,21 @@ KD_INLINE DoubleV ratio(DoubleV a, DoubleV b) {
 
 struct LogRatio {  // log(a / b) = exponent + s (2 + more)
   FloatV exponent, s, more;
-  Types<float>::I is_near;  // where the exponent is 0
+  FloatV difference;       // of a and the power of 2 times b that is near it: 2 a s is difference (1 + s)
+  Types<float>::I is_far;  // where that power is not 1
+  KD_INLINE FloatV rest() const { return exponent + s * more; }
 };
 KD_INLINE LogRatio split_log_ratio(FloatV a, FloatV b, FloatV difference) {
   using I = Types<float>::I;
-  const FloatV least = splat(std::numeric_limits<float>::min());
-  a = max(least, a);
-  b = max(least, b);
+  a = max(splat(std::numeric_limits<float>::min()), a);
   // a / b is 2^(e / 2^23) times a number in [2/3, 3/2]
   const I e = (bits<I>(a) - (bits<I>(b) - 0x4afb0d)) & (int)0xff800000;
-  const FloatV scaled = bits<FloatV>(bits<I>(b) + e);
-  const FloatV s = (e == 0 ? difference : a - scaled) / (a + scaled), z = s * s;
-  FloatV p = splat(0x1.39e6c4p-2f);  // of log = 2 atanh(s), minimax, 5e-9
-  p = p * z + 0x1.990476p-2f;
-  p = p * z + 0x1.5555e8p-1f;
-  return {__builtin_convertvector(e, FloatV) * 0x1.62e43p-24f, s, p * z, e == 0};
+  const FloatV scaled = bits<FloatV>(bits<I>(b) + e);  // > 0 where b is 0, too
+  const I is_far = e != 0;
+  difference = is_far ? a - scaled : difference;
+  const FloatV s = difference / (a + scaled), z = s * s;
+  const FloatV p = 0x1.aa7c3p-2f * z + 0x1.553a42p-1f;  // of log = 2 atanh(s), minimax, 4e-7
+  return {__builtin_convertvector(e, FloatV) * 0x1.62e43p-24f, s, p * z, difference, is_far};
 }
 
 // log(a / b) of numbers >= 0 whose difference a - b is given: near equality its digits are those of the
@@ -151,15 +151,14 @@ KD_INLINE FloatV log_ratio(FloatV a, FloatV b, FloatV difference) {
 // cancels where beta is near 1: 2 s - difference / b is -s difference / b.
 KD_INLINE FloatV log_excess(FloatV a, FloatV b, FloatV difference, FloatV beta, FloatV rest) {
   const LogRatio log = split_log_ratio(a, b, difference);
-  const FloatV u = ratio(difference, b), far = log.exponent + (log.s + log.s) - beta * u;
-  return log.s * log.more + (log.is_near ? (rest - log.s) * u : far);
+  const FloatV u = ratio(difference, b);
+  return log.rest() + (log.is_far ? (log.s + log.s) - beta * u : (rest - log.s) * u);
 }
 
-// a log(a / b) - (a - b), whose first-order terms cancel: a 2 s - difference is difference * s.
+// a log(a / b) - (a - b), whose first-order terms cancel: near equality the last difference here is 0.
 KD_INLINE FloatV kl_term(FloatV a, FloatV b, FloatV difference) {
   const LogRatio log = split_log_ratio(a, b, difference);
-  const FloatV far = a * (log.exponent + (log.s + log.s)) - difference;
-  return a * (log.s * log.more) + (log.is_near ? difference * log.s : far);
+  return a * log.rest() + (log.difference * log.s + (log.difference - difference));
 }
 
 KD_INLINE DoubleV log_ratio(DoubleV a, DoubleV b, DoubleV difference) {

@@ -253,7 +253,7 @@ OF_ARITHMETIC = [
            "y = x == 0 ? splat(-std::numeric_limits<float>::infinity()) : y;", "",
            "Reverse KL is finite where a given probability is 0.", LIMITS),
     Mutant("log-ratio-from-rounded-numbers", EXP,
-           "(e == 0 ? difference : a - scaled)", "(a - scaled)",
+           "is_far ? a - scaled : difference", "a - scaled",
            "Where p is near q divergences lose the digits of their difference.", CALLS),
     Mutant("power-of-a-fraction", EXPONENTS,
            "t <= kMaxPower && t == (int)t", "t <= kMaxPower",
