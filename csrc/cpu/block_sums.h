@@ -104,10 +104,11 @@ KD_INLINE Unguarded<V> masked(Unguarded<V> p, Unguarded<V> x) {
 
 // Whether a block's sums are at first computed as though every exponent were finite and within exp2's range.
 // One of them is NaN where that is wrong; the block is then computed again, guarded. Unguarded, n is a whole
-// number of steps.
+// number of steps. Pointwise divergences have no such sums here: their exponents alone may be out of range.
 template <class P>
 constexpr bool kTriesUnguarded =
-    std::is_same_v<typename P::C, float> && !P::D::kOthers && (P::D::kTeacher || P::D::kStudent);
+    std::is_same_v<typename P::C, float> && !P::D::kOthers &&
+    (P::D::kTeacher || P::D::kStudent || (P::kPointwise && SeenExponents::kAreChecked));
 
 // Pass A over one block. The exps go to the scratch where kKeep. patches: Others' alone. The sums are stored
 // where they stay, for a copy of numbers that have just been stored waits for them.

@@ -46,8 +46,10 @@ KD_INLINE FloatV exp2(FloatV y) {
 // Whether exponents were all within [-127, 128], where exp2 need not clamp them.
 struct SeenExponents {
 #if defined(__AVX512DQ__)  // there it never does
+  static constexpr bool kAreChecked = false;
   KD_INLINE bool are_in_range() const { return true; }
 #else
+  static constexpr bool kAreChecked = true;
   Types<float>::U shifted{};
   // 0 to 255 of them leave all other bits alone; NaN, infinities and all other numbers do not
   KD_INLINE bool are_in_range() const { return !any((shifted & ~0xffu) != 0x4b400000u); }
