@@ -137,7 +137,9 @@ KD_INLINE LogRatio split_log_ratio(FloatV a, FloatV b, FloatV difference) {
   const I is_far = e != 0;
   difference = is_far ? a - scaled : difference;
   const FloatV s = difference / (a + scaled), z = s * s;
-  const FloatV p = 0x1.aa7c3p-2f * z + 0x1.553a42p-1f;  // of log = 2 atanh(s), minimax, 4e-7
+  FloatV p = splat(0x1.39e6c4p-2f);  // of log = 2 atanh(s), minimax, 5e-9
+  p = p * z + 0x1.990476p-2f;
+  p = p * z + 0x1.5555e8p-1f;
   return {__builtin_convertvector(e, FloatV) * 0x1.62e43p-24f, s, p * z, difference, is_far};
 }
 
