@@ -32,12 +32,17 @@ KD_NOINLINE void* thread_buffer(size_t bytes, BufferOf which = current_buffer) {
   return buffer.data;
 }
 
+constexpr int kAhead = 2048;  // bytes; a machine's own prefetching ends with each page
+
 // f(vector, i) over a row of one storage type, as another; both are computed in the same type.
 template <class From, class To, class F>
 KD_INLINE void convert_row(const From* from, int64_t n, To* to, F f) {
   constexpr int kLanes = Types<Compute<To>>::kLanes;
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, f(load(from + i), i));
+  for (; i + kLanes <= n; i += kLanes) {
+    __builtin_prefetch((const char*)(from + i) + kAhead, 0, 3);
+    store(to + i, f(load(from + i), i));
+  }
   if (i < n) store_part(to + i, f(load_part(from + i, n - i, 0), i), n - i);
 }
 // A row of one storage type as another, through the vectors where both are computed in the same type.

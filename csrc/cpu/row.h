@@ -52,7 +52,9 @@ KD_NOINLINE Row<S, T> open_row(const LossArgs& a, int64_t row, int64_t begin, in
   } else if constexpr (std::is_same_v<S, C>) {
     const char* from = row_data(a.student, row) + begin * bytes_of(a.student.dtype);
     if (a.softcap != 0) {
-      softcap_row(from, a.student.dtype, n, a.logit_scale, a.softcap, at + 3 * padded);
+      const char* teacher =
+          kTeacher ? row_data(a.teachers[0], row) + begin * bytes_of(a.teachers[0].dtype) : nullptr;
+      softcap_row(from, a.student.dtype, n, a.logit_scale, a.softcap, at + 3 * padded, teacher);
     } else {
       widen(from, a.student.dtype, n, at + 3 * padded);
     }

@@ -52,14 +52,19 @@ struct Softcap<float> {
   }
 };
 
-// A row's logits, capped, as C.
+// A row's logits, capped, as C. next: the row that is read after it, which is fetched meanwhile, or null.
 template <class C>
-KD_NOINLINE void softcap_row(const void* from, DType dtype, int64_t n, double scale, double cap, C* to) {
+KD_NOINLINE void softcap_row(const void* from, DType dtype, int64_t n, double scale, double cap, C* to,
+                             const void* next) {
   using V = typename Types<C>::V;
   dispatch_storage(dtype, [&](auto s) {
     using S = decltype(s);
     const Softcap<C> softcap(scale, cap);
-    const auto capped = [&](V z, int64_t) __attribute__((always_inline)) { return softcap(z); };
+    const S* fetched = (const S*)(next ? next : from);
+    const auto capped = [&](V z, int64_t i) __attribute__((always_inline)) {
+      __builtin_prefetch(fetched + i, 0, 2);
+      return softcap(z);
+    };
     if constexpr (std::is_same_v<Compute<S>, C>) {
       convert_row((const S*)from, n, to, capped);
     } else {

@@ -62,7 +62,7 @@ KD_INLINE Types<float>::H narrow(FloatV x, bf16) {
   using U = Types<float>::U;
   const U u = bits<U>(x);
   const U rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;  // to nearest, ties to even
-  const U quiet = (U)(x != x) & 0x7fc0;
+  const U quiet = U{} + 0x7fc0;
   return __builtin_convertvector((x == x) ? rounded : quiet, Types<float>::H);
 #endif
 }

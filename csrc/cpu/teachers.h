@@ -23,7 +23,8 @@ KD_NOINLINE const C* mix_teachers(const LossArgs& a, int64_t row, int64_t begin,
     C* z = k == 0 ? out : other;
     const char* from = row_data(m, row) + begin * bytes_of(m.dtype);
     if (a.teacher_softcap != 0) {
-      softcap_row(from, m.dtype, n, a.teacher_logit_scale, a.teacher_softcap, z);
+      const char* next = row + 1 < a.rows ? row_data(a.student, row + 1) : nullptr;
+      softcap_row(from, m.dtype, n, a.teacher_logit_scale, a.teacher_softcap, z, next);
     } else {
       widen(from, m.dtype, n, z);
     }
