@@ -210,7 +210,11 @@ KD_NOINLINE double block_sum(const S* s, int n, Compute<S> about) {
   int i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) part[k] += load(s + i + k * kLanes) - about;
+    for (int k = 0; k < 4; k += 2) {
+      const auto x = load2(s + i + k * kLanes);
+      part[k] += x.a - about;
+      part[k + 1] += x.b - about;
+    }
   }
   for (; i < n; i += kLanes) {
     part[0] += (n - i < kLanes ? load_part(s + i, n - i, about) : load(s + i)) - about;

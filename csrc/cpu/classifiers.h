@@ -37,10 +37,13 @@ KD_NOINLINE Moments moments(const X* x, int64_t n) {
     int64_t i = at;
     for (; i + kUnrolled <= end; i += kUnrolled) {
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) {
-        const V v = load(x + i + k * kLanes) - about;
-        part[k] += v;
-        part_squares[k] += v * v;
+      for (int k = 0; k < 4; k += 2) {
+        const auto at_k = load2(x + i + k * kLanes);
+        const V a = at_k.a - about, b = at_k.b - about;
+        part[k] += a;
+        part[k + 1] += b;
+        part_squares[k] += a * a;
+        part_squares[k + 1] += b * b;
       }
     }
     for (; i < end; i += kLanes) {

@@ -34,10 +34,13 @@ struct Gradient {
         tilt(splat<C>(c.tilt)),
         is_tilted(c.tilt != 0) {}
 
-  template <int kPower = 0>
+  // kOnlySoft: of the soft term.
+  template <int kPower = 0, bool kOnlySoft = false>
   KD_INLINE V gradient_of_exps(const Lanes<P>& x, V s) const {
     V factor{}, rest = factors.uniform;  // the gradient is es * factor - rest
-    if constexpr (P::kOwn) {
+    if constexpr (kOnlySoft) {
+      rest = V{};
+    } else if constexpr (P::kOwn) {
       rest -= x.e1 * factors.hard;
     } else {
       factor = exponents.template times_power<kPower>(factors.hard, x.es);
@@ -52,14 +55,14 @@ struct Gradient {
       if constexpr (P::D::kTeacher) rest += x.et * factors.teacher;
     }
     V g = x.es * factor - rest;
-    if constexpr (P::kOwn || P::kMSE) {  // standardized logits are, and others need not be read
+    if constexpr (!kOnlySoft && (P::kOwn || P::kMSE)) {  // standardized; other logits need not be read
       if (hide_from_optimizer(is_tilted)) g += tilt * (s - mean);
     }
     return g;
   }
 
   // i: where the scratch has these classes.
-  template <int kPower = 0>
+  template <int kPower = 0, bool kOnlySoft = false>
   KD_INLINE V gradient(V s, V t, Scratch<C> scratch, int i) const {
     Lanes<P> x = exponents(s, t);
     if constexpr (kKeep) {  // the logits are then read only where psi needs a logarithm
@@ -67,7 +70,7 @@ struct Gradient {
       if constexpr (P::kOwn) x.e1 = load(scratch.hard + i);
       if constexpr (P::kReadsTeacher) x.et = load(scratch.teacher + i);
     }
-    return gradient_of_exps<kPower>(x, s);
+    return gradient_of_exps<kPower, kOnlySoft>(x, s);
   }
 
   // Of the i-th class of a block, the label. Its own term is subtracted before the rounding.
@@ -82,15 +85,15 @@ struct Gradient {
     return gradient(si.a, ti.a, scratch, at)[0] - (C)c.label;
   }
 
-  // sum g * (s - mean) over a block
+  // sum g * (s - mean) over a block, g of the soft term
   KD_NOINLINE double dot(const S* s, const T* t, Scratch<C> scratch, int n) const {
     V part[2] = {}, total{};
     for (int i = 0; i < n; i += P::kStep) {
       const int m = n - i < P::kStep ? n - i : P::kStep;
       const auto si = load_student<P>(s + i, m);
       const auto ti = load_teacher<P>(t + i, m);
-      V more[2] = {gradient(si.a, ti.a, scratch, i) * (si.a - mean),
-                   gradient(si.b, ti.b, scratch, i + P::kLanes) * (si.b - mean)};
+      V more[2] = {gradient<0, true>(si.a, ti.a, scratch, i) * (si.a - mean),
+                   gradient<0, true>(si.b, ti.b, scratch, i + P::kLanes) * (si.b - mean)};
       if (m < P::kStep) zero_tail<P>(more[0], more[1], m);
       part[0] += more[0];
       part[1] += more[1];
