@@ -142,7 +142,10 @@ KD_INLINE double sum(V v) {  // lane by lane in a fixed order
   return total;
 }
 template <class V>
-KD_INLINE auto max_lane(V v) {
+KD_INLINE auto max_lane(V v) {  // of numbers
+#if defined(__AVX512F__)
+  if constexpr (sizeof(v[0]) == 4) return _mm512_reduce_max_ps((__m512)v);
+#endif
   auto high = v[0];
   for (unsigned i = 1; i < sizeof(V) / sizeof(v[0]); ++i) high = v[i] > high ? v[i] : high;
   return high;
