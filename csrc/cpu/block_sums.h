@@ -33,10 +33,13 @@ KD_INLINE auto load_teacher(const typename P::T* t, int n) {
 template <class P>
 KD_INLINE void zero_tail(typename P::V& a, typename P::V& b, int n) {
   constexpr bool kPairs = std::is_same_v<typename P::S, bf16>;  // even and odd places
+  typename Types<typename P::C>::I at_a, at_b;
   for (int j = 0; j < P::kLanes; ++j) {
-    if ((kPairs ? 2 * j : j) >= n) a[j] = 0;
-    if ((kPairs ? 2 * j + 1 : j + P::kLanes) >= n) b[j] = 0;
+    at_a[j] = kPairs ? 2 * j : j;
+    at_b[j] = kPairs ? 2 * j + 1 : j + P::kLanes;
   }
+  a = at_a < n ? a : typename P::V{};
+  b = at_b < n ? b : typename P::V{};
 }
 
 // Prefetches a later step. Measured on Zen 4: fp32 rows that fit into L2 with their scratch are
@@ -103,8 +106,8 @@ KD_INLINE Unguarded<V> masked(Unguarded<V> p, Unguarded<V> x) {
 }
 
 // Whether a block's sums are at first computed as though every exponent were finite and within exp2's range.
-// One of them is NaN where that is wrong; the block is then computed again, guarded. Unguarded, n is a whole
-// number of steps. Pointwise divergences have no such sums here: their exponents alone may be out of range.
+// One of them is NaN where that is wrong; the block is then computed again, guarded. Pointwise divergences have
+// no such sums here: their exponents alone may be out of range.
 template <class P>
 constexpr bool kTriesUnguarded =
     std::is_same_v<typename P::C, float> && !P::D::kOthers &&
@@ -149,24 +152,35 @@ KD_NOINLINE void block_sums(const typename P::S* s, const typename P::T* t, int 
     }
   };
   dispatch_power<P>(scale.power, [&](auto power) __attribute__((always_inline)) {
-    for (int i = 0; i < n; i += P::kStep) {
+    // is_tail: what is left of an unguarded block, whose fillers are no factors
+    const auto step = [&](int i, auto is_tail) __attribute__((always_inline)) {
+      constexpr bool guards = kGuarded || is_tail();
       prefetch(s + i, near);
       if constexpr (P::kReadsTeacher) prefetch(t + i, near);
-      const int m = !kGuarded || n - i >= P::kStep ? P::kStep : n - i;
+      const int m = guards && n - i < P::kStep ? n - i : P::kStep;
       const typename P::S* from = s;
       if constexpr (P::D::kOthers) from = patches.of_step(s, i);
       const auto si = load_student<P>(from + i, m);
       const auto ti = load_teacher<P>(t + i, m);
-      Lanes<P> x = exponents.template lanes<power(), kGuarded>(si.a, ti.a, seen),
-               y = exponents.template lanes<power(), kGuarded>(si.b, ti.b, seen);
+      Lanes<P> x = exponents.template lanes<power(), guards>(si.a, ti.a, seen),
+               y = exponents.template lanes<power(), guards>(si.b, ti.b, seen);
       if (P::kMSE && m < P::kStep) {  // the fillers' differences
         zero_tail<P>(x.et, y.et, m);
         zero_tail<P>(x.es, y.es, m);
         zero_tail<P>(x.e1, y.e1, m);
       }
+      if constexpr (is_tail()) {
+        zero_tail<P>(x.ys, y.ys, m);
+        zero_tail<P>(x.yt, y.yt, m);
+      }
       add_up(x, i);
       add_up(y, i + P::kLanes);
       if (i / P::kStep % 8 == 7) flush();
+    };
+    int i = 0;
+    for (; i < (kGuarded ? n : n - P::kStep + 1); i += P::kStep) step(i, std::false_type{});
+    if constexpr (!kGuarded) {
+      if (i < n) step(i, std::true_type{});
     }
   });
   flush();

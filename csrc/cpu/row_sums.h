@@ -79,14 +79,8 @@ KD_NOINLINE Sums<double> row_sums(const typename P::S* row_s, const typename P::
     const auto add_up = [&] {
       if constexpr (kTriesUnguarded<P>) {  // what is guarded always keeps its exps: one instance less
         if (!guarded) {
-          const int whole = m / P::kStep * P::kStep;
-          block_sums<P, kKeep, false>(s, t, whole, scale, so, to, scratch, near, more);
+          block_sums<P, kKeep, false>(s, t, m, scale, so, to, scratch, near, more);
           guarded = std::isnan(more.over_teacher + more.over_student);
-          if (!guarded && whole < m) {
-            Sums<double> rest;
-            block_sums<P, true>(s + whole, t + whole, m - whole, scale, so, to, scratch + whole, near, rest);
-            merge<typename P::D>(more, rest, scale);
-          }
         }
         if (guarded) block_sums<P, true>(s, t, m, scale, so, to, scratch, near, more);
       } else {

@@ -155,7 +155,7 @@ OF_SUMS = [
            "Label smoothing's mean logit is the mean distance from the first one.", OPTIONS),
     # fp32 and fp64, lengths that leave more than a vector
     Mutant("mse-of-one-class-more", BLOCKS,
-           "(kPairs ? 2 * j + 1 : j + P::kLanes) >= n", "(kPairs ? 2 * j + 1 : j + P::kLanes) > n",
+           "b = at_b < n ? b", "b = at_b <= n ? b",
            "logit_mse counts a class beyond the row's last.", CALLS),
     Mutant("maximum-of-a-tail-with-a-0", BLOCKS,
            "load_part(s + i, n - i, -std::numeric_limits<C>::infinity())", "load_part(s + i, n - i, 0)",
