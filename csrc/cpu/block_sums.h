@@ -106,8 +106,8 @@ KD_INLINE Unguarded<V> masked(Unguarded<V> p, Unguarded<V> x) {
 }
 
 // Whether a block's sums are at first computed as though every exponent were finite and within exp2's range.
-// One of them is NaN where that is wrong; the block is then computed again, guarded. Pointwise divergences have
-// no such sums here: their exponents alone may be out of range.
+// One of them is NaN where that is wrong; the block is then computed again, guarded. Pointwise divergences
+// have no such sums here: their exponents alone may be out of range.
 template <class P>
 constexpr bool kTriesUnguarded =
     std::is_same_v<typename P::C, float> && !P::D::kOthers &&
