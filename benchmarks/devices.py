@@ -32,10 +32,13 @@ def first_line(*command: str) -> str:
 
 
 def cpu_name() -> str:
-    """The CPU's model name."""
+    """The CPU's model name, with its family and model: virtual machines say no more than AMD EPYC of several kinds."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+    found = dict(
+        re.findall(r"^(model name|cpu family|model)\s*: (.+)$", info.read_text() if info.exists() else "", re.M)
+    )
+    name = found.get("model name") or platform.processor() or platform.machine()
+    return f"{name}, family {found['cpu family']} model {found['model']}" if "cpu family" in found else name
 
 
 def _nvidia_state(uuid: str) -> str:
