@@ -45,7 +45,8 @@ KDFAST_HD inline float masked(float p, float x) { return p == 0 ? 0 : p * x; }
 
 struct NoSums {
   static constexpr bool kPointwise = false, kTeacher = false, kStudent = false, kDifference = false;
-  static constexpr bool kOthers = false;  // whether it is of the classes that are no entries
+  static constexpr bool kOthers = false;       // whether it is of the classes that are no entries
+  static constexpr bool kHasPsiApart = false;  // another psi, for rows with little in common
 };
 
 struct Linear : NoSums {
@@ -136,14 +137,22 @@ struct JSD : Pointwise {  // beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (
   }
 };
 
-struct SkewForwardKL : Pointwise {  // KL(p, m), m = beta p + (1 - beta) q
+// KL(p, m), m = beta p + (1 - beta) q. With A = sum q p / m the sum of psi is rest (1 - A), and of psi_apart
+// -rest A: near equality the digits of the gradient, rest q (A - p / m), are psi's, and where A is small
+// psi_apart's.
+struct SkewForwardKL : Pointwise {
+  static constexpr bool kHasPsiApart = true;
   template <class V>
   KDFAST_HD static V phi(V p, V q, V beta, V rest) {
     return kl_term(p, beta * p + rest * q, rest * (p - q));
   }
   template <class V>
   KDFAST_HD static V psi(V p, V q, V beta, V rest) {
-    return rest * q * ratio(rest * (q - p), beta * p + rest * q);
+    return ratio(rest * q, beta * p + rest * q) * -(rest * (p - q));
+  }
+  template <class V>
+  KDFAST_HD static V psi_apart(V p, V q, V beta, V rest) {
+    return ratio(rest * q, beta * p + rest * q) * -p;
   }
   template <class V>
   KDFAST_HD static V constant(V mass, V rest) {

@@ -21,7 +21,7 @@ constexpr bool kHasSoftmax = D::kPointwise || D::kTeacher || D::kStudent;
 template <class V>
 struct Sums {
   V student_offset, student_total, teacher_offset, teacher_total, hard_total;
-  V over_teacher, over_student, label, exponents, classes, phi, psi;
+  V over_teacher, label, exponents, classes, over_student, phi, psi;
 };
 
 template <class V>
@@ -158,7 +158,13 @@ KDFAST_HD inline RowLoss<V> loss_and_coefficients(const Sums<V>& x, const RowTer
     if constexpr (D::kPointwise) {
       divergence = x.phi + D::constant(mass, V{} + r.rest);
       c.soft = weight;
-      c.center = x.psi - x.psi * r.excess + 0 * x.phi;  // NaN where phi is
+      V center = x.psi;
+      if constexpr (D::kHasPsiApart) {
+        const auto is_apart = -4 * x.over_student < x.psi;
+        center = is_apart ? x.over_student : x.psi;
+        c.slope = is_apart ? V{} + 1 : V{};  // which psi pass C takes
+      }
+      c.center = center - center * r.excess + 0 * x.phi;  // NaN where phi is
     }
     const V above = log_teacher - log_student;
     if constexpr (D::kTeacher) {

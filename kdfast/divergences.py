@@ -25,6 +25,8 @@ class Divergence(NamedTuple):
     at_0: str | None = None  # the divergence that it is at beta = 0, infinities included
     at_1: str | None = None
     first_order: Callable[[float], float] = lambda beta: 0.0
+    # psi less a multiple of q, for rows that have so little in common that psi's digits cancel
+    psi_apart: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] | None = None
 
 
 def times(p: Tensor, x: Tensor) -> Tensor:
@@ -59,6 +61,12 @@ def _excess(p: Tensor, q: Tensor, log_p: Tensor, own: float, other: float) -> Te
     u = torch.where(is_near, difference, 0) / torch.where(is_near, p, 1)
     series = 1 / 2 - u * (1 / 3 - u * (1 / 4 - u * (1 / 5 - u / 6)))
     return torch.where(is_near, p * (u * u * series), torch.where(is_near, 0, excess))
+
+
+def _excess_of_teacher(p: Tensor, q: Tensor, log_p: Tensor, own: float, other: float) -> Tensor:
+    """_excess with the gradient of p log(p / m): the sum of q is 1, whose derivative is 0, and which would cancel."""
+    x = times(p, _log_to_mixture(p, q, log_p, own, other))
+    return _excess(p, q.detach(), log_p, own, other) + (x - x.detach())
 
 
 def _log_excess(p: Tensor, q: Tensor, log_p: Tensor, own: float, other: float) -> Tensor:
@@ -120,8 +128,9 @@ DIVERGENCES = {
     ),
     # KL(p, beta p + (1 - beta) q)
     "skew_forward_kl": Divergence(
-        phi=lambda p, q, log_p, log_q, beta: _excess(p, q, log_p, beta, 1 - beta),
+        phi=lambda p, q, log_p, log_q, beta: _excess_of_teacher(p, q, log_p, beta, 1 - beta),
         psi=lambda p, q, log_p, log_q, beta: (1 - beta) ** 2 * q * _share(q - p, _mixture(p, q, beta)),
+        psi_apart=lambda p, q, log_p, log_q, beta: -(1 - beta) * q * _share(p, _mixture(p, q, beta)),
         beta=0.1,
         at_0="forward_kl",
         first_order=lambda beta: 1 - beta,

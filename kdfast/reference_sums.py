@@ -42,7 +42,7 @@ def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, 
 
 
 def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    """row_math.Sums of the classes that are here, (rows, columns), phi and psi not among them."""
+    """row_math.Sums of the classes that are here, (rows, columns), without pointwise_sums."""
     logits = _logits(student, inputs, settings)
     dtype = loss_dtype(student)
     so = _offset(logits.student, dtype)
@@ -70,15 +70,16 @@ def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
 
 
 def pointwise_sums(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    """Sums of all shards with phi and psi of the classes that are here."""
+    """Sums of all shards, of which the last three, phi's and psi's, are of the classes that are here."""
     if not inputs.teachers or row_math.shares(settings) is not None or settings.divergence in OTHERS:
         return sums.clone()
     x = Sums(*sums.to(wide_dtype(student)).unbind(-1))
     if not row_math.is_softmaxed(inputs, settings):
         x = x._replace(teacher_total=torch.ones_like(x.teacher_total))
-    p, q, log_p, log_q = _distributions(x, _logits(student, inputs, settings))
-    phi, psi = (f(p, q, log_p, log_q, settings.beta) for f in DIVERGENCES[settings.divergence][:2])
-    return torch.cat([sums[:, :-2], torch.stack((phi.sum(-1), psi.sum(-1)), -1).to(sums.dtype)], -1)
+    pair = _distributions(x, _logits(student, inputs, settings))
+    of, nothing = DIVERGENCES[settings.divergence], torch.zeros_like(x.psi)
+    own = [f(*pair, settings.beta).sum(-1) if f else nothing for f in (of.psi_apart, of.phi, of.psi)]
+    return torch.cat([sums[:, :-3], torch.stack(own, -1).to(sums.dtype)], -1)
 
 
 def losses_and_coefficients(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -101,7 +102,10 @@ def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, sett
     if logits.teacher is not None and settings.alpha:
         p, q, log_p, log_q = _distributions(flat, logits)
         if row_math.shares(settings) is None:
-            psi = DIVERGENCES[settings.divergence].psi(p, q, log_p, log_q, settings.beta)
+            of = DIVERGENCES[settings.divergence]
+            psi = of.psi(p, q, log_p, log_q, settings.beta)
+            if of.psi_apart:
+                psi = torch.where(c.slope == 0, psi, of.psi_apart(p, q, log_p, log_q, settings.beta))
             g = g + c.soft * (psi - q * c.center)
         else:
             g = g + times(q, c.level + times(c.slope + torch.zeros_like(q), log_q - log_p)) - times(c.teacher, p)

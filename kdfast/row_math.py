@@ -29,10 +29,10 @@ class Sums(NamedTuple):
     teacher_total: Any  # sum P
     hard_total: Any  # sum E
     over_teacher: Any  # sum of the divergence's over_teacher(P, log2 Q, log2(Q / P)), where it is linear
-    over_student: Any  # sum of its over_student(Q, log2(Q / P))
     label: Any  # log2 E of the label; -inf where the label is not among these classes
     exponents: Any  # sum of log2 E, for label smoothing
     classes: Any  # their number
+    over_student: Any  # likewise of over_student(Q, log2(Q / P)); if D is not linear, sum of its psi_apart
     phi: Any  # sum of phi(p, q), where D is not linear; needs the other sums of all classes
     psi: Any
 
@@ -46,7 +46,7 @@ class Coefficients(NamedTuple):
         soft (psi(p, q) - q center)                  of the others, center being the sum of psi
         soft (s - t - teacher_offset - center)       of logit_mse, center being the mean
 
-    each plus hard q1 - uniform - [i = y] label.
+    each plus hard q1 - uniform - [i = y] label. Where psi is psi_apart, the slope is not 0.
     """
 
     student_offset: Any
@@ -168,9 +168,9 @@ def merge(shards: Sequence[Tensor] | Tensor, inputs: Inputs, settings: Settings)
     merged = Sums(
         student_offset, q.sum(0), teacher_offset, p.sum(0), _rescale(x.hard_total, student * scale.hard).sum(0),
         over_teacher=(_rescale(x.over_teacher, dt) + over_teacher(p, ds, ds - dt, settings)).sum(0),
-        over_student=(_rescale(x.over_student, ds) + times(q, ds - dt)).sum(0),
         label=(x.label + exponents).amax(0), exponents=(x.exponents + x.classes * exponents).sum(0),
-        classes=x.classes.sum(0), phi=x.phi.sum(0), psi=x.psi.sum(0),
+        classes=x.classes.sum(0), over_student=(_rescale(x.over_student, ds) + times(q, ds - dt)).sum(0),
+        phi=x.phi.sum(0), psi=x.psi.sum(0),
     )  # fmt: skip
     return torch.stack(merged, -1)
 
@@ -207,6 +207,9 @@ def losses_and_coefficients(sums: Tensor, inputs: Inputs, settings: Settings) ->
             of = DIVERGENCES.get(settings.divergence)  # not of classifiers.py, whose numbers are nobody's
             divergence = x.phi + (of.first_order(settings.beta) if of else 0) * (mass - 1)
             c = c._replace(soft=weight * factor, center=x.psi)
+            if of and of.psi_apart:
+                apart = -4 * x.over_student < x.psi  # psi would lose digits of what is below 1/4 of its sum
+                c = c._replace(slope=apart.to(nothing.dtype), center=torch.where(apart, x.over_student, x.psi))
         else:
             divergence, psi = nothing, nothing
             if parts[0]:

@@ -2,7 +2,7 @@
 
 Each process has the logits of some classes. Its sums of these are exchanged by one all_gather, 14 numbers a row, and
 merged in the order of the processes, so that all have the same bits; a divergence that is not linear exchanges its own
-two sums as well. The gradient of a process's logits follows from them without another collective.
+three sums as well. The gradient of a process's logits follows from them without another collective.
 """
 
 from collections.abc import Callable, Sequence
@@ -88,10 +88,10 @@ class ShardedRows:
             raise
         merged = row_math.merge(self.exchange.sums(sums, inputs, student), inputs, settings)
         if inputs.teachers and row_math.shares(settings) is None:
-            own = sums.new_zeros(len(sums), 2)
+            own = sums.new_zeros(len(sums), 3)
             if has_classes:
-                own = self.ops.pointwise_sums(student, merged, *inputs, *settings)[:, -2:]
-            merged = torch.cat([merged[:, :-2], gather(own, self.group).sum(0)], 1)
+                own = self.ops.pointwise_sums(student, merged, *inputs, *settings)[:, -3:]
+            merged = torch.cat([merged[:, :-3], gather(own, self.group).sum(0)], 1)
         # of the logits this operator reads only the shape: those of one class do where there is none
         one = student.new_zeros(()).expand(*student.shape[:-1], 1)
         few = inputs._replace(teachers=[one.to(t.dtype) for t in inputs.teachers])

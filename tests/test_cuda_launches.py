@@ -189,6 +189,11 @@ def by_formula(c: Coefficients, arguments: Batch, settings: Settings) -> tuple[T
     if settings.divergence == "logit_mse":
         terms.append(c.soft * (student - teacher - c.teacher_offset - c.center))
     else:
-        psi = divergences.DIVERGENCES[settings.divergence].psi(p, q, log_p, log_q, settings.beta)
-        terms += [q * c.level, q * c.slope * (log_q - log_p), -c.teacher * p, c.soft * (psi - q * c.center)]
+        of = divergences.DIVERGENCES[settings.divergence]
+        psi = of.psi(p, q, log_p, log_q, settings.beta)
+        if of.psi_apart:
+            psi = torch.where(c.slope == 0, psi, of.psi_apart(p, q, log_p, log_q, settings.beta))
+        else:
+            terms.append(q * c.slope * (log_q - log_p))
+        terms += [q * c.level, -c.teacher * p, c.soft * (psi - q * c.center)]
     return sum(terms[1:], terms[0]), torch.stack([term.abs().max() for term in terms]).max()

@@ -184,16 +184,9 @@ KD_NOINLINE void block_sums(const typename P::S* s, const typename P::T* t, int 
     }
   });
   flush();
-  sums = {student_offset,
-          sum(total.student),
-          teacher_offset,
-          sum(total.teacher),
-          sum(total.hard),
-          sum(total.over_teacher),
-          sum(total.over_student),
-          -kInfinity,
-          0,
-          (double)n};
+  sums = {student_offset,  sum(total.student),      teacher_offset, sum(total.teacher),
+          sum(total.hard), sum(total.over_teacher), -kInfinity,     0,
+          (double)n,       sum(total.over_student)};
   if (!kGuarded && !seen.are_in_range()) sums.over_teacher = kNaN;
 }
 

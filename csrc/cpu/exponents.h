@@ -114,8 +114,8 @@ struct RowScales {  // of a call's rows, which are alike unless they have temper
 
 template <class C>
 struct Scratch {  // a place for each step of a row
-  C *student, *teacher, *hard;
-  KD_INLINE Scratch operator+(int64_t n) const { return {student + n, teacher + n, hard + n}; }
+  C *student, *teacher, *hard, *psi;
+  KD_INLINE Scratch operator+(int64_t n) const { return {student + n, teacher + n, hard + n, psi + n}; }
 };
 
 struct Block {  // what a block's exponents are relative to, as it is representable

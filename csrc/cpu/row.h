@@ -40,10 +40,11 @@ KD_NOINLINE Row<S, T> open_row(const LossArgs& a, int64_t row, int64_t begin, in
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   const int64_t padded = blocks * kBlock + 16;  // not a power of two apart, which would share cache sets
   const bool direct = sizeof(S) == bytes_of(a.student.dtype) && a.softcap == 0;
-  C* at = (C*)thread_buffer(padded * sizeof(C) * 7 + blocks * sizeof(Block));
+  C* at = (C*)thread_buffer(padded * sizeof(C) * 8 + blocks * sizeof(Block));
   Row<S, T> r{};
-  r.blocks = (Block*)(at + 7 * padded);
-  r.scratch = {at, at + padded, at + 2 * padded};
+  r.blocks = (Block*)(at + 8 * padded);
+  r.scratch = {at, at + padded, at + 2 * padded, at + padded};
+  if (a.divergence == Divergence::kSkewForwardKL) r.scratch.psi = at + 7 * padded;  // P may be wanted again
   r.final_out =
       a.grad ? (char*)a.grad + (a.grad_layout.offset(row) + begin) * bytes_of(a.student.dtype) : nullptr;
   if (direct) {

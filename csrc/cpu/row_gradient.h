@@ -48,7 +48,7 @@ struct Gradient {
     if constexpr (P::kMSE) {
       rest -= (x.et - factors.center) * factors.soft;
     } else if constexpr (P::kPointwise) {
-      rest -= (x.et - (x.es * factors.to_q) * factors.center) * factors.soft;  // psi is in P's place
+      rest -= (x.et - (x.es * factors.to_q) * factors.center) * factors.soft;  // which psi is
     } else if constexpr (P::kSoft || P::D::kOthers) {
       factor += factors.level;
       if constexpr (P::D::kStudent) factor += factors.slope * (x.es == 0 ? V{} : x.ys - x.yt);
@@ -68,7 +68,7 @@ struct Gradient {
     if constexpr (kKeep) {  // the logits are then read only where psi needs a logarithm
       x.es = load(scratch.student + i);
       if constexpr (P::kOwn) x.e1 = load(scratch.hard + i);
-      if constexpr (P::kReadsTeacher) x.et = load(scratch.teacher + i);
+      if constexpr (P::kReadsTeacher) x.et = load((P::kPointwise ? scratch.psi : scratch.teacher) + i);
     }
     return gradient_of_exps<kPower, kOnlySoft>(x, s);
   }
@@ -130,11 +130,12 @@ struct Gradient {
 
 // The soft term's gradient at a fixed deviation, times s - mean, summed over a row: what the tilt is made of.
 template <class P>
-KD_NOINLINE double soft_gradient_dot(const RowOf<P>& r, int64_t n, const RowScale& scale,
+KD_NOINLINE double soft_gradient_dot(const LossArgs& a, const RowOf<P>& r, int64_t n, const RowScale& scale,
                                      Coefficients<double> c) {
   c.hard = c.uniform = c.tilt = 0;
   const Scales<double> x = scales_of(c);
   Scales<double> moved;
+  const Scales<double>* scales = nullptr;
   Block current{NAN, NAN};
   Gradient<P, true> gradient;
   double total = 0;
@@ -142,9 +143,12 @@ KD_NOINLINE double soft_gradient_dot(const RowOf<P>& r, int64_t n, const RowScal
     const Block& block = r.blocks[at / kBlock];
     if (!(block == current)) {
       current = block;
-      gradient = Gradient<P, true>(scale, c, block_scales(x, scale, current, moved));
+      scales = &block_scales(x, scale, current, moved);
+      gradient = Gradient<P, true>(scale, c, *scales);
     }
-    total += gradient.dot(r.s + at, r.t + at, r.scratch + at, n - at < kBlock ? n - at : kBlock);
+    const int m = n - at < kBlock ? n - at : kBlock;
+    choose_block_psi<P>(a, r.scratch + at, m, *scales, c);
+    total += gradient.dot(r.s + at, r.t + at, r.scratch + at, m);
   }
   return total;
 }
@@ -179,9 +183,10 @@ void write_gradient(const LossArgs& a, int64_t row, const RowOf<P>& r, int64_t b
     const int m = n - at < kBlock ? n - at : kBlock;
     const Scratch<C> scratch = kKeep ? r.scratch + at : r.scratch;
     if constexpr (P::kPointwise && !kKeep) {
-      typename P::V phi{}, psi{};
-      refill_block_psi<P>(a, r, at, m, scale, *scales, phi, psi);
+      PointwiseSums<typename P::V> known{};
+      refill_block_psi<P>(a, r, at, m, scale, *scales, known);
     }
+    choose_block_psi<P>(a, scratch, m, *scales, c);
     typename P::S* out = direct ? r.out + at : r.out;
     const bool labelled = at <= label && label < at + m;
     C at_label = 0;

@@ -84,7 +84,7 @@ struct Kernels {
     if constexpr (P::kOwn ? P::kSoft : P::kMSE) {
       if (a.standardize) {
         x.coefficients.mean = student.mean;
-        double dot = soft_gradient_dot<P>(r, n, x.scale, x.coefficients);
+        double dot = soft_gradient_dot<P>(a, r, n, x.scale, x.coefficients);
         if (a.divergence == Divergence::kDKD) dot += soft_at_label * (label.student - student.mean);
         x.coefficients.tilt = tilt(student, n, dot, x.scale.logit_scale);
       }

@@ -15,6 +15,7 @@ template <class C>
 struct alignas(64) ShortGroup {
   static constexpr int kLanes = Types<C>::kLanes;
   C s[kShort * kLanes], t[kShort * kLanes], es[kShort * kLanes], et[kShort * kLanes], e1[kShort * kLanes];
+  C psi[kShort * kLanes];
   C temperature[kLanes], student_scale[kLanes], teacher_scale[kLanes], weight[kLanes], factor[kLanes];
   int64_t label[kLanes];
 };
@@ -146,7 +147,7 @@ template <bool kLinear>
 constexpr bool has_column(size_t column) {
 #define COLUMN(field) offsetof(Coefficients<char>, field)
   if (column == COLUMN(soft) || column == COLUMN(center)) return !kLinear;
-  if (column >= COLUMN(level) && column <= COLUMN(teacher)) return kLinear;
+  if (column == COLUMN(level) || column == COLUMN(teacher)) return kLinear;
   return column <= COLUMN(uniform) || column == COLUMN(student_unit) || column == COLUMN(teacher_unit);
 #undef COLUMN
 }

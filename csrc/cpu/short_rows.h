@@ -41,7 +41,11 @@ struct ShortRows {
     }
   }
 
-  // Passes A and B over a group; the exps are left in it, psi in P's place.
+  KD_INLINE static Scratch<C> exps(Group& g, int64_t i = 0) {
+    return Scratch<C>{g.es, g.et, g.e1, g.psi} + i * kLanes;
+  }
+
+  // Passes A and B over a group; the exps and psi are left in it.
   KD_NOINLINE static Sums<V> sums(const LossArgs& a, RowExponents& exponents, Group& g) {
     const int64_t n = a.vocab;
     V teacher_offset{};
@@ -76,14 +80,15 @@ struct ShortRows {
       total.over_student += part.over_student;
       part = Totals{};
     });
-    V label_logit{}, phi{}, psi{};
+    V label_logit{};
+    PointwiseSums<V> found{};
     for (int r = 0; r < kLanes; ++r) label_logit[r] = g.label[r] < 0 ? 0 : g.s[g.label[r] * kLanes + r];
     if constexpr (P::kPointwise) {
       dispatch_pointwise(a, [&](auto d) {
-        add_phi_and_psi<C, decltype(d)>(g.es, g.et, n, 1 / total.student,
-                                        teacher_is_softmaxed(a) ? 1 / total.teacher : V{} + 1, a.beta, phi,
-                                        psi);
+        add_phi_and_psi<C, decltype(d)>(exps(g), n, 1 / total.student,
+                                        teacher_is_softmaxed(a) ? 1 / total.teacher : V{} + 1, a.beta, found);
       });
+      total.over_student = found.psi_apart;
     }
     return {student_offset,
             total.student,
@@ -91,12 +96,12 @@ struct ShortRows {
             total.teacher,
             total.hard,
             total.over_teacher,
-            total.over_student,
             exponents.hard(exponents.student(label_logit)),
             total.exponents,
             V{} + (C)n,
-            phi,
-            psi};
+            total.over_student,
+            found.phi,
+            found.psi};
   }
 
   // Losses of a group, and its gradient's coefficients.
@@ -124,9 +129,9 @@ struct ShortRows {
     store_exps(a, exponents, g, [](const Lanes<P>&, int64_t) __attribute__((always_inline)) {});
     if constexpr (P::kPointwise) {
       dispatch_pointwise(a, [&](auto d) {
-        V phi{}, psi{};
-        add_phi_and_psi<C, decltype(d)>(g.es, g.et, a.vocab, 1 / c.student_total, 1 / c.teacher_total, a.beta,
-                                        phi, psi);
+        PointwiseSums<V> known{};
+        add_phi_and_psi<C, decltype(d)>(exps(g), a.vocab, 1 / c.student_total, 1 / c.teacher_total, a.beta,
+                                        known);
       });
     }
   }
@@ -137,9 +142,15 @@ struct ShortRows {
     Gradient<P, true, false> gradient{};
     gradient.exponents = exponents;
     gradient.factors = per_exp<C>(c, scales);
+    if constexpr (P::kPointwise) {
+      dispatch_apart(a, [&](auto d) {
+        if (any(c.slope != 0))
+          store_psi_apart<C, decltype(d)>(exps(g), a.vocab, scales.to_q, scales.to_p, a.beta, c.slope);
+      });
+    }
     for (int64_t i = 0; i < a.vocab; ++i) {
-      const Scratch<C> exps{g.es + i * kLanes, g.et + i * kLanes, g.e1 + i * kLanes};
-      store(exps.student, gradient.gradient(load(g.s + i * kLanes), load(g.t + i * kLanes), exps, 0));
+      const Scratch<C> at = exps(g, i);
+      store(at.student, gradient.gradient(load(g.s + i * kLanes), load(g.t + i * kLanes), at, 0));
     }
     for (int r = 0; r < rows; ++r) {
       if (g.label[r] >= 0) g.es[g.label[r] * kLanes + r] -= c.label[r];

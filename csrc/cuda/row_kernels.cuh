@@ -22,7 +22,7 @@ namespace {
 template <class D>
 struct Shared {
   ReduceBuffer<RowSums<D>> sums;
-  ReduceBuffer<PointwiseSums> pointwise;
+  ReduceBuffer<PointwiseSums<D>> pointwise;
   ReduceBuffer<MetricSums<D>> metrics;
   float columns[kCoefficients];
   float label_logit;
@@ -42,9 +42,9 @@ __device__ inline Coefficients<float> loss_and_coefficients(const RowsArgs& a, c
   sums = team.all_reduce(sums, shared.sums, scale);
   label_logit = team.published(shared.label_logit, label_logit);
   const Scales<float> scales = scales_of(sums);
-  PointwiseSums pointwise{};
+  PointwiseSums<D> pointwise{};
   if constexpr (D::kPointwise) {
-    packs.reread([&](int, const auto& s, const auto& t) { pointwise.template add<D>(s, t, scales, scale); });
+    packs.reread([&](int, const auto& s, const auto& t) { pointwise.add(s, t, scales, scale); });
     pointwise = team.all_reduce(pointwise, shared.pointwise, scale);
   }
 

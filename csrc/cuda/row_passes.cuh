@@ -34,18 +34,22 @@ __device__ inline Probability probability(Exp x, float to, float ln_to) {
   return {x.exp * to, __fmaf_rn(x.log, kLn2, ln_to)};
 }
 
-// Pass B: sums of phi and psi by threads.
+// Pass B: sums by threads, of phi, of psi, and of psi_apart where there is one.
+template <class D>
 struct PointwiseSums {
-  float phi, psi;
+  float of[D::kHasPsiApart ? 3 : 2];
   __device__ static PointwiseSums identity() { return {}; }
   template <class R>
   __device__ PointwiseSums warp_reduce(const R&) const {
-    return {warp_sum(phi), warp_sum(psi)};
+    PointwiseSums x = *this;
+#pragma unroll
+    for (float& sum : x.of) sum = warp_sum(sum);
+    return x;
   }
 
-  template <class D, class P>
+  template <class P>
   __device__ void add(const P& s, const P& t, const Scales<float>& scales, const RowScale& row) {
-    float of_phi = 0, of_psi = 0;
+    float of_phi = 0, of_psi = 0, of_apart = 0;
 #pragma unroll
     for (int i = 0; i < P::kN; ++i) {
       const Exp student = student_exp(s[i], scales.student_offset, row);
@@ -60,17 +64,19 @@ struct PointwiseSums {
         const Probability beta = row.beta, rest = row.rest;
         of_phi += D::phi(p, q, beta, rest).x;
         of_psi += D::psi(p, q, beta, rest).x;
+        if constexpr (D::kHasPsiApart) of_apart += D::psi_apart(p, q, beta, rest).x;
       }
     }
-    phi += kHasMixtureLogs<D> ? of_phi + of_psi : of_phi;
-    psi += of_psi;
+    of[0] += kHasMixtureLogs<D> ? of_phi + of_psi : of_phi;
+    of[1] += of_psi;
+    if constexpr (D::kHasPsiApart) of[2] += of_apart;
   }
 };
 
 // What loss_and_coefficients takes, of all classes.
 template <class D>
-__device__ inline Sums<float> to_sums(const RowSums<D>& x, const PointwiseSums& pointwise, float label_logit,
-                                      float classes, const RowScale& row) {
+__device__ inline Sums<float> to_sums(const RowSums<D>& x, const PointwiseSums<D>& pointwise,
+                                      float label_logit, float classes, const RowScale& row) {
   const auto exponent = [&](float s) { return (s - x.student_offset) * row.hard_exp2_scale; };
   const auto known = [](float offset, float others) { return others == -1 ? -kInf : offset; };
   Sums<float> sums{};
@@ -81,12 +87,13 @@ __device__ inline Sums<float> to_sums(const RowSums<D>& x, const PointwiseSums& 
   sums.hard_total = 1 + (row.temperature == 1 ? x.student_others : x.hard_others);
   sums.over_teacher = x.over_teacher;
   sums.over_student = x.over_student;
+  if constexpr (D::kHasPsiApart) sums.over_student = pointwise.of[2];
   sums.label = exponent(label_logit);
   // NaN of two infinities where a logit is too far from the others
   sums.exponents = fmaxf(classes * exponent(row.first_logit) + x.logits * row.hard_exp2_scale, -kInf);
   sums.classes = classes;
-  sums.phi = pointwise.phi;
-  sums.psi = pointwise.psi;
+  sums.phi = pointwise.of[0];
+  sums.psi = pointwise.of[1];
   return sums;
 }
 
@@ -97,6 +104,7 @@ struct Gradient {
   float student_offset, teacher_offset, label;
   float ln_to_q, ln_to_p;
   float squares;  // per square of Q
+  bool is_apart;  // whether psi is the other one
   PerExp<float> per;
 
   Gradient() = default;
@@ -106,6 +114,7 @@ struct Gradient {
     // another backend's table may have another offset
     if (D::kDifference && c.teacher_offset != row.shift) c.center += c.teacher_offset - row.shift;
     label = c.label;
+    is_apart = D::kHasPsiApart && c.slope != 0;
     // only these have the logarithms of the totals
     const Scales<float> scales = D::kStudent || D::kPointwise ? scales_of(c) : scales_with(c, 0.f, 0.f);
     per = per_exp<float>(c, scales);
@@ -135,7 +144,11 @@ struct Gradient {
           if constexpr (kHasMixtureLogs<D>) {
             per_exp = __fmaf_rn(per.slope, MixtureLogs(p, q, row.beta, row.rest).of_q, per_exp);
           } else {
-            const Probability psi = D::psi(p, q, Probability(row.beta), Probability(row.rest));
+            const Probability beta = row.beta, rest = row.rest;
+            Probability psi = D::psi(p, q, beta, rest);
+            if constexpr (D::kHasPsiApart) {
+              if (is_apart) psi = D::psi_apart(p, q, beta, rest);
+            }
             g[i] = __fmaf_rn(per.soft, psi.x - q.x * per.center, g[i]);
           }
         }

@@ -90,8 +90,8 @@ class Call:
         return table
 
     def pointwise_sums(self, sums: Tensor) -> Tensor:
-        """phi and psi of this shard's classes, (rows, 2), from the sums of all classes."""
-        table = self.losses.new_empty(self.rows, 2)
+        """The last three of row_math.Sums, of this shard's classes, (rows, 3), from the others of all classes."""
+        table = self.losses.new_empty(self.rows, 3)
         with matrices.device_guard(table):
             self._launch_rows(reductions.pointwise_sums, table, sums.contiguous(), numbers=(1, self.vocab), SEGMENTS=1)
         return table
@@ -192,7 +192,7 @@ class Call:
         self._launch_rows(reductions.sums, parts, numbers=split, SHARD=False)
         pointwise = None
         if not self.spec.linear:
-            pointwise = self.losses.new_empty(programs, 2)
+            pointwise = self.losses.new_empty(programs, 3)
             self._launch_rows(reductions.pointwise_sums, pointwise, parts, numbers=split, SEGMENTS=launch.SEGMENTS)
         table = self.losses.new_empty(self.rows, self.columns)
         self._launch_rows(

@@ -22,6 +22,7 @@ from triton.language.extra import libdevice
 class Divergence(NamedTuple):
     psi: Any = None
     phi: Any = None
+    psi_apart: Any = None  # another psi, for rows with little in common; csrc/divergences.h says when
     constant: Any = None
     over_teacher: Any = None  # the parts of a linear one's phi, and their shares
     over_student: Any = None
@@ -181,8 +182,12 @@ def skew_forward_kl(p, q, beta, rest):
 
 @triton.jit
 def skew_forward_psi(p, q, beta, rest):
-    m = beta * p + rest * q
-    return rest * masked(q, ratio(rest * (q - p), m))
+    return ratio(rest * q, beta * p + rest * q) * (rest * (q - p))
+
+
+@triton.jit
+def skew_forward_psi_apart(p, q, beta, rest):
+    return -ratio(rest * q, beta * p + rest * q) * p
 
 
 @triton.jit
@@ -243,7 +248,9 @@ DIVERGENCES = {
         over_teacher=forward_kl, over_student=reverse_kl, teacher_share=forward_share, student_share=reverse_share
     ),
     "jsd": divergence(jsd_psi, phi=jsd),
-    "skew_forward_kl": divergence(skew_forward_psi, phi=skew_forward_kl, constant=skew_forward_constant),
+    "skew_forward_kl": divergence(
+        skew_forward_psi, phi=skew_forward_kl, psi_apart=skew_forward_psi_apart, constant=skew_forward_constant
+    ),
     "skew_reverse_kl": divergence(skew_reverse_psi, phi=skew_reverse_kl, constant=skew_reverse_constant),
     "tvd": divergence(tvd_psi, phi=tvd),
     "dkd": divergence(over_teacher=forward_kl, teacher_share=full_share),  # of the others; see classifiers.py

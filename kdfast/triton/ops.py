@@ -110,7 +110,7 @@ def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
 def pointwise_sums(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """Sums of all shards, with phi and psi of this shard's classes."""
     call = _shard(student, inputs, settings)
-    return sums.clone() if call.spec.linear else torch.cat([sums[:, :-2], call.pointwise_sums(sums)], 1)
+    return sums.clone() if call.spec.linear else torch.cat([sums[:, :-3], call.pointwise_sums(sums)], 1)
 
 
 def losses_and_coefficients(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:

@@ -80,18 +80,20 @@ def distributions(tile, softmaxes, row, SPEC: tl.constexpr):
 def no_divergence_sums(SPEC: tl.constexpr):
     """Each lane's."""
     nothing = fill_lanes(0, SPEC)
-    psi_z, q_z, kl, p_log_p, best = (), (), (), (), ()
+    psi_z, q_z, apart, apart_z, kl, p_log_p, best = (), (), (), (), (), (), ()
     if SPEC.standardize:
         psi_z, q_z = nothing, nothing
+    if SPEC.divergence.psi_apart is not None:
+        apart, apart_z = nothing, nothing
     if SPEC.metrics and not SPEC.joint:
         kl, p_log_p, best = nothing, nothing, metrics.no_best(SPEC)
-    return DivergenceSums(nothing, nothing, psi_z, q_z, kl, p_log_p, best)
+    return DivergenceSums(nothing, nothing, psi_z, q_z, apart, apart_z, kl, p_log_p, best)
 
 
 @triton.jit
 def add_divergence(sums, tile, softmaxes, row, SPEC: tl.constexpr):
     """Pass B: each lane's sums, with a tile added."""
-    phi, psi, psi_z, q_z, kl, p_log_p, best = sums
+    phi, psi, psi_z, q_z, apart, apart_z, kl, p_log_p, best = sums
     classes, beta, rest = tile.classes, row.beta, row.rest
     p, q, log_p, log_q, y, e = distributions(tile, softmaxes, row, SPEC)
     p = mask_label(p, 0, classes, row, SPEC)
@@ -109,23 +111,30 @@ def add_divergence(sums, tile, softmaxes, row, SPEC: tl.constexpr):
     if SPEC.standardize:
         psi_z += tl.sum(masked(of_psi, tile.s), 1)
         q_z += tl.sum(masked(q, tile.s), 1)
+    if SPEC.divergence.psi_apart is not None:
+        of_psi = SPEC.divergence.psi_apart(p, q, beta, rest)
+        apart += tl.sum(of_psi, 1)
+        if SPEC.standardize:
+            apart_z += tl.sum(masked(of_psi, tile.s), 1)
     if SPEC.metrics and not SPEC.joint:
         kl += tl.sum(masked(p, log_p - log_q), 1)
         p_log_p += tl.sum(masked(p, log_p), 1)
-    return DivergenceSums(phi, psi, psi_z, q_z, kl, p_log_p, best)
+    return DivergenceSums(phi, psi, psi_z, q_z, apart, apart_z, kl, p_log_p, best)
 
 
 @triton.jit
 def merge_divergence_sums(sums, SPEC: tl.constexpr):
     """Those of the lanes, merged."""
     phi, psi = sum_pair(sums.phi, sums.psi)
-    psi_z, q_z, kl, p_log_p, best = (), (), (), (), ()
+    psi_z, q_z, apart, apart_z, kl, p_log_p, best = (), (), (), (), (), (), ()
     if SPEC.standardize:
         psi_z, q_z = sum_pair(sums.psi_z, sums.q_z)
+    if SPEC.divergence.psi_apart is not None:
+        apart, apart_z = sum_pair(sums.apart, sums.apart_z)
     if SPEC.metrics and not SPEC.joint:
         kl, p_log_p = sum_pair(sums.kl, sums.p_log_p)
         best = metrics.merge_best(sums.best)
-    return DivergenceSums(phi, psi, psi_z, q_z, kl, p_log_p, best)
+    return DivergenceSums(phi, psi, psi_z, q_z, apart, apart_z, kl, p_log_p, best)
 
 
 @triton.jit
@@ -135,7 +144,10 @@ def gradient(tile, c, further, row, SPEC: tl.constexpr):
     if SPEC.divergence is not None:
         p, q, log_p, log_q, y, e = distributions(tile, read_softmaxes(c, further, SPEC), row, SPEC)
         if SPEC.divergence.phi is not None:
-            g = c.soft * (SPEC.divergence.psi(p, q, row.beta, row.rest) - q * c.center)
+            psi = SPEC.divergence.psi(p, q, row.beta, row.rest)
+            if SPEC.divergence.psi_apart is not None:
+                psi = tl.where(c.slope == 0, psi, SPEC.divergence.psi_apart(p, q, row.beta, row.rest))
+            g = c.soft * (psi - q * c.center)
         else:
             g = q * c.level
         if SPEC.divergence.student_share is not None:

@@ -75,8 +75,8 @@ def pointwise_sums(
     rows: tl.int32, vocab: tl.int32, ignore_index: tl.int64, segments: tl.int32, segment: tl.int32,
     SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """phi and psi of each segment's classes, (rows, segments, 2), from the sums of all, (rows, segments, COLUMNS); of a
-    shard's, from the sums of all shards, which are merged already."""
+    """The last three of row_math.Sums of each segment's classes, (rows, segments, 3), from the others of all, (rows,
+    segments, COLUMNS); of a shard's, from those of all shards, which are merged already."""
     for at in range(tl.program_id(0), rows * segments, tl.num_programs(0)):
         index = at // segments
         kept, label, weight = kept_row(per_row, index, ignore_index, vocab, SPEC.lanes, SPEC)
@@ -90,7 +90,10 @@ def pointwise_sums(
         span = open_span(s + begin, row_starts(teachers, index, begin), end - begin, kept, SPEC)
         found = sweep(add_divergence, no_divergence_sums(SPEC), divisors, span, row, SPEC, NUMBER=2)
         found = merge_divergence_sums(found, SPEC)
-        store_table_row(table, at, (found.phi, found.psi), 2, SPEC)
+        apart = found.phi * 0
+        if SPEC.divergence.psi_apart is not None:
+            apart = found.apart
+        store_table_row(table, at, (apart, found.phi, found.psi), 3, SPEC)
 
 
 @triton.jit(do_not_specialize=MATRICES + SIZES)
@@ -133,7 +136,7 @@ def losses_and_coefficients(
         if SPEC.linear:
             found = linear_divergence(sums, row, SPEC)
         else:
-            found = DivergenceSums(columns.phi, columns.psi, (), (), (), (), ())
+            found = DivergenceSums(columns.phi, columns.psi, (), (), columns.over_student, (), (), (), ())
         divisors, factors = softmaxes(sums, (), row, SPEC), term_factors(numbers, weight, SPEC)
         result = loss_and_coefficients(
             sums, divisors, found, columns.label, (), row, factors, columns.classes, SPEC

@@ -66,7 +66,7 @@ def soft_term(sums, found, at_label, row, factors, classes, SPEC: tl.constexpr):
             with_z = soft * sums.differences.with_z
     elif SPEC.divergence is not None:
         scale = scale * row.temperature if SPEC.t_squared else scale / row.temperature
-        psi_scale = scale
+        psi_scale, psi_z = scale, found.psi_z
         if SPEC.dkd:
             terms = classifiers.dkd_terms(sums, found.phi, at_label, row, factors, SPEC)
             divergence, kl = terms.divergence, terms.kl
@@ -86,13 +86,18 @@ def soft_term(sums, found, at_label, row, factors, classes, SPEC: tl.constexpr):
             level = scale * (of_p - over_student)
         else:
             divergence, center = found.phi, found.psi
+            if SPEC.divergence.psi_apart is not None:
+                is_apart = -4 * found.apart < found.psi
+                center, slope = tl.where(is_apart, found.apart, found.psi), tl.where(is_apart, nothing + 1, nothing)
+                if SPEC.standardize:
+                    psi_z = tl.where(is_apart, found.apart_z, psi_z)
             # for q as it is rounded: its sum is not quite 1, and the gradient's is to be 0
             center -= center * tl.fma(1 / sums.student_total, sums.student_total, nothing - 1)
             soft = scale
             if SPEC.divergence.constant is not None:
                 divergence += SPEC.divergence.constant(teacher_mass(sums, row, SPEC), beta, rest)
         if SPEC.standardize:
-            with_z = psi_scale * found.psi_z + (level - soft * center) * found.q_z
+            with_z = psi_scale * psi_z + (level - soft * center) * found.q_z
             if SPEC.dkd:
                 with_z += of_label * at_label.student
         loss = without_rounding(divergence, SPEC) * (row.temperature * row.temperature if SPEC.t_squared else 1)

@@ -34,6 +34,8 @@ class DivergenceSums(NamedTuple):
     psi: Any  # of a linear divergence over_student's part of phi instead
     psi_z: Any  # standardized: of psi z and q z
     q_z: Any
+    apart: Any  # of psi_apart, where the divergence has one, and of psi_apart z
+    apart_z: Any
     kl: Any  # for metrics, of several distributions: of p log(p / q) and p log p
     p_log_p: Any
     best: Any  # and the teacher's metrics.Best
@@ -189,4 +191,4 @@ def linear_divergence(sums, row, SPEC: tl.constexpr):
         if SPEC.divergence.over_student is not None:
             share = SPEC.divergence.student_share(row.beta, row.rest)
             of_student = share * sum_over_student(sums, 0, row, SPEC) * LN2
-        return DivergenceSums(of_teacher + of_student, of_student, (), (), (), (), ())
+        return DivergenceSums(of_teacher + of_student, of_student, (), (), (), (), (), (), ())

@@ -140,11 +140,11 @@ def load_parts(parts, index, segments, COLUMNS: tl.constexpr, SEGMENTS: tl.const
 
 @triton.jit
 def load_pointwise(pointwise, index, segments, SEGMENTS: tl.constexpr, SPEC: tl.constexpr):
-    """sums.DivergenceSums of a row, from phi and psi of its segments."""
-    part = tl.arange(0, SEGMENTS)[:, None]
-    cells = ((index + tl.zeros((), tl.int64)) * segments + part) * 2 + tl.arange(0, 2)[None, :]
-    line = tl.sum(tl.load(pointwise + cells, mask=part < segments, other=0), 0)
-    return DivergenceSums(column(line, 0), column(line, 1), (), (), (), (), ())
+    """sums.DivergenceSums of a row, from those of its segments."""
+    part, at = tl.arange(0, SEGMENTS)[:, None], tl.arange(0, 4)[None, :]
+    cells = ((index + tl.zeros((), tl.int64)) * segments + part) * 3 + at
+    line = tl.sum(tl.load(pointwise + cells, mask=(part < segments) & (at < 3), other=0), 0)
+    return DivergenceSums(column(line, 1), column(line, 2), (), (), column(line, 0), (), (), (), ())
 
 
 @triton.jit
@@ -169,7 +169,7 @@ def sum_columns(sums, label, classes, SPEC: tl.constexpr):
         exponents = sums.exponents
     s = row_math.Sums(
         sums.student_offset, sums.student_total, offset, total, sums.hard_total, over_teacher,
-        over_student, label, exponents, nothing + classes, nothing, nothing,
+        label, exponents, nothing + classes, over_student, nothing, nothing,
     )  # fmt: skip
     columns = ()
     for k in tl.static_range(len(s)):

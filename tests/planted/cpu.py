@@ -5,7 +5,7 @@ from planted.mutant import Mutant
 CALLS, LIMITS, METRICS = ("test_calls.py", "test_limits.py"), ("test_limits.py",), ("test_metrics.py",)
 OPTIONS, ISA, SOFTMAX = ("test_calls.py", "test_random.py"), ("test_isa.py",), ("test_tempered_softmax.py",)
 DROPPED, LAYOUTS, THREADS = ("test_dropped_terms.py",), ("test_layouts.py",), ("test_threads.py",)
-BUILD = ("test_build.py",)
+BUILD, DIGITS = ("test_build.py",), ("test_digits.py",)
 
 # ---- phi and psi ----
 
@@ -40,6 +40,17 @@ OF_DIVERGENCES = [
            "return rest * (mass - 1);", "return -rest * (mass - 1);",
            "Skewed forward KL of soft targets that do not sum to 1 is off by twice what they lack.",
            ("test_dropped_terms.py", "test_calls.py")),
+    Mutant("skew-forward-never-apart", "csrc/row_math.h",
+           "-4 * x.over_student < x.psi", "x.psi < x.psi",
+           "Where little is in common skewed forward KL's gradient is what rounding leaves of a difference.", DIGITS),
+    Mutant("skew-forward-always-apart", "csrc/row_math.h",
+           "-4 * x.over_student < x.psi", "x.psi == x.psi",
+           "A student that is its teacher has a gradient of rounding.", ("test_numbers.py",)),
+    # rows of few classes, of which some are apart and some are not
+    Mutant("skew-forward-apart-as-a-group", "csrc/cpu/pointwise_sums.h",
+           "store(at.psi, apart != 0 ? D::psi_apart(p, q, beta, rest) : load(at.psi));",
+           "store(at.psi, D::psi_apart(p, q, beta, rest));",
+           "All rows of a group take the psi that one of them asks for.", DIGITS),
     Mutant("skew-reverse-psi-without-beta", DIVERGENCES,
            "log_excess(q, m, d, beta, rest)", "log_excess(q, m, d, beta * 0 + 1, rest)",
            "Skewed reverse KL's gradient takes the mixture for the teacher alone; the value is right.", CALLS),
@@ -79,7 +90,8 @@ OF_ROWS = [
            "(r.t_squared ? r.temperature : 1 / r.temperature)", "(r.t_squared ? r.temperature : 1)",
            "Without t_squared the gradient lacks its 1 / T.", CALLS),
     Mutant("psi-of-unnormalised-exps", "csrc/cpu/pointwise_sums.h",
-           "splat<C>(x.to_q),", "splat<C>(x.to_p),",
+           "vectors_of<P>(n), splat<C>(x.to_q), splat<C>(x.to_p), a.beta,\n                                    sums",
+           "vectors_of<P>(n), splat<C>(x.to_p), splat<C>(x.to_p), a.beta,\n                                    sums",
            "psi takes q for what p's sum makes of it.", CALLS),
     Mutant("gradient-without-the-rows-weight", LOSS,
            "weight * a.scale,", "a.scale,",

@@ -92,6 +92,13 @@ OF_NUMBERS = [
     Mutant("triton-negative-divergence", ROW_MATH,
            "tl.where(divergence < 0, 0, divergence)", "divergence",
            "Where p is near q a divergence may be below 0.", DIGITS),
+    Mutant("triton-skew-forward-never-apart", ROW_MATH,
+           "-4 * found.apart < found.psi", "found.psi < found.psi",
+           "Where little is in common skewed forward KL's gradient is what rounding leaves of a difference.", DIGITS),
+    # segments of long rows, and shards
+    Mutant("triton-skew-forward-apart-of-no-segment", _in("tables"),
+           "column(line, 0), (), (), (), ())", "column(line, 2), (), (), (), ())",
+           "Of a divided row the sum of one psi is taken for the other's.", ("test_digits.py", "test_row_math.py")),
     Mutant("triton-rest-of-a-rounded-beta", PER_ROW,
            "number(numbers.rest, SPEC.dtype)", "1 - number(numbers.beta, SPEC.dtype)",
            "Where beta is near 1, 1 - beta has two digits.", DIGITS),
