@@ -2,7 +2,7 @@
 
 Each process has the logits of some classes. Its sums of these are exchanged by one all_gather, 14 numbers a row, and
 merged in the order of the processes, so that all have the same bits; a divergence that is not linear exchanges its own
-three sums as well. The gradient of a process's logits follows from them without another collective.
+two or three sums as well. The gradient of a process's logits follows from them without another collective.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kdfast import chunks, linear_ops, row_math, rows, sharded_reference, sharded_sparse
 from kdfast.arguments import Heads, Inputs, Settings, drop_unused, take_flat, take_flat_heads, with_numbers
-from kdfast.divergences import OTHERS
+from kdfast.divergences import DIVERGENCES, OTHERS
 from kdfast.exchange import Exchange, no_sums
 from kdfast.processes import all_reduce, gather
 from kdfast.sharded_token_ops import ShardedTokens
@@ -88,10 +88,11 @@ class ShardedRows:
             raise
         merged = row_math.merge(self.exchange.sums(sums, inputs, student), inputs, settings)
         if inputs.teachers and row_math.shares(settings) is None:
-            own = sums.new_zeros(len(sums), 3)
+            columns = 3 if DIVERGENCES[settings.divergence].psi_apart else 2
+            own = sums.new_zeros(len(sums), columns)
             if has_classes:
-                own = self.ops.pointwise_sums(student, merged, *inputs, *settings)[:, -3:]
-            merged = torch.cat([merged[:, :-3], gather(own, self.group).sum(0)], 1)
+                own = self.ops.pointwise_sums(student, merged, *inputs, *settings)[:, -columns:]
+            merged = torch.cat([merged[:, :-columns], gather(own, self.group).sum(0)], 1)
         # of the logits this operator reads only the shape: those of one class do where there is none
         one = student.new_zeros(()).expand(*student.shape[:-1], 1)
         few = inputs._replace(teachers=[one.to(t.dtype) for t in inputs.teachers])
