@@ -127,9 +127,9 @@ def test_the_cpp_struct_of_an_added_divergence_has_the_same_values(tmp_path: Pat
           while (std::scanf("%lf %lf", p, q) == 2) {{
             store(p, splat(p[0]));
             store(q, splat(q[0]));
-            DoubleV phi{{}}, psi{{}};
-            add_phi_and_psi<double, {NAME}>(q, p, 1, splat(1.0), splat(1.0), 0, phi, psi);
-            std::printf("%.17g %.17g\\n", phi[0] + {NAME}::constant(1.0, 1.0), psi[0]);
+            PointwiseSums<DoubleV> sums{{}};
+            add_phi_and_psi<double, {NAME}>({{q, p, nullptr, p}}, 1, splat(1.0), splat(1.0), 0, sums);
+            std::printf("%.17g %.17g\\n", sums.phi[0] + {NAME}::constant(1.0, 1.0), sums.psi[0]);
           }}
         }}"""
     (tmp_path / "own.cpp").write_text(source)
