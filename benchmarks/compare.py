@@ -26,7 +26,7 @@ from benchmarks.cases import CASES, Workload
 
 HERE = Path(__file__).parents[1]
 ROUNDS = 15
-PAUSE = 0.03  # seconds before a call: by then the other process's threads have stopped spinning
+PAUSE = 0.03  # seconds before a call, spent spinning: by then the other process's threads no longer spin
 # The tree's kdfast, then this checkout's benchmarks
 _WORKER = """
 import sys
@@ -50,7 +50,9 @@ def serve() -> None:
     data = Data(workload)
     candidates = {name: candidate(name, data) for name in job["names"]}
     for line in sys.stdin:
-        time.sleep(PAUSE)
+        ready = time.perf_counter() + PAUSE
+        while time.perf_counter() < ready:  # asleep, this thread might wake where the next one wakes too
+            pass
         seconds = timing.sample(candidates[line.strip()], workload.cold, workload.repeats)
         print(seconds, file=replies, flush=True)
 
