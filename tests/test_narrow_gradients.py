@@ -11,6 +11,7 @@ from torch import Tensor
 from traffic import ROWS, per_pair
 
 import kdfast
+from kdfast import TopKTargets
 from kdfast.options import check_inputs, check_settings
 
 WIDTHS = {
@@ -51,6 +52,19 @@ def test_a_gradient_in_16_bits_is_the_float32_one_rounded_once(backend: str, voc
         assert want[0].any()
         assert not got[1].any(), "the ignored row"
         assert not got[:, vocab:].any(), "padding"
+
+
+@pytest.mark.parametrize("backend", ("triton",), indirect=True)
+@pytest.mark.parametrize("missing", ("tail", "conditional"))  # of which the second reads the entries alone
+def test_so_it_is_with_a_sparse_teacher(backend: str, missing: str) -> None:
+    student, teacher, labels = batch(3, 1501, F32)
+    log_probs, indices = teacher.log_softmax(-1).topk(20, -1)
+    options = kdfast.kd_loss.__kwdefaults__ | {"temperature": 2.0, "missing": missing}
+    settings = check_settings(options, True)
+    call = student, *check_inputs(student, TopKTargets(indices, log_probs), labels, options, settings)
+    for got, want in zip(gradients(backend, *call, BF16), gradients(backend, *call), strict=True):
+        assert torch.equal(got, want.to(BF16))
+        assert want.any()
 
 
 @pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
