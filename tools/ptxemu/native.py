@@ -556,6 +556,8 @@ def _recipe(ins):
     if op == "cvt":
         return _conversion(mods)
     t = _type(ins)
+    if t in ("s16x2", "u16x2"):
+        raise Unfit
     if DIRECTED & set(mods) or "cc" in mods or "relu" in mods or "xorsign" in mods:
         raise Unfit
     if op in ("add", "sub", "mul", "fma", "mad", "div") and t in ("f32", "f64"):

@@ -196,6 +196,15 @@ def test_cvt_bf16():
     assert same(run("cvt.f32.bf16 %d0, %a0;", [("b16", bf16(a))], [("f32", np.float32)]), widen(bf16(a)))
 
 
+@pytest.mark.parametrize("op,fn", [("add", np.add), ("sub", np.subtract), ("min", np.minimum), ("max", np.maximum)])
+@pytest.mark.parametrize("kind", ["s16", "u16"])
+def test_packed_integers(op, fn, kind):
+    a, b = ints(np.uint32), ints(np.uint32)[::-1].copy()
+    d = run(f"{op}.{kind}x2 %d0, %a0, %a1;", [("b32", a), ("b32", b)], [("b32", np.uint32)])
+    dt = np.int16 if kind == "s16" else np.uint16
+    assert (d.view(dt) == fn(a.view(dt), b.view(dt))).all()
+
+
 @pytest.mark.parametrize("op", ["add", "sub", "mul", "fma", "max", "min"])
 @pytest.mark.parametrize("t", ["f16", "bf16"])
 def test_packed_half(op, t):
