@@ -149,23 +149,30 @@ LOSSES = ("kdfast", "eager", "kdfast jsd", "chunked jsd", "liger jsd")
 LEFT_OUT = {"cpu": ("liger jsd",), "cuda": ("fp32 products",)}
 
 
+def finished(result: Any) -> Any:
+    """The result, once a GPU has computed it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return result
+
+
+def fits(data: Data, run: Callable[..., Any]) -> bool:
+    """Whether a GPU has room for a call."""
+    try:
+        finished(run(data, data.leaves()))
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
 def times(data: Data, runs: dict[str, Callable[..., Any]], rounds: int) -> dict[str, float]:
     """Median seconds of each run, interleaved."""
-    on_gpu = data.weight.is_cuda
-
-    def wait_for(result: Any) -> Any:
-        if on_gpu:
-            torch.cuda.synchronize()
-        return result
-
     candidates = {}
     for name, run in runs.items():
-        try:
-            wait_for(run(data, data.leaves()))
-        except torch.OutOfMemoryError:
+        if data.weight.is_cuda and not fits(data, run):
             print(f"{name}: out of memory")
             continue
-        candidates[name] = Candidate(data.leaves, lambda leaves, run=run: wait_for(run(data, leaves)))
+        candidates[name] = Candidate(data.leaves, lambda leaves, run=run: finished(run(data, leaves)))
     return medians(candidates, rounds, progress=lambda what: print(what, file=sys.stderr))
 
 

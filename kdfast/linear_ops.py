@@ -45,7 +45,7 @@ def loss_grad(
             dtype = gradients.narrow_dtype
             loss, grad, metrics = ops.loss_grad_as(chunk.logits, dtype, *chunk_inputs, *chunk_settings)
         gradients.add(chunk, grad)
-        del grad  # or the next one would have other memory
+        del grad  # its memory is the next one's, unless it is kept
         results.add(chunk, loss, metrics if own_metrics is None else own_metrics)
     return results.loss(), *gradients.result(chunks.divisor), results.metrics()
 

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "block_sums.h"
-#include "softcap.h"
+#include "convert.h"
 
 namespace kdfast {
 namespace {

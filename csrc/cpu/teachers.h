@@ -3,6 +3,7 @@
 #pragma once
 
 #include "classifiers.h"
+#include "softcap.h"
 
 namespace kdfast {
 namespace {

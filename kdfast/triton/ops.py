@@ -40,8 +40,6 @@ def _call(student: Tensor, inputs: Inputs, settings: Settings, reduced: bool = T
     return (SparseCall if settings.missing else Call)(student, inputs, settings, reduced=reduced)
 
 
-@take_any_number
-@take_any_number_of_entries
 def loss_grad(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     return loss_grad_as(student, student.dtype, inputs, settings)
 
@@ -71,8 +69,6 @@ def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, 
     return _call(student, inputs, settings).stats()
 
 
-@take_any_number
-@take_any_number_of_entries
 def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     return grad_as(student, student.dtype, stats, grad_loss, inputs, settings)
 
@@ -108,7 +104,7 @@ def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
 
 @take_any_number
 def pointwise_sums(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    """Sums of all shards, with phi and psi of this shard's classes."""
+    """Sums of all shards, of which the last three, phi's and psi's, are of this shard's classes."""
     call = _shard(student, inputs, settings)
     return sums.clone() if call.spec.linear else torch.cat([sums[:, :-3], call.pointwise_sums(sums)], 1)
 
