@@ -35,8 +35,9 @@ struct Matrix {
   int64_t size[3];    // of the dimensions that make up the rows, outermost first
   int64_t stride[3];  // in elements
 
+  KDFAST_ALWAYS_INLINE bool has_one_stride() const { return size[0] == 1 && size[1] == 1; }
   KDFAST_ALWAYS_INLINE int64_t offset(int64_t row) const {
-    if (size[0] == 1 && size[1] == 1) return row * stride[2];
+    if (has_one_stride()) return row * stride[2];
     const int64_t outer = row / size[2];
     return (outer / size[1]) * stride[0] + (outer % size[1]) * stride[1] + (row % size[2]) * stride[2];
   }

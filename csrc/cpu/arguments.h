@@ -22,6 +22,7 @@ struct Loss {
   std::string reduction;
   double divisor;  // of the sum of the row losses
   bool copied = false;
+  bool labels_in_range = true;
 
   Loss(const Tensor& student_, const Inputs& inputs, Settings settings)
       : student(readable(student_)), reduction(settings.reduction) {
@@ -93,18 +94,21 @@ struct Loss {
   }
 
   // Dropped rows may hold anything.
-  void check_rows() const {
+  void check_rows() {
     if (args.labels) check_labels();
     check_values("row_weight", args.row_weight, true);
     check_values("temperature", args.temperatures, false);
     check_values("teacher_temperature", args.teacher_temperatures, false);
     if (args.entries.count) check_entries(args);
   }
-  void check_labels() const {
-    bool in_range = true;  // as most calls' labels are; this loop is short
-    for (int64_t row = 0; row < args.rows; ++row)
-      in_range &= (uint64_t)args.labels[row] < (uint64_t)args.vocab;
-    if (in_range) return;
+  void check_labels() {
+    uint64_t signs = 0;  // the highest bit is that of a label below 0 or above the last class
+    for (int64_t row = 0; row < args.rows; ++row) {
+      const uint64_t label = args.labels[row];
+      signs |= label | ((uint64_t)args.vocab - 1 - label);
+    }
+    labels_in_range = signs >> 63 == 0;
+    if (labels_in_range) return;  // as most calls' labels are
     for (int64_t row = 0; row < args.rows; ++row) {
       const int64_t label = args.labels[row];
       if ((uint64_t)label < (uint64_t)args.vocab || label == kOtherShard || !args.is_kept(row)) continue;
@@ -129,8 +133,11 @@ struct Loss {
     } else if (args.divisor != 0) {
       divisor = args.divisor;
     } else if (!args.row_weight) {
-      int64_t kept = 0;  // whose additions do not wait for one another as a double's do
-      for (int64_t row = 0; row < args.rows; ++row) kept += args.is_kept(row);
+      int64_t kept = args.rows;
+      if (!labels_in_range || (uint64_t)args.ignore_index < (uint64_t)args.vocab) {
+        kept = 0;  // whose additions do not wait for one another as a double's do
+        for (int64_t row = 0; row < args.rows; ++row) kept += args.is_kept(row);
+      }
       divisor = kept;
     } else {
       double total = 0;  // a local one, which stays in a register
@@ -196,7 +203,10 @@ struct Loss {
       return new_tensor(rows_shape({}), [&](auto* to) { std::copy(losses.begin(), losses.end(), to); });
     }
     double part[4] = {};  // whose additions do not wait for one another
-    for (size_t row = 0; row < losses.size(); ++row) part[row % 4] += losses[row];
+    size_t row = 0;
+    for (; row + 4 <= losses.size(); row += 4)
+      for (int k = 0; k < 4; ++k) part[k] += losses[row + k];
+    for (; row < losses.size(); ++row) part[0] += losses[row];
     const double total = (part[0] + part[1]) + (part[2] + part[3]);
     return new_tensor({}, [&](auto* to) { *to = total * inverse_divisor(); });
   }

@@ -17,24 +17,60 @@ struct alignas(64) ShortGroup {
   C s[kShort * kLanes], t[kShort * kLanes], es[kShort * kLanes], et[kShort * kLanes], e1[kShort * kLanes];
   C psi[kShort * kLanes];
   C temperature[kLanes], student_scale[kLanes], teacher_scale[kLanes], weight[kLanes], factor[kLanes];
+  C label_logit[kLanes];  // 0 where label is -1: there is none, or another shard has it
   int64_t label[kLanes];
 };
 
-// Four numbers of each of four arrays become the four arrays' first numbers, second ones, and so on.
-KD_INLINE void transpose(const float* const (&from)[4], float* const (&to)[4]) {
-#if defined(__x86_64__)
-  __m128 a = _mm_loadu_ps(from[0]), b = _mm_loadu_ps(from[1]);
-  __m128 c = _mm_loadu_ps(from[2]), d = _mm_loadu_ps(from[3]);
-  _MM_TRANSPOSE4_PS(a, b, c, d);
-  _mm_storeu_ps(to[0], a);
-  _mm_storeu_ps(to[1], b);
-  _mm_storeu_ps(to[2], c);
-  _mm_storeu_ps(to[3], d);
+// ---- the transposition: four classes of all rows of a group at a time ----
+
+// A quarter of a vector each, from or to the rows first, first + 4, first + 8, ...
+#if defined(__AVX512F__)
+KD_INLINE FloatV load_quarters(const float* const* first, int64_t i) {
+  __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(first[0] + i));
+  x = _mm512_insertf32x4(x, _mm_loadu_ps(first[4] + i), 1);
+  x = _mm512_insertf32x4(x, _mm_loadu_ps(first[8] + i), 2);
+  return (FloatV)_mm512_insertf32x4(x, _mm_loadu_ps(first[12] + i), 3);
+}
+KD_INLINE void store_quarters(FloatV v, float* const* first, int64_t i) {
+  const __m512 x = (__m512)v;
+  _mm_storeu_ps(first[0] + i, _mm512_castps512_ps128(x));
+  _mm_storeu_ps(first[4] + i, _mm512_extractf32x4_ps(x, 1));
+  _mm_storeu_ps(first[8] + i, _mm512_extractf32x4_ps(x, 2));
+  _mm_storeu_ps(first[12] + i, _mm512_extractf32x4_ps(x, 3));
+}
+#define KDFAST_LANES(operation) _mm512_##operation
+#elif defined(__AVX2__)
+KD_INLINE FloatV load_quarters(const float* const* first, int64_t i) {
+  return (FloatV)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(first[0] + i)),
+                                      _mm_loadu_ps(first[4] + i), 1);
+}
+KD_INLINE void store_quarters(FloatV v, float* const* first, int64_t i) {
+  _mm_storeu_ps(first[0] + i, _mm256_castps256_ps128((__m256)v));
+  _mm_storeu_ps(first[4] + i, _mm256_extractf128_ps((__m256)v, 1));
+}
+#define KDFAST_LANES(operation) _mm256_##operation
 #else
+KD_INLINE FloatV load_quarters(const float* const* first, int64_t i) { return load(first[0] + i); }
+KD_INLINE void store_quarters(FloatV v, float* const* first, int64_t i) { store(first[0] + i, v); }
+#define KDFAST_LANES(operation) _mm_##operation
+#endif
+
+// In each quarter of four vectors, the four first numbers become the first vector's, and so on.
+KD_INLINE void transpose_quarters(FloatV (&x)[4]) {
+#if defined(__x86_64__)
+  const auto a = KDFAST_LANES(unpacklo_ps)(x[0], x[1]), b = KDFAST_LANES(unpackhi_ps)(x[0], x[1]);
+  const auto c = KDFAST_LANES(unpacklo_ps)(x[2], x[3]), d = KDFAST_LANES(unpackhi_ps)(x[2], x[3]);
+  x[0] = KDFAST_LANES(shuffle_ps)(a, c, 0x44);
+  x[1] = KDFAST_LANES(shuffle_ps)(a, c, 0xee);
+  x[2] = KDFAST_LANES(shuffle_ps)(b, d, 0x44);
+  x[3] = KDFAST_LANES(shuffle_ps)(b, d, 0xee);
+#else
+  const FloatV rows[4] = {x[0], x[1], x[2], x[3]};
   for (int i = 0; i < 4; ++i)
-    for (int k = 0; k < 4; ++k) to[i][k] = from[k][i];
+    for (int k = 0; k < 4; ++k) x[i][k] = rows[k][i];
 #endif
 }
+#undef KDFAST_LANES
 
 // Calls f with the first of four classes, until all of n >= 4 had their turn; the last ones may have two.
 template <class F>
@@ -42,43 +78,89 @@ KD_INLINE void for_four_classes(int64_t n, F f) {
   for (int64_t i = 0; i < n; i += 4) f(i = i < n - 4 ? i : n - 4);
 }
 
-// n classes of four rows, to or from their lanes in a group.
-KD_INLINE void to_lanes(const float* const (&rows)[4], int64_t n, float* lanes) {
+// n classes of a group's rows, to or from their lanes.
+KD_INLINE void to_lanes(const float* const* rows, int64_t n, float* lanes) {
   constexpr int kLanes = Types<float>::kLanes;
   if (n < 4) {
     for (int64_t i = 0; i < n; ++i)
-      for (int k = 0; k < 4; ++k) lanes[i * kLanes + k] = rows[k][i];
+      for (int r = 0; r < kLanes; ++r) lanes[i * kLanes + r] = rows[r][i];
     return;
   }
   for_four_classes(n, [&](int64_t i) __attribute__((always_inline)) {
-    float* at = lanes + i * kLanes;
-    transpose({rows[0] + i, rows[1] + i, rows[2] + i, rows[3] + i},
-              {at, at + kLanes, at + 2 * kLanes, at + 3 * kLanes});
+    FloatV x[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) x[k] = load_quarters(rows + k, i);
+    transpose_quarters(x);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) store(lanes + (i + k) * kLanes, x[k]);
   });
 }
-KD_INLINE void from_lanes(const float* lanes, int64_t n, float* const (&rows)[4]) {
+KD_INLINE void from_lanes(const float* lanes, int64_t n, float* const* rows) {
   constexpr int kLanes = Types<float>::kLanes;
   if (n < 4) {
     for (int64_t i = 0; i < n; ++i)
-      for (int k = 0; k < 4; ++k) rows[k][i] = lanes[i * kLanes + k];
+      for (int r = 0; r < kLanes; ++r) rows[r][i] = lanes[i * kLanes + r];
     return;
   }
   for_four_classes(n, [&](int64_t i) __attribute__((always_inline)) {
-    const float* at = lanes + i * kLanes;
-    transpose({at, at + kLanes, at + 2 * kLanes, at + 3 * kLanes},
-              {rows[0] + i, rows[1] + i, rows[2] + i, rows[3] + i});
+    FloatV x[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) x[k] = load(lanes + (i + k) * kLanes);
+    transpose_quarters(x);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) store_quarters(x[k], rows + k, i);
   });
 }
 
-// A row of floats itself, or a 16-bit one, widened.
+// Where a group's rows are; the last one stands for those beyond it.
 template <class X>
-KD_INLINE const float* as_floats(const X* row, int64_t n, float* wide) {
-  if constexpr (sizeof(X) == 4) {
-    return row;
+KD_INLINE void find_rows(X* data, const Matrix& m, int64_t begin, int rows,
+                         X* (&found)[Types<float>::kLanes]) {
+  constexpr int kLanes = Types<float>::kLanes;
+  if (rows == kLanes && m.has_one_stride()) {
+    for (int r = 0; r < kLanes; ++r) found[r] = data + (begin + r) * m.stride[2];
   } else {
-    convert_row(row, n, wide);
-    return wide;
+    for (int r = 0; r < kLanes; ++r) found[r] = data + m.offset(begin + (r < rows ? r : rows - 1));
   }
+}
+
+KD_INLINE void set_scale(ShortGroup<float>& g, int r, const RowScale& scale) {
+  g.temperature[r] = scale.temperature;
+  g.student_scale[r] = scale.student;
+  g.teacher_scale[r] = scale.teacher;
+}
+
+// The rows' numbers. Simple loops, which the compiler makes vectors of. Those of scales that are alike are
+// there.
+KD_NOINLINE void load_row_values(const LossArgs& a, const RowScales& scales, int64_t begin, int rows,
+                                 bool is_grad, ShortGroup<float>& g) {
+  constexpr int kLanes = Types<float>::kLanes;
+  const int last = rows - 1;
+  int64_t label[kLanes] = {};
+  if (a.labels && last == kLanes - 1) {
+    std::memcpy(label, a.labels + begin, sizeof(label));
+  } else if (a.labels) {
+    for (int r = 0; r < kLanes; ++r) label[r] = a.labels[begin + (r < last ? r : last)];
+  }
+  for (int r = 0; r < kLanes; ++r) g.weight[r] = r < rows;
+  if (a.row_weight) {
+    for (int r = 0; r < rows; ++r) g.weight[r] = a.row_weight[begin + r];
+  }
+  if (a.labels) {
+    for (int r = 0; r < kLanes; ++r) g.weight[r] = label[r] == a.ignore_index ? 0 : g.weight[r];
+  }
+  const double scale = a.scale;
+  if (is_grad) {
+    for (int r = 0; r < kLanes; ++r)
+      g.factor[r] = g.weight[r] == 0 ? 0 : scale * row_value(a.row_scale, 1, begin + r);
+  } else {
+    for (int r = 0; r < kLanes; ++r) g.factor[r] = scale * g.weight[r];
+  }
+  const uint64_t end = a.needs_label() ? a.vocab : 0;
+  for (int r = 0; r < kLanes; ++r) g.label[r] = g.weight[r] != 0 && (uint64_t)label[r] < end ? label[r] : -1;
+  if (scales.alike) return;
+  for (int r = 0; r < kLanes; ++r)
+    set_scale(g, r, g.weight[r] == 0 ? RowScale{{1, 1, 1}, 1, 0, 1} : scales(begin + r));
 }
 
 // is_grad: whether the gradient is to be made from a table, and not from the row's loss.
@@ -86,58 +168,59 @@ template <class S, class T, bool kTeacher>
 KD_NOINLINE void load_group(const LossArgs& a, const RowScales& scales, int64_t begin, int rows, bool is_grad,
                             ShortGroup<float>& g) {
   constexpr int kLanes = Types<float>::kLanes;
-  static const float zeros[kShort] = {};
-  float wide[2][4][kShort];
-  const float *s[4], *t[4];
-  for (int r = 0; r < kLanes; ++r) {
-    const int64_t row = begin + r;
-    const bool kept = r < rows && a.is_kept(row);
-    if (r == 0 || !scales.alike) {
-      const RowScale scale = kept || scales.alike ? scales(row) : RowScale{{1, 1, 1}, 1, 0, 1};
-      for (int k = r; k < (scales.alike ? kLanes : r + 1); ++k) {
-        g.temperature[k] = scale.temperature;
-        g.student_scale[k] = scale.student;
-        g.teacher_scale[k] = scale.teacher;
+  load_row_values(a, scales, begin, rows, is_grad, g);
+  [[maybe_unused]] float wide[kLanes][kShort];
+  const auto transpose = [&](const auto& matrix, auto x, float* to) __attribute__((always_inline)) {
+    const decltype(x)* found[kLanes];
+    const float* as_floats[kLanes];
+    find_rows((const decltype(x)*)matrix.data, matrix, begin, rows, found);
+    for (int r = 0; r < kLanes; ++r) {
+      if constexpr (sizeof(x) == 4) {
+        as_floats[r] = found[r];
+      } else {
+        convert_row(found[r], a.vocab, wide[r]);
+        as_floats[r] = wide[r];
       }
     }
-    g.weight[r] = kept ? a.weight(row) : 0;
-    const double factor = is_grad ? row_value(a.row_scale, 1, row) : g.weight[r];
-    g.factor[r] = kept ? factor * a.scale : 0;
-    const int64_t label = kept && a.needs_label() ? a.labels[row] : -1;
-    g.label[r] = label < a.vocab ? label : -1;
-    const int k = r % 4;
-    s[k] = kept ? as_floats((const S*)row_data(a.student, row), a.vocab, wide[0][k]) : zeros;
-    if constexpr (kTeacher)
-      t[k] = kept ? as_floats((const T*)row_data(a.teachers[0], row), a.vocab, wide[1][k]) : zeros;
-    if (k != 3) continue;
-    to_lanes(s, a.vocab, g.s + r - 3);
-    if constexpr (kTeacher) to_lanes(t, a.vocab, g.t + r - 3);
-  }
+    to_lanes(as_floats, a.vocab, to);
+    if (to != g.s) return;
+    for (int r = 0; r < kLanes; ++r) {
+      const float logit = as_floats[r][g.label[r] < 0 ? 0 : g.label[r]];
+      g.label_logit[r] = g.label[r] < 0 ? 0 : logit;
+    }
+  };
+  transpose(a.student, S{}, g.s);
+  if constexpr (kTeacher) transpose(a.teachers[0], T{}, g.t);
 }
 
+// at_label: what each row's label subtracts.
 template <class S>
-KD_NOINLINE void store_group_gradient(const LossArgs& a, int64_t begin, int rows,
-                                      const ShortGroup<float>& g) {
+KD_NOINLINE void store_group_gradient(const LossArgs& a, int64_t begin, int rows, const ShortGroup<float>& g,
+                                      FloatV at_label) {
+  constexpr int kLanes = Types<float>::kLanes;
   const int64_t n = a.vocab;
-  for (int r = 0; r < rows; r += 4) {
-    float wide[4][kShort];  // for 16 bits, and for rows that get no gradient
-    float* to[4];
-    bool kept[4];
-    const auto row_of = [&](int k) { return (S*)a.grad + a.grad_layout.offset(begin + r + k); };
-    for (int k = 0; k < 4; ++k) {
-      kept[k] = r + k < rows && a.is_kept(begin + r + k);
-      to[k] = kept[k] && sizeof(S) == 4 ? (float*)row_of(k) : wide[k];
-    }
-    from_lanes(g.es + r, n, to);
-    for (int k = 0; k < 4 && r + k < rows; ++k) {
-      S* out = row_of(k);
-      if (!kept[k]) {
-        std::memset((void*)out, 0, a.width * sizeof(S));
-        continue;
-      }
-      if constexpr (sizeof(S) == 2) convert_row(wide[k], n, out);
-      if (a.width > n) std::memset((void*)(out + n), 0, (a.width - n) * sizeof(S));
-    }
+  float wide[sizeof(S) == 4 ? 1 : kLanes][kShort];  // of 16 bits; else of the rows that get no gradient
+  float subtracted[kLanes];
+  store(subtracted, at_label);
+  S* out[kLanes];
+  float* to[kLanes];
+  find_rows((S*)a.grad, a.grad_layout, begin, rows, out);
+  bool as_it_is = sizeof(S) == 4 && a.width == n;
+  for (int r = 0; r < kLanes; ++r) {
+    const bool kept = g.weight[r] != 0;
+    as_it_is &= kept;
+    to[r] = sizeof(S) == 2 ? wide[r] : kept ? (float*)out[r] : wide[0];
+  }
+  from_lanes(g.es, n, to);
+  for (int r = 0; r < kLanes; ++r) {
+    if (g.label[r] >= 0) to[r][g.label[r]] -= subtracted[r];
+  }
+  if (as_it_is) return;
+  for (int r = 0; r < rows; ++r) {
+    const bool kept = g.weight[r] != 0;
+    if (!kept) std::memset((void*)out[r], 0, n * sizeof(S));
+    if (kept && sizeof(S) == 2) convert_row(wide[r], n, out[r]);
+    if (a.width > n) std::memset((void*)(out[r] + n), 0, (a.width - n) * sizeof(S));
   }
 }
 

@@ -36,7 +36,7 @@ struct ShortRows {
       const Lanes<P> x = exponents(load(g.s + i * kLanes), load(g.t + i * kLanes));
       store(g.es + i * kLanes, x.es);
       store(g.et + i * kLanes, x.et);
-      store(g.e1 + i * kLanes, x.e1);
+      if constexpr (P::kOwn) store(g.e1 + i * kLanes, x.e1);
       add(x, i);
     }
   }
@@ -80,9 +80,7 @@ struct ShortRows {
       total.over_student += part.over_student;
       part = Totals{};
     });
-    V label_logit{};
     PointwiseSums<V> found{};
-    for (int r = 0; r < kLanes; ++r) label_logit[r] = g.label[r] < 0 ? 0 : g.s[g.label[r] * kLanes + r];
     if constexpr (P::kPointwise) {
       dispatch_pointwise(a, [&](auto d) {
         add_phi_and_psi<C, decltype(d)>(exps(g), n, 1 / total.student,
@@ -96,7 +94,7 @@ struct ShortRows {
             total.teacher,
             total.hard,
             total.over_teacher,
-            exponents.hard(exponents.student(label_logit)),
+            exponents.hard(exponents.student(load(g.label_logit))),
             total.exponents,
             V{} + (C)n,
             total.over_student,
@@ -118,7 +116,9 @@ struct ShortRows {
     }
     scales = scales_with(c, out.log_student, out.log_teacher);
     const V weight = load(g.weight), weighted = weight == 0 ? V{} : out.loss * weight;
-    for (int r = 0; r < rows; ++r) a.losses[begin + r] = weighted[r];
+    typedef double Doubles __attribute__((vector_size(2 * kVectorBytes)));
+    const Doubles found = __builtin_convertvector(weighted, Doubles);
+    std::memcpy(a.losses + begin, &found, rows * sizeof(double));
     return c;
   }
 
@@ -136,9 +136,9 @@ struct ShortRows {
     }
   }
 
-  // Pass C: the gradient of each class, in place of the student's exps.
-  KD_NOINLINE static void gradients(const LossArgs& a, int rows, const Coefficients<V>& c,
-                                    const Scales<V>& scales, const RowExponents& exponents, Group& g) {
+  // Pass C: the gradient of each class but for what labels subtract, in place of the student's exps.
+  KD_NOINLINE static void gradients(const LossArgs& a, const Coefficients<V>& c, const Scales<V>& scales,
+                                    const RowExponents& exponents, Group& g) {
     Gradient<P, true, false> gradient{};
     gradient.exponents = exponents;
     gradient.factors = per_exp<C>(c, scales);
@@ -151,9 +151,6 @@ struct ShortRows {
     for (int64_t i = 0; i < a.vocab; ++i) {
       const Scratch<C> at = exps(g, i);
       store(at.student, gradient.gradient(load(g.s + i * kLanes), load(g.t + i * kLanes), at, 0));
-    }
-    for (int r = 0; r < rows; ++r) {
-      if (g.label[r] >= 0) g.es[g.label[r] * kLanes + r] -= c.label[r];
     }
   }
 
@@ -180,8 +177,8 @@ struct ShortRows {
     if constexpr (kKernel == ShortKernel::kLosses) {
       store_table<kLinear>(a, begin, rows, c);
     } else {
-      gradients(a, rows, c, scales, exponents, g);
-      store_group_gradient<S>(a, begin, rows, g);
+      gradients(a, c, scales, exponents, g);
+      store_group_gradient<S>(a, begin, rows, g, c.label);
     }
   }
 };
@@ -202,6 +199,7 @@ KD_NOINLINE void short_rows(const LossArgs& a, int64_t begin, int64_t end) {
     using Group = typename ShortRows<P>::Group;
     Group& group = *(Group*)thread_buffer(sizeof(Group));
     const RowScales scales(a);
+    for (int r = 0; r < P::kLanes; ++r) set_scale(group, r, scales.common);
     for (int64_t row = begin; row < end; row += P::kLanes) {
       const int rows = end - row < P::kLanes ? end - row : P::kLanes;
       ShortRows<P>::template run<kKernel>(a, scales, row, rows, group);
