@@ -1,39 +1,11 @@
 """More teachers than a kernel takes: they are made one before it. The largest ensemble of the paper has 61."""
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from kdfast import reference
 from kdfast.arguments import Inputs, Settings
-from kdfast.row_math import MOST_TEACHERS
 from kdfast.rows import loss_dtype
-
-
-def take_any_number(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator whose kernels take MOST_TEACHERS, for any number of them.
-
-    Teachers that are each standardized by itself are no one teacher that would be: these calls go to the reference.
-    """
-
-    @functools.wraps(operator)
-    def call(student: Tensor, *args: Any) -> Any:
-        *tables, inputs, settings = args
-        if len(inputs.teachers) <= MOST_TEACHERS:
-            return operator(student, *args)
-        if settings.standardize:
-            return reference_operator(operator)(student, *tables, *inputs, *settings)
-        return operator(student, *tables, *as_one(student, inputs, settings))
-
-    return call
-
-
-def reference_operator(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The reference's operator of the same name."""
-    return getattr(torch.ops.kdfast_reference, operator.__name__)
 
 
 def as_one(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Inputs, Settings]:

@@ -21,10 +21,10 @@ from kdfast.triton import (
     tokens,
 )
 from kdfast.triton.call import Call
-from kdfast.triton.many_teachers import take_any_number
+from kdfast.triton.limits import take_any_number_of_entries, take_any_number_of_teachers
 from kdfast.triton.matrices import arithmetic_dtype, make_readable, matrix
 from kdfast.triton.prepared import Kernels, matrix_kind, pointer_kind, remember
-from kdfast.triton.sparse import SparseCall, take_any_number_of_entries
+from kdfast.triton.sparse import SparseCall
 from kdfast.triton.spec import Spec
 
 # A kernel's key in Triton's cache on disk depends on which functions had theirs before: DependenciesFinder._update_hash
@@ -44,7 +44,7 @@ def loss_grad(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tens
     return loss_grad_as(student, student.dtype, inputs, settings)
 
 
-@take_any_number
+@take_any_number_of_teachers
 @take_any_number_of_entries
 def loss_grad_as(
     student: Tensor, dtype: torch.dtype, inputs: Inputs, settings: Settings
@@ -54,7 +54,7 @@ def loss_grad_as(
     return loss, grad, metrics
 
 
-@take_any_number
+@take_any_number_of_teachers
 @take_any_number_of_entries
 def loss_grad_(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor]:
     call = _call(student, inputs, settings)
@@ -63,7 +63,7 @@ def loss_grad_(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Ten
     return results
 
 
-@take_any_number
+@take_any_number_of_teachers
 @take_any_number_of_entries
 def stats(student: Tensor, inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     return _call(student, inputs, settings).stats()
@@ -73,7 +73,7 @@ def grad(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, sett
     return grad_as(student, student.dtype, stats, grad_loss, inputs, settings)
 
 
-@take_any_number
+@take_any_number_of_teachers
 @take_any_number_of_entries
 def grad_as(
     student: Tensor, dtype: torch.dtype, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings
@@ -83,7 +83,7 @@ def grad_as(
     return grad
 
 
-@take_any_number
+@take_any_number_of_teachers
 @take_any_number_of_entries
 def grad_(student: Tensor, stats: Tensor, grad_loss: Tensor, inputs: Inputs, settings: Settings) -> None:
     call = _call(student, inputs, settings, reduced=False)
@@ -96,13 +96,13 @@ def _shard(student: Tensor, inputs: Inputs, settings: Settings) -> Call:
     return Call(student, inputs, settings._replace(reduction="sum", metrics=False, standardize=False), shard=True)
 
 
-@take_any_number
+@take_any_number_of_teachers
 def sums(student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """row_math.Sums of whatever classes are given, (rows, 12); a label that is not among them adds nothing."""
     return _shard(student, inputs, settings).sums()
 
 
-@take_any_number
+@take_any_number_of_teachers
 def pointwise_sums(student: Tensor, sums: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
     """Sums of all shards, of which the last three, phi's and psi's, are of this shard's classes."""
     call = _shard(student, inputs, settings)

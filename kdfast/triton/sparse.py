@@ -1,8 +1,6 @@
 """One loss with a sparse teacher on the Triton kernels."""
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,28 +13,13 @@ from kdfast.rows import as_matrix
 from kdfast.triton import launch, sparse_kernels
 from kdfast.triton.call import Call
 from kdfast.triton.divergences import DIVERGENCES
-from kdfast.triton.many_teachers import reference_operator
 from kdfast.triton.matrices import device_guard, matrix
 from kdfast.triton.prepared import make_spec, remember
 from kdfast.triton.sparse_row_math import Entries, Form
 from kdfast.triton.spec import Spec
 from kdfast.triton.support import ABSENT
 
-MOST_ENTRIES = 2047  # which are, with the rest, in one program's registers: more go to the reference
 MANY_ENTRIES = 1023  # with which one program has all registers of a multiprocessor
-
-
-def take_any_number_of_entries(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator whose kernels take MOST_ENTRIES, for any number of them."""
-
-    @functools.wraps(operator)
-    def call(student: Tensor, *args: Any) -> Any:
-        *tables, inputs, settings = args
-        if inputs.indices is not None and inputs.indices.shape[-1] > MOST_ENTRIES:
-            return reference_operator(operator)(student, *tables, *inputs, *settings)
-        return operator(student, *args)
-
-    return call
 
 
 def sort_classes(numbers: Tensor, counted: Tensor) -> Tensor:

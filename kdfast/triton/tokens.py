@@ -11,9 +11,10 @@ from kdfast.rows import as_matrix, loss_dtype
 from kdfast.triton import launch, matrices, token_kernels
 from kdfast.triton.call import optional_bits
 from kdfast.triton.divergences import running_sums
+from kdfast.triton.limits import MOST_ENTRIES
 from kdfast.triton.matrices import bits, device_guard, matrix
 from kdfast.triton.prepared import Kernels, matrix_kind, pointer_kind, remember
-from kdfast.triton.sparse import MOST_ENTRIES, sort_classes
+from kdfast.triton.sparse import sort_classes
 from kdfast.triton.spec import Numbers, PerRow, Spec
 
 
