@@ -105,6 +105,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "scale_": lambda grad, factor: None,
     "token_stats": lambda logits, ids, *numbers: _token_stats(logits, ids, numbers[-1]),
     "token_grad": lambda logits, *others: _new_grad(logits),
+    "token_grad_as": lambda logits, dtype, *others: _new_grad(logits, dtype),
     "linear_token_stats": _linear_token_stats,
     "linear_token_grad": _linear_token_grad,
     "tempered_softmax": lambda logits, temperatures, temperature, log, dtype: logits.new_empty(

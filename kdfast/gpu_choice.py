@@ -56,7 +56,7 @@ def are_split(rows: int, vocab: int, multiprocessors: int) -> bool:
 _IN_CUDA = frozenset(names()) - {"dkd"}  # kdfast's own divergences, and no program's
 _SUMS = ("sums", "pointwise_sums", "losses_and_coefficients")
 _SOFTMAX = ("tempered_softmax", "tempered_softmax_backward")
-_TOKENS = ("token_stats", "token_grad")
+_TOKENS = ("token_stats", "token_grad", "token_grad_as")
 
 # The preferences go by bytes that the emulator counts: none is measured on a device yet.
 RULES = (

@@ -81,8 +81,13 @@ def token_grad(
     for chunk in chunks:
         call = chunk.inputs.temperatures, temperature, logit_scale, softcap, -1
         of_chunk = [None if grad is None else grad[chunk.rows] for grad in grads]
-        grad = ops.token_grad(chunk.logits, ids[chunk.rows], stats[chunk.rows], *of_chunk, None, *call)
+        args = ids[chunk.rows], stats[chunk.rows], *of_chunk, None, *call
+        if gradients.narrow_dtype is None:
+            grad = ops.token_grad(chunk.logits, *args)
+        else:
+            grad = ops.token_grad_as(chunk.logits, gradients.narrow_dtype, *args)
         gradients.add(chunk, grad)
+        del grad
     return gradients.result(None)
 
 

@@ -52,6 +52,10 @@ def _arguments(kinds: dict[str, Any]) -> str:
 _ARGS = _arguments(Inputs.__annotations__ | Settings.__annotations__)
 _HEADS = _arguments(Heads.__annotations__)
 _TOKENS = "Tensor? temperatures, float temperature, float logit_scale, float softcap, SymInt vocab_size"
+_TOKEN_GRADIENTS = (
+    "Tensor ids, Tensor stats, Tensor? grad_log_probs, Tensor? grad_entropy, Tensor? grad_log_rest, "
+    "Tensor? grad_elsewhere"
+)
 _CHUNKS = "SymInt chunk_rows, ScalarType accumulate_dtype"
 _HEAD_GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 
@@ -75,8 +79,8 @@ SCHEMAS = {
     "scale_": "(Tensor(a!) grad, Tensor factor) -> ()",
     "token_stats": f"(Tensor logits, Tensor ids, {_TOKENS}, bool entropy) "
     "-> (Tensor log_probs, Tensor entropy, Tensor log_rest, Tensor stats)",
-    "token_grad": "(Tensor logits, Tensor ids, Tensor stats, Tensor? grad_log_probs, Tensor? grad_entropy, "
-    f"Tensor? grad_log_rest, Tensor? grad_elsewhere, {_TOKENS}) -> Tensor",
+    "token_grad": f"(Tensor logits, {_TOKEN_GRADIENTS}, {_TOKENS}) -> Tensor",
+    "token_grad_as": f"(Tensor logits, ScalarType dtype, {_TOKEN_GRADIENTS}, {_TOKENS}) -> Tensor",
     "linear_token_stats": f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, {_TOKENS}, bool entropy, "
     f"{_CHUNKS}) -> (Tensor log_probs, Tensor entropy, Tensor log_rest, Tensor stats)",
     "linear_token_grad": "(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor stats, "
@@ -92,8 +96,8 @@ SCHEMAS = {
 CUDA_KERNELS = ("loss_grad_as", "loss_grad_", "stats", "grad_as", "grad_", "scale_")
 # operators without Inputs and Settings
 _TENSORS_ONLY = {
-    "scale_", "token_stats", "token_grad", "linear_token_stats", "linear_token_grad", "tempered_softmax",
-    "tempered_softmax_backward",
+    "scale_", "token_stats", "token_grad", "token_grad_as", "linear_token_stats", "linear_token_grad",
+    "tempered_softmax", "tempered_softmax_backward",
 }  # fmt: skip
 
 _NAMESPACES = ("kdfast", "kdfast_reference", "kdfast_triton", "kdfast_cuda")
@@ -105,9 +109,11 @@ def _by_rounding(namespace: str, name: str) -> Callable[..., Any]:
     """An operator whose name ends with _as, by the one without."""
 
     def call(student: Tensor, dtype: torch.dtype, *args: Any) -> Any:
-        *tables, inputs, settings = args
+        if name not in _TENSORS_ONLY:
+            *tables, inputs, settings = args
+            args = (*tables, *inputs, *settings)
         operator = getattr(getattr(torch.ops, namespace), name.removesuffix("_as"))
-        results = operator(student, *tables, *inputs, *settings)
+        results = operator(student, *args)
         if isinstance(results, Tensor):
             return results.to(dtype)
         loss, grad, metrics = results

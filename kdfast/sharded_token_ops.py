@@ -113,9 +113,13 @@ class ShardedTokens:
         row = ignored.squeeze(-1)
         return log_probs, torch.where(row, 0, h), torch.where(row, 0, log_rest), table
 
-    def token_grad(
+    def token_grad(self, logits: Tensor, *args: Any) -> Tensor:
+        return self.token_grad_as(logits, logits.dtype, *args)
+
+    def token_grad_as(
         self,
         logits: Tensor,
+        dtype: torch.dtype,
         ids: Tensor,
         stats: Tensor,
         grad_log_probs: Tensor | None,
@@ -126,12 +130,12 @@ class ShardedTokens:
         *numbers: Any,
     ) -> Tensor:
         if not logits.shape[-1] or numbers[-1] == 0:
-            return torch.zeros_like(logits, memory_format=torch.contiguous_format)
+            return torch.zeros_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
         elsewhere = None
         if grad_log_probs is not None:
             elsewhere = torch.where(ids == ELSEWHERE, grad_log_probs, 0).sum(-1).reshape(-1)
         gradients = grad_log_probs, grad_entropy, grad_log_rest, elsewhere
-        return self.ops.token_grad(logits, ids, stats, *gradients, temperatures, *numbers)
+        return self.ops.token_grad_as(logits, dtype, ids, stats, *gradients, temperatures, *numbers)
 
     def linear_token_stats(self, *args: Any) -> tuple[Tensor, ...]:
         return linear_token_ops.token_stats(self, *args)

@@ -51,6 +51,7 @@ BOTH = ("cuda", "triton")
         (BOTH, 90, 4096, 32000, {"name": "tempered_softmax"}, "triton"),  # has no CUDA kernel
         (["cuda"], 90, 5, 100, {"name": "tempered_softmax"}, "reference"),
         (["cuda"], 90, 5, 100, {"name": "sums"}, "reference"),  # nor have shards
+        (["cuda"], 90, 5, 100, {"name": "token_grad_as"}, "reference"),  # nor tokens
         (["cuda"], 90, 5, 100, {"dtype": F64}, "reference"),
         (["triton"], 90, 5, 100, {}, "triton"),
         (["cuda"], 90, 5, 100, {}, "cuda"),

@@ -7,9 +7,12 @@ import pytest
 import torch
 from cases import BF16, F16, F32, F64, name
 from linear_cases import VOCAB, Case, check, fused_results, plain_results, relative_error
+from test_linear_tokens import by_logits
+from test_linear_tokens import fused as token_results
 from torch import Tensor
 
 from kdfast import chunks, linear_ops, products
+from kdfast.sharded_token_ops import ShardedTokens
 
 
 def test_a_16_bit_heads_gradient_is_accumulated_in_fp32_by_default(cpu: str) -> None:
@@ -62,13 +65,28 @@ def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def row_kernels_dtypes(monkeypatch: pytest.MonkeyPatch) -> set[torch.dtype]:
+    """Those in which the row kernels give the logits' gradient to the products."""
+    seen: set[torch.dtype] = set()
+    add = linear_ops.Gradients.add
+    monkeypatch.setattr(linear_ops.Gradients, "add", lambda *args: (seen.add(args[2].dtype), add(*args))[1])
+    return seen
+
+
 @pytest.mark.skipif(gpu.ON_DEVICE, reason="here all tests of this file use the GPU's own products")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])  # its gradient is summed before the rounding
 @pytest.mark.parametrize("rows", [13, 600])  # 2 H are 16: the logits' gradient is kept, or the weight's accumulated
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=name)
 def test_tensor_cores_round_no_logits_and_zero_dropped_rows(
-    cpu: str, dtype: torch.dtype, rows: int, bias: bool, reduction: str, tensor_cores: None
+    cpu: str,
+    dtype: torch.dtype,
+    rows: int,
+    bias: bool,
+    reduction: str,
+    tensor_cores: None,
+    row_kernels_dtypes: set[torch.dtype],
 ) -> None:
     case = Case(dtype, rows, bias=False)
     case.bias = torch.linspace(-1, 1, VOCAB).to(dtype) if bias else None
@@ -77,6 +95,7 @@ def test_tensor_cores_round_no_logits_and_zero_dropped_rows(
     truth = plain_results(case, case.labels, F64, **settings)
     case.hidden[rows // 4] = float("nan")  # an ignored row
     loss, grads, metrics = fused_results(case, case.labels, chunk_rows=7, **settings)
+    assert row_kernels_dtypes == {F32 if bias else dtype}
     torch.testing.assert_close(loss.double(), truth[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         [m.double() for m in metrics[:7]], list(truth[2][:7]), rtol=1e-5, atol=1e-6, equal_nan=True
@@ -84,6 +103,38 @@ def test_tensor_cores_round_no_logits_and_zero_dropped_rows(
     for got, want in zip(grads, truth[1], strict=True):
         assert got.dtype == dtype
         assert relative_error(got, want) < torch.finfo(dtype).eps  # logits' gradient and result are rounded
+
+
+@pytest.mark.skipif(gpu.ON_DEVICE, reason="here all tests of this file use the GPU's own products")
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])  # its gradient is summed before the rounding
+@pytest.mark.parametrize("rows", [13, 600])
+def test_row_kernels_round_the_gradient_of_tokens_logits_for_tensor_cores(
+    cpu: str, rows: int, bias: bool, tensor_cores: None, row_kernels_dtypes: set[torch.dtype]
+) -> None:
+    case = Case(BF16, rows, bias=False)
+    case.bias = torch.linspace(-1, 1, VOCAB).to(BF16) if bias else None
+    values, truth = by_logits(case, case.labels, F64)
+    case.hidden[rows // 3] = float("nan")  # an ignored row
+    got, grads = token_results(case, case.labels, chunk_rows=7)
+    assert row_kernels_dtypes == {F32 if bias else BF16}
+    torch.testing.assert_close([x.double() for x in got], values, rtol=1e-5, atol=1e-5)
+    for mine, want in zip(grads, truth, strict=True):
+        assert mine.dtype == BF16
+        assert relative_error(mine, want) < torch.finfo(BF16).eps
+
+
+@pytest.mark.skipif(gpu.ON_DEVICE, reason="here all tests of this file use the GPU's own products")
+def test_so_do_they_of_a_shard(cpu: str, tensor_cores: None, row_kernels_dtypes: set[torch.dtype]) -> None:
+    case, numbers = Case(BF16, bias=False), (None, 2.0, 1.0, 0.0, -1)
+    head, chunks = (case.hidden, case.weight, None, case.labels.unsqueeze(-1)), (7, F32)
+    *results, table = torch.ops.kdfast.linear_token_stats(*head, *numbers, True, *chunks)
+    found = [
+        ops.linear_token_grad(*head, table, *results, *numbers, *chunks, True, True, False)
+        for ops in (torch.ops.kdfast, ShardedTokens(torch.ops.kdfast, None, reduce_hidden=False))
+    ]
+    assert row_kernels_dtypes == {BF16}
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    assert found[0][1].any()
 
 
 def test_float16_with_a_loss_scaler_loses_no_gradient(backend: str) -> None:

@@ -1,4 +1,4 @@
-"""The gradient of float32 logits in 16 bits, which the products of linear_kd_loss take on a GPU."""
+"""The gradient of float32 logits in 16 bits, which the products of the fused linear losses take on a GPU."""
 
 from typing import Any
 
@@ -12,6 +12,7 @@ from traffic import ROWS, per_pair
 
 import kdfast
 from kdfast import TopKTargets
+from kdfast.arguments import IGNORED
 from kdfast.options import check_inputs, check_settings
 
 WIDTHS = {
@@ -65,6 +66,30 @@ def test_so_it_is_with_a_sparse_teacher(backend: str, missing: str) -> None:
     for got, want in zip(gradients(backend, *call, BF16), gradients(backend, *call), strict=True):
         assert torch.equal(got, want.to(BF16))
         assert want.any()
+
+
+def token_call(vocab: int, entries: int) -> tuple[Any, ...]:
+    """token_grad's arguments; the second row is ignored."""
+    logits, teacher, _ = batch(3, WIDTHS.get(vocab, vocab), F32)
+    ids = teacher[:, :vocab].topk(entries).indices
+    ids[:, 0] = vocab - 1
+    ids[1], logits[1] = IGNORED, float("nan")
+    numbers = 2.0, 1.0, 0.0, vocab
+    *values, table = torch.ops.kdfast_reference.token_stats(logits, ids, None, *numbers, True)
+    return logits, ids, table, *(0.7 * x for x in values), None, None, *numbers
+
+
+@pytest.mark.parametrize("backend", ("reference", "triton"), indirect=True)  # no others have it
+@pytest.mark.parametrize(("vocab", "entries"), [*((vocab, 3) for vocab in WIDTHS), (2200, 2100)])  # too many for Triton
+@pytest.mark.parametrize("dtype", (BF16, F16), ids=name)
+def test_so_it_is_of_tokens(backend: str, vocab: int, entries: int, dtype: torch.dtype) -> None:
+    ops, (logits, *args) = getattr(torch.ops, f"kdfast_{backend}"), token_call(vocab, entries)
+    want, got = ops.token_grad(logits, *args), ops.token_grad_as(logits, dtype, *args)
+    assert got.dtype == dtype
+    assert torch.equal(got, want.to(dtype))
+    assert want[0].any()
+    assert not got[1].any(), "the ignored row"
+    assert not got[:, vocab:].any(), "padding"
 
 
 @pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))

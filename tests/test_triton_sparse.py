@@ -62,14 +62,16 @@ def reports_of(capability: int, vocab: int, k: int, grad: bool = True, **setting
     return reports
 
 
-def token_reports(capability: int, vocab: int, k: int) -> list[Any]:
-    logits, teacher = sparse(vocab, k)
+def token_reports(capability: int, vocab: int, k: int, dtype: torch.dtype = BF16) -> list[Any]:
+    """Of token_stats, and of the gradient in bf16."""
+    logits, teacher = sparse(vocab, k, dtype)
     options = (None, 2.0, 1.0, 0.0, -1)
     with gpu.kernels(capability) as reports:
         log_probs, entropy, log_rest, table = torch.ops.kdfast_triton.token_stats(
             logits, teacher.indices, *options, True
         )
-        torch.ops.kdfast_triton.token_grad(logits, teacher.indices, table, log_probs, entropy, log_rest, None, *options)
+        call = teacher.indices, table, log_probs, entropy, log_rest, None, *options
+        torch.ops.kdfast_triton.token_grad_as(logits, BF16, *call)
     return reports
 
 
@@ -124,6 +126,13 @@ def test_token_statistics_read_a_row_once_and_their_gradient_once_more(capabilit
     for of in (from_memory, asked):
         assert per_class(forward, vocab, 1, of) <= 2.04
         assert per_class(backward, vocab, 1, of) <= 4.04
+
+
+def test_the_gradient_of_float32_logits_of_tokens_moves_6_bytes() -> None:
+    """8 in float32, and 6 more by another kernel that converts it."""
+    _, backward = token_reports(80, SHORT, 1, F32)
+    for of in (from_memory, asked):
+        assert per_class(backward, SHORT, 1, of) <= 6.04
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

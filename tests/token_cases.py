@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import F32, F64
+from cases import BF16, F32, F64
 from judge import _within, half_ulp, in_fp64
 from torch import Tensor
 
@@ -175,6 +175,7 @@ def token_arguments(logits: Tensor, heads: Heads, inputs: Inputs, settings: Sett
     return {
         "token_stats": (logits, ids, *call, inputs.temperatures is None),
         "token_grad": (logits, ids, table, *grads, None, *call),
+        "token_grad_as": (logits, BF16, ids, table, *grads, None, *call),
         "linear_token_stats": (*head, *call, inputs.temperatures is None, *chunks),
         "linear_token_grad": (*head, table, *grads, *call, *chunks, heads.grad_hidden, heads.grad_weight, False),
     }

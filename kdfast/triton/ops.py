@@ -115,7 +115,7 @@ def losses_and_coefficients(student: Tensor, sums: Tensor, inputs: Inputs, setti
     return _shard(student, inputs, settings).losses_and_coefficients(sums)
 
 
-token_stats, token_grad = tokens.token_stats, tokens.token_grad
+token_stats, token_grad, token_grad_as = tokens.token_stats, tokens.token_grad, tokens.token_grad_as
 
 
 def _prepare_scale(view: Tensor) -> tuple[Kernels, launch.Gpu, launch.Plan]:

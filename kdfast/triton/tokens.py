@@ -65,8 +65,8 @@ class _Call:
             self._launch(token_kernels.token_stats, programs, args, (pointer_kind(self.ids),), None)
         return made[0], made[1], made[2], table
 
-    def grad(self, table: Tensor, gradients: tuple[Tensor | None, ...]) -> Tensor:
-        grad = self.logits.new_empty(self.logits.shape)
+    def grad(self, table: Tensor, gradients: tuple[Tensor | None, ...], dtype: torch.dtype) -> Tensor:
+        grad = self.logits.new_empty(self.logits.shape, dtype=dtype)
         if self.rows:
             table = table.contiguous()
             flat = [None if g is None else g.contiguous() for g in gradients]
@@ -74,7 +74,7 @@ class _Call:
                 matrix(self.logits), matrix(grad), self.ids, table, token_kernels.Gradients(*flat), self.per_row,
                 self.numbers, self.vocab, self.width,
             )  # fmt: skip
-            kind = tuple(map(pointer_kind, (self.ids, table, *flat)))
+            kind = tuple(map(pointer_kind, (grad, self.ids, table, *flat)))
             self._launch(token_kernels.token_grad, self.rows, args, kind, grad)
         return grad
 
@@ -104,15 +104,17 @@ def token_stats(
     return log_probs.view(ids.shape), h.view(shape) if entropy else h, log_rest.view(shape), table
 
 
-def token_grad(
-    logits: Tensor, ids: Tensor, stats: Tensor, grad_log_probs: Tensor | None, grad_entropy: Tensor | None,
-    grad_log_rest: Tensor | None, grad_elsewhere: Tensor | None, temperatures: Tensor | None, temperature: float,
-    logit_scale: float, cap: float, vocab_size: int,
+def token_grad(logits: Tensor, *args: Any) -> Tensor:
+    return token_grad_as(logits, logits.dtype, *args)
+
+
+def token_grad_as(
+    logits: Tensor, dtype: torch.dtype, ids: Tensor, stats: Tensor, grad_log_probs: Tensor | None,
+    grad_entropy: Tensor | None, grad_log_rest: Tensor | None, grad_elsewhere: Tensor | None,
+    temperatures: Tensor | None, temperature: float, logit_scale: float, cap: float, vocab_size: int,
 ) -> Tensor:  # fmt: skip
-    gradients = grad_log_probs, grad_entropy, grad_log_rest, grad_elsewhere
+    gradients, call = (grad_log_probs, grad_entropy, grad_log_rest, grad_elsewhere), (logit_scale, cap, vocab_size)
     if not 0 < ids.shape[-1] <= MOST_ENTRIES:
-        return reference_tokens.token_grad(
-            logits, ids, stats, *gradients, temperatures, temperature, logit_scale, cap, vocab_size
-        )
-    call = _Call(logits, ids, temperatures, temperature, logit_scale, cap, vocab_size, entropy=False)
-    return call.grad(stats, gradients)
+        grad = reference_tokens.token_grad(logits, ids, stats, *gradients, temperatures, temperature, *call)
+        return grad.to(dtype)
+    return _Call(logits, ids, temperatures, temperature, *call, entropy=False).grad(stats, gradients, dtype)

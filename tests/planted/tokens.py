@@ -4,6 +4,7 @@ from planted.mutant import Mutant
 
 TOKENS, LINEAR, AUTOGRAD = ("test_tokens.py",), ("test_linear_tokens.py",), ("test_token_autograd.py",)
 ARGUMENTS, RECIPES = ("test_token_arguments.py",), ("test_token_recipes.py",)
+DTYPES = ("test_linear_dtypes.py",)
 PUBLIC, FUNCTIONS, TRUTH = "kdfast/tokens.py", "kdfast/token_autograd.py", "kdfast/reference_tokens.py"
 OPS, KERNELS = "kdfast/linear_token_ops.py", "kdfast/operator_autograd.py"
 
@@ -58,6 +59,10 @@ MUTANTS = [
            "call = chunk.inputs.temperatures, temperature, logit_scale, softcap, -1\n",
            "call = None, temperature, logit_scale, softcap, -1\n",
            "Temperatures of rows count in the values and not in the gradient.", LINEAR),
+    # on a GPU
+    Mutant("linear-tokens-gradient-rounded-by-another-kernel", OPS,
+           "if gradients.narrow_dtype is None:", "if True:",
+           "The row kernel writes the logits' gradient in float32 for the products of 16 bits.", DTYPES),
     Mutant("linear-tokens-multiply-ignored-rows", OPS,
            "ids[..., 0] != IGNORED", "ids[..., 0] != 1 - IGNORED",
            "A row that is ignored takes part in products with whatever it holds.", LINEAR),

@@ -229,6 +229,10 @@ OF_SPARSE_TEACHERS = [
     Mutant("triton-sparse-entries-written-early", _in("sparse_kernels"),
            "    tl.debug_barrier()  # entries come last\n", "",
            "An entry has the gradient of a class of the rest or its own, whichever thread is last.", SPARSE_KERNELS),
+    # the gradient of the same logits in two dtypes
+    Mutant("triton-token-gradients-of-one-dtype", _in("tokens"),
+           "map(pointer_kind, (grad, self.ids,", "map(pointer_kind, (self.ids,",
+           "The kernel that writes a float32 gradient is launched for one in 16 bits.", ("test_narrow_gradients.py",)),
     Mutant("triton-sparse-conditional-reads-rows", _in("sparse"),
            'self.reads_rows = settings.missing != "conditional" or self.spec.hard', "self.reads_rows = True",
            "A teacher of missing='conditional' has the rows of logits read.", SPARSE_KERNELS),
