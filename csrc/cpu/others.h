@@ -32,7 +32,6 @@ struct OthersPassesOf {
   static bool sums(const LossArgs& a, int64_t row, const RowScale& scale, const Entries& e, bool keep,
                    AnyRow& any, Label& label, Sums<double>& out) {
     const RowOf<P> r = open_row<P>(a, row, 0, a.vocab, scale);
-    if (keep) prefetch_for_writing(r, a.vocab);
     sort_by_blocks(e, a.vocab);
     label = find_label(a, row, r, 0, a.vocab);
     bool is_huge = false;

@@ -76,13 +76,6 @@ RowOf<P> open_row(const LossArgs& a, int64_t row, int64_t begin, int64_t n, cons
   return open_row<typename P::S, typename P::T, P::kReadsTeacher>(a, row, begin, n, scale);
 }
 
-// A row of one block has its gradient written soon after it was read: its lines are fetched meanwhile.
-template <class S, class T>
-KD_INLINE void prefetch_for_writing(const Row<S, T>& r, int64_t n) {
-  if (n > kBlock || (const void*)r.out == (const void*)r.s) return;
-  for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(S)) __builtin_prefetch(r.out + i, 1, 2);
-}
-
 KD_NOINLINE void zero_gradient(const LossArgs& a, int64_t row, int64_t begin, int64_t end) {
   const int64_t size = bytes_of(a.student.dtype);
   std::memset((char*)a.grad + (a.grad_layout.offset(row) + begin) * size, 0, (end - begin) * size);

@@ -105,13 +105,16 @@ struct Gradient {
     return sum(total + (part[0] + part[1]));
   }
 
-  KD_NOINLINE void write(const S* s, const T* t, Scratch<C> scratch, int n, S* out) const {
+  // next: where a later row's gradient goes, of which as many lines are fetched; or null.
+  KD_NOINLINE void write(const S* s, const T* t, Scratch<C> scratch, int n, S* out, const S* next) const {
     const Gradient self = *this;  // which `out` could not be for all that the compiler knows
     dispatch_power<P>(exponents.power, [&](auto power) __attribute__((always_inline)) {
       for (int i = 0; i < n; i += P::kStep) {
         if constexpr (!kKeep) {  // of the block before, which is the next
           prefetch(s + i - 2 * kBlock, false);
           if constexpr (P::kReadsTeacher) prefetch(t + i - 2 * kBlock, false);
+        } else if (next) {
+          for (int j = i; j < i + P::kStep; j += 64 / (int)sizeof(S)) __builtin_prefetch(next + j, 1, 2);
         }
         const int m = n - i < P::kStep ? n - i : P::kStep;
         const auto si = load_student<P>(s + i, m);
@@ -153,6 +156,8 @@ KD_NOINLINE double soft_gradient_dot(const LossArgs& a, const RowOf<P>& r, int64
   return total;
 }
 
+constexpr int kRowsAhead = 2;
+
 // Pass C over n classes from `begin` of a row. The label's class is written last.
 template <class P, bool kKeep>
 void write_gradient(const LossArgs& a, int64_t row, const RowOf<P>& r, int64_t begin, int64_t n,
@@ -170,6 +175,8 @@ void write_gradient(const LossArgs& a, int64_t row, const RowOf<P>& r, int64_t b
   Scales<double> moved;
   const Scales<double>* scales = &block_scales(row_scales, scale, current, moved);
   Gradient<P, kKeep || P::kPointwise> gradient(scale, c, *scales);
+  // A row of one block is written sooner than lines that are not in a cache can be had.
+  const bool fetches = kKeep && n <= kBlock && direct && (const void*)r.out != (const void*)r.s;
   // From the last block to the first: what was written last is still in the cache, where not all of it fits
   for (int64_t at = (n - 1) / kBlock * kBlock; at >= 0; at -= kBlock) {
     if constexpr (kKeep) {
@@ -192,7 +199,7 @@ void write_gradient(const LossArgs& a, int64_t row, const RowOf<P>& r, int64_t b
     C at_label = 0;
     if (labelled)  // before the logits are overwritten
       at_label = gradient.label_gradient(r.s + at, r.t + at, scratch, label - at, c, decoupled);
-    gradient.write(r.s + at, r.t + at, scratch, m, out);
+    gradient.write(r.s + at, r.t + at, scratch, m, out, fetches ? out + kRowsAhead * a.width : nullptr);
     if (labelled) store_part(out + label - at, splat(at_label), 1);
     if constexpr (std::is_same_v<typename P::S, C>) {
       if (direct) continue;

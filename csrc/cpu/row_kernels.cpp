@@ -104,7 +104,6 @@ struct Kernels {
       }
       State x{scales(row)};
       const RowOf<P> r = open_row<P>(a, row, 0, a.vocab, x.scale);
-      prefetch_for_writing(r, a.vocab);
       if (!passes_a_and_b<true>(a, row, r, x)) {
         this_set().loss_grad(in_doubles(a), row, row + 1);
         continue;
