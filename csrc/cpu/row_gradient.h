@@ -156,8 +156,6 @@ KD_NOINLINE double soft_gradient_dot(const LossArgs& a, const RowOf<P>& r, int64
   return total;
 }
 
-constexpr int kRowsAhead = 2;
-
 // Pass C over n classes from `begin` of a row. The label's class is written last.
 template <class P, bool kKeep>
 void write_gradient(const LossArgs& a, int64_t row, const RowOf<P>& r, int64_t begin, int64_t n,
@@ -175,7 +173,8 @@ void write_gradient(const LossArgs& a, int64_t row, const RowOf<P>& r, int64_t b
   Scales<double> moved;
   const Scales<double>* scales = &block_scales(row_scales, scale, current, moved);
   Gradient<P, kKeep || P::kPointwise> gradient(scale, c, *scales);
-  // A row of one block is written sooner than lines that are not in a cache can be had.
+  // A row of one block is written before lines that are in no cache can arrive: those of two rows later are
+  // fetched meanwhile. (One row later, or all at once before the row, takes longer.)
   const bool fetches = kKeep && n <= kBlock && direct && (const void*)r.out != (const void*)r.s;
   // From the last block to the first: what was written last is still in the cache, where not all of it fits
   for (int64_t at = (n - 1) / kBlock * kBlock; at >= 0; at -= kBlock) {
@@ -199,7 +198,7 @@ void write_gradient(const LossArgs& a, int64_t row, const RowOf<P>& r, int64_t b
     C at_label = 0;
     if (labelled)  // before the logits are overwritten
       at_label = gradient.label_gradient(r.s + at, r.t + at, scratch, label - at, c, decoupled);
-    gradient.write(r.s + at, r.t + at, scratch, m, out, fetches ? out + kRowsAhead * a.width : nullptr);
+    gradient.write(r.s + at, r.t + at, scratch, m, out, fetches ? out + 2 * a.width : nullptr);
     if (labelled) store_part(out + label - at, splat(at_label), 1);
     if constexpr (std::is_same_v<typename P::S, C>) {
       if (direct) continue;

@@ -10,7 +10,8 @@ namespace {
 
 constexpr int kShort = 64;  // classes; above it the transposition costs more than it saves
 
-// One class of kLanes rows after the other. Dropped rows hold zeros, and factor 0.
+// One class of kLanes rows after the other. Dropped rows and those beyond the last have weight and factor 0;
+// whatever else they hold comes to nothing.
 template <class C>
 struct alignas(64) ShortGroup {
   static constexpr int kLanes = Types<C>::kLanes;
@@ -130,18 +131,13 @@ KD_INLINE void set_scale(ShortGroup<float>& g, int r, const RowScale& scale) {
   g.teacher_scale[r] = scale.teacher;
 }
 
-// The rows' numbers. Simple loops, which the compiler makes vectors of. Those of scales that are alike are
-// there.
+// The rows' numbers, but for scales that are alike, which are there. Simple loops, which the compiler makes
+// vectors of.
 KD_NOINLINE void load_row_values(const LossArgs& a, const RowScales& scales, int64_t begin, int rows,
                                  bool is_grad, ShortGroup<float>& g) {
   constexpr int kLanes = Types<float>::kLanes;
-  const int last = rows - 1;
   int64_t label[kLanes] = {};
-  if (a.labels && last == kLanes - 1) {
-    std::memcpy(label, a.labels + begin, sizeof(label));
-  } else if (a.labels) {
-    for (int r = 0; r < kLanes; ++r) label[r] = a.labels[begin + (r < last ? r : last)];
-  }
+  if (a.labels) std::memcpy(label, a.labels + begin, rows * sizeof(int64_t));
   for (int r = 0; r < kLanes; ++r) g.weight[r] = r < rows;
   if (a.row_weight) {
     for (int r = 0; r < rows; ++r) g.weight[r] = a.row_weight[begin + r];
@@ -184,10 +180,7 @@ KD_NOINLINE void load_group(const LossArgs& a, const RowScales& scales, int64_t 
     }
     to_lanes(as_floats, a.vocab, to);
     if (to != g.s) return;
-    for (int r = 0; r < kLanes; ++r) {
-      const float logit = as_floats[r][g.label[r] < 0 ? 0 : g.label[r]];
-      g.label_logit[r] = g.label[r] < 0 ? 0 : logit;
-    }
+    for (int r = 0; r < kLanes; ++r) g.label_logit[r] = g.label[r] < 0 ? 0 : as_floats[r][g.label[r]];
   };
   transpose(a.student, S{}, g.s);
   if constexpr (kTeacher) transpose(a.teachers[0], T{}, g.t);
