@@ -332,3 +332,13 @@ def test_a_temperature_whose_inverse_fp32_does_not_hold_is_that_of_the_argmax(cp
     want, want_gradient = run(s.double(), t.double(), y, backend="reference", **options)
     torch.testing.assert_close(loss.double(), want)
     torch.testing.assert_close(gradient.double(), want_gradient, rtol=1e-5, atol=1e-8)
+
+
+@each_vocab
+def test_weights_of_rows_may_be_beyond_fp32(cpu: str, vocab: int) -> None:
+    student, teacher, labels = batch(ROWS, vocab)
+    weight = torch.arange(1.0, ROWS + 1, dtype=torch.float64)
+    want = run(student, teacher, labels, row_weight=weight, backend=cpu)
+    for size in (1e-50, 1e300):
+        found = run(student, teacher, labels, row_weight=weight * size, backend=cpu)
+        torch.testing.assert_close(found, want, rtol=1e-6, atol=0)

@@ -102,7 +102,7 @@ struct Loss {
     if (args.entries.count) check_entries(args);
   }
   void check_labels() {
-    uint64_t signs = 0;  // the highest bit is that of a label below 0 or above the last class
+    uint64_t signs = 0;  // the highest bit is set if any label is below 0 or above the last class
     for (int64_t row = 0; row < args.rows; ++row) {
       const uint64_t label = args.labels[row];
       signs |= label | ((uint64_t)args.vocab - 1 - label);
@@ -134,8 +134,9 @@ struct Loss {
       divisor = args.divisor;
     } else if (!args.row_weight) {
       int64_t kept = args.rows;
+      // only a label that is ignore_index drops a row
       if (!labels_in_range || (uint64_t)args.ignore_index < (uint64_t)args.vocab) {
-        kept = 0;  // whose additions do not wait for one another as a double's do
+        kept = 0;  // an integer: additions of doubles would wait for one another
         for (int64_t row = 0; row < args.rows; ++row) kept += args.is_kept(row);
       }
       divisor = kept;

@@ -105,7 +105,7 @@ struct Gradient {
     return sum(total + (part[0] + part[1]));
   }
 
-  // next: where a later row's gradient goes, of which as many lines are fetched; or null.
+  // next: where a later row's gradient will be written, of which as many lines are fetched; or null.
   KD_NOINLINE void write(const S* s, const T* t, Scratch<C> scratch, int n, S* out, const S* next) const {
     const Gradient self = *this;  // which `out` could not be for all that the compiler knows
     dispatch_power<P>(exponents.power, [&](auto power) __attribute__((always_inline)) {
@@ -173,8 +173,9 @@ void write_gradient(const LossArgs& a, int64_t row, const RowOf<P>& r, int64_t b
   Scales<double> moved;
   const Scales<double>* scales = &block_scales(row_scales, scale, current, moved);
   Gradient<P, kKeep || P::kPointwise> gradient(scale, c, *scales);
-  // A row of one block is written before lines that are in no cache can arrive: those of two rows later are
-  // fetched meanwhile. (One row later, or all at once before the row, takes longer.)
+  // Writing a row of one block takes less time than fetching its lines from memory: those of two rows later
+  // are fetched meanwhile. The rows of a gradient that is not in place are `width` apart. (One row later, or
+  // all lines before the row, was slower.)
   const bool fetches = kKeep && n <= kBlock && direct && (const void*)r.out != (const void*)r.s;
   // From the last block to the first: what was written last is still in the cache, where not all of it fits
   for (int64_t at = (n - 1) / kBlock * kBlock; at >= 0; at -= kBlock) {

@@ -10,21 +10,23 @@ namespace {
 
 constexpr int kShort = 64;  // classes; above it the transposition costs more than it saves
 
-// One class of kLanes rows after the other. Dropped rows and those beyond the last have weight and factor 0;
-// whatever else they hold comes to nothing.
+// One class of kLanes rows after the other. Dropped rows, and lanes beyond the last row, have weight 0: what
+// is computed for them is not stored.
 template <class C>
 struct alignas(64) ShortGroup {
   static constexpr int kLanes = Types<C>::kLanes;
   C s[kShort * kLanes], t[kShort * kLanes], es[kShort * kLanes], et[kShort * kLanes], e1[kShort * kLanes];
   C psi[kShort * kLanes];
-  C temperature[kLanes], student_scale[kLanes], teacher_scale[kLanes], weight[kLanes], factor[kLanes];
-  C label_logit[kLanes];  // 0 where label is -1: there is none, or another shard has it
+  C temperature[kLanes], student_scale[kLanes], teacher_scale[kLanes], factor[kLanes];
+  C label_logit[kLanes];  // 0 where label is -1: no hard term, a dropped row, or a label of another shard
   int64_t label[kLanes];
+  double weight[kLanes];  // whose range is larger than C's
 };
 
 // ---- the transposition: four classes of all rows of a group at a time ----
 
-// A quarter of a vector each, from or to the rows first, first + 4, first + 8, ...
+// Four classes, from i on, of the rows first[0], first[4], first[8], ...: each row fills a quarter of the
+// vector.
 #if defined(__AVX512F__)
 KD_INLINE FloatV load_quarters(const float* const* first, int64_t i) {
   __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(first[0] + i));
@@ -56,7 +58,7 @@ KD_INLINE void store_quarters(FloatV v, float* const* first, int64_t i) { store(
 #define KDFAST_LANES(operation) _mm_##operation
 #endif
 
-// In each quarter of four vectors, the four first numbers become the first vector's, and so on.
+// Transposes the 4 x 4 numbers that each quarter of the four vectors holds.
 KD_INLINE void transpose_quarters(FloatV (&x)[4]) {
 #if defined(__x86_64__)
   const auto a = KDFAST_LANES(unpacklo_ps)(x[0], x[1]), b = KDFAST_LANES(unpackhi_ps)(x[0], x[1]);
@@ -79,7 +81,7 @@ KD_INLINE void for_four_classes(int64_t n, F f) {
   for (int64_t i = 0; i < n; i += 4) f(i = i < n - 4 ? i : n - 4);
 }
 
-// n classes of a group's rows, to or from their lanes.
+// Copies n classes of a group's rows to their lanes, or back.
 KD_INLINE void to_lanes(const float* const* rows, int64_t n, float* lanes) {
   constexpr int kLanes = Types<float>::kLanes;
   if (n < 4) {
@@ -113,7 +115,8 @@ KD_INLINE void from_lanes(const float* lanes, int64_t n, float* const* rows) {
   });
 }
 
-// Where a group's rows are; the last one stands for those beyond it.
+// Pointers to a group's rows. Lanes beyond the last row point to that row: it is read again, and not written
+// again, for their weight is 0.
 template <class X>
 KD_INLINE void find_rows(X* data, const Matrix& m, int64_t begin, int rows,
                          X* (&found)[Types<float>::kLanes]) {
@@ -131,17 +134,15 @@ KD_INLINE void set_scale(ShortGroup<float>& g, int r, const RowScale& scale) {
   g.teacher_scale[r] = scale.teacher;
 }
 
-// The rows' numbers, but for scales that are alike, which are there. Simple loops, which the compiler makes
-// vectors of.
+// Each row's weight, factor and label, and its scales unless all rows share them, which short_rows() has set
+// then. The loops are simple so that the compiler makes vectors of them.
 KD_NOINLINE void load_row_values(const LossArgs& a, const RowScales& scales, int64_t begin, int rows,
                                  bool is_grad, ShortGroup<float>& g) {
   constexpr int kLanes = Types<float>::kLanes;
   int64_t label[kLanes] = {};
   if (a.labels) std::memcpy(label, a.labels + begin, rows * sizeof(int64_t));
   for (int r = 0; r < kLanes; ++r) g.weight[r] = r < rows;
-  if (a.row_weight) {
-    for (int r = 0; r < rows; ++r) g.weight[r] = a.row_weight[begin + r];
-  }
+  if (a.row_weight) std::memcpy(g.weight, a.row_weight + begin, rows * sizeof(double));
   if (a.labels) {
     for (int r = 0; r < kLanes; ++r) g.weight[r] = label[r] == a.ignore_index ? 0 : g.weight[r];
   }
@@ -166,49 +167,49 @@ KD_NOINLINE void load_group(const LossArgs& a, const RowScales& scales, int64_t 
   constexpr int kLanes = Types<float>::kLanes;
   load_row_values(a, scales, begin, rows, is_grad, g);
   [[maybe_unused]] float wide[kLanes][kShort];
-  const auto transpose = [&](const auto& matrix, auto x, float* to) __attribute__((always_inline)) {
+  const float* floats[kLanes];
+  const auto transpose = [&](const Matrix& matrix, auto x, float* to) __attribute__((always_inline)) {
     const decltype(x)* found[kLanes];
-    const float* as_floats[kLanes];
     find_rows((const decltype(x)*)matrix.data, matrix, begin, rows, found);
     for (int r = 0; r < kLanes; ++r) {
       if constexpr (sizeof(x) == 4) {
-        as_floats[r] = found[r];
+        floats[r] = found[r];
       } else {
         convert_row(found[r], a.vocab, wide[r]);
-        as_floats[r] = wide[r];
+        floats[r] = wide[r];
       }
     }
-    to_lanes(as_floats, a.vocab, to);
-    if (to != g.s) return;
-    for (int r = 0; r < kLanes; ++r) g.label_logit[r] = g.label[r] < 0 ? 0 : as_floats[r][g.label[r]];
+    to_lanes(floats, a.vocab, to);
   };
   transpose(a.student, S{}, g.s);
+  for (int r = 0; r < kLanes; ++r) g.label_logit[r] = g.label[r] < 0 ? 0 : floats[r][g.label[r]];
   if constexpr (kTeacher) transpose(a.teachers[0], T{}, g.t);
 }
 
-// at_label: what each row's label subtracts.
+// at_label: what is subtracted from each row's gradient at its label.
 template <class S>
 KD_NOINLINE void store_group_gradient(const LossArgs& a, int64_t begin, int rows, const ShortGroup<float>& g,
                                       FloatV at_label) {
   constexpr int kLanes = Types<float>::kLanes;
   const int64_t n = a.vocab;
-  float wide[sizeof(S) == 4 ? 1 : kLanes][kShort];  // of 16 bits; else of the rows that get no gradient
+  // 16-bit rows before they are rounded; of floats, where rows without a gradient are written
+  float wide[sizeof(S) == 4 ? 1 : kLanes][kShort];
   float subtracted[kLanes];
   store(subtracted, at_label);
   S* out[kLanes];
   float* to[kLanes];
   find_rows((S*)a.grad, a.grad_layout, begin, rows, out);
-  bool as_it_is = sizeof(S) == 4 && a.width == n;
+  bool is_complete = sizeof(S) == 4 && a.width == n;
   for (int r = 0; r < kLanes; ++r) {
     const bool kept = g.weight[r] != 0;
-    as_it_is &= kept;
+    is_complete &= kept;
     to[r] = sizeof(S) == 2 ? wide[r] : kept ? (float*)out[r] : wide[0];
   }
   from_lanes(g.es, n, to);
   for (int r = 0; r < kLanes; ++r) {
     if (g.label[r] >= 0) to[r][g.label[r]] -= subtracted[r];
   }
-  if (as_it_is) return;
+  if (is_complete) return;
   for (int r = 0; r < rows; ++r) {
     const bool kept = g.weight[r] != 0;
     if (!kept) std::memset((void*)out[r], 0, n * sizeof(S));

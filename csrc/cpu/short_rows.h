@@ -115,10 +115,11 @@ struct ShortRows {
       out = loss_and_coefficients<typename P::D>(x, terms, c);
     }
     scales = scales_with(c, out.log_student, out.log_teacher);
-    const V weight = load(g.weight), weighted = weight == 0 ? V{} : out.loss * weight;
     typedef double Doubles __attribute__((vector_size(2 * kVectorBytes)));
-    const Doubles found = __builtin_convertvector(weighted, Doubles);
-    std::memcpy(a.losses + begin, &found, rows * sizeof(double));
+    Doubles weight, weighted = __builtin_convertvector(out.loss, Doubles);
+    std::memcpy(&weight, g.weight, sizeof(weight));
+    weighted = weight == 0 ? Doubles{} : weighted * weight;
+    std::memcpy(a.losses + begin, &weighted, rows * sizeof(double));
     return c;
   }
 
@@ -136,7 +137,8 @@ struct ShortRows {
     }
   }
 
-  // Pass C: the gradient of each class but for what labels subtract, in place of the student's exps.
+  // Pass C: each class's gradient, written over the student's exps; store_group_gradient() subtracts the
+  // label's term.
   KD_NOINLINE static void gradients(const LossArgs& a, const Coefficients<V>& c, const Scales<V>& scales,
                                     const RowExponents& exponents, Group& g) {
     Gradient<P, true, false> gradient{};
