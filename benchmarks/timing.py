@@ -1,5 +1,6 @@
 """Timing: the candidates take turns, so that other load of the machine affects all of them."""
 
+import ctypes
 import gc
 import random
 import statistics
@@ -13,6 +14,7 @@ import torch
 SLOW = 0.25  # seconds; slower candidates run in every third round
 _FLUSH_BYTES = 128 << 20  # several times any last-level cache's share of two cores
 _flush: torch.Tensor | None = None
+_libc = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,17 @@ class Candidate:
 
 
 def flush_caches() -> None:
-    """Reads more than the caches hold: logits are then in memory alone, and no write-back is pending."""
+    """Reads more than the caches hold: logits are then in memory alone, and no write-back is pending.
+
+    Gives memory that malloc keeps free back to the system, so that what a call allocates is fresh. Large tensors are
+    as a rule, but not where earlier candidates have left a gap that is large enough.
+    """
     global _flush
     if _flush is None:
         _flush = torch.ones(_FLUSH_BYTES // 4)
     _flush.sum()
+    if hasattr(_libc, "malloc_trim"):  # glibc's
+        _libc.malloc_trim(0)
 
 
 def sample(candidate: Candidate, cold: bool, repeats: int) -> float:
