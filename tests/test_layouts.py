@@ -40,6 +40,15 @@ def test_four_dimensional_slices_give_the_right_numbers(backend: str) -> None:
     judge(student, teacher, labels.view(2, 4, 5)[:, :3, :-1], backend=backend, temperature=2)
 
 
+@pytest.mark.parametrize("vocab", [7, 100])  # short rows; others
+def test_the_gradient_of_a_single_padded_class_is_0(cpu: str, vocab: int) -> None:
+    student, teacher, labels = batch(ROWS, vocab + 1)
+    for dtype in dtypes_for(cpu):
+        for reduction in ("mean", "none"):
+            settings = {"vocab_size": vocab, "inplace": True, "reduction": reduction}
+            judge(student.to(dtype), teacher.to(dtype), labels % vocab, backend=cpu, **settings)
+
+
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
 def test_an_empty_batch_has_loss_0(backend: str, shape: tuple[int, ...]) -> None:
     for dtype in dtypes_for(backend):
