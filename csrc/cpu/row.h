@@ -38,8 +38,8 @@ KD_NOINLINE Row<S, T> open_row(const LossArgs& a, int64_t row, int64_t begin, in
                                const RowScale& scale) {
   using C = Compute<S>;
   const int64_t blocks = (n + kBlock - 1) / kBlock;
-  // The arrays are not a power of two apart, which would share cache sets, nor do their places agree modulo 4096
-  // for a store and the loads soon after it, which would wait for it: pass B's of psi, and of exps.
+  // The arrays are not a power of two apart, which would share cache sets, nor do their places agree modulo
+  // 4096 for a store and the loads soon after it, which would wait for it: pass B's of psi, and of exps.
   const int64_t padded = blocks * kBlock + 656;
   const bool direct = sizeof(S) == bytes_of(a.student.dtype) && a.softcap == 0;
   C* at = (C*)thread_buffer(padded * sizeof(C) * 8 + blocks * sizeof(Block));
