@@ -190,8 +190,8 @@ def test_the_gradient_has_its_digits_where_little_is_in_common(backend: str, div
         judge(student, teacher, divergence=divergence, beta=beta, backend=backend)
 
 
-def test_so_has_that_of_a_row_whose_classes_several_programs_share(backend: str) -> None:
-    """Each of the other psi's sums is one of a part."""
+def test_the_gradient_of_a_divided_row_has_its_digits_where_little_is_in_common(backend: str) -> None:
+    """Its parts have each a sum of the other psi, and these are added up."""
     student, teacher, _ = batch(1, 33_000)
     student[:, ::2] -= 44
     teacher[:, 1::2] -= 44
