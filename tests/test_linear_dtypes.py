@@ -124,7 +124,9 @@ def test_row_kernels_round_the_gradient_of_tokens_logits_for_tensor_cores(
 
 
 @pytest.mark.skipif(gpu.ON_DEVICE, reason="here all tests of this file use the GPU's own products")
-def test_row_kernels_round_the_gradient_of_a_shard_too(cpu: str, tensor_cores: None, row_kernels_dtypes: set[torch.dtype]) -> None:
+def test_row_kernels_round_the_gradient_of_shards_too(
+    cpu: str, tensor_cores: None, row_kernels_dtypes: set[torch.dtype]
+) -> None:
     case, numbers = Case(BF16, bias=False), (None, 2.0, 1.0, 0.0, -1)
     head, chunks = (case.hidden, case.weight, None, case.labels.unsqueeze(-1)), (7, F32)
     *results, table = torch.ops.kdfast.linear_token_stats(*head, *numbers, True, *chunks)

@@ -82,7 +82,9 @@ def token_call(vocab: int, entries: int) -> tuple[Any, ...]:
 @pytest.mark.parametrize("backend", ("reference", "triton"), indirect=True)  # no others have it
 @pytest.mark.parametrize(("vocab", "entries"), [*((vocab, 3) for vocab in WIDTHS), (2200, 2100)])  # too many for Triton
 @pytest.mark.parametrize("dtype", (BF16, F16), ids=name)
-def test_the_gradient_of_tokens_in_16_bits_is_the_rounded_one(backend: str, vocab: int, entries: int, dtype: torch.dtype) -> None:
+def test_the_gradient_of_tokens_in_16_bits_is_the_rounded_one(
+    backend: str, vocab: int, entries: int, dtype: torch.dtype
+) -> None:
     ops, (logits, *args) = getattr(torch.ops, f"kdfast_{backend}"), token_call(vocab, entries)
     want, got = ops.token_grad(logits, *args), ops.token_grad_as(logits, dtype, *args)
     assert got.dtype == dtype

@@ -220,7 +220,7 @@ OF_GRADIENTS = [
            "if (a.width > n) std::memset((void*)(out[r] + n)",
            "if (a.width > n + 1) std::memset((void*)(out[r] + n)",
            "One padded class has as its gradient what was in memory, or its logit.", ("test_random.py", *LAYOUTS)),
-    Mutant("short-rows-transposed-but-two", SHORT_GROUP,
+    Mutant("short-rows-transposed-but-two", "csrc/cpu/short_transpose.h",
            "x[2] = KDFAST_LANES(shuffle_ps)(b, d, 0x44);", "x[2] = KDFAST_LANES(shuffle_ps)(b, d, 0xee);",
            "The third of four classes of a short row is the fourth.", CALLS),
     Mutant("short-rows-of-no-remainder", SHORT_GROUP,
